@@ -1,0 +1,376 @@
+"""The reference pass: what the frozen starting policy says of each source, computed once and kept on disk.
+
+MPO's target is a constant: the reward gap ``RG_ref^d`` and the pooled hidden states ``h_ref^d`` of the starting policy
+on every pair in the dominant language. They are computed before the first step, for *unique* sources only and without
+gradients, and stored as plain ``.npy`` files that training reads through a memory map, so no reference model is in
+memory while training and nothing grows with the size of the data.
+
+A cache belongs to one key: weights, rows (as token ids, so tokenizer, chat template and maximum length are in it),
+pooling and precision. Any change of these is another key. A cache is written to a temporary folder and renamed when it
+is complete; its files' checksums are verified whenever it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from accelerate.logging import get_logger
+from accelerate.utils import tqdm
+from datasets import Dataset
+from torch import nn
+
+from mpo.errors import ModelError, StorageError
+from mpo.head import RewardGapOutput
+from mpo.trees import Tree, build_batch
+
+logger = get_logger(__name__)
+
+_FORMAT = 1
+_INDEX = "index.json"
+_CHUNK = 1 << 24
+_ARRAYS = ("logps", "hidden")
+
+Forward = Callable[..., RewardGapOutput]
+
+
+class Ranks(Protocol):
+    """The part of ``accelerate.Accelerator`` that the pass needs; tests and single processes may bring their own."""
+
+    num_processes: int
+    process_index: int
+    is_main_process: bool
+    device: torch.device
+
+    def wait_for_everyone(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How sources become model calls."""
+
+    layout: str
+    max_tokens_per_row: int
+    pad_token_id: int
+    pooling: str
+    tokens_per_batch: int
+
+
+class ReferenceStore:
+    """
+    Memory-mapped results of a reference pass over ``n`` unique sources with hidden size ``H``.
+
+    Attributes:
+        logps: ``[n, 2]`` float32, mean log-likelihood per token of chosen and rejected, nats.
+        hidden: ``[n, 2, H]`` float32, pooled final hidden states of prompt + chosen and prompt + rejected.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logps = np.load(folder / "logps.npy", mmap_mode="r", allow_pickle=False)
+        self.hidden = np.load(folder / "hidden.npy", mmap_mode="r", allow_pickle=False)
+
+    def gaps(self) -> np.ndarray:
+        """``[n]`` reward gap of every source under the reference, nats per token."""
+        gaps: np.ndarray = self.logps[:, 0] - self.logps[:, 1]
+        return gaps
+
+
+class SourceReference:
+    """The reference values of a dataset's groups: a store and which of its sources each group has."""
+
+    def __init__(self, store: ReferenceStore, source_of_group: np.ndarray) -> None:
+        self.store = store
+        self.source_of_group = source_of_group
+        self.gap = store.gaps()[source_of_group]
+        """``[groups]`` reference gap of each group's source, nats per token."""
+
+    def hidden(self, group: int) -> np.ndarray:
+        """``[2, H]`` pooled reference states of the group's source."""
+        return np.asarray(self.store.hidden[self.source_of_group[group]])
+
+
+def unique_sources(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
+    """
+    Find the groups that share a source.
+
+    Args:
+        dataset: tokenized groups (:data:`mpo.tokenization.TOKENIZED_FEATURES`).
+
+    Returns:
+        ``source_of_group`` ``[groups]``, ``first_group`` ``[sources]`` (a group that holds each source), and a hash of
+        all sources' tokens in order.
+    """
+    columns = ("source_prompt", "source_chosen", "source_rejected")
+    seen: dict[bytes, int] = {}
+    source_of_group = np.empty(len(dataset), dtype=np.int64)
+    first_group: list[int] = []
+    total = xxhash.xxh3_128()
+    start = 0
+    for table in dataset.with_format("arrow").select_columns(list(columns)).iter(batch_size=1000):
+        values = [table[column] for column in columns]
+        for row in range(len(table)):
+            digest = xxhash.xxh3_128()
+            for column in values:
+                ids = column[row].values
+                digest.update(len(ids).to_bytes(8, "little"))
+                digest.update(np.ascontiguousarray(ids.to_numpy(), dtype=np.int32).tobytes())
+            key = digest.digest()
+            if key not in seen:
+                seen[key] = len(first_group)
+                first_group.append(start + row)
+                total.update(key)
+            source_of_group[start + row] = seen[key]
+        start += len(table)
+    return source_of_group, np.asarray(first_group, dtype=np.int64), total.hexdigest()
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """
+    Hash of a model folder's safetensors shards, by content.
+
+    Raises:
+        ModelError: the folder has no safetensors file.
+    """
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise ModelError(f"'{folder}' has no *.safetensors file; weights in other formats are not read.")
+    digest = xxhash.xxh3_128()
+    for shard in shards:
+        digest.update(shard.name.encode())
+        digest.update(_hash_file(shard).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_module(module: nn.Module) -> str | None:
+    """
+    Hash of a module's tensors, or None where they are partitioned over ranks (then no two hashes would agree).
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor) or hasattr(tensor, "ds_id") or tensor.is_meta:
+            return None
+        if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "full_tensor"):
+            return None
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_or_load(
+    dataset: Dataset,
+    forward: Callable[[], Any],
+    *,
+    cache_dir: str,
+    key: Mapping[str, Any],
+    shape: BatchShape,
+    hidden_size: int,
+    ranks: Ranks,
+    name: str = "train",
+) -> SourceReference:
+    """
+    The reference values of a dataset, from the cache or by a pass over its unique sources.
+
+    Every rank calls this with the same arguments and gets the same values.
+
+    Args:
+        dataset: tokenized groups.
+        forward: returns a context manager that yields the reference model's forward; entered only when a pass is
+            needed.
+        cache_dir: folder shared by all ranks.
+        key: what identifies the reference besides the rows: weights, pooling, precision.
+        shape: how sources become model calls.
+        hidden_size: H.
+        ranks: the process group.
+        name: name of the split, for the progress bar.
+
+    Raises:
+        StorageError: the folder cannot be written, is not shared by all ranks, or the disk is full.
+    """
+    source_of_group, first_group, rows_hash = unique_sources(dataset)
+    full_key = {
+        **key,
+        "rows": rows_hash,
+        "sources": len(first_group),
+        "pooling": shape.pooling,
+        "format": _FORMAT,
+    }
+    folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
+    # Each rank decides from the same file system; the main process alone verifies and removes what is damaged.
+    if ranks.is_main_process and folder.exists():
+        problem = _verify(folder)
+        if problem is not None:
+            logger.warning(f"The reference cache {folder} is damaged ({problem}); it is computed again.")
+            shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait_for_everyone()
+    if not folder.exists():
+        _run_pass(dataset, first_group, forward, folder, full_key, shape, hidden_size, ranks, name)
+    return SourceReference(ReferenceStore(folder), source_of_group)
+
+
+def _run_pass(
+    dataset: Dataset,
+    first_group: np.ndarray,
+    forward: Callable[[], Any],
+    folder: Path,
+    key: Mapping[str, Any],
+    shape: BatchShape,
+    hidden_size: int,
+    ranks: Ranks,
+    name: str,
+) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shapes = {"logps": (len(first_group), 2), "hidden": (len(first_group), 2, hidden_size)}
+    if ranks.is_main_process:
+        _create(partial, shapes)
+    ranks.wait_for_everyone()
+    if not partial.is_dir():
+        raise StorageError(
+            f"rank {ranks.process_index} does not see '{partial}', which rank 0 has just created. All ranks need one "
+            "shared folder: set `reference_cache_dir` to it."
+        )
+    arrays = {array: np.load(partial / f"{array}.npy", mmap_mode="r+") for array in _ARRAYS}
+
+    batches = list(_source_batches(dataset, first_group, shape.tokens_per_batch))
+    # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
+    rounds = -(-len(batches) // ranks.num_processes)
+    with forward() as call, torch.no_grad():
+        for step in tqdm(
+            range(rounds),
+            desc=f"Reference pass over {len(first_group)} {name} sources",
+            disable=bool(os.environ.get("TQDM_DISABLE", "")),
+        ):
+            mine = step * ranks.num_processes + ranks.process_index
+            sources = batches[min(mine, len(batches) - 1)]
+            rows = dataset[[int(first_group[i]) for i in sources]]
+            trees = [
+                Tree(*parts, score=True, pool=True)
+                for parts in zip(rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True)
+            ]
+            output = call_on_trees(call, trees, shape, ranks.device)
+            assert output.response_logps is not None and output.pooled is not None
+            arrays["logps"][sources] = output.response_logps.float().cpu().numpy()
+            arrays["hidden"][sources] = output.pooled.float().cpu().numpy()
+    try:
+        for array in arrays.values():
+            array.flush()
+    except OSError as error:
+        raise StorageError(f"the reference cache cannot be written to '{partial}': {error}") from error
+    del arrays
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        _complete(partial, folder, key)
+    ranks.wait_for_everyone()
+
+
+def call_on_trees(
+    forward: Forward, trees: Sequence[Tree], shape: BatchShape, device: torch.device
+) -> RewardGapOutput:
+    """One call of a model with the reward-gap head on trees, in the given layout."""
+    batch = build_batch(
+        trees,
+        layout=shape.layout,
+        max_tokens_per_row=shape.max_tokens_per_row,
+        pad_token_id=shape.pad_token_id,
+        pooling=shape.pooling,
+    )
+    return forward(reward_gap_head=True, **{name: tensor.to(device) for name, tensor in batch.items()})
+
+
+def _source_batches(dataset: Dataset, first_group: np.ndarray, tokens_per_batch: int) -> Iterator[list[int]]:
+    """Sources by falling length, cut into batches of at most ``tokens_per_batch`` tokens."""
+    lengths = np.zeros(len(first_group), dtype=np.int64)
+    columns = ["source_prompt", "source_chosen", "source_rejected"]
+    table = dataset.with_format("arrow").select_columns(columns)
+    for start in range(0, len(first_group), 1000):
+        part = table[[int(i) for i in first_group[start : start + 1000]]]
+        for column in columns:
+            lengths[start : start + len(part)] += np.asarray([len(ids) for ids in part[column]])
+    batch: list[int] = []
+    tokens = 0
+    for source in np.argsort(-lengths, kind="stable"):
+        if batch and tokens + lengths[source] > tokens_per_batch:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(int(source))
+        tokens += int(lengths[source])
+    if batch:
+        yield batch
+
+
+def _create(partial: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    needed = sum(int(np.prod(shape)) * 4 for shape in shapes.values())
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise StorageError(
+                f"the reference cache needs {needed / 1e9:.1f} GB in '{partial.parent}', where {free / 1e9:.1f} GB are "
+                "free. Free some space, or set `reference_cache_dir`."
+            )
+        for array, shape in shapes.items():
+            np.lib.format.open_memmap(partial / f"{array}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"the reference cache cannot be written to '{partial.parent}' ({error}). Set `reference_cache_dir` to a "
+            "folder that can."
+        ) from error
+
+
+def _complete(partial: Path, folder: Path, key: Mapping[str, Any]) -> None:
+    files = {
+        f"{array}.npy": {
+            "bytes": (partial / f"{array}.npy").stat().st_size,
+            "xxh3_128": _hash_file(partial / f"{array}.npy"),
+        }
+        for array in _ARRAYS
+    }
+    try:
+        with open(partial / _INDEX, "w", encoding="utf-8") as file:
+            json.dump({"key": key, "files": files}, file, indent=2, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder)
+    except OSError as error:
+        # Another run with the same key may have finished first; its result is as good.
+        if _verify(folder) is None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+
+
+def _verify(folder: Path) -> str | None:
+    """What is wrong with a cache folder, or None."""
+    try:
+        with open(folder / _INDEX, encoding="utf-8") as file:
+            files = json.load(file)["files"]
+        if set(files) != {f"{array}.npy" for array in _ARRAYS}:
+            return "its index does not list its files"
+        for name, expected in files.items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+            if _hash_file(path) != expected["xxh3_128"]:
+                return f"the checksum of {name} is wrong"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,230 @@
+"""Which groups a rank sees in which micro-batch, and the tensors made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from mpo.reference import SourceReference
+from mpo.trees import Tree, build_batch
+
+
+class GroupDataset(TorchDataset[dict[str, Any]]):
+    """
+    Tokenized groups with the reference values of their sources.
+
+    A negative index ``~i`` is group ``i`` as a filler: it is computed, but weighs nothing and is counted nowhere. A
+    rank that has no group left in a step takes one, so that all ranks make the same model calls.
+    """
+
+    def __init__(self, groups: Dataset, reference: SourceReference) -> None:
+        self.groups = groups
+        self.reference = reference
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        groups = [~i if i < 0 else i for i in indices]
+        columns = self.groups[groups]
+        return [
+            {
+                **{column: values[j] for column, values in columns.items()},
+                "group": group,
+                "filler": indices[j] < 0,
+                "reference_gap": float(self.reference.gap[group]),
+                "reference_hidden": self.reference.hidden(group),
+            }
+            for j, group in enumerate(groups)
+        ]
+
+
+class GroupBatchSampler(Sampler[list[int]]):
+    """
+    Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
+
+    A micro-batch takes ``batch_size`` groups on each rank. What is left at the end of an epoch is spread evenly over the
+    ranks; a rank that gets none receives a filler (see :class:`GroupDataset`).
+
+    Args:
+        indices: groups to draw from.
+        batch_size: groups per rank and micro-batch.
+        num_ranks, rank: the process group.
+        seed: seed of the order; None keeps the order of ``indices``.
+        drop_last: leave out what is left at the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        batch_size: int,
+        *,
+        num_ranks: int = 1,
+        rank: int = 0,
+        seed: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.num_ranks, self.rank = num_ranks, rank
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        per_step = self.batch_size * self.num_ranks
+        return len(self.indices) // per_step if self.drop_last else -(-len(self.indices) // per_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.indices
+        if self.seed is not None:
+            order = self.indices[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))]
+        per_step = self.batch_size * self.num_ranks
+        for step in range(len(self)):
+            groups = order[step * per_step : (step + 1) * per_step]
+            mine = groups[self.rank :: self.num_ranks]
+            yield [int(i) for i in mine] if len(mine) else [~int(groups[0])]
+
+
+class GroupDataLoader(DataLoader[dict[str, Any]]):
+    """A data loader whose order follows the epoch, as the training loop expects."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the batch sampler."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, GroupBatchSampler)
+        sampler.set_epoch(epoch)
+
+
+@dataclass
+class GroupCollator:
+    """
+    Turns groups into the tensors of one step.
+
+    Args:
+        languages: target languages; a pair's language is its index in this list.
+        language_weights: weight of each of ``languages``.
+        layout, max_tokens_per_row, pad_token_id, pooling, pad_to_multiple_of: see :func:`mpo.trees.build_batch`.
+        run_source: whether the source pair is run, for the retention term.
+
+    The output has the tensors of :func:`mpo.trees.build_batch` and, with G groups and T target pairs:
+
+    - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source
+    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run)
+    - ``group_of_pair``: ``[T]``, the pair's group in this batch
+    - ``language``: ``[T]``
+    - ``weight``: ``[T]`` float32, 0 for fillers
+    - ``num_pairs``: pairs that count
+    - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from
+    """
+
+    languages: Sequence[str]
+    language_weights: Sequence[float]
+    layout: str
+    max_tokens_per_row: int
+    pad_token_id: int
+    pooling: str
+    run_source: bool = True
+    score_source: bool = False
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        index_of = {language: i for i, language in enumerate(self.languages)}
+        sources: list[Tree] = []
+        targets: list[Tree] = []
+        pairs: list[tuple[float, int, int, float, bool]] = []
+        for g, example in enumerate(examples):
+            sources.append(
+                Tree(
+                    example["source_prompt"],
+                    example["source_chosen"],
+                    example["source_rejected"],
+                    score=self.score_source,
+                    pool=True,
+                )
+            )
+            for prompt, chosen, rejected, language in zip(
+                example["target_prompt"],
+                example["target_chosen"],
+                example["target_rejected"],
+                example["target_language"],
+                strict=True,
+            ):
+                targets.append(Tree(prompt, chosen, rejected, score=True))
+                code = index_of[language]
+                pairs.append(
+                    (example["reference_gap"], g, code, self.language_weights[code], not example["filler"])
+                )
+        # Targets first: their scores are then the first rows of the head's output, whatever else is scored.
+        trees = targets + (sources if self.run_source or self.score_source else [])
+        batch: dict[str, Any] = build_batch(
+            trees,
+            layout=self.layout,
+            max_tokens_per_row=self.max_tokens_per_row,
+            pad_token_id=self.pad_token_id,
+            pooling=self.pooling,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        gaps, group_of_pair, language_ids, weights, counts = zip(*pairs, strict=True)
+        batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
+        batch["group_of_pair"] = torch.tensor(group_of_pair, dtype=torch.long)
+        batch["language"] = torch.tensor(language_ids, dtype=torch.long)
+        batch["counts"] = torch.tensor(counts, dtype=torch.float32)
+        batch["weight"] = torch.tensor(weights, dtype=torch.float32) * batch["counts"]
+        batch["num_pairs"] = int(sum(counts))
+        if self.run_source:
+            batch["reference_hidden"] = torch.from_numpy(
+                np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
+            )
+        batch["groups"] = [example["group"] for example in examples]
+        batch["origins"] = [example["origin"] for example in examples]
+        batch["rows"] = [list(example["row"]) for example in examples]
+        return batch
+
+
+def language_weights(
+    languages: Sequence[str], pairs: Mapping[str, int], weights: Mapping[str, float] | str | None
+) -> list[float]:
+    """
+    Weight of each language, scaled so that the mean over all pairs is 1.
+
+    Args:
+        languages: target languages.
+        pairs: number of training pairs of each.
+        weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
+            (1 where not named).
+    """
+    if weights is None:
+        return [1.0] * len(languages)
+    if weights == "balanced":
+        raw = [1.0 / pairs[language] if pairs.get(language) else 0.0 for language in languages]
+    else:
+        assert not isinstance(weights, str)
+        raw = [float(weights.get(language, 1.0)) for language in languages]
+    counts = [pairs.get(language, 0) for language in languages]
+    total = sum(w * n for w, n in zip(raw, counts, strict=True))
+    scale = sum(counts) / total if total > 0 else 1.0
+    return [w * scale for w in raw]
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch's tensors to a device without waiting for the copy."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
