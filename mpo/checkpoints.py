@@ -1,0 +1,105 @@
+"""Checkpoints that are complete or absent: a run killed while it saves resumes from the one before."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def mark_complete(folder: str | Path, state: Mapping[str, Any]) -> None:
+    """
+    Declare a checkpoint complete: write the sizes of all its files, and ``state``, to its marker file.
+
+    The files are flushed to disk first, so a marker never stands for data that a power cut can still take.
+    """
+    folder = Path(folder)
+    sizes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    partial = folder / (MARKER + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"files": sizes, "state": dict(state)}, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, folder / MARKER)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint has its marker and every file has the size the marker states."""
+    folder = Path(folder)
+    try:
+        with open(folder / MARKER, encoding="utf-8") as file:
+            files = json.load(file)["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def saved_state(folder: str | Path) -> dict[str, Any]:
+    """The ``state`` given to :func:`mark_complete`, empty for a checkpoint without a marker."""
+    try:
+        with open(Path(folder) / MARKER, encoding="utf-8") as file:
+            state = json.load(file)["state"]
+        return state if isinstance(state, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All checkpoint folders below ``folder``, by rising step, complete or not."""
+    found = []
+    if Path(folder).is_dir():
+        for path in Path(folder).iterdir():
+            match = _NAME.match(path.name)
+            if match and path.is_dir():
+                found.append((int(match.group(1)), path))
+    return [path for _, path in sorted(found)]
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step below ``folder``, or None."""
+    for path in reversed(checkpoints(folder)):
+        if is_complete(path):
+            return path
+    return None
+
+
+def rotate(folder: str | Path, keep: int | None, protected: str | None = None) -> None:
+    """
+    Delete old checkpoints.
+
+    Args:
+        folder: output folder of the run.
+        keep: number of complete checkpoints to keep; None keeps all. The newest one is always kept.
+        protected: a checkpoint that is never deleted, for example the best one.
+
+    Half-written checkpoints older than the newest complete one are deleted in any case.
+    """
+    newest = last_complete_checkpoint(folder)
+    if newest is None:
+        return
+    safe = {newest.resolve()} | ({Path(protected).resolve()} if protected else set())
+    older = checkpoints(folder)
+    older = older[: older.index(newest)]
+    complete = [path for path in older if is_complete(path)]
+    surplus = len(complete) + 1 - max(keep, 1) if keep else 0
+    for path in older:
+        if path.resolve() in safe:
+            continue
+        if path not in complete:
+            shutil.rmtree(path, ignore_errors=True)
+        elif surplus > 0:
+            # The marker goes first: a kill in the middle must not leave a folder that looks complete.
+            (path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+            surplus -= 1

@@ -1,0 +1,94 @@
+"""How a model takes a batch: row and batch budgets for the device, and whether it takes packed trees at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from mpo.errors import ModelError
+from mpo.reference import BatchShape, Forward, call_on_trees
+from mpo.trees import Tree
+
+logger = get_logger(__name__)
+
+# On a CPU large rows lose more to page faults and dense attention than they gain; a GPU wants them long.
+_ROW_TOKENS = {"cpu": 512}
+_ROW_TOKENS_DEFAULT = 8192
+_BATCH_TOKENS = {"cpu": 2048}
+_BATCH_TOKENS_DEFAULT = 32768
+
+# A wrong mask changes results by tens of percent, rounding by less than this.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+
+
+def batch_shape(
+    device: torch.device,
+    *,
+    layout: str,
+    pad_token_id: int,
+    pooling: str,
+    max_tokens_per_row: int | None = None,
+    tokens_per_batch: int | None = None,
+) -> BatchShape:
+    """The shape of batches for a device; budgets that are None get the device's default."""
+    row = max_tokens_per_row or _ROW_TOKENS.get(device.type, _ROW_TOKENS_DEFAULT)
+    batch = tokens_per_batch or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_DEFAULT)
+    return BatchShape(layout, row, pad_token_id, pooling, batch)
+
+
+def default_attention(config: PreTrainedConfig) -> str | None:
+    """
+    Attention implementation for a model whose user chose none: ``eager`` where attention scores are soft-capped (Gemma-2;
+    ``sdpa`` cannot), otherwise the library's own choice (None).
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def usable_layout(
+    forward: Forward, trees: Sequence[Tree], shape: BatchShape, device: torch.device, dtype: torch.dtype
+) -> str:
+    """
+    The layout to use: ``shape.layout``, or ``"padded"`` where the model does not take packed trees.
+
+    A few short trees are run in both layouts; architectures whose attention ignores or misreads the mask (state-space
+    layers, chunked attention, flash attention) give different results and fall back with a warning.
+
+    Args:
+        forward: the model with the reward-gap head, in eval mode.
+        trees: at least one tree; only the first few tokens of each are used.
+        shape: how trees become a model call.
+        device, dtype: of the model.
+    """
+    if shape.layout == "padded":
+        return "padded"
+    short = [
+        Tree(tree.prompt[-12:], tree.chosen[:9], tree.rejected[:7], score=True, pool=True) for tree in trees[:3]
+    ]
+    with torch.no_grad():
+        try:
+            packed = call_on_trees(forward, short, shape, device)
+        except ModelError as error:
+            logger.warning(f"Falling back to `batch_layout: padded`: {error}")
+            return "padded"
+        plain = call_on_trees(forward, short, replace(shape, layout="padded"), device)
+    assert packed.pooled is not None and plain.pooled is not None
+    assert packed.response_logps is not None and plain.response_logps is not None
+    error_size = max(
+        _relative_error(packed.pooled, plain.pooled), _relative_error(packed.response_logps, plain.response_logps)
+    )
+    if not error_size < _TOLERANCE.get(dtype, 0.1):
+        logger.warning(
+            f"Falling back to `batch_layout: padded`: this model gives results that differ by {error_size:.0%} for packed "
+            "trees, so it does not follow their attention mask."
+        )
+        return "padded"
+    return "tree"
+
+
+def _relative_error(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm().clamp(min=1e-12))

@@ -1,0 +1,393 @@
+"""Scores preference pairs with a model: the numbers behind every table, with and without a trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, tqdm
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from mpo.errors import DataError
+from mpo.evaluation.records import PairScore, Scores
+from mpo.head import RewardGapOutput, attach_reward_gap_head, logit_scale
+from mpo.layout import batch_shape, usable_layout
+from mpo.loss import retention_loss
+from mpo.reference import BatchShape, Forward, SourceReference, build_or_load
+from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataset, to_device
+from mpo.tokenization import set_chat_template, tokenize_groups
+from mpo.trees import MODEL_KEYS, Tree
+
+__all__ = ["PairScore", "PairTensors", "Scores", "perplexity", "run_model", "score_groups", "score_loader"]
+
+
+@dataclass
+class PairTensors:
+    """
+    The tensors of one batch of T target pairs from G groups: all a loss needs, whatever the batch's layout.
+
+    Attributes:
+        chosen_logps: ``[T]``, mean log-likelihood per token of the chosen responses under the policy, nats.
+        rejected_logps: ``[T]``, the same for the rejected responses.
+        reference_gap: ``[T]``, the reference's reward gap on the pair's source (a constant).
+        retention: ``[T]``, retention term of the pair's source (0 where the source is not run).
+        language: ``[T]``, index of the pair's language in the trainer's ``languages``.
+        group_of_pair: ``[T]``, index of the pair's group, 0 to G - 1.
+        source_hidden: ``[G, 2, H]``, pooled states of the source's two sequences under the policy, or None.
+        reference_hidden: ``[G, 2, H]``, the same under the reference, or None.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    reference_gap: Tensor
+    retention: Tensor
+    language: Tensor
+    group_of_pair: Tensor
+    source_hidden: Tensor | None = None
+    reference_hidden: Tensor | None = None
+
+
+def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[PairTensors, RewardGapOutput]:
+    """
+    One call of a model on a collated batch (:class:`mpo.sampling.GroupCollator`).
+
+    Returns:
+        The target pairs' tensors, and the head's whole output (scores of sources, if any, follow the targets').
+    """
+    output = forward(reward_gap_head=True, **{key: batch[key] for key in MODEL_KEYS if key in batch}, **kwargs)
+    count = batch["reference_gap"].shape[0]
+    assert output.response_logps is not None
+    scores = output.response_logps[:count]
+    reference_hidden = batch.get("reference_hidden")
+    if reference_hidden is not None and output.pooled is not None and output.pooled.shape[0]:
+        per_source = retention_loss(output.pooled, reference_hidden)
+        retention = per_source[batch["group_of_pair"]]
+        hidden = output.pooled
+    else:
+        retention, hidden, reference_hidden = torch.zeros_like(scores[:, 0]), None, None
+    pairs = PairTensors(
+        chosen_logps=scores[:, 0],
+        rejected_logps=scores[:, 1],
+        reference_gap=batch["reference_gap"],
+        retention=retention.to(scores.device),
+        language=batch["language"],
+        group_of_pair=batch["group_of_pair"],
+        source_hidden=hidden,
+        reference_hidden=reference_hidden,
+    )
+    return pairs, output
+
+
+@dataclass
+class _Sums:
+    records: list[tuple[int, int, PairScore]] = field(default_factory=list)
+    retention: dict[int, float] = field(default_factory=dict)
+    loss: float = 0.0
+    pairs: int = 0
+    tokens: int = 0
+
+
+def score_loader(
+    forward: Forward,
+    loader: Iterable[dict[str, Any]],
+    *,
+    languages: Sequence[str],
+    source_language: str,
+    device: torch.device,
+    pair_loss: Callable[[PairTensors], Tensor] | None = None,
+    num_ranks: int = 1,
+    description: str = "Scoring",
+    progress: bool = True,
+) -> tuple[Scores, float]:
+    """
+    Score every pair that a loader yields, sources included.
+
+    All ranks call this with their own loader; all get the whole result. Groups are gathered by their number, so a
+    ragged last batch or a filler changes nothing.
+
+    Args:
+        forward: model with the reward-gap head, in eval mode.
+        loader: batches of a :class:`mpo.sampling.GroupCollator` with ``score_source`` and ``run_source``.
+        languages: target languages, in the collator's order.
+        source_language: language of the sources.
+        device: of the model.
+        pair_loss: loss of each target pair, to be averaged.
+        num_ranks: number of ranks that take part.
+        description, progress: of the progress bar.
+
+    Returns:
+        The scores, and the mean of ``pair_loss`` over all target pairs (NaN without it).
+    """
+    sums = _Sums()
+    bar = tqdm(loader, desc=description, disable=not progress or bool(os.environ.get("TQDM_DISABLE", "")))
+    for cpu_batch in bar:
+        batch = to_device(cpu_batch, device)
+        with torch.no_grad():
+            pairs, output = run_model(forward, batch)
+            losses = pair_loss(pairs) if pair_loss is not None else None
+        assert output.response_logps is not None
+        logps = output.response_logps.double().cpu().numpy()
+        counts = cpu_batch["counts"].numpy() > 0
+        groups = cpu_batch["groups"]
+        pair_groups = cpu_batch["group_of_pair"].tolist()
+        order = {g: 0 for g in range(len(groups))}
+        for i, g in enumerate(pair_groups):
+            order[g] += 1
+            if counts[i]:
+                language = languages[int(cpu_batch["language"][i])]
+                reference = float(cpu_batch["reference_gap"][i])
+                sums.records.append((groups[g], order[g], _score(groups[g], language, False, logps[i], reference)))
+        for g, group in enumerate(groups):
+            pair = pair_groups.index(g)
+            if counts[pair]:
+                reference = float(cpu_batch["reference_gap"][pair])
+                scored = logps[len(pair_groups) + g]
+                sums.records.append((group, 0, _score(group, source_language, True, scored, reference)))
+                sums.retention[group] = float(pairs.retention[pair])
+        if losses is not None:
+            sums.loss += float((losses * batch["counts"]).double().sum())
+        sums.pairs += int(counts.sum())
+        if counts.any():
+            sums.tokens += int((cpu_batch["tree_ids"] >= 0).sum() if "tree_ids" in cpu_batch else cpu_batch["attention_mask"].sum())
+
+    parts: list[_Sums] = gather_object([sums]) if num_ranks > 1 else [sums]
+    records = [record for _, _, record in sorted((r for part in parts for r in part.records), key=lambda r: r[:2])]
+    retention = {group: value for part in parts for group, value in part.retention.items()}
+    total_pairs = sum(part.pairs for part in parts)
+    scores = Scores(
+        records=records,
+        retention=math.fsum(retention.values()) / len(retention) if retention else None,
+        tokens=sum(part.tokens for part in parts),
+    )
+    mean_loss = math.fsum(part.loss for part in parts) / total_pairs if pair_loss and total_pairs else math.nan
+    return scores, mean_loss
+
+
+def _score(group: int, language: str, is_source: bool, logps: np.ndarray, reference: float) -> PairScore:
+    chosen, rejected = float(logps[0]), float(logps[1])
+    return PairScore(group, language, is_source, chosen, rejected, chosen - rejected, reference)
+
+
+def evaluation_loader(
+    groups: Dataset,
+    reference: SourceReference,
+    *,
+    languages: Sequence[str],
+    shape: BatchShape,
+    batch_size: int = 1,
+    num_ranks: int = 1,
+    rank: int = 0,
+) -> DataLoader[dict[str, Any]]:
+    """A loader over all groups in order, for :func:`score_loader`."""
+    return DataLoader(
+        GroupDataset(groups, reference),
+        batch_sampler=GroupBatchSampler(np.arange(len(groups)), batch_size, num_ranks=num_ranks, rank=rank),
+        collate_fn=GroupCollator(
+            languages=languages,
+            language_weights=[1.0] * len(languages),
+            layout=shape.layout,
+            max_tokens_per_row=shape.max_tokens_per_row,
+            pad_token_id=shape.pad_token_id,
+            pooling=shape.pooling,
+            score_source=True,
+        ),
+    )
+
+
+class _SingleRank:
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def score_groups(
+    model: PreTrainedModel | Any,
+    groups: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source_language: str = "en",
+    max_length: int | None = 1024,
+    chat_template: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    pooling: str = "mean",
+    layout: str = "tree",
+    max_tokens_per_row: int | None = None,
+    batch_size: int = 1,
+    bad_rows: str = "error",
+    autocast: AbstractContextManager[Any] | None = None,
+    progress: bool = True,
+) -> Scores:
+    """
+    Score groups with a model, in one process and without a trainer.
+
+    The reference gap of a source is the model's own; for a PEFT model it is the base model's (adapter off), so that the
+    scores of an adapter are measured against the model it was made from.
+
+    Args:
+        model: a causal language model or a PEFT model of one, on its device.
+        groups: dataset in the data contract's canonical form.
+        tokenizer: of the model.
+        source_language: language of the sources, for the records.
+        max_length: limit of prompt plus response, in tokens.
+        chat_template, template_kwargs: see :func:`mpo.tokenization.set_chat_template` and
+            :func:`mpo.tokenization.tokenize_pair`.
+        pooling, layout, max_tokens_per_row: see :class:`mpo.config.MPOConfig`.
+        batch_size: groups per model call.
+        bad_rows: ``"error"`` or ``"drop"``.
+        autocast: context of the model calls, for mixed precision.
+        progress: show progress bars.
+
+    Raises:
+        DataError, ModelError: as when training.
+    """
+    set_chat_template(tokenizer, chat_template)
+    tokenized, _ = tokenize_groups(
+        groups, tokenizer, max_length=max_length, template_kwargs=template_kwargs, bad_rows=bad_rows, name="evaluation"
+    )
+    is_peft = hasattr(model, "peft_config")
+    base = model.get_base_model() if is_peft else model
+    attach_reward_gap_head(base)
+    device = next(model.parameters()).device
+    assert isinstance(tokenizer.pad_token_id, int)
+    shape = batch_shape(
+        device,
+        layout=layout,
+        pad_token_id=tokenizer.pad_token_id,
+        pooling=pooling,
+        max_tokens_per_row=max_tokens_per_row,
+    )
+
+    @contextmanager
+    def reference_forward() -> Any:
+        with model.disable_adapter() if is_peft else nullcontext():
+            yield model
+
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast or nullcontext(), tempfile.TemporaryDirectory(prefix="mpo-reference-") as folder:
+            layout = usable_layout(model, probe_trees(tokenized), shape, device, base.dtype)
+            shape = BatchShape(layout, *_rest(shape))
+            reference = build_or_load(
+                tokenized,
+                reference_forward,
+                cache_dir=folder,
+                key={},
+                shape=shape,
+                hidden_size=base.config.get_text_config().hidden_size,
+                ranks=_SingleRank(device),
+                name="evaluation",
+            )
+            languages = target_languages(tokenized)
+            loader = evaluation_loader(
+                tokenized, reference, languages=languages, shape=shape, batch_size=batch_size
+            )
+            scores, _ = score_loader(
+                model, loader, languages=languages, source_language=source_language, device=device, progress=progress
+            )
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def _rest(shape: BatchShape) -> tuple[int, int, str, int]:
+    return shape.max_tokens_per_row, shape.pad_token_id, shape.pooling, shape.tokens_per_batch
+
+
+def probe_trees(tokenized: Dataset) -> list[Tree]:
+    """A few source trees of a tokenized dataset, for :func:`mpo.layout.usable_layout`."""
+    rows = tokenized[: min(3, len(tokenized))]
+    return [
+        Tree(*parts) for parts in zip(rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True)
+    ]
+
+
+def target_languages(tokenized: Dataset) -> list[str]:
+    """Target languages of a tokenized dataset, sorted."""
+    return sorted(count_languages(tokenized))
+
+
+def count_languages(tokenized: Dataset) -> dict[str, int]:
+    """Number of target pairs of each language of a tokenized dataset."""
+    import pyarrow.compute as pc
+
+    counts: dict[str, int] = {}
+    for table in tokenized.with_format("arrow").select_columns(["target_language"]).iter(batch_size=10_000):
+        values = pc.value_counts(pc.list_flatten(table["target_language"]))
+        for value in values.to_pylist():
+            counts[value["values"]] = counts.get(value["values"], 0) + value["counts"]
+    return counts
+
+
+def perplexity(
+    model: PreTrainedModel | Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+) -> float:
+    """
+    Perplexity of texts: ``exp`` of the mean negative log-likelihood per token over all tokens but the first of each text.
+
+    Args:
+        model: a causal language model or a PEFT model of one.
+        tokenizer: of the model; its own special tokens are added.
+        texts: at least one text of two tokens or more.
+        max_length: texts are cut to this many tokens.
+        batch_size: texts per model call.
+
+    Raises:
+        DataError: no text has two tokens.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = base.config.get_text_config()
+    head = base.get_output_embeddings()
+    device = head.weight.device
+    ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
+    ids = sorted((i for i in ids if len(i) >= 2), key=len)
+    if not ids:
+        raise DataError("no text has two tokens or more, so there is nothing to predict.")
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            length = max(map(len, batch))
+            padded = torch.tensor([i + [0] * (length - len(i)) for i in batch], device=device)
+            mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in batch], device=device)
+            with torch.no_grad():
+                hidden = base.base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+                predicts = mask[:, 1:].bool()
+                log_probs = ChunkedLogProbFunction.apply(
+                    hidden[:, :-1][predicts],
+                    head.weight,
+                    getattr(head, "bias", None),
+                    padded[:, 1:][predicts],
+                    1.0,
+                    8192,
+                    getattr(config, "final_logit_softcapping", None),
+                    logit_scale(config),
+                    (),
+                )[0]
+            total += float(log_probs.double().sum())
+            tokens += int(predicts.sum())
+    finally:
+        model.train(was_training)
+    return math.exp(-total / tokens)

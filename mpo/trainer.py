@@ -1,0 +1,952 @@
+"""The trainer: a ``trl.DPOTrainer`` whose step is one model call on packed preference trees."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import TrainOutput
+from trl import DPOTrainer
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from mpo.checkpoints import last_complete_checkpoint, mark_complete, rotate, saved_state
+from mpo.collapse import CollapseDetector
+from mpo.config import MPOConfig
+from mpo.data import as_groups
+from mpo.errors import ConfigError, DataError, ModelError, MPOError, StorageError, TrainingError
+from mpo.evaluation.records import Scores
+from mpo.head import attach_reward_gap_head
+from mpo.layout import batch_shape, default_attention, usable_layout
+from mpo.loss import mpo_loss, reward_gap, reward_gap_loss
+from mpo.reference import (
+    BatchShape,
+    SourceReference,
+    build_or_load,
+    fingerprint_folder,
+    fingerprint_module,
+)
+from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataLoader, GroupDataset, language_weights
+from mpo.scoring import PairTensors, count_languages, evaluation_loader, probe_trees, run_model, score_loader
+from mpo.tokenization import set_chat_template, tokenize_groups
+
+logger = get_logger(__name__)
+
+# Sums kept per language between two logs, in the columns of one fixed matrix, so that reducing it over ranks is one
+# call whose size does not depend on which languages a rank has seen.
+_COUNT, _GAP, _TO_SOURCE, _POSITIVE, _CHOSEN, _REJECTED, _GAP_LOSS, _RETENTION = range(8)
+
+# Initialisations under which a fresh adapter computes exactly what the base model does.
+_NEUTRAL_ADAPTER_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
+
+_OVERFLOWS_BEFORE_STOP = 25
+
+
+class MPOTrainer(DPOTrainer):
+    """
+    Trains a causal language model with MPO, *Multilingual reward gaP Optimization* (Zhao et al., ACL 2025,
+    arXiv 2505.16869).
+
+    The reward gap between chosen and rejected answers in each target language is pulled to the gap that the starting
+    policy has on the same pair in its dominant language, whose hidden states are held still. Before the first step a
+    pass over the unique sources computes what the starting policy says of them (:mod:`mpo.reference`); no reference
+    model is in memory while training.
+
+    Example:
+        >>> from mpo import MPOConfig, MPOTrainer
+        >>> from peft import LoraConfig
+        >>> trainer = MPOTrainer(
+        ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+        ...     args=MPOConfig(output_dir="out", beta=1.5, learning_rate=2e-4),
+        ...     train_dataset=load_groups("pairs.jsonl").groups,
+        ...     peft_config=LoraConfig(r=16, target_modules="all-linear"),
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+
+    To change the loss, override :meth:`pair_loss`; it is given tensors with one entry per target pair and knows nothing
+    of trees, rows or ranks.
+
+    Args:
+        model: Hub id or folder of a model, a loaded model, or a PEFT model whose adapter is trained further (the
+            reference is then that adapter as it is at the start).
+        ref_model: explicit reference model. Unset: the starting policy. Freed after the reference pass.
+        args: settings.
+        data_collator: refused, since MPO's step needs its own.
+        train_dataset: groups in any form that :func:`mpo.data.as_groups` accepts.
+        eval_dataset: held-out groups, in the same forms.
+        processing_class: tokenizer of the model; loaded from the model's folder or id if unset.
+        compute_metrics: refused, since no logits are built. Metrics per language are always computed.
+        callbacks, optimizers: as in ``transformers.Trainer``.
+        quantization_config: for QLoRA, with ``model`` given by name.
+        peft_config: wraps the model in a new adapter.
+
+    Raises:
+        ConfigError: settings contradict each other or the model.
+        DataError: a row breaks the data contract.
+        ModelError: the model or tokenizer cannot be loaded or used.
+    """
+
+    loss_is_scaled_for_ga = True
+    _tag_names = ["trl", "mpo"]
+    _name = "MPO"
+    _paper = {
+        "title": "MPO: Multilingual Safety Alignment via Reward Gap Optimization",
+        "id": "2505.16869",
+        "citation": textwrap.dedent("""\
+            @inproceedings{zhao2025mpo,
+                title     = {{MPO: Multilingual Safety Alignment via Reward Gap Optimization}},
+                author    = {Zhao, Weixiang and others},
+                year      = 2025,
+                booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
+                url       = {https://arxiv.org/abs/2505.16869},
+            }"""),
+    }
+
+    args: MPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        ref_model: PreTrainedModel | None = None,
+        args: MPOConfig | None = None,
+        data_collator: Any | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = MPOConfig(output_dir=f"{Path(name).name}-MPO")
+        if not isinstance(args, MPOConfig):
+            raise ConfigError(f"`args` is a {type(args).__name__}; expected an `mpo.MPOConfig`.")
+        _refuse(data_collator=data_collator, compute_metrics=compute_metrics)
+        if train_dataset is None:
+            raise DataError("`train_dataset` is missing; expected groups, see `mpo.data.load_groups`.")
+        if ref_model is model:
+            raise ConfigError("`ref_model` is the model itself. Leave it out: the reference is the starting policy.")
+
+        set_seed(args.seed)
+        self._model_source = model if isinstance(model, str) else None
+        if isinstance(model, str):
+            if processing_class is None:
+                processing_class = _load_tokenizer(model, args)
+            model = _load_model(model, args, quantization_config)
+        elif quantization_config is not None:
+            raise ConfigError(
+                "`quantization_config` was given with a loaded model; quantization happens while loading. Pass the "
+                "model's name or folder instead."
+            )
+        if processing_class is None:
+            processing_class = _load_tokenizer(get_config_model_id(model.config), args)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ModelError(
+                f"`processing_class` is a {type(processing_class).__name__}; MPO trains on text and needs a tokenizer."
+            )
+        set_chat_template(processing_class, args.chat_template, get_config_model_id(model.config) or "the tokenizer")
+        _check_peft(peft_config if peft_config is not None else getattr(model, "active_peft_config", None))
+        continues_adapter = hasattr(model, "peft_config")
+
+        self._explicit_reference = ref_model
+        self._reference_without_adapter = (
+            peft_config is not None and getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_ADAPTER_INITS
+        )
+        self._fingerprint: str | None = None
+        self._references: dict[int, SourceReference] = {}
+        self.dropped_rows: list[str] = []
+        """One sentence for each row that tokenization dropped (``bad_rows="drop"``)."""
+        self.source_report: dict[str, int] = {}
+        """After the reference pass: ``sources``, ``not_positive`` (gap of 0 or less) and ``dropped``."""
+
+        collator = GroupCollator([], [], args.batch_layout, 1, 0, args.retain_pooling)
+        groups_of = lambda data: as_groups(data, source_language=args.source_language, bad_rows=args.bad_rows)  # noqa: E731
+        with _no_reference_model():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=groups_of(train_dataset),
+                eval_dataset=_map_datasets(groups_of, eval_dataset),
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+        if continues_adapter and "ref" in self.model.peft_config:
+            # The reference pass runs before the adapter changes, so no frozen copy of it is needed, or saved.
+            self.model.delete_adapter("ref")
+        _check_master_weights(self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        bare = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        attach_reward_gap_head(bare)
+        self._text_config = bare.config.get_text_config()
+
+        pairs = count_languages(self.train_dataset)
+        datasets = [self.train_dataset, *_datasets(self.eval_dataset)]
+        self.languages: list[str] = sorted({language for data in datasets for language in count_languages(data)})
+        """Target languages, sorted; a pair's language is its index here."""
+        self._warn_of_unknown_weights()
+        assert isinstance(self._tokenizer.pad_token_id, int)
+        self._shape = batch_shape(
+            self.accelerator.device,
+            layout=args.batch_layout,
+            pad_token_id=self._tokenizer.pad_token_id,
+            pooling=args.retain_pooling,
+            max_tokens_per_row=args.max_tokens_per_row,
+            tokens_per_batch=args.reference_tokens_per_batch,
+        )
+        self._layout_checked = False
+        self.data_collator = GroupCollator(
+            languages=self.languages,
+            language_weights=language_weights(self.languages, pairs, args.language_weights),
+            layout=self._shape.layout,
+            max_tokens_per_row=self._shape.max_tokens_per_row,
+            pad_token_id=self._shape.pad_token_id,
+            pooling=self._shape.pooling,
+            run_source=args.retain_weight > 0,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+        self._sums = torch.zeros((len(self.languages), 8), device=self.accelerator.device)
+        self._last_log: tuple[float, int] | None = None
+        self._step_loss: Tensor | None = None
+        self._step_groups: list[tuple[str, list[int]]] = []
+        self._overflows = 0
+        self._collapse = CollapseDetector(args.collapse_window, args.collapse_drop)
+
+    # ---- The objective -------------------------------------------------------------------------------------------
+
+    def pair_loss(self, pairs: PairTensors) -> Tensor:
+        """
+        Loss of each target pair; override this to train with a loss of your own.
+
+        What is returned is weighted by language and averaged over all target pairs of the optimizer step, whatever the
+        grouping, the accumulation or the number of ranks.
+
+        Args:
+            pairs: tensors with one entry per target pair, see :class:`mpo.scoring.PairTensors`.
+
+        Returns:
+            ``[T]``, differentiable with respect to the policy.
+        """
+        gap = reward_gap(pairs.chosen_logps, pairs.rejected_logps)
+        return mpo_loss(
+            gap,
+            pairs.reference_gap,
+            pairs.retention,
+            beta=self.args.beta,
+            retain_weight=self.args.retain_weight,
+        )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """One micro-batch's share of the step's mean: the sum of its pairs' losses over the step's number of pairs."""
+        kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        pairs, output = run_model(model, inputs, **kwargs)
+        losses = self.pair_loss(pairs)
+        if losses.shape != pairs.chosen_logps.shape:
+            raise ConfigError(
+                f"`pair_loss` returned shape {tuple(losses.shape)}; expected {tuple(pairs.chosen_logps.shape)}, one "
+                "value per target pair."
+            )
+        count = inputs["num_pairs"] if num_items_in_batch is None else num_items_in_batch
+        loss = (losses * inputs["weight"]).sum()
+        if self.aux_loss_enabled:
+            # The router's loss of a micro-batch counts like each of its pairs.
+            loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]
+        loss = loss / count
+        if self.model.training:
+            self._accumulate(pairs, inputs["counts"])
+            self._step_groups.extend(zip(inputs["origins"], inputs["rows"], strict=True))
+            step_loss = loss.detach()
+            self._step_loss = step_loss if self._step_loss is None else self._step_loss + step_loss
+            # Gradients are averaged over ranks afterwards, while the step's mean is over all ranks' pairs.
+            loss = loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Number of target pairs of the optimizer step, over its micro-batches and all ranks."""
+        count = sum(batch["num_pairs"] for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return count
+        total = self.accelerator.reduce(torch.tensor(float(count), device=device), reduction="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _accumulate(self, pairs: PairTensors, counts: Tensor) -> None:
+        with torch.no_grad():
+            gap = reward_gap(pairs.chosen_logps, pairs.rejected_logps)
+            columns = [torch.ones_like(gap)] * 8
+            columns[_GAP] = gap
+            columns[_TO_SOURCE] = gap - pairs.reference_gap
+            columns[_POSITIVE] = (gap > 0).to(gap.dtype)
+            columns[_CHOSEN] = pairs.chosen_logps
+            columns[_REJECTED] = pairs.rejected_logps
+            columns[_GAP_LOSS] = reward_gap_loss(gap, pairs.reference_gap, self.args.beta)
+            columns[_RETENTION] = pairs.retention
+            values = torch.stack(columns, dim=1).to(self._sums.dtype) * counts[:, None]
+            self._sums.index_add_(0, pairs.language, values)
+
+    # ---- Data ----------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        with args.main_process_first(desc="tokenizing"):
+            tokenized, dropped = tokenize_groups(
+                dataset,
+                processing_class,
+                max_length=args.max_length,
+                template_kwargs=args.chat_template_kwargs,
+                bad_rows=args.bad_rows,
+                group_by_source=args.group_by_source,
+                max_targets_per_group=args.max_targets_per_group,
+                num_proc=args.dataset_num_proc,
+                name=dataset_name,
+            )
+        if dropped:
+            logger.warning(f"{len(dropped)} rows of the {dataset_name} data were dropped, the first: {dropped[0]}")
+            self.dropped_rows.extend(dropped)
+        return tokenized
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self.train_dataset.column_names)
+
+    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of this rank's micro-batches. Its order depends on ``data_seed`` (or ``seed``) and the epoch only."""
+        args = self.args
+        reference = self._reference_of(self.train_dataset)
+        indices = np.arange(len(self.train_dataset))
+        if args.min_source_gap is not None:
+            indices = indices[reference.gap > args.min_source_gap]
+            if len(indices) == 0:
+                raise DataError(
+                    f"no source has a reference gap above min_source_gap={args.min_source_gap}; the largest is "
+                    f"{float(reference.gap.max()):.3f}. Lower `min_source_gap`, or check that chosen and rejected are not "
+                    "swapped."
+                )
+        sampler = GroupBatchSampler(
+            indices,
+            self._train_batch_size,
+            num_ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            drop_last=args.dataloader_drop_last,
+        )
+        if len(sampler) == 0:
+            raise DataError(
+                f"{len(indices)} groups are less than one micro-batch of {self._train_batch_size} on each of "
+                f"{self.accelerator.num_processes} ranks, and `dataloader_drop_last` drops them."
+            )
+        workers = args.dataloader_num_workers
+        return GroupDataLoader(
+            GroupDataset(self.train_dataset, reference),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and self.accelerator.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers if workers else False,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def _warn_of_unknown_weights(self) -> None:
+        weights = self.args.language_weights
+        unknown = sorted(set(weights) - set(self.languages)) if isinstance(weights, dict) else []
+        if unknown:
+            raise ConfigError(
+                f"`language_weights` names {', '.join(unknown)}, but the data's target languages are "
+                f"{', '.join(self.languages)}."
+            )
+
+    # ---- The reference -------------------------------------------------------------------------------------------
+
+    def _reference_of(self, dataset: Dataset, name: str = "train") -> SourceReference:
+        """Reference values of a prepared dataset, computed or read when first asked for."""
+        reference = self._references.get(id(dataset))
+        if reference is None:
+            if self.state.global_step > 0 and not (self._reference_without_adapter or self._explicit_reference):
+                raise ModelError(
+                    "the reference of new data is asked for after training has begun, when the starting policy is gone. "
+                    "Pass the data as `eval_dataset` when the trainer is made, or pass `ref_model`."
+                )
+            reference = build_or_load(
+                dataset,
+                self._reference_forward,
+                cache_dir=self.args.reference_folder(),
+                key=self._reference_key(),
+                shape=self._shape,
+                hidden_size=self._text_config.hidden_size,
+                ranks=self.accelerator,
+                name=name,
+            )
+            self._references[id(dataset)] = reference
+        return reference
+
+    def _prepare_references(self) -> None:
+        """Run or read the reference of all data and settle the batch layout, before the first step changes anything."""
+        self._check_layout()
+        reference = self._reference_of(self.train_dataset)
+        for i, dataset in enumerate(_datasets(self.eval_dataset)):
+            self._reference_of(dataset, "eval" if i == 0 else f"eval {i}")
+        gaps = reference.store.gaps()
+        limit = self.args.min_source_gap
+        self.source_report = {
+            "sources": len(gaps),
+            "not_positive": int((gaps <= 0).sum()),
+            "dropped": int((gaps <= limit).sum()) if limit is not None else 0,
+        }
+        if self.source_report["not_positive"] and not self.source_report["dropped"]:
+            logger.warning(
+                f"{self.source_report['not_positive']} of {len(gaps)} sources have a reference gap of 0 or less: on them "
+                "the model prefers the rejected answer in its dominant language, too, and teaches that to the target "
+                "languages. `min_source_gap: 0.0` drops them."
+            )
+        # The explicit reference has said all it will be asked.
+        self._explicit_reference = None
+
+    def _check_layout(self) -> None:
+        if self._layout_checked:
+            return
+        with self._reference_forward() as forward:
+            dtype = torch.get_autocast_dtype(self.accelerator.device.type) if self._mixed_precision else self.model.dtype
+            layout = usable_layout(
+                forward, probe_trees(self.train_dataset), self._shape, self.accelerator.device, dtype
+            )
+        self._shape = replace(self._shape, layout=layout)
+        self.data_collator.layout = layout
+        self._layout_checked = True
+
+    @property
+    def _mixed_precision(self) -> bool:
+        return self.accelerator.mixed_precision in ("bf16", "fp16")
+
+    @contextmanager
+    def _reference_forward(self) -> Iterator[Any]:
+        """The reference model's forward: the explicit one, the base below a new adapter, or the policy at its start."""
+        if self._explicit_reference is not None:
+            attach_reward_gap_head(self._explicit_reference)
+            model = self._explicit_reference.to(self.accelerator.device)
+            adapter_off: Any = nullcontext()
+        else:
+            model = self._wrapped_model()
+            adapter_off = self.model.disable_adapter() if self._reference_without_adapter else nullcontext()
+        was_training = model.training
+        model.eval()
+        try:
+            with adapter_off, self.accelerator.autocast():
+                yield model
+        finally:
+            model.train(was_training)
+
+    def _wrapped_model(self) -> Any:
+        """What to call for a forward pass: sharded models need their wrapper, others do not."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self.model_wrapped if sharded else self.model
+
+    def _reference_key(self) -> dict[str, Any]:
+        if self._fingerprint is None:
+            found = [self._weights_fingerprint() if self.accelerator.is_main_process else None]
+            broadcast_object_list(found, from_process=0)
+            assert found[0] is not None
+            self._fingerprint = found[0]
+        return {
+            "weights": self._fingerprint,
+            "dtype": str(self.model.dtype),
+            "mixed_precision": str(self.accelerator.mixed_precision),
+            "quantization": str(getattr(self.model.config, "quantization_config", None)),
+        }
+
+    def _weights_fingerprint(self) -> str:
+        """What identifies the reference's weights: files where the model was loaded from them, tensors otherwise."""
+        if self._explicit_reference is None and self._model_source is not None and self._starts_at_files:
+            folder = Path(self._model_source)
+            if folder.is_dir():
+                return f"files:{fingerprint_folder(folder)}"
+            commit = getattr(self.model.config, "_commit_hash", None)
+            if commit:
+                return f"hub:{self._model_source}@{commit}"
+        tensors = fingerprint_module(self._explicit_reference or self.model)
+        # Partitioned weights cannot be told apart here, so such a reference is never reused.
+        return f"tensors:{tensors}" if tensors else f"unknown:{os.urandom(16).hex()}"
+
+    @property
+    def _starts_at_files(self) -> bool:
+        return self._reference_without_adapter or not hasattr(self.model, "peft_config")
+
+    # ---- Training ------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Train.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; True for the last complete one in ``output_dir``; ``"auto"``
+                for the same if there is one, else a fresh start.
+
+        Raises:
+            StorageError: there is no complete checkpoint to resume from.
+            ConfigError: the checkpoint was made with another order of the data.
+            TrainingError: a loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
+        """
+        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        self._prepare_references()
+        return super().train(
+            resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+        )
+
+    def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+        if not resume:
+            return None
+        folder = self.args.output_dir
+        assert folder is not None
+        if resume is True or resume == "auto":
+            found = last_complete_checkpoint(folder)
+            if found is None and resume is True:
+                raise StorageError(f"there is no complete checkpoint in '{folder}' to resume from.")
+            if found is None:
+                return None
+            resume = str(found)
+        assert isinstance(resume, str)
+        if not Path(resume).is_dir():
+            raise StorageError(f"the checkpoint '{resume}' to resume from does not exist.")
+        if not self.args.ignore_data_skip:
+            saved, now = saved_state(resume), self._order_state()
+            different = [name for name in now if name in saved and saved[name] != now[name]]
+            if different:
+                changes = ", ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in different)
+                raise ConfigError(
+                    f"'{resume}' was saved with another order of the data ({changes}), so resuming would repeat some "
+                    "groups and skip others. Restore the settings, or set `ignore_data_skip: true` to begin the epoch "
+                    "anew from the checkpoint's weights."
+                )
+        return resume
+
+    def _order_state(self) -> dict[str, Any]:
+        """What decides which groups have been seen after a number of steps."""
+        args = self.args
+        return {
+            "order_version": 1,
+            "data_seed": args.data_seed if args.data_seed is not None else args.seed,
+            "ranks": self.accelerator.num_processes,
+            "groups_per_micro_batch": self._train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "groups": len(self.train_dataset),
+            "min_source_gap": args.min_source_gap,
+        }
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Called once per optimizer step, after the gradients are final and before the optimizer moves.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._require_finite(norm)
+        return norm
+
+    def _require_finite(self, grad_norm: Any) -> None:
+        loss, groups = self._step_loss, self._step_groups
+        self._step_loss, self._step_groups = None, []
+        device = self.accelerator.device
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=device)
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        loss = torch.zeros((), device=device) if loss is None else loss.float()
+        flags = torch.stack([torch.isfinite(loss), torch.isfinite(norm)]).float()
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MIN)
+        loss_finite, norm_finite = (bool(flag) for flag in flags.tolist())
+        if loss_finite and norm_finite:
+            self._overflows = 0
+            return
+        if loss_finite and self.accelerator.scaler is not None:
+            # Under fp16 an overflowing gradient is how the loss scale finds its level; the scaler skips the step.
+            self._overflows += 1
+            if self._overflows < _OVERFLOWS_BEFORE_STOP:
+                return
+        self._stop_at_non_finite(loss_finite, groups)
+
+    def _stop_at_non_finite(self, loss_finite: bool, groups: list[tuple[str, list[int]]]) -> None:
+        if self.accelerator.num_processes > 1:
+            groups = gather_object(groups)
+        self.model.zero_grad()
+        step = self.state.global_step
+        saved = last_complete_checkpoint(self.args.output_dir or ".")
+        if step > 0 and self.args.save_strategy != "no":
+            # The optimizer has not moved, so the weights are still those of the last good step.
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            saved = last_complete_checkpoint(self.args.output_dir or ".")
+        rows = "; ".join(f"{origin} rows {rows}" for origin, rows in groups[:8])
+        more = f" and {len(groups) - 8} more groups" if len(groups) > 8 else ""
+        raise TrainingError(
+            f"the {'gradient' if loss_finite else 'loss'} of step {step + 1} is not finite, so the optimizer was not "
+            f"run. Rows of the batch: {rows}{more}. "
+            + (f"The last good state is in '{saved}'. " if saved else "No step had been saved. ")
+            + "Lower the learning rate, check these rows, or train in bf16 or fp32 instead of fp16."
+        )
+
+    # ---- Logging -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics per language to a training log, see the class's documentation for their names."""
+        if self.model.training and "loss" in logs:
+            logs.update(self._language_metrics())
+        Trainer.log(self, logs, start_time)
+
+    def _language_metrics(self) -> dict[str, float]:
+        sums = self._sums
+        if self.accelerator.num_processes > 1:
+            sums = sums.clone()
+            torch.distributed.all_reduce(sums)
+        table = sums.double().cpu().numpy()
+        self._sums.zero_()
+        total = table.sum(axis=0)
+        if total[_COUNT] == 0:
+            return {}
+        metrics = {
+            "loss/reward_gap": float(total[_GAP_LOSS] / total[_COUNT]),
+            "loss/retention": float(total[_RETENTION] / total[_COUNT]),
+        }
+        now, step = time.monotonic(), self.state.global_step
+        if self._last_log is not None and step > self._last_log[1]:
+            metrics["pairs_per_second"] = float(total[_COUNT] / max(now - self._last_log[0], 1e-9))
+        self._last_log = (now, step)
+        for language, row in zip(self.languages, table, strict=True):
+            if row[_COUNT] == 0:
+                continue
+            mean = row / row[_COUNT]
+            metrics[f"reward_gap/{language}"] = float(mean[_GAP])
+            metrics[f"gap_to_source/{language}"] = float(mean[_TO_SOURCE])
+            metrics[f"positive/{language}"] = float(mean[_POSITIVE])
+            metrics[f"logps/chosen/{language}"] = float(mean[_CHOSEN])
+            metrics[f"logps/rejected/{language}"] = float(mean[_REJECTED])
+            self._watch_collapse(language, float(mean[_CHOSEN]), float(mean[_GAP]))
+        return metrics
+
+    def _watch_collapse(self, language: str, chosen: float, gap: float) -> None:
+        collapse = self._collapse.update(language, chosen, gap)
+        if collapse is None:
+            return
+        if self.args.stop_on_collapse:
+            if self.state.global_step > 0 and self.args.save_strategy != "no":
+                self._save_checkpoint(self.model_wrapped, trial=None)
+            raise TrainingError(f"Stopped at step {self.state.global_step}: {collapse}.")
+        logger.warning(f"At step {self.state.global_step}, {collapse} (`stop_on_collapse: true` does).")
+
+    # ---- Evaluation ----------------------------------------------------------------------------------------------
+
+    def score(self, dataset: Any = None, *, description: str = "Scoring held-out pairs") -> Scores:
+        """
+        Score every pair of a dataset, sources included, with the current weights.
+
+        All ranks call this and get the same result.
+
+        Args:
+            dataset: prepared or raw groups; None for the evaluation dataset.
+            description: text of the progress bar.
+
+        Raises:
+            DataError: there is no dataset.
+        """
+        return self._score(self._evaluation_data(dataset), description)[0]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Loss and reward gap per language on held-out groups, each pair weighing the same.
+
+        Returns:
+            ``eval_loss``, ``eval_loss/retention``, and per target language ``eval_reward_gap/<language>`` and the other
+            names of the training log.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            metrics: dict[str, float] = {}
+            for name, part in data.items():
+                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        start = time.monotonic()
+        scores, loss = self._score(self._evaluation_data(eval_dataset), "Evaluating")
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        if scores.retention is not None:
+            metrics[f"{metric_key_prefix}_loss/retention"] = scores.retention
+        for language in self.languages:
+            records = [r for r in scores.records if r.language == language and not r.is_source]
+            if not records:
+                continue
+            values = {
+                "reward_gap": [r.gap for r in records],
+                "gap_to_source": [r.gap - r.reference_gap for r in records],
+                "positive": [float(r.gap > 0) for r in records],
+                "logps/chosen": [r.chosen for r in records],
+                "logps/rejected": [r.rejected for r in records],
+            }
+            for name, numbers in values.items():
+                metrics[f"{metric_key_prefix}_{name}/{language}"] = math.fsum(numbers) / len(numbers)
+        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_data(self, dataset: Any) -> Dataset:
+        if dataset is None or isinstance(dataset, str):
+            found = self.eval_dataset[dataset] if isinstance(dataset, str) else self.eval_dataset
+            if isinstance(found, dict):
+                raise DataError(f"there are several evaluation datasets; name one of {', '.join(found)}.")
+            if found is None:
+                raise DataError("there is no evaluation data; pass `eval_dataset` to the trainer or to this call.")
+            assert isinstance(found, Dataset)
+            return found
+        if isinstance(dataset, Dataset) and "source_prompt" in dataset.column_names and (
+            "target_language" in dataset.column_names and "origin" in dataset.column_names
+            and not isinstance(dataset[0]["source_prompt"], str)
+            and (not dataset[0]["source_prompt"] or isinstance(dataset[0]["source_prompt"][0], int))
+        ):
+            return dataset
+        groups = as_groups(dataset, source_language=self.args.source_language, bad_rows=self.args.bad_rows)
+        return self._prepare_dataset(groups, self.processing_class, self.args, "eval")
+
+    def _score(self, dataset: Dataset, description: str) -> tuple[Scores, float]:
+        unknown = sorted(set(count_languages(dataset)) - set(self.languages))
+        if unknown:
+            raise DataError(
+                f"the data has target languages the trainer was not made with: {', '.join(unknown)}. Pass it as "
+                "`eval_dataset` when the trainer is made."
+            )
+        self._check_layout()
+        reference = self._reference_of(dataset, "eval")
+        ranks = self.accelerator
+        loader = evaluation_loader(
+            dataset,
+            reference,
+            languages=self.languages,
+            shape=self._shape,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_ranks=ranks.num_processes,
+            rank=ranks.process_index,
+        )
+        model = self._wrapped_model()
+        was_training = model.training
+        model.eval()
+        try:
+            with ranks.autocast():
+                return score_loader(
+                    model,
+                    loader,
+                    languages=self.languages,
+                    source_language=self.args.source_language,
+                    device=ranks.device,
+                    pair_loss=self.pair_loss,
+                    num_ranks=ranks.num_processes,
+                    description=description,
+                    progress=ranks.is_main_process and not self.args.disable_tqdm,
+                )
+        finally:
+            model.train(was_training)
+
+    # ---- Saving --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Not DPOTrainer's: it rewrites the model card at every checkpoint.
+        folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        main = self.accelerator.is_main_process
+        if main and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Old checkpoints go only when the new one is complete, so that a kill in between leaves one to resume from.
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        problem: str | None = None
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+        except (OSError, RuntimeError) as error:
+            if not _is_storage_problem(error):
+                raise
+            problem = str(error)
+        finally:
+            self.args.save_total_limit = keep
+        problems = [problem]
+        if self.accelerator.num_processes > 1:
+            problems = gather_object(problems)
+        problem = next((p for p in problems if p), None)
+        if main and problem is None:
+            try:
+                mark_complete(folder, self._order_state())
+                rotate(folder.parent, keep, self.state.best_model_checkpoint)
+            except OSError as error:
+                problem = str(error)
+        if problem is not None and main:
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_complete_checkpoint(folder.parent)
+            logger.error(
+                f"The checkpoint of step {self.state.global_step} could not be saved ({problem}). Training goes on; the "
+                f"last complete checkpoint is {last or 'none'}. Free some space in '{folder.parent}' before the next one."
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, which may hold a Hub token; `recipe.yaml` and `complete.json` say what it said.
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir or ".") / "training_args.bin").unlink(missing_ok=True)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: an offline run must not wait for a server."""
+
+
+# ---- Parts of the constructor ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _no_reference_model() -> Iterator[None]:
+    """
+    Keep ``DPOTrainer.__init__`` from loading a second model as the reference, which MPO never needs.
+
+    The policy is loaded before, so the only call of ``create_model_from_path`` left in there is the reference's.
+    """
+    with (
+        mock.patch("trl.trainer.dpo_trainer.create_model_from_path", lambda *args, **kwargs: None),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".*model_init_kwargs.*")
+        # The loaded model was made from `model_init_kwargs` right here, so TRL's remark on them is not true.
+        trl_logger = logging.getLogger("trl.trainer.dpo_trainer")
+        level = trl_logger.level
+        trl_logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            trl_logger.setLevel(level)
+
+
+def _refuse(**arguments: Any) -> None:
+    reasons = {
+        "data_collator": "the step packs preference trees with its own collator",
+        "compute_metrics": "no logits are built that it could read; `trainer.score()` gives the score of every pair",
+    }
+    for name, value in arguments.items():
+        if value is not None:
+            raise ConfigError(f"`{name}` is not supported by MPOTrainer: {reasons[name]}.")
+
+
+def _load_tokenizer(source: str, args: MPOConfig) -> PreTrainedTokenizerBase:
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"'{source}' has no tokenizer that can be loaded: {_first_line(error)}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _load_model(source: str, args: MPOConfig, quantization_config: Any) -> PreTrainedModel:
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state is not None and args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs.setdefault("use_safetensors", True)
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+        )
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = default_attention(config)
+        return create_model_from_path(source, **kwargs)
+    except MPOError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"the model '{source}' cannot be loaded: {_first_line(error)} Expected a Hub id you have access to, or a "
+            "folder with config.json and *.safetensors files."
+        ) from error
+
+
+def _check_peft(config: Any) -> None:
+    if config is None:
+        return
+    if getattr(config, "is_prompt_learning", False):
+        raise ConfigError(
+            f"{type(config).__name__} puts virtual tokens before the prompt, which preference trees do not have. Use LoRA "
+            "(or DoRA, rsLoRA) instead."
+        )
+    saved = set(getattr(config, "modules_to_save", None) or [])
+    if saved & {"lm_head", "embed_tokens"}:
+        raise ConfigError(
+            f"`modules_to_save` names {', '.join(sorted(saved & {'lm_head', 'embed_tokens'}))}: the reward-gap head reads "
+            "the LM head's weight directly and would train a copy that it does not use. Remove it."
+        )
+
+
+def _check_master_weights(model: Any, sharded: bool) -> None:
+    if sharded or hasattr(model, "peft_config"):
+        return
+    half = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if half:
+        raise ConfigError(
+            f"the weights to be trained are {', '.join(sorted(half))}: at the learning rates of preference training their "
+            "updates are rounded away. Load the model with `dtype: float32` and set `bf16: true`, which computes in bf16 "
+            "and keeps float32 master weights."
+        )
+
+
+def _map_datasets(function: Callable[[Any], Dataset], data: Any) -> Any:
+    if data is None:
+        return None
+    if isinstance(data, dict):
+        return {name: function(part) for name, part in data.items()}
+    return function(data)
+
+
+def _datasets(data: Any) -> Sequence[Dataset]:
+    if data is None:
+        return []
+    return list(data.values()) if isinstance(data, dict) else [data]
+
+
+def _is_storage_problem(error: Exception) -> bool:
+    """Whether saving failed for the disk's sake; torch and safetensors report a full disk as errors of their own."""
+    text = str(error).lower()
+    return isinstance(error, OSError) or any(
+        sign in text for sign in ("no space", "enospc", "file write failed", "unexpected pos", "i/o error", "quota")
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
