@@ -41,7 +41,7 @@ def is_complete(folder: str | Path) -> bool:
         with open(folder / MARKER, encoding="utf-8") as file:
             files = json.load(file)["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from dataclasses import dataclass
 
 import numpy as np
+
+# Standard errors that a fall must have to be more than scatter.
+_ERRORS = 6.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class CollapseDetector:
     Watches the mean log-likelihood of chosen responses and the reward gap of each language.
 
     A collapse is a steady fall: over ``window`` logging points the least-squares line of the chosen log-likelihood falls
-    by at least ``drop`` nats per token, explains most of its variance (correlation with time at most -0.8, so that the
-    scatter between batches does not count), and the gap's line rises. Each language is reported once.
+    by at least ``drop`` nats per token and by six of its standard errors, and the gap's line rises. The error comes
+    from the scatter between neighbouring points, which batches of different pairs have a lot of: a run of a thousand
+    points sees chance falls of three or four errors. Each language is reported once.
 
     Args:
         window: number of consecutive logging points.
@@ -41,7 +46,7 @@ class CollapseDetector:
 
     def __init__(self, window: int, drop: float) -> None:
         self.window, self.drop = window, drop
-        self._history: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=window))
+        self._history: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=8 * window))
         self._reported: set[str] = set()
 
     def update(self, language: str, chosen: float, gap: float) -> Collapse | None:
@@ -54,18 +59,21 @@ class CollapseDetector:
             gap: mean reward gap, nats per token.
 
         Returns:
-            The collapse, the first time it is seen for this language.
+            The collapse, the first time it is seen for this language. A point that is not finite is left out.
         """
         history = self._history[language]
+        if not (math.isfinite(chosen) and math.isfinite(gap)):
+            return None
         history.append((chosen, gap))
         if len(history) < self.window or language in self._reported:
             return None
         values = np.asarray(history)
-        time = np.arange(self.window)
-        slopes = np.polyfit(time, values, 1)[0] * (self.window - 1)
-        spread = values[:, 0].std()
-        correlation = np.corrcoef(time, values[:, 0])[0, 1] if spread > 0 else 0.0
-        if slopes[0] > -self.drop or correlation > -0.8 or slopes[1] <= 0:
+        time = np.arange(self.window) - (self.window - 1) / 2
+        slopes = time @ values[-self.window :] / (time @ time) * (self.window - 1)
+        # A difference of two neighbours has twice the variance of a point; the mean difference is the trend.
+        scatter = np.diff(values[:, 0]).std(ddof=1) / math.sqrt(2)
+        error = scatter * math.sqrt(12 * (self.window - 1) / (self.window * (self.window + 1)))
+        if slopes[0] > -self.drop or slopes[0] > -_ERRORS * error or slopes[1] <= 0:
             return None
         self._reported.add(language)
         return Collapse(language, self.window, float(-slopes[0]), float(slopes[1]))

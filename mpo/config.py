@@ -92,6 +92,8 @@ class MPOConfig(DPOConfig):
         bad_rows (`str`, *optional*, defaults to `"error"`):
             What to do with rows that break the data contract: `"error"` stops at the first, `"drop"` counts and
             lists them.
+        max_response_length (`int`, *optional*):
+            Cut every response to this many tokens, besides `max_length`, which limits prompt plus response.
         chat_template (`str`, *optional*):
             Chat template (Jinja text, or a file that holds it) for tokenizers that have none.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
@@ -151,6 +153,9 @@ class MPOConfig(DPOConfig):
     )
     bad_rows: str = field(
         default="error", metadata={"help": "What to do with bad rows.", "choices": ["error", "drop"]}
+    )
+    max_response_length: int | None = field(
+        default=None, metadata={"help": "Cut every response to this many tokens."}
     )
     chat_template: str | None = field(default=None, metadata={"help": "Chat template: Jinja text or a file."})
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -241,7 +246,12 @@ class MPOConfig(DPOConfig):
             "max_length",
             "a whole number of at least 2 (one prompt token and one response token), or null for no limit",
         )
-        for name in ("max_tokens_per_row", "reference_tokens_per_batch", "max_targets_per_group"):
+        for name in (
+            "max_tokens_per_row",
+            "reference_tokens_per_batch",
+            "max_targets_per_group",
+            "max_response_length",
+        ):
             value = getattr(self, name)
             require(
                 value is None or (isinstance(value, int) and value >= 1), name, "a whole number of at least 1, or null"

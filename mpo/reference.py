@@ -12,9 +12,13 @@ is complete; its files' checksums are verified whenever it is opened.
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import xxhash
-from accelerate.logging import get_logger
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
 from torch import nn
 
@@ -32,12 +35,15 @@ from mpo.errors import ModelError, StorageError
 from mpo.head import RewardGapOutput
 from mpo.trees import Tree, build_batch
 
-logger = get_logger(__name__)
+# Not accelerate's logger, which fails in a process without an Accelerator; only the main process warns here.
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _INDEX = "index.json"
 _CHUNK = 1 << 24
 _ARRAYS = ("logps", "hidden")
+_PARTIAL = ".partial"
+_ABANDONED = 24 * 3600.0  # seconds without a write after which a partial folder is nobody's
 
 Forward = Callable[..., RewardGapOutput]
 
@@ -210,6 +216,11 @@ def build_or_load(
         if problem is not None:
             logger.warning(f"The reference cache {folder} is damaged ({problem}); it is computed again.")
             shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                raise StorageError(
+                    f"the reference cache '{folder}' is damaged ({problem}) and cannot be removed. Remove it, or set "
+                    "`reference_cache_dir` to another folder."
+                )
     ranks.wait_for_everyone()
     if not folder.exists():
         _run_pass(dataset, first_group, forward, folder, full_key, shape, hidden_size, ranks, name)
@@ -227,9 +238,14 @@ def _run_pass(
     ranks: Ranks,
     name: str,
 ) -> None:
-    partial = folder.with_name(folder.name + ".partial")
+    # Runs that differ in their settings only share a key and may start together, so each has a folder of its own.
+    token = [uuid.uuid4().hex[:12]]
+    if ranks.num_processes > 1:
+        broadcast_object_list(token, from_process=0)
+    partial = folder.with_name(f"{folder.name}.{token[0]}{_PARTIAL}")
     shapes = {"logps": (len(first_group), 2), "hidden": (len(first_group), 2, hidden_size)}
     if ranks.is_main_process:
+        _remove_abandoned(folder)
         _create(partial, shapes)
     ranks.wait_for_everyone()
     if not partial.is_dir():
@@ -306,6 +322,17 @@ def _source_batches(dataset: Dataset, first_group: np.ndarray, tokens_per_batch:
         yield batch
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed passes with this key have left, but not what another run is writing now."""
+    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*{_PARTIAL}"):
+        try:
+            written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+        except OSError:
+            continue
+        if time.time() - written > _ABANDONED:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def _create(partial: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     needed = sum(int(np.prod(shape)) * 4 for shape in shapes.values())
     try:
@@ -318,7 +345,12 @@ def _create(partial: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
                 "free. Free some space, or set `reference_cache_dir`."
             )
         for array, shape in shapes.items():
-            np.lib.format.open_memmap(partial / f"{array}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+            path = partial / f"{array}.npy"
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+            # A memory map of a sparse file is killed when the disk fills up; reserved space cannot run out.
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except StorageError:
         raise
     except OSError as error:
@@ -329,14 +361,14 @@ def _create(partial: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _complete(partial: Path, folder: Path, key: Mapping[str, Any]) -> None:
-    files = {
-        f"{array}.npy": {
-            "bytes": (partial / f"{array}.npy").stat().st_size,
-            "xxh3_128": _hash_file(partial / f"{array}.npy"),
-        }
-        for array in _ARRAYS
-    }
     try:
+        files = {
+            f"{array}.npy": {
+                "bytes": (partial / f"{array}.npy").stat().st_size,
+                "xxh3_128": _hash_file(partial / f"{array}.npy"),
+            }
+            for array in _ARRAYS
+        }
         with open(partial / _INDEX, "w", encoding="utf-8") as file:
             json.dump({"key": key, "files": files}, file, indent=2, sort_keys=True)
             file.flush()

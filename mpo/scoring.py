@@ -222,6 +222,7 @@ def score_groups(
     *,
     source_language: str = "en",
     max_length: int | None = 1024,
+    max_response_length: int | None = None,
     chat_template: str | None = None,
     template_kwargs: dict[str, Any] | None = None,
     pooling: str = "mean",
@@ -243,7 +244,7 @@ def score_groups(
         groups: dataset in the data contract's canonical form.
         tokenizer: of the model.
         source_language: language of the sources, for the records.
-        max_length: limit of prompt plus response, in tokens.
+        max_length, max_response_length: limits of prompt plus response and of the response alone, in tokens.
         chat_template, template_kwargs: see :func:`mpo.tokenization.set_chat_template` and
             :func:`mpo.tokenization.tokenize_pair`.
         pooling, layout, max_tokens_per_row: see :class:`mpo.config.MPOConfig`.
@@ -257,7 +258,13 @@ def score_groups(
     """
     set_chat_template(tokenizer, chat_template)
     tokenized, _ = tokenize_groups(
-        groups, tokenizer, max_length=max_length, template_kwargs=template_kwargs, bad_rows=bad_rows, name="evaluation"
+        groups,
+        tokenizer,
+        max_length=max_length,
+        max_response_length=max_response_length,
+        template_kwargs=template_kwargs,
+        bad_rows=bad_rows,
+        name="evaluation",
     )
     is_peft = hasattr(model, "peft_config")
     base = model.get_base_model() if is_peft else model

@@ -7,6 +7,7 @@ TRL. Where the tokenized prompt is not a prefix of prompt plus response, both re
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -84,6 +85,7 @@ def tokenize_pair(
     rejected: Messages,
     *,
     max_length: int | None = None,
+    max_response_length: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> PairIds:
     """
@@ -94,6 +96,7 @@ def tokenize_pair(
         prompt: messages up to the user's last turn.
         chosen, rejected: the assistant's message, each in a list.
         max_length: limit of prompt plus response, in tokens.
+        max_response_length: limit of the response alone, in tokens.
         template_kwargs: extra arguments of the chat template.
 
     Raises:
@@ -136,7 +139,9 @@ def tokenize_pair(
             "response. Raise `max_length`, or drop such rows with `bad_rows: drop`.",
             field="prompt",
         )
-    pair = PairIds(prompt_ids[:start], chosen_ids[start:max_length], rejected_ids[start:max_length])
+    end = min((start + max_response_length if max_response_length else math.inf), max_length or math.inf)
+    stop = None if end == math.inf else int(end)
+    pair = PairIds(prompt_ids[:start], chosen_ids[start:stop], rejected_ids[start:stop])
     for field, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not ids:
             raise DataError("the response renders to no token.", field=field)
@@ -148,6 +153,7 @@ def tokenize_group(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
+    max_response_length: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "error",
 ) -> dict[str, Any]:
@@ -174,6 +180,7 @@ def tokenize_group(
                 pair["chosen"],
                 pair["rejected"],
                 max_length=max_length,
+                max_response_length=max_response_length,
                 template_kwargs=template_kwargs,
             )
         except DataError as error:
@@ -208,6 +215,7 @@ def tokenize_groups(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None = None,
+    max_response_length: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "error",
     group_by_source: bool = True,
@@ -221,7 +229,7 @@ def tokenize_groups(
     Args:
         groups: dataset in the data contract's canonical form.
         tokenizer: with a chat template.
-        max_length, template_kwargs, bad_rows: see :func:`tokenize_group`.
+        max_length, max_response_length, template_kwargs, bad_rows: see :func:`tokenize_group`.
         group_by_source: False makes every target pair a group of its own.
         max_targets_per_group: split groups with more targets than this.
         num_proc: processes to tokenize with.
@@ -243,6 +251,7 @@ def tokenize_groups(
                 {column: values[i] for column, values in rows.items()},
                 tokenizer,
                 max_length=max_length,
+                max_response_length=max_response_length,
                 template_kwargs=template_kwargs,
                 bad_rows=bad_rows,
             )

@@ -329,6 +329,7 @@ class MPOTrainer(DPOTrainer):
                 dataset,
                 processing_class,
                 max_length=args.max_length,
+                max_response_length=args.max_response_length,
                 template_kwargs=args.chat_template_kwargs,
                 bad_rows=args.bad_rows,
                 group_by_source=args.group_by_source,

@@ -184,7 +184,9 @@ _Placement = tuple[int, list[tuple[int, int]], list[tuple[tuple[int, int], tuple
 
 def _tree_rows(trees: Sequence[Tree], max_tokens: int) -> _Placement:
     """Row of each tree's branches, where its prompt and each branch start, and the row length."""
-    rows = pack_rows([tree.size for tree in trees], max_tokens)
+    sizes = [tree.size for tree in trees]
+    # Every row is as long as the longest, so a tree beyond the budget makes room for others in the other rows.
+    rows = pack_rows(sizes, max(max_tokens, *sizes))
     columns = [(0, 0)] * len(trees)
     starts = [((0, 0), (0, 0))] * len(trees)
     length = 0

@@ -1,0 +1,37 @@
+"""Loading and checking multilingual preference data.
+
+``load_groups`` reads any accepted form, ``split_by_source`` holds sources out, ``check_data`` reports.
+"""
+
+from __future__ import annotations
+
+from mpo.data.check import DataReport, check_data
+from mpo.data.contract import RowError, parse_row
+from mpo.data.languages import LANGUAGES, detect_language, language_name, normalize_language
+from mpo.data.loading import (
+    BadRow,
+    LoadedGroups,
+    as_groups,
+    fingerprint_groups,
+    group_features,
+    load_groups,
+    split_by_source,
+)
+
+__all__ = [
+    "LANGUAGES",
+    "BadRow",
+    "DataReport",
+    "LoadedGroups",
+    "RowError",
+    "as_groups",
+    "check_data",
+    "detect_language",
+    "fingerprint_groups",
+    "group_features",
+    "language_name",
+    "load_groups",
+    "normalize_language",
+    "parse_row",
+    "split_by_source",
+]

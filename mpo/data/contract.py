@@ -1,0 +1,406 @@
+"""The data contract: one row, in any accepted form, becomes a source pair and its target pairs.
+
+Accepted forms of a row:
+
+- canonical groups: ``{"source": pair, "targets": [pair, ...]}``, a pair being
+  ``{"language": ..., "prompt": ..., "chosen": ..., "rejected": ...}``;
+- flat rows: ``source_prompt``, ``source_chosen``, ``source_rejected``, ``target_prompt``, ``target_chosen``,
+  ``target_rejected``, and optionally ``target_language`` and ``source_language``;
+- the official MPO rows: as flat rows, with ``source_conversations`` and ``target_conversations`` for the
+  prompts.
+
+Wherever messages are expected, plain text stands for one user message (a prompt) or one assistant message (a
+response), and ``{"from": "human", "value": ...}`` for ``{"role": "user", "content": ...}``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
+from mpo.errors import DataError
+
+Pair = dict[str, Any]
+"""``{"language": str, "prompt": messages, "chosen": messages, "rejected": messages, "row": int}``"""
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_PARTS = ("prompt", "chosen", "rejected")
+_OPTIONAL = ("target_language", "source_language")
+
+
+class RowError(DataError):
+    """One row breaks the contract. ``reason`` is the message without file, row and field."""
+
+    def __init__(self, reason: str, *, file: str | None, row: int | None, field: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(reason, file=file, row=row, field=field)
+
+
+@dataclass
+class ParsedRow:
+    """One row after validation.
+
+    Attributes:
+        source: The source pair.
+        targets: The target pairs that are good.
+        errors: One error per target pair that is not; a row's only target pair is its only error then.
+        origin: Origin that the row itself carries (groups that were loaded before), or None.
+    """
+
+    source: Pair
+    targets: list[Pair]
+    errors: list[RowError] = field(default_factory=list)
+    origin: str | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value stands: for error messages."""
+
+    file: str
+    row: int
+    path: str = ""
+
+    def at(self, step: str | int) -> _Place:
+        path = (
+            f"{self.path}[{step}]" if isinstance(step, int) else f"{self.path}.{step}" if self.path else step
+        )
+        return _Place(self.file, self.row, path)
+
+    def error(self, reason: str) -> RowError:
+        return RowError(reason, file=self.file, row=self.row, field=self.path or None)
+
+
+# Letters by their Unicode category that are drawn as nothing: Hangul and Khmer fillers, the empty Braille
+# pattern, the combining grapheme joiner. Space, control and format characters are known by their category.
+_BLANK_LETTERS = frozenset("\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u034f")
+
+
+def is_blank(text: str) -> bool:
+    """True for a text that shows nothing: empty, or only whitespace, zero-width, direction-mark and BOM characters."""
+    for character in text:
+        if character in _BLANK_LETTERS or "\ufe00" <= character <= "\ufe0f":
+            continue
+        if unicodedata.category(character) not in ("Zs", "Zl", "Zp", "Cc", "Cf"):
+            return False
+    return True
+
+
+# Format characters (category Cf) of everyday texts: soft hyphen, direction marks, zero-width characters, BOM.
+_FORMAT = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
+
+
+def _visible(text: str) -> str:
+    """The text without the blanks around it and the direction marks and joiners inside it."""
+    return _FORMAT.sub("", text).strip()
+
+
+def show_name(name: object) -> str:
+    """A column name or label as it may be printed: short, and without characters that act on a terminal."""
+    text = str(name)
+    text = text if len(text) <= 40 else text[:37] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one most likely meant, or None."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return found[0] if found else None
+
+
+def _columns(row: Mapping[Any, Any]) -> str:
+    names = [f"`{show_name(key)}`" for key in row]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"
+
+
+def _describe(value: object) -> str:
+    """A value's kind, never its text: the data is harmful on purpose, and errors end up in logs."""
+    if value is None:
+        return "null"
+    if isinstance(value, float) and value != value:
+        return "NaN (an empty cell?)"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, (bytes, bytearray)):
+        return "bytes"
+    return f"a value of type {type(value).__name__}"
+
+
+def _required(row: Mapping[Any, Any], name: str, place: _Place, known: Iterable[str]) -> Any:
+    if name not in row:
+        known = set(known)
+        strangers = [key for key in row if isinstance(key, str) and key not in known]
+        near = nearest(name, strangers)
+        hint = f" Did you mean `{name}` by `{show_name(near)}`?" if near else ""
+        raise place.at(name).error(f"missing.{hint} The fields found are {_columns(row)}.")
+    value = row[name]
+    if value is None or (isinstance(value, float) and value != value):
+        raise place.at(name).error(f"is {_describe(value)}; expected a text or a list of messages.")
+    return value
+
+
+# Lists that were written into a text cell (by a spreadsheet, or pandas' to_csv) would be trained on as their
+# own source code.
+_WRITTEN_LIST = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+
+
+def _check_text(text: object, place: _Place, *, may_be_blank: bool = False) -> str:
+    if not isinstance(text, str):
+        raise place.error(f"is {_describe(text)}; expected a text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise place.error(
+            f"holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, half of a character "
+            "that was cut in two. Write the text again from its origin."
+        ) from error
+    if is_blank(text) and not may_be_blank:
+        kind = "is empty" if not text else "is empty: it holds only whitespace or invisible characters"
+        raise place.error(f"{kind}. Expected text.")
+    return text
+
+
+def _message(value: object, place: _Place, *, may_be_blank: bool = False) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise place.error(
+            f'is {_describe(value)}; expected a message such as {{"role": "user", "content": "..."}}.'
+        )
+    style = (
+        ("from", "value")
+        if value.get("role") is None and value.get("from") is not None
+        else ("role", "content")
+    )
+    for key in ("tool_calls", "function_call", "tool_call_id"):
+        if value.get(key):
+            raise place.at(key).error("tool calls are not supported. Take such rows out.")
+    for key in style:
+        if value.get(key) is None:
+            near = nearest(key, [k for k in value if isinstance(k, str) and k not in style])
+            hint = f" Did you mean `{key}` by `{show_name(near)}`?" if near else ""
+            problem = "is null" if key in value else "missing"
+            raise place.at(key).error(f"{problem}; a message has `{style[0]}` and `{style[1]}`.{hint}")
+    role = value[style[0]]
+    if not isinstance(role, str):
+        raise place.at(style[0]).error(f"is {_describe(role)}; expected a role such as 'user'.")
+    if role not in _ROLES:
+        near = nearest(role.strip().lower(), _ROLES)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise place.at(style[0]).error(
+            f"unknown role {show_name(role)!r}.{hint} Known roles: {', '.join(map(repr, _ROLES))}."
+        )
+    content = value[style[1]]
+    if isinstance(content, (list, tuple)):
+        raise place.at(style[1]).error("is a list of parts; only text messages are supported. Give one text.")
+    blank = may_be_blank and _ROLES[role] == "user"
+    return {"role": _ROLES[role], "content": _check_text(content, place.at(style[1]), may_be_blank=blank)}
+
+
+def _messages(value: object, place: _Place, *, role: str, may_be_blank: bool = False) -> list[dict[str, str]]:
+    """Normalise a prompt (``role="user"``) or a response (``role="assistant"``) to a list of messages."""
+    if isinstance(value, str):
+        text = _check_text(value, place, may_be_blank=may_be_blank)
+        if _WRITTEN_LIST.match(text):
+            raise place.error(
+                "is a list of messages written as a text. Store it as JSON Lines or Parquet, where lists stay "
+                "lists, or give the plain text of the message."
+            )
+        return [{"role": role, "content": text}]
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise place.error(f"is {_describe(value)}; expected a text or a list of messages.")
+    if not value:
+        raise place.error("is an empty list; expected at least one message.")
+    messages = [
+        _message(message, place.at(index), may_be_blank=may_be_blank) for index, message in enumerate(value)
+    ]
+    if role == "user":
+        for index, message in enumerate(messages):
+            if message["role"] == "system" and index > 0:
+                raise place.at(index).error("a system message stands only at the beginning of a prompt.")
+        if messages[-1]["role"] != "user":
+            raise place.at(len(messages) - 1).error(
+                f"the last message of a prompt must be from 'user', this one is from {messages[-1]['role']!r}. "
+                "The answers belong into chosen and rejected."
+            )
+    else:
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                raise place.at(index).error(
+                    f"a response must be from 'assistant', this message is from {message['role']!r}. "
+                    "A response holds the answer only; the conversation before it belongs into the prompt."
+                )
+    return messages
+
+
+def messages_text(messages: Iterable[Mapping[str, str]]) -> str:
+    """The contents of messages, one after another."""
+    return "\n".join(message["content"] for message in messages)
+
+
+def _label(value: object, place: _Place) -> str | None:
+    """A normalised language label, or None where there is none."""
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    if not isinstance(value, str):
+        raise place.error(f"is {_describe(value)}; expected a language code such as 'bn'.")
+    if is_blank(value):
+        return None
+    if value.strip().lower() == UNDETERMINED:
+        return UNDETERMINED
+    try:
+        return normalize_language(value.strip())
+    except DataError as error:
+        raise place.error(str(error)) from None
+
+
+def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bool) -> Pair:
+    """The pair's messages, validated; its language is filled in by the caller.
+
+    A target's user message may be empty: the published MPO data has such a prompt, and both its responses are
+    sound. :func:`mpo.data.check_data` reports them. An empty source prompt is refused, since sources are told
+    apart by it.
+    """
+    pair: Pair = {"language": "", "row": row}
+    for part in _PARTS:
+        value, place = parts[part]
+        if part == "prompt":
+            pair[part] = _messages(value, place, role="user", may_be_blank=not is_source)
+        else:
+            pair[part] = _messages(value, place, role="assistant")
+    chosen, rejected = (_visible(messages_text(pair[part])) for part in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise parts["rejected"][1].error("equal to chosen. A preference pair needs two different responses.")
+    return pair
+
+
+def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place) -> str:
+    dominant = source["language"]
+    if label is not None:
+        if label == dominant and label != UNDETERMINED:
+            raise place.error(
+                f"is {label!r}, the language of the source. Targets are in other languages; if the source is "
+                "not in that language, set source_language."
+            )
+        return label
+    prompt, chosen, rejected = (messages_text(pair[part]) for part in _PARTS)
+    language = detect_pair_language(prompt, chosen, rejected, dominant)
+    if language == dominant and language != UNDETERMINED:
+        raise place.error(
+            f"no label given, and prompt, chosen and rejected are all in {language_name(dominant)}, the language of "
+            "the source. Translate them, label them, or set source_language if the source is in another language."
+        )
+    return language
+
+
+def _own_row(value: Mapping[Any, Any], default: int) -> int:
+    row = value.get("row")
+    return row if isinstance(row, int) and not isinstance(row, bool) and row >= 0 else default
+
+
+def _canonical(row: Mapping[Any, Any], place: _Place, source_language: str) -> ParsedRow:
+    known = ("language", "prompt", "chosen", "rejected", "row")
+    origin = row.get("origin")
+    origin = origin if isinstance(origin, str) and origin else None
+
+    def read(value: object, where: _Place, *, is_source: bool) -> tuple[Pair, str | None]:
+        if not isinstance(value, Mapping):
+            raise where.error(f"is {_describe(value)}; expected an object with prompt, chosen and rejected.")
+        parts = {part: (_required(value, part, where, known), where.at(part)) for part in _PARTS}
+        # Groups that were loaded before say which file and row a pair came from; anything else comes from
+        # here.
+        pair = _pair(parts, place.row if origin is None else _own_row(value, place.row), is_source=is_source)
+        return pair, _label(value.get("language"), where.at("language"))
+
+    for name in ("source", "targets"):
+        _required(row, name, place, ("source", "targets", "origin"))
+    source, label = read(row["source"], place.at("source"), is_source=True)
+    source["language"] = label or source_language
+    targets = row["targets"]
+    where = place.at("targets")
+    if not isinstance(targets, (list, tuple)):
+        raise where.error(f"is {_describe(targets)}; expected a list of pairs.")
+    if not targets:
+        raise where.error("is an empty list; expected at least one target pair.")
+    parsed = ParsedRow(source, [], origin=origin)
+    for index, value in enumerate(targets):
+        try:
+            pair, label = read(value, where.at(index), is_source=False)
+            pair["language"] = _target_language(pair, label, source, where.at(index).at("language"))
+        except RowError as error:
+            parsed.errors.append(error)
+        else:
+            parsed.targets.append(pair)
+    return parsed
+
+
+def _flat(row: Mapping[Any, Any], place: _Place, source_language: str, prompt: str) -> ParsedRow:
+    names = {
+        side: {part: f"{side}_{prompt if part == 'prompt' else part}" for part in _PARTS}
+        for side in ("source", "target")
+    }
+    known = {*names["source"].values(), *names["target"].values(), *_OPTIONAL}
+    values = {
+        side: {part: (_required(row, name, place, known), place.at(name)) for part, name in parts.items()}
+        for side, parts in names.items()
+    }
+    for key in row:
+        # A label under a name that is nearly right would otherwise be ignored, and a detected one used
+        # instead.
+        if isinstance(key, str) and key not in known:
+            near = nearest(key, [name for name in _OPTIONAL if name not in row])
+            if key in ("language", "lang"):
+                near = None if "target_language" in row else "target_language"
+            if near:
+                raise place.at(key).error(
+                    f"unknown column. Did you mean `{near}`? Rename it, or take it out."
+                )
+    source = _pair(values["source"], place.row, is_source=True)
+    source["language"] = _label(row.get("source_language"), place.at("source_language")) or source_language
+    target = _pair(values["target"], place.row, is_source=False)
+    label = _label(row.get("target_language"), place.at("target_language"))
+    target["language"] = _target_language(target, label, source, place.at("target_language"))
+    return ParsedRow(source, [target])
+
+
+def parse_row(row: object, *, file: str, index: int, source_language: str = "en") -> ParsedRow:
+    """Validate one row and normalise it.
+
+    Args:
+        row: The row, in any of the forms that the module lists.
+        file: Name of the file or dataset, for errors.
+        index: 0-based row in it; becomes ``row`` of every pair.
+        source_language: Normalised code of the source pairs that carry no label of their own.
+
+    Raises:
+        RowError: A :class:`~mpo.errors.DataError` that names file, row and field. Errors in single target
+            pairs of a canonical group are collected in ``ParsedRow.errors`` instead, so that the good ones
+            can be kept.
+    """
+    place = _Place(file, index)
+    if not isinstance(row, Mapping):
+        raise place.error(f"is {_describe(row)}; expected an object with named fields.")
+    if "targets" in row or isinstance(row.get("source"), Mapping):
+        return _canonical(row, place, source_language)
+    if any(isinstance(key, str) and key.endswith("_conversations") for key in row):
+        return _flat(row, place, source_language, "conversations")
+    return _flat(row, place, source_language, "prompt")
+
+
+def source_identity(source: Pair) -> tuple[Any, ...]:
+    """What makes two sources the same: their language and the roles and contents of all their messages."""
+    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in _PARTS)
+    return (source["language"], *texts)

@@ -1,0 +1,498 @@
+"""From files, Hub names and datasets to groups: one dataset row per source, with all its target pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpo.data.contract import Pair, RowError, is_blank, messages_text, parse_row, show_name, source_identity
+from mpo.data.languages import normalize_language_setting
+from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
+from mpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+_LOG = logging.getLogger(__name__)
+_PARTS = ("prompt", "chosen", "rejected")
+_CHUNK = 1024  # pairs held as Python objects before they are stored as Arrow, and groups per Arrow chunk
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row, or one target pair of a row, that was left out.
+
+    Attributes:
+        file: File or dataset it came from.
+        row: 0-based row in it.
+        field: Path of the field inside the row, or None where the whole row is meant.
+        reason: What is wrong with it.
+    """
+
+    file: str
+    row: int
+    field: str | None
+    reason: str
+
+
+@dataclass
+class LoadedGroups:
+    """What :func:`load_groups` returns.
+
+    Attributes:
+        groups: One row per group, with the columns ``source`` (a pair), ``targets`` (K >= 1 pairs) and
+            ``origin`` (name of the file, or names of the files, it came from).
+        dropped: The bad rows that ``bad_rows="drop"`` left out.
+        fingerprint: Hash of all texts, roles and languages in their order; the same on every machine.
+        origin: The files or the dataset the groups came from.
+    """
+
+    groups: Dataset
+    dropped: list[BadRow]
+    fingerprint: str
+    origin: str
+
+
+def group_features() -> Features:
+    """The schema of a dataset of groups."""
+    from datasets import Features, Value
+
+    def pair() -> dict[str, Any]:
+        messages = [{"role": Value("string"), "content": Value("string")}]
+        parts: dict[str, Any] = {"language": Value("string")}
+        parts.update(dict.fromkeys(_PARTS, messages))
+        parts["row"] = Value("int64")
+        return parts
+
+    return Features({"source": pair(), "targets": [pair()], "origin": Value("string")})
+
+
+def load_groups(
+    data: Any,
+    *,
+    source_language: str = "en",
+    split: str = "train",
+    bad_rows: str = "error",
+    group_by_source: bool = True,
+    limit: int | None = None,
+    max_targets_per_group: int | None = None,
+    languages: Iterable[str] | None = None,
+) -> LoadedGroups:
+    """Load preference pairs in any accepted form as groups.
+
+    Rows whose source pair is identical become one group, in the order in which sources first appear; targets
+    keep their order. Every pair keeps the 0-based row it came from.
+
+    Args:
+        data: Path or paths of .json, .jsonl, .csv or .parquet files, the name of a dataset on the Hub, a
+            ``datasets.Dataset`` (or a dictionary of splits), or a list of rows.
+        source_language: Language of source pairs that carry no label.
+        split: Which split of a Hub dataset or a dictionary of splits.
+        bad_rows: ``"error"`` stops at the first row that breaks the contract. ``"drop"`` leaves such rows out
+            and lists them; of a group with single bad targets only these are left out.
+        group_by_source: False makes a group of every pair.
+        limit: Keep the first N sources, with all their targets.
+        max_targets_per_group: Divide groups with more targets into several with the same source. No pair is
+            lost.
+        languages: Keep only pairs whose target language is one of these (codes or names).
+
+    Returns:
+        The groups, what was dropped, the content's hash and where it came from.
+
+    Raises:
+        DataError: A file cannot be read, a row breaks the contract (with ``bad_rows="error"``), or nothing is
+            left.
+        ConfigError: A setting has an impossible value.
+        DependencyError: A language must be detected and the detector is not installed.
+    """
+    loaded, found = _load(
+        data,
+        source_language=source_language,
+        split=split,
+        bad_rows=bad_rows,
+        group_by_source=group_by_source,
+        limit=limit,
+        max_targets_per_group=max_targets_per_group,
+        languages=languages,
+    )
+    if len(loaded.groups) == 0:
+        if loaded.dropped:
+            first = loaded.dropped[0]
+            raise DataError(
+                f"no good row is left: {len(loaded.dropped)} bad ones. The first is row {first.row}"
+                + (f", field `{first.field}`" if first.field else "")
+                + f": {first.reason}",
+                file=loaded.origin,
+            )
+        raise DataError(
+            f"no pair is in the languages asked for. Found: {', '.join(found)}.", file=loaded.origin
+        )
+    return loaded
+
+
+def as_groups(
+    dataset: Any,
+    *,
+    source_language: str = "en",
+    bad_rows: str = "error",
+    group_by_source: bool = True,
+    max_targets_per_group: int | None = None,
+) -> Dataset:
+    """Bring rows in any accepted form, groups included, into groups.
+
+    Idempotent: with the same settings, groups come back as they are, rows and origins included.
+
+    Args:
+        dataset: A ``datasets.Dataset`` or anything else that :func:`load_groups` takes.
+        source_language: As for :func:`load_groups`, like the settings that follow.
+        bad_rows: ``"error"`` or ``"drop"``. To see what was dropped, call :func:`load_groups`.
+        group_by_source: False makes a group of every pair.
+        max_targets_per_group: Divide groups with more targets.
+
+    Raises:
+        DataError: A row breaks the contract, or nothing is left.
+    """
+    return load_groups(
+        dataset,
+        source_language=source_language,
+        bad_rows=bad_rows,
+        group_by_source=group_by_source,
+        max_targets_per_group=max_targets_per_group,
+    ).groups
+
+
+def split_by_source(groups: Dataset, held_out: float | int, seed: int) -> tuple[Dataset, Dataset]:
+    """Divide groups into a training and a held-out part, by source prompt.
+
+    Groups with the same source prompt always go to the same side. Which sources are held out depends only on
+    the prompts and the seed (they are ranked by a hash of both), not on the order of the rows nor on the
+    machine.
+
+    Args:
+        groups: Groups, as :func:`load_groups` returns them.
+        held_out: Share of the source prompts (a float in [0, 1)), or their number (an int). A share above 0
+            holds out at least one source and leaves at least one.
+        seed: Another seed holds out others.
+
+    Returns:
+        The training groups and the held-out groups, each in the order of ``groups``.
+
+    Raises:
+        ConfigError: ``held_out`` is out of range, or would leave nothing to train on.
+    """
+    if isinstance(held_out, bool) or not isinstance(held_out, (int, float)) or not held_out >= 0:
+        raise ConfigError(f"held_out: expected a share in [0, 1) or a number of sources, got {held_out!r}.")
+    if isinstance(held_out, float) and held_out >= 1:
+        raise ConfigError(
+            f"held_out: a share must be below 1, got {held_out!r}. A number of sources is written as a whole number."
+        )
+    prompts = [_hash_prompt(source, seed) for source in groups["source"]]
+    ranked = sorted(set(prompts))
+    count = held_out
+    if isinstance(held_out, float):
+        count = 0 if held_out == 0 else max(1, round(held_out * len(ranked)))
+        if count >= len(ranked) > 1:
+            count = len(ranked) - 1
+    if count and count >= len(ranked):
+        raise ConfigError(
+            f"held_out: {held_out!r} would leave nothing to train on; there are {len(ranked)} different source prompts."
+        )
+    chosen = set(ranked[: int(count)])
+    kept = [index for index, prompt in enumerate(prompts) if prompt not in chosen]
+    held = [index for index, prompt in enumerate(prompts) if prompt in chosen]
+    return groups.select(kept), groups.select(held)
+
+
+def fingerprint_groups(groups: Dataset) -> str:
+    """SHA-256 of all languages, roles and contents, in order; the same for the same groups on every machine.
+
+    Rows and origins are left out, so that a file keeps its fingerprint when it is moved or renamed.
+    """
+    return _hash_groups(groups.with_format("arrow").iter(_CHUNK))
+
+
+def _hash_groups(tables: Iterable[Any]) -> str:
+    digest = hashlib.sha256(b"mpo groups 1")
+
+    def add(text: str) -> None:
+        # The length before each text keeps "ab", "c" apart from "a", "bc".
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+
+    def add_pair(pair: Mapping[str, Any]) -> None:
+        add(pair["language"])
+        for part in _PARTS:
+            digest.update(len(pair[part]).to_bytes(8, "little"))
+            for message in pair[part]:
+                add(message["role"])
+                add(message["content"])
+
+    for table in tables:
+        for group in table.to_pylist():
+            add_pair(group["source"])
+            digest.update(len(group["targets"]).to_bytes(8, "little"))
+            for target in group["targets"]:
+                add_pair(target)
+    return digest.hexdigest()
+
+
+def _hash_prompt(source: Mapping[str, Any], seed: int) -> bytes:
+    digest = hashlib.sha256(f"{seed}".encode())
+    for message in source["prompt"]:
+        for text in (message["role"], message["content"]):
+            data = text.encode("utf-8")
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def _check_count(value: int | None, setting: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{setting}: expected a whole number of at least 1, or None, got {value!r}.")
+
+
+def _load(
+    data: Any,
+    *,
+    source_language: str,
+    split: str = "train",
+    bad_rows: str = "error",
+    group_by_source: bool = True,
+    limit: int | None = None,
+    max_targets_per_group: int | None = None,
+    languages: Iterable[str] | None = None,
+) -> tuple[LoadedGroups, list[str]]:
+    """As :func:`load_groups`, but nothing left is no error; with it the target languages that were found."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    if bad_rows not in ("error", "drop"):
+        raise ConfigError(f"bad_rows: expected 'error' or 'drop', got {bad_rows!r}.")
+    _check_count(limit, "limit")
+    _check_count(max_targets_per_group, "max_targets_per_group")
+    dominant = normalize_language_setting(source_language, "source_language")
+    wanted: set[str] | None = None
+    if languages is not None:
+        names = [languages] if isinstance(languages, str) else list(languages)
+        if not names:
+            raise ConfigError("languages: an empty list keeps nothing; leave it out to keep all.")
+        wanted = {normalize_language_setting(name, "languages") for name in names}
+
+    store = _GroupStore(group_by_source=group_by_source, limit=limit)
+    dropped: list[BadRow] = []
+    found: dict[str, None] = {}
+    origins: list[str] = []
+    blank: list[str] = []
+
+    def refuse(error: RowError) -> None:
+        if bad_rows == "error":
+            raise RowError(
+                f"{error.reason} (To leave bad rows out and list them: bad_rows='drop'.)",
+                file=error.file,
+                row=error.row,
+                field=error.field,
+            ) from error
+        dropped.append(BadRow(error.file or "", error.row or 0, error.field, error.reason))
+
+    for name, rows in _sources(data, split):
+        origins.append(name)
+        for index, row in rows:
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                parsed = parse_row(row, file=name, index=index, source_language=dominant)
+            except RowError as error:
+                refuse(error)
+                continue
+            for fault in parsed.errors:
+                refuse(fault)
+            found.update(dict.fromkeys(target["language"] for target in parsed.targets))
+            targets = [t for t in parsed.targets if wanted is None or t["language"] in wanted]
+            blank.extend(f"{name} row {t['row']}" for t in targets if is_blank(messages_text(t["prompt"])))
+            if targets:
+                store.add(parsed.source, targets, parsed.origin or name)
+    if wanted and found and not wanted <= set(found):
+        missing = ", ".join(sorted(wanted - set(found)))
+        raise DataError(
+            f"no pair is in {missing}. Languages found: {', '.join(found)}.", file=", ".join(origins)
+        )
+    if blank:
+        shown = ", ".join(blank[:5]) + (", ..." if len(blank) > 5 else "")
+        _LOG.warning("Empty target prompts, kept: %d (%s).", len(blank), shown)
+    table = store.finish(max_targets_per_group)
+    fingerprint = _hash_groups(table.slice(start, _CHUNK) for start in range(0, len(table), _CHUNK))
+    # Left to itself, a dataset pickles its whole table to hash it.
+    where = hashlib.sha256(fingerprint.encode())
+    for column in (table["origin"], table["source"].combine_chunks().field("row")):
+        where.update(repr(column.to_pylist()).encode("utf-8"))
+    groups = Dataset(InMemoryTable(table), fingerprint=where.hexdigest()[:16])
+    loaded = LoadedGroups(groups, dropped, fingerprint, ", ".join(origins))
+    return loaded, list(found)
+
+
+def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:
+    """Name and rows of everything that ``data`` means."""
+    if isinstance(data, (str, os.PathLike)):
+        data = [data]
+    if isinstance(data, (list, tuple)):
+        if not data:
+            raise DataError("no data: an empty list was given; expected files, or rows.")
+        paths = [isinstance(item, (str, os.PathLike)) for item in data]
+        if all(paths):
+            yield from _named_sources([os.fspath(item) for item in data], split)
+        elif any(paths):
+            raise DataError("a list of data must hold either paths or rows; this one mixes them.")
+        else:
+            yield "list of rows", iter(enumerate(data))
+        return
+    if isinstance(data, dict) and not all(hasattr(value, "column_names") for value in data.values()):
+        raise DataError(
+            "an object was given as data; expected a list of rows. Put one row into a list, or build a dataset of "
+            "columns with datasets.Dataset.from_dict."
+        )
+    if isinstance(data, dict) or hasattr(data, "column_names"):
+        yield "dataset", read_dataset(data, "dataset", split)
+        return
+    hint = " Convert it with datasets.Dataset.from_pandas." if type(data).__name__ == "DataFrame" else ""
+    raise DataError(
+        f"cannot load data from a {type(data).__name__}; expected paths, a Hub name, a datasets.Dataset or a list of "
+        f"rows.{hint}"
+    )
+
+
+def _named_sources(names: list[str], split: str) -> Iterator[tuple[str, Rows]]:
+    for name in names:
+        if not name.strip():
+            raise DataError("an empty text was given as data; expected a path or the name of a Hub dataset.")
+    base = [Path(name).name for name in names]
+    for name, short in zip(names, base, strict=True):
+        path = Path(name).expanduser()
+        if path.exists() or looks_like_path(name):
+            # The file's own name reads best; where two files share it, the paths tell them apart.
+            label = short if short and base.count(short) == 1 else name
+            yield show_path(label), read_file(path, show_path(label if path.exists() else name))
+        else:
+            yield name, read_hub(name, split)
+
+
+def show_path(name: str) -> str:
+    """A file name as it may be printed."""
+    return name if name.isprintable() else show_name(name)
+
+
+@dataclass
+class _GroupStore:
+    """Pairs on their way into groups.
+
+    They are kept as compact Arrow chunks and not as Python objects, and the groups are put together from
+    slices of these chunks, so that a file needs about twice its own size in memory.
+    """
+
+    group_by_source: bool
+    limit: int | None
+    _known: dict[bytes, int] = field(default_factory=dict)  # hash of a source -> its first group
+    _origins: list[dict[str, None]] = field(default_factory=list)
+    _source_of: array[int] = field(default_factory=lambda: array("q"))  # group -> index in _sources
+    _group_of: array[int] = field(default_factory=lambda: array("q"))  # target -> group
+    _sources: _Chunks = field(default_factory=lambda: _Chunks())
+    _targets: _Chunks = field(default_factory=lambda: _Chunks())
+
+    def add(self, source: Pair, targets: list[Pair], origin: str) -> None:
+        key = hashlib.sha256(repr(source_identity(source)).encode("utf-8")).digest()
+        group = self._known.get(key)
+        if group is None:
+            if self.limit is not None and len(self._known) >= self.limit:
+                return
+            group = self._known[key] = self._new_group(self._sources.append(source))
+            fresh = True
+        else:
+            fresh = False
+        for target in targets:
+            if not (self.group_by_source or fresh):
+                # Sources repeat then, each with the row it came from.
+                group = self._new_group(self._sources.append(source))
+            fresh = False
+            self._origins[group][origin] = None
+            self._group_of.append(group)
+            self._targets.append(target)
+
+    def _new_group(self, source: int) -> int:
+        self._source_of.append(source)
+        self._origins.append({})
+        return len(self._source_of) - 1
+
+    def finish(self, max_targets: int | None) -> Any:
+        """The Arrow table of all groups."""
+        import numpy as np
+        import pyarrow as pa
+
+        features = group_features()
+        order = np.argsort(np.asarray(self._group_of, dtype=np.int64), kind="stable")
+        counts = np.bincount(np.asarray(self._group_of, dtype=np.int64), minlength=len(self._source_of))
+        # (group, first target, one past the last target), in positions of `order`
+        pieces: list[tuple[int, int, int]] = []
+        start = 0
+        for group, count in enumerate(counts.tolist()):
+            step = max_targets or count
+            pieces.extend(
+                (group, at, min(at + step, start + count)) for at in range(start, start + count, step)
+            )
+            start += count
+
+        schema = features.arrow_schema
+        tables = []
+        for first in range(0, len(pieces), _CHUNK):
+            part = pieces[first : first + _CHUNK]
+            offsets = np.cumsum([0] + [stop - at for _, at, stop in part]).astype(np.int32)
+            targets = self._targets.take(order[part[0][1] : part[-1][2]].tolist())
+            columns = [
+                self._sources.take([self._source_of[group] for group, _, _ in part]),
+                pa.ListArray.from_arrays(pa.array(offsets), targets),
+                pa.array([", ".join(self._origins[group]) for group, _, _ in part], pa.string()),
+            ]
+            tables.append(pa.Table.from_arrays(columns, names=schema.names).cast(schema))
+        table = pa.concat_tables(tables) if tables else schema.empty_table()
+        return table
+
+
+class _Chunks:
+    """An append-only list of pairs, stored as Arrow."""
+
+    def __init__(self) -> None:
+        self._buffer: list[Pair] = []
+        self._chunks: list[Any] = []
+
+    def append(self, pair: Pair) -> int:
+        self._buffer.append(pair)
+        index = len(self._chunks) * _CHUNK + len(self._buffer) - 1
+        if len(self._buffer) == _CHUNK:
+            self._flush()
+        return index
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._chunks.append(pa.array(self._buffer, type=group_features().arrow_schema.field("source").type))
+        self._buffer = []
+
+    def take(self, indices: list[int]) -> Any:
+        import pyarrow as pa
+
+        if self._buffer:
+            self._flush()
+        slices: list[Any] = []
+        run = 0  # neighbours in a chunk are taken together
+        for position, index in enumerate(indices):
+            following = indices[position + 1] if position + 1 < len(indices) else -1
+            run += 1
+            if following != index + 1 or following % _CHUNK == 0:
+                chunk, last = divmod(index, _CHUNK)
+                slices.append(self._chunks[chunk].slice(last - run + 1, run))
+                run = 0
+        return pa.concat_arrays(slices)

@@ -1,0 +1,46 @@
+"""What a model's pass over preference pairs leaves: one record per pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Log-likelihoods of one preference pair under one model.
+
+    All log-likelihoods are means over the response's tokens, in nats per token: ``r(x, y)`` of Zhao et al., ACL 2025
+    (arXiv 2505.16869), the length-normalised reward of SimPO without its scale.
+
+    Attributes:
+        group: Index of the pair's group (a source and its translations) in the dataset.
+        language: Language code of the pair.
+        is_source: True for the dominant-language pair of the group.
+        chosen: Mean log-likelihood per token of the chosen response.
+        rejected: Mean log-likelihood per token of the rejected response.
+        gap: Reward gap, ``chosen - rejected``.
+        reference_gap: Reward gap of the group's *source* pair under the reference model.
+    """
+
+    group: int
+    language: str
+    is_source: bool
+    chosen: float
+    rejected: float
+    gap: float
+    reference_gap: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a dataset under one model.
+
+    Attributes:
+        records: One record per pair, in the order of the dataset.
+        retention: Mean over sources of ``||h - h_ref||^2 / hidden_size``, or None where it was not computed.
+        tokens: Number of tokens the model has read.
+    """
+
+    records: list[PairScore]
+    retention: float | None
+    tokens: int

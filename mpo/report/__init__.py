@@ -1,0 +1,1 @@
+"""What a run leaves behind: plots, the model card, and the provenance of its numbers."""

@@ -1,0 +1,58 @@
+"""What all tests share: one thread, no network, and the folder of the data that is read in place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Set before transformers, datasets or trl are imported: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of the published data files, which are read in place and never copied."""
+    folder = os.environ.get("MPO_TEST_DATA")
+    if not folder:
+        pytest.skip("MPO_TEST_DATA is unset: it names the folder of the published data files")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"MPO_TEST_DATA is '{folder}', which is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct, the demo's: unpacked once for all runs, workers and the demo itself."""
+    from mpo.demo import DEFAULT_FOLDER, prepare_demo_model
+    from mpo.errors import DependencyError
+
+    try:
+        return prepare_demo_model(Path(__file__).parents[1] / DEFAULT_FOLDER)
+    except DependencyError as error:
+        pytest.skip(str(error))

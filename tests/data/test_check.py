@@ -1,0 +1,254 @@
+"""The report on a data file: counts, lengths, findings, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo.data import check_data
+from mpo.data.check import FINDINGS, DataReport
+from mpo.data.refusals import opens_with_refusal, refusal_languages
+from mpo.errors import ConfigError, DataError
+from tests.data.rows import TEXTS, flat, group
+
+
+class WordTokenizer:
+    """One token per word, and two per message for the template: the lengths can be counted by hand."""
+
+    chat_template: str | None = "a template"
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        return_dict: bool,
+    ) -> list[int]:
+        assert tokenize and not return_dict
+        if messages[0]["role"] == "system":
+            raise ValueError("System role not supported")
+        words = [word for message in messages for word in ["<", *message["content"].split(), ">"]]
+        return [0] * (len(words) + add_generation_prompt)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [0] * len(text.split())}
+
+
+def rows_of(report: DataReport, finding: str) -> dict[str, list[int]]:
+    return {
+        language.language: [flagged.row for flagged in language.flagged[finding]]
+        for language in report.languages
+        if finding in language.flagged
+    }
+
+
+def words(number: int) -> str:
+    return " ".join(f"না{n}" for n in range(number))
+
+
+def test_pairs_are_counted_per_language_and_sources_once() -> None:
+    rows = [flat(code, number=number) for number in range(3) for code in ("bn", "ko", "sw")] + [
+        flat("bn", number=9)
+    ]
+    report = check_data(rows)
+    assert (report.groups, report.pairs) == (4, 10)
+    assert [(x.language, x.is_source, x.pairs) for x in report.languages] == [
+        ("en", True, 4),
+        ("bn", False, 4),
+        ("ko", False, 3),
+        ("sw", False, 3),
+    ]
+
+
+def test_lengths_are_in_tokens_of_the_template_and_truncation_is_counted() -> None:
+    rows = [
+        flat("bn", number=n, target_prompt=words(10), target_chosen=words(n), target_rejected=words(30))
+        for n in (1, 2, 3, 50)
+    ]
+    rows.append(
+        flat("bn", number=60, target_prompt=words(60), target_chosen=words(4), target_rejected=words(5))
+    )
+    # The prompt takes 10 + 2 + 1 tokens; a response w + 2, of which the generation prompt has taken one.
+    report = check_data(rows, tokenizer=WordTokenizer(), max_length=50)
+    bengali = next(x for x in report.languages if x.language == "bn")
+    assert report.length_unit == "tokens"
+    assert str(bengali.lengths["prompt"]) == "13/13/63/63"
+    assert str(bengali.lengths["chosen"]) == "2/4/51/51"
+    assert str(bengali.lengths["rejected"]) == "6/31/31/31"
+    assert rows_of(report, "truncated") == {"bn": [3]}
+    assert rows_of(report, "prompt_too_long") == {"bn": [4]}
+    assert "max_length (50)" in report.to_text()
+    exactly = check_data(rows[:4], tokenizer=WordTokenizer(), max_length=13 + 51)
+    assert rows_of(exactly, "truncated") == {}
+
+
+def test_without_a_tokenizer_lengths_are_characters_and_the_report_says_so() -> None:
+    report = check_data([flat("bn", target_chosen="না" * 4000)], max_length=10)
+    assert report.length_unit == "characters" and report.max_length is None
+    assert report.count("truncated") == report.count("prompt_too_long") == 0
+    assert "Length in characters" in report.to_text()
+    assert "Truncation was not checked" in report.to_text()
+    assert next(x for x in report.languages if x.language == "bn").lengths["chosen"].max == 8000
+
+
+def test_a_tokenizer_without_a_template_counts_the_texts_alone() -> None:
+    tokenizer = WordTokenizer()
+    tokenizer.chat_template = None
+    report = check_data([flat("bn", target_prompt=words(7))], tokenizer=tokenizer)
+    assert next(x for x in report.languages if x.language == "bn").lengths["prompt"].max == 7
+    assert "tokens of the texts alone" in report.to_text()
+
+
+def test_messages_that_the_template_refuses_are_reported() -> None:
+    refused = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, what is this?"}]
+    report = check_data([flat("bn"), flat("bn", number=1, source_prompt=refused)], tokenizer=WordTokenizer())
+    assert rows_of(report, "template_refuses") == {"en": [1]}
+
+
+def test_a_real_tokenizer_gives_the_lengths_of_its_own_template() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end] {% endfor %}"
+    report = check_data([flat("bn", target_prompt=words(5), target_chosen=words(3))], tokenizer=tokenizer)
+    bengali = next(x for x in report.languages if x.language == "bn")
+    assert (bengali.lengths["prompt"].max, bengali.lengths["chosen"].max) == (7, 5)
+
+
+def test_texts_in_another_language_are_found_per_part() -> None:
+    rows = [
+        flat("bn", number=0),
+        flat("bn", number=1, target_chosen=TEXTS["en"][1] + " I am sorry about that."),
+        flat("bn", number=2, target_rejected=TEXTS["ko"][2]),
+        flat("bn", number=3, target_prompt=TEXTS["en"][0]),
+        flat("sw", number=4, target_chosen="Siwezi."),
+        flat("ko", number=5, source_prompt=TEXTS["sw"][0]),
+    ]
+    report = check_data(rows)
+    assert rows_of(report, "chosen_language") == {"bn": [1]}
+    assert rows_of(report, "rejected_language") == {"bn": [2]}
+    assert rows_of(report, "prompt_language") == {"en": [5], "bn": [3]}
+
+
+def test_languages_that_detection_does_not_know_are_said_to_be_unchecked() -> None:
+    report = check_data([flat("ko", target_language="tlh")])
+    assert report.count("prompt_language") == 0
+    assert "Language not checked (detection does not know it): tlh (tlh)" in report.to_text()
+    assert "Refusals not checked (no phrases): tlh (tlh)" in report.to_text()
+
+
+def test_repeated_targets_sources_and_prompts_are_found() -> None:
+    rows = [
+        flat("bn"),
+        flat("bn"),
+        flat("bn", target_chosen="না, আমি পারব না।"),
+        flat("ko"),
+        flat("ko", number=1, source_prompt=TEXTS["en"][0]),
+    ]
+    report = check_data(rows)
+    assert rows_of(report, "same_target") == {"bn": [1]}
+    assert rows_of(report, "same_source_and_language") == {"bn": [2]}
+    assert rows_of(report, "same_prompt") == {"en": [4]}
+
+
+def test_responses_that_look_swapped_are_found() -> None:
+    swapped = flat("bn", target_chosen=TEXTS["bn"][2], target_rejected=TEXTS["bn"][1])
+    report = check_data(
+        [swapped, flat("ko"), flat("sw", target_rejected="I'm sorry, but I can’t do that for you.")]
+    )
+    assert rows_of(report, "chosen_no_refusal") == {"bn": [0]}
+    assert rows_of(report, "rejected_refusal") == {"bn": [0], "sw": [2]}
+
+
+@pytest.mark.parametrize("code", list(TEXTS))
+def test_refusals_are_told_from_answers_in_each_language_of_the_samples(code: str) -> None:
+    _, refusal, answer = TEXTS[code]
+    assert code in refusal_languages()
+    assert opens_with_refusal(f"**{refusal}**", code)
+    assert not opens_with_refusal(answer, code)
+    assert not opens_with_refusal(answer * 40 + refusal, code)
+    assert not opens_with_refusal(refusal, "xx")
+
+
+def test_refusal_phrases_are_there_for_ten_languages() -> None:
+    assert {"en", "zh", "ja", "ko", "ar", "bn", "sw", "de", "fr", "es"} <= refusal_languages()
+    assert opens_with_refusal("I CAN’T do it", "en")
+    assert opens_with_refusal("Tut mir leid, das geht nicht.", "de")
+    assert opens_with_refusal("Je suis désolé, mais non.", "fr")
+    assert opens_with_refusal("Lo siento, pero no.", "es")
+    assert opens_with_refusal("عذرًا، هذا طلب مرفوض.", "ar")
+
+
+def test_odd_texts_are_reported_and_counted() -> None:
+    rows = [
+        flat("bn", target_prompt=" "),
+        flat(None, target_prompt="1", target_chosen="2", target_rejected="3"),
+    ]
+    rows.append(flat("ko", target_chosen="도와드릴 수 \ufffd 없습니다."))
+    report = check_data(rows)
+    assert rows_of(report, "empty_prompt") == {"bn": [0]}
+    assert rows_of(report, "undetermined") == {"und": [1]}
+    assert rows_of(report, "broken_characters") == {"ko": [2]}
+
+
+def test_bad_rows_are_listed_and_do_not_stop_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(
+        json.dumps([flat("bn"), flat("bn", target_chosen=""), group("ko", targets=[])]), encoding="utf-8"
+    )
+    report = check_data(path)
+    assert [(bad.row, bad.field) for bad in report.bad_rows] == [(1, "target_chosen"), (2, "targets")]
+    assert "Bad rows: 2" in report.to_text()
+    assert "pairs.json, row 1, field `target_chosen`: is empty" in report.to_text()
+    only_bad = check_data([flat("bn", target_chosen="")])
+    assert (only_bad.groups, only_bad.pairs, len(only_bad.bad_rows)) == (0, 0, 1)
+    assert "Bad rows: 1" in only_bad.to_text()
+    with pytest.raises(DataError, match="no such file"):
+        check_data(tmp_path / "nowhere.json")
+
+
+def test_texts_are_shown_only_when_asked_and_then_escaped_and_short() -> None:
+    nasty = "\x1b[2J\u202eReally " + "long \n answer " * 30
+    rows = [flat("bn", target_chosen=nasty)]
+    assert "Really" not in check_data(rows).to_text()
+    report = check_data(rows, show_texts=True)
+    (shown,) = [x.flagged["chosen_language"][0].text for x in report.languages if x.language == "bn"]
+    assert shown is not None and shown.startswith("\\x1b[2J\\u202eReally long answer")
+    assert len(shown) < 90
+    assert shown[:40] in report.to_text()
+    assert "\x1b" not in report.to_text() and "\u202e" not in report.to_text()
+
+
+def test_the_report_is_plain_json_and_at_most_100_columns_wide(tmp_path: Path) -> None:
+    rows = [flat("bn", number=n, target_chosen=TEXTS["bn"][2] + str(n)) for n in range(60)]
+    rows += [flat("bn", number=n, target_chosen="") for n in range(30)]
+    path = tmp_path / ("a name as long as it may be " * 7 + ".json")
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    report = check_data(path, show_texts=True, tokenizer=WordTokenizer(), max_length=12)
+    assert max(map(len, report.to_text().splitlines())) <= 100
+    assert "and 18 more" in report.to_text()
+    plain: dict[str, Any] = json.loads(json.dumps(report.to_dict()))
+    assert plain["findings"]["chosen_no_refusal"]["count"] == 60
+    assert set(plain["findings"]) == set(FINDINGS)
+    assert len(plain["bad_rows"]) == 30
+    assert plain["languages"][1]["lengths"]["prompt"]["max"] > 0
+
+
+def test_clean_data_has_nothing_that_stands_out() -> None:
+    report = check_data([flat(code) for code in ("bn", "ko", "ja", "zh", "ar", "sw")])
+    assert all(report.count(name) == 0 for name in FINDINGS), report.to_text()
+    assert "Nothing stands out." in report.to_text()
+
+
+@pytest.mark.parametrize("max_length", [0, 1, -5, 1.5, True, "1024"])
+def test_an_impossible_length_is_an_error(max_length: Any) -> None:
+    with pytest.raises(ConfigError, match="max_length"):
+        check_data([flat("bn")], max_length=max_length)
