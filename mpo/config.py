@@ -107,6 +107,10 @@ class MPOConfig(DPOConfig):
         max_tokens_per_row (`int`, *optional*):
             Token budget of a packed row. Unset: 512 on a CPU, 8192 on an accelerator. A tree that is longer gets a
             row of its own.
+        max_tokens_per_call (`int`, *optional*):
+            Split a micro-batch of more tokens into several model calls, each with its backward pass: the same gradient
+            from less memory. Unset: 1024 on a CPU, no limit on an accelerator. For a single process without DeepSpeed
+            or FSDP.
         per_device_train_batch_size (`int`, *optional*, defaults to `1`):
             *Groups* (sources with all their targets) per device and micro-batch.
 
@@ -167,6 +171,9 @@ class MPOConfig(DPOConfig):
         default="tree", metadata={"help": "'tree' or 'padded'.", "choices": list(BATCH_LAYOUTS)}
     )
     max_tokens_per_row: int | None = field(default=None, metadata={"help": "Token budget of a packed row."})
+    max_tokens_per_call: int | None = field(
+        default=None, metadata={"help": "Split a micro-batch of more tokens into several model calls."}
+    )
 
     # The reference pass
     reference_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
@@ -248,6 +255,7 @@ class MPOConfig(DPOConfig):
         )
         for name in (
             "max_tokens_per_row",
+            "max_tokens_per_call",
             "reference_tokens_per_batch",
             "max_targets_per_group",
             "max_response_length",

@@ -22,6 +22,9 @@ _ROW_TOKENS_DEFAULT = 8192
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_DEFAULT = 32768
 
+# On a CPU the activations of one call are kept to what its memory takes; an accelerator makes one call.
+CALL_TOKENS = {"cpu": 1024}
+
 # A wrong mask changes results by tens of percent, rounding by less than this.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 

@@ -186,6 +186,9 @@ class Recipe:
         for current, default in zip(settings, defaults, strict=True):
             for option in fields(current):
                 value = getattr(current, option.name)
+                # Filled in by a run from settings of their own.
+                if option.name == "model_init_kwargs":
+                    continue
                 if (
                     option.name in resolved
                     or is_secret_name(option.name)

@@ -125,7 +125,7 @@ def _build_trainer(plan: Plan) -> MPOTrainer:
     given: dict[str, Any] = dict(training.model_init_kwargs or {})  # type: ignore[arg-type]
     if training.world_size == 1 and training.device.type == "cuda":
         # The library's "auto" spreads a model over devices and the CPU, which does not train.
-        given.setdefault("device_map", {"": training.device})
+        given.setdefault("device_map", {"": str(training.device)})  # text, since trackers store it as JSON
     if training.ddp_find_unused_parameters is None and not hasattr(
         plan.config.get_text_config(), "num_experts_per_tok"
     ):

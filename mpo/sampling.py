@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from mpo.reference import SourceReference
-from mpo.trees import Tree, build_batch
+from mpo.trees import Tree, build_batch, pack_rows
 
 
 class GroupDataset(TorchDataset[dict[str, Any]]):
@@ -121,6 +121,8 @@ class GroupCollator:
         language_weights: weight of each of ``languages``.
         layout, max_tokens_per_row, pad_token_id, pooling, pad_to_multiple_of: see :func:`mpo.trees.build_batch`.
         run_source: whether the source pair is run, for the retention term.
+        score_source: whether the source pair's responses are scored, for evaluation.
+        max_tokens_per_call: a batch of more tokens is split into several model calls.
 
     The output has the tensors of :func:`mpo.trees.build_batch` and, with G groups and T target pairs:
 
@@ -130,6 +132,8 @@ class GroupCollator:
     - ``language``: ``[T]``
     - ``weight``: ``[T]`` float32, 0 for fillers
     - ``num_pairs``: pairs that count
+    - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
+      the pairs of the call, and ``source_call``, the sources' tensors or None
     - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from
     """
 
@@ -142,6 +146,7 @@ class GroupCollator:
     run_source: bool = True
     score_source: bool = False
     pad_to_multiple_of: int | None = None
+    max_tokens_per_call: int | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         index_of = {language: i for i, language in enumerate(self.languages)}
@@ -170,16 +175,22 @@ class GroupCollator:
                 pairs.append(
                     (example["reference_gap"], g, code, self.language_weights[code], not example["filler"])
                 )
+        run_sources = self.run_source or self.score_source
         # Targets first: their scores are then the first rows of the head's output, whatever else is scored.
-        trees = targets + (sources if self.run_source or self.score_source else [])
-        batch: dict[str, Any] = build_batch(
-            trees,
-            layout=self.layout,
-            max_tokens_per_row=self.max_tokens_per_row,
-            pad_token_id=self.pad_token_id,
-            pooling=self.pooling,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        )
+        trees = targets + (sources if run_sources else [])
+        limit = self.max_tokens_per_call
+        batch: dict[str, Any]
+        if limit is None or self.score_source or sum(tree.size for tree in trees) <= limit:
+            batch = dict(self._build(trees))
+        else:
+            batch = {"calls": [], "source_call": self._build(sources) if run_sources else None}
+            for part in pack_rows([tree.size for tree in targets], limit):
+                pairs_of_call = sorted(part)
+                call = self._build([targets[i] for i in pairs_of_call])
+                batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
+            # What counts a batch's tokens reads them here.
+            ids = [call["input_ids"].flatten() for call in batch["calls"]]
+            batch["input_ids"] = torch.cat(ids + ([batch["source_call"]["input_ids"].flatten()] if run_sources else []))
         gaps, group_of_pair, language_ids, weights, counts = zip(*pairs, strict=True)
         batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
         batch["group_of_pair"] = torch.tensor(group_of_pair, dtype=torch.long)
@@ -195,6 +206,16 @@ class GroupCollator:
         batch["origins"] = [example["origin"] for example in examples]
         batch["rows"] = [list(example["row"]) for example in examples]
         return batch
+
+    def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
+        return build_batch(
+            trees,
+            layout=self.layout,
+            max_tokens_per_row=self.max_tokens_per_row,
+            pad_token_id=self.pad_token_id,
+            pooling=self.pooling,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
 
 
 def language_weights(

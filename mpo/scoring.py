@@ -29,7 +29,7 @@ from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataset, to_devi
 from mpo.tokenization import set_chat_template, tokenize_groups
 from mpo.trees import MODEL_KEYS, Tree
 
-__all__ = ["PairScore", "PairTensors", "Scores", "perplexity", "run_model", "score_groups", "score_loader"]
+__all__ = ["PairScore", "PairTensors", "Scores", "call_model", "pair_tensors", "perplexity", "run_model", "score_groups", "score_loader"]
 
 
 @dataclass
@@ -58,35 +58,58 @@ class PairTensors:
     reference_hidden: Tensor | None = None
 
 
+def call_model(forward: Forward, tensors: dict[str, Any], **kwargs: Any) -> RewardGapOutput:
+    """One call of a model with the reward-gap head on the tensors of :func:`mpo.trees.build_batch`."""
+    return forward(reward_gap_head=True, **{key: tensors[key] for key in MODEL_KEYS if key in tensors}, **kwargs)
+
+
+def pair_tensors(batch: dict[str, Any], logps: Tensor, pooled: Tensor | None, pairs: Tensor | None = None) -> PairTensors:
+    """
+    The tensors a loss needs, from what the head returned.
+
+    Args:
+        batch: from :class:`mpo.sampling.GroupCollator`.
+        logps: ``[T, 2]``, scores of the target pairs.
+        pooled: ``[G, 2, H]``, pooled states of the sources, or None.
+        pairs: ``[T]``, which of the batch's pairs these are; None for all.
+    """
+    select = (lambda values: values) if pairs is None else (lambda values: values[pairs])
+    group_of_pair = select(batch["group_of_pair"])
+    reference_hidden = batch.get("reference_hidden")
+    if pooled is None or not pooled.shape[0] or reference_hidden is None:
+        pooled, reference_hidden = None, None
+        retention = torch.zeros_like(logps[:, 0])
+    else:
+        retention = retention_loss(pooled, reference_hidden)[group_of_pair]
+    return PairTensors(
+        chosen_logps=logps[:, 0],
+        rejected_logps=logps[:, 1],
+        reference_gap=select(batch["reference_gap"]),
+        retention=retention.to(logps.device),
+        language=select(batch["language"]),
+        group_of_pair=group_of_pair,
+        source_hidden=pooled,
+        reference_hidden=reference_hidden,
+    )
+
+
 def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[PairTensors, RewardGapOutput]:
     """
-    One call of a model on a collated batch (:class:`mpo.sampling.GroupCollator`).
+    Run a model on a collated batch (:class:`mpo.sampling.GroupCollator`), in one call, or in several if it is split.
 
     Returns:
         The target pairs' tensors, and the head's whole output (scores of sources, if any, follow the targets').
     """
-    output = forward(reward_gap_head=True, **{key: batch[key] for key in MODEL_KEYS if key in batch}, **kwargs)
     count = batch["reference_gap"].shape[0]
-    assert output.response_logps is not None
-    scores = output.response_logps[:count]
-    reference_hidden = batch.get("reference_hidden")
-    if reference_hidden is not None and output.pooled is not None and output.pooled.shape[0]:
-        per_source = retention_loss(output.pooled, reference_hidden)
-        retention = per_source[batch["group_of_pair"]]
-        hidden = output.pooled
+    if "calls" not in batch:
+        output = call_model(forward, batch, **kwargs)
     else:
-        retention, hidden, reference_hidden = torch.zeros_like(scores[:, 0]), None, None
-    pairs = PairTensors(
-        chosen_logps=scores[:, 0],
-        rejected_logps=scores[:, 1],
-        reference_gap=batch["reference_gap"],
-        retention=retention.to(scores.device),
-        language=batch["language"],
-        group_of_pair=batch["group_of_pair"],
-        source_hidden=hidden,
-        reference_hidden=reference_hidden,
-    )
-    return pairs, output
+        source = call_model(forward, batch["source_call"]) if batch["source_call"] is not None else RewardGapOutput()
+        parts = [call_model(forward, call).response_logps for call in batch["calls"]]
+        order = torch.argsort(torch.cat([call["pairs"] for call in batch["calls"]]))
+        output = RewardGapOutput(response_logps=torch.cat(parts)[order], pooled=source.pooled)
+    assert output.response_logps is not None
+    return pair_tensors(batch, output.response_logps[:count], output.pooled), output
 
 
 @dataclass

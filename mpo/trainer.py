@@ -44,7 +44,7 @@ from mpo.data import as_groups
 from mpo.errors import ConfigError, DataError, ModelError, MPOError, StorageError, TrainingError
 from mpo.evaluation.records import Scores
 from mpo.head import attach_reward_gap_head
-from mpo.layout import batch_shape, default_attention, usable_layout
+from mpo.layout import CALL_TOKENS, batch_shape, default_attention, usable_layout
 from mpo.loss import mpo_loss, reward_gap, reward_gap_loss
 from mpo.reference import (
     BatchShape,
@@ -54,7 +54,16 @@ from mpo.reference import (
     fingerprint_module,
 )
 from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataLoader, GroupDataset, language_weights
-from mpo.scoring import PairTensors, count_languages, evaluation_loader, probe_trees, run_model, score_loader
+from mpo.scoring import (
+    PairTensors,
+    call_model,
+    count_languages,
+    evaluation_loader,
+    pair_tensors,
+    probe_trees,
+    run_model,
+    score_loader,
+)
 from mpo.tokenization import set_chat_template, tokenize_groups
 
 logger = get_logger(__name__)
@@ -235,6 +244,7 @@ class MPOTrainer(DPOTrainer):
             pooling=self._shape.pooling,
             run_source=args.retain_weight > 0,
             pad_to_multiple_of=args.pad_to_multiple_of,
+            max_tokens_per_call=self._tokens_per_call(),
         )
         self._sums = torch.zeros((len(self.languages), 8), device=self.accelerator.device)
         self._last_log: tuple[float, int] | None = None
@@ -277,12 +287,7 @@ class MPOTrainer(DPOTrainer):
         """One micro-batch's share of the step's mean: the sum of its pairs' losses over the step's number of pairs."""
         kwargs = {"output_router_logits": True} if self.aux_loss_enabled else {}
         pairs, output = run_model(model, inputs, **kwargs)
-        losses = self.pair_loss(pairs)
-        if losses.shape != pairs.chosen_logps.shape:
-            raise ConfigError(
-                f"`pair_loss` returned shape {tuple(losses.shape)}; expected {tuple(pairs.chosen_logps.shape)}, one "
-                "value per target pair."
-            )
+        losses = self._checked_pair_loss(pairs)
         count = inputs["num_pairs"] if num_items_in_batch is None else num_items_in_batch
         loss = (losses * inputs["weight"]).sum()
         if self.aux_loss_enabled:
@@ -291,12 +296,72 @@ class MPOTrainer(DPOTrainer):
         loss = loss / count
         if self.model.training:
             self._accumulate(pairs, inputs["counts"])
-            self._step_groups.extend(zip(inputs["origins"], inputs["rows"], strict=True))
-            step_loss = loss.detach()
-            self._step_loss = step_loss if self._step_loss is None else self._step_loss + step_loss
+            self._remember(loss.detach(), inputs)
             # Gradients are averaged over ranks afterwards, while the step's mean is over all ranks' pairs.
             loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch, in one model call or, where the collator split it, in several."""
+        if "calls" not in inputs:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.maybe_activation_offload_context:
+            return self._step_in_calls(model, inputs, num_items_in_batch)
+
+    def _step_in_calls(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+        # The pairs of all calls share their sources. Each call's backward stops at the sources' states, where the
+        # gradients add up, and one backward from there finishes the step: the same sums as in a single call.
+        source_call = inputs["source_call"]
+        pooled = call_model(model, source_call).pooled if source_call is not None else None
+        shared = pooled.detach().requires_grad_() if pooled is not None else None
+        count = inputs["num_pairs"] if num_items_in_batch is None else num_items_in_batch
+        total = torch.zeros((), device=self.accelerator.device)
+        for call in inputs["calls"]:
+            output = call_model(model, call)
+            assert output.response_logps is not None
+            pairs = pair_tensors(inputs, output.response_logps, shared, call["pairs"])
+            loss = (self._checked_pair_loss(pairs) * inputs["weight"][call["pairs"]]).sum() / count
+            self._accumulate(pairs, inputs["counts"][call["pairs"]])
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        if pooled is not None and shared is not None and shared.grad is not None:
+            torch.autograd.backward(pooled, shared.grad)
+        self._remember(total, inputs)
+        return total
+
+    def _tokens_per_call(self) -> int | None:
+        wanted = self.args.max_tokens_per_call
+        split = (
+            self.accelerator.num_processes == 1
+            and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self.aux_loss_enabled)
+            and not self.args.fp16
+        )
+        if wanted is not None and not split:
+            raise ConfigError(
+                f"`max_tokens_per_call` is {wanted}, but a micro-batch is one model call with several processes, "
+                "DeepSpeed, FSDP, fp16 or a mixture-of-experts model. Remove it, and lower "
+                "`max_targets_per_group` to save memory."
+            )
+        return wanted or (CALL_TOKENS.get(self.accelerator.device.type) if split else None)
+
+    def _checked_pair_loss(self, pairs: PairTensors) -> Tensor:
+        losses = self.pair_loss(pairs)
+        if losses.shape != pairs.chosen_logps.shape:
+            raise ConfigError(
+                f"`pair_loss` returned shape {tuple(losses.shape)}; expected {tuple(pairs.chosen_logps.shape)}, one "
+                "value per target pair."
+            )
+        return losses
+
+    def _remember(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        """Keep what the check before the optimizer step needs: the step's loss so far, and the rows it is made of."""
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        self._step_groups.extend(zip(inputs["origins"], inputs["rows"], strict=True))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Number of target pairs of the optimizer step, over its micro-batches and all ranks."""
