@@ -349,7 +349,7 @@ def _count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig |
     """(configuration of the new adapter or None for an existing one, number of trained weights)."""
     from peft import PeftConfig, get_peft_model
 
-    from mpo.trainer import _check_peft
+    from mpo.trainer import check_adapter_config
 
     existing = recipe.model.adapter_name_or_path
     if existing is None:
@@ -358,7 +358,7 @@ def _count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig |
         _check_adapter_agrees(recipe, adapter_settings(existing))
         new, config = None, PeftConfig.from_pretrained(existing)
         config.inference_mode = False
-    _check_peft(config)
+    check_adapter_config(config)
     names = linear_layer_names(model)
     try:
         with torch.device("meta"):

@@ -13,6 +13,7 @@ import torch
 
 from mpo.errors import DependencyError, ModelError, MPOError, StorageError, TrainingError
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
+from mpo.memory import keep_freed_memory
 from mpo.model import ModelSource, load_adapter, load_model
 from mpo.plan import Plan, make_plan, precision
 from mpo.progress import TrainingProgress, duration, quiet_libraries
@@ -69,9 +70,11 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     if main:
         _write_start(plan, resolved, provenance)
     say(f"Loading {plan.source.name}")
+    if recipe.training.device.type == "cpu":
+        keep_freed_memory()
     with _explaining(plan):
         trainer = _build_trainer(plan)
-        trainer._resolve_checkpoint(
+        trainer.resolve_checkpoint(
             _resume(plan)
         )  # a checkpoint that does not fit is named before anything is scored
         before = None

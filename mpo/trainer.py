@@ -184,7 +184,7 @@ class MPOTrainer(DPOTrainer):
                 f"`processing_class` is a {type(processing_class).__name__}; MPO trains on text and needs a tokenizer."
             )
         set_chat_template(processing_class, args.chat_template, get_config_model_id(model.config) or "the tokenizer")
-        _check_peft(peft_config if peft_config is not None else getattr(model, "active_peft_config", None))
+        check_adapter_config(peft_config if peft_config is not None else getattr(model, "active_peft_config", None))
         continues_adapter = hasattr(model, "peft_config")
 
         self._explicit_reference = ref_model
@@ -592,13 +592,22 @@ class MPOTrainer(DPOTrainer):
             ConfigError: the checkpoint was made with another order of the data.
             TrainingError: a loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
         """
-        checkpoint = self._resolve_checkpoint(resume_from_checkpoint)
+        checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         return super().train(
             resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
         )
 
-    def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+    def resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+        """
+        The checkpoint that :meth:`train` would resume from, after checking that it fits this run.
+
+        Args:
+            resume: as ``resume_from_checkpoint`` of :meth:`train`.
+
+        Raises:
+            StorageError, ConfigError: as :meth:`train`.
+        """
         if not resume:
             return None
         folder = self.args.output_dir
@@ -963,7 +972,16 @@ def _load_model(source: str, args: MPOConfig, quantization_config: Any) -> PreTr
         ) from error
 
 
-def _check_peft(config: Any) -> None:
+def check_adapter_config(config: Any) -> None:
+    """
+    Refuse adapters that the reward-gap head cannot train: prompt learning, and copies of the LM head.
+
+    Args:
+        config: a ``peft.PeftConfig`` or None.
+
+    Raises:
+        ConfigError: names what to use instead.
+    """
     if config is None:
         return
     if getattr(config, "is_prompt_learning", False):

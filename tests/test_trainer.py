@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import (
-    LoraConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
