@@ -75,15 +75,21 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
         seconds = time.monotonic() - start
         after = trainer.score()
         perplexity_after = perplexity(trainer.model, trainer.processing_class, texts) if texts else None
-    comparison = compare(summarize(before.records, beta=options.beta), summarize(after.records, beta=options.beta))
+    comparison = compare(
+        summarize(before.records, beta=options.beta), summarize(after.records, beta=options.beta)
+    )
     first, last = squared_distance(before, options.beta), squared_distance(after, options.beta)
-    print(f"\nseed {seed}, retain_weight {retain_weight:g}: {len(train)} sources trained, {len(held_out)} held out")
+    print(
+        f"\nseed {seed}, retain_weight {retain_weight:g}: {len(train)} sources trained, {len(held_out)} held out"
+    )
     print(comparison.to_text())
     print(f"squared distance {first:.3f} -> {last:.3f} ({last / first:.2f} of its start)")
     print(f"retention term {after.retention:.5f}, {seconds:.0f} s of training")
     if perplexity_before is not None and perplexity_after is not None:
         rise = perplexity_after / perplexity_before - 1
-        print(f"harmless perplexity {perplexity_before:.2f} -> {perplexity_after:.2f} ({rise:+.2%})", flush=True)
+        print(
+            f"harmless perplexity {perplexity_before:.2f} -> {perplexity_after:.2f} ({rise:+.2%})", flush=True
+        )
     return {
         "seed": seed,
         "retain_weight": retain_weight,
@@ -97,10 +103,14 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
 
 def main() -> None:
     """Run all combinations, print them and write the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.alignment", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", required=True, help="groups in any accepted form")
     parser.add_argument("--harmless", help="JSON list of texts or of rows with an `instruction` field")
-    parser.add_argument("--model", default="runs/demo/model", help="folder of the demo's model, made if missing")
+    parser.add_argument(
+        "--model", default="runs/demo/model", help="folder of the demo's model, made if missing"
+    )
     parser.add_argument("--train_sources", type=int, default=36)
     parser.add_argument("--held_out_sources", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
@@ -125,10 +135,14 @@ def main() -> None:
             runs.append(run(options, seed, weight, texts))
             out = Path(options.out)
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"runs": runs, "provenance": collect(seed=None)}, indent=2, default=str))
+            out.write_text(
+                json.dumps({"runs": runs, "provenance": collect(seed=None)}, indent=2, default=str)
+            )
     ratios = [r["squared_distance"]["ratio"] for r in runs if r["retain_weight"] == options.retain_weights[0]]
     if len(ratios) > 1:
-        print(f"\nover {len(ratios)} seeds: {statistics.mean(ratios):.3f} +- {statistics.stdev(ratios):.3f} of the start")
+        print(
+            f"\nover {len(ratios)} seeds: {statistics.mean(ratios):.3f} +- {statistics.stdev(ratios):.3f} of the start"
+        )
     print(f"written to {options.out}")
 
 

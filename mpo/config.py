@@ -129,7 +129,7 @@ class MPOConfig(DPOConfig):
     > `per_device_train_batch_size` 1, `num_train_epochs` 2.
     """
 
-    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
 
     # The objective
     beta: float = field(default=1.0, metadata={"help": "Scale of the target language's reward gap."})
@@ -182,14 +182,18 @@ class MPOConfig(DPOConfig):
     )
 
     # Defaults that differ from DPOConfig
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "bf16 mixed precision. Unset: on where the accelerator has it."}
     )
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Trade compute for memory. Off unless asked for."}
     )
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Groups per device and micro-batch."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Groups per device when evaluating."})
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Groups per device and micro-batch."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=1, metadata={"help": "Groups per device when evaluating."}
+    )
     num_train_epochs: float = field(default=2.0, metadata={"help": "Number of epochs."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a ratio below 1."})
@@ -202,7 +206,10 @@ class MPOConfig(DPOConfig):
         self._check_values()
         if self.bf16 is None:
             self.bf16 = bool(
-                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+                not self.fp16
+                and not self.use_cpu
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
             )
         # transformers renamed the option; the old name is what users and recipes know, so it is passed on silently.
         if "activation_checkpointing" in {f.name for f in fields(self)}:
@@ -236,9 +243,13 @@ class MPOConfig(DPOConfig):
             if not ok:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
 
-        require(_is_number(self.beta) and self.beta > 0, "beta", "a number above 0 (the paper uses 1.0 or 1.5)")
         require(
-            _is_number(self.retain_weight) and self.retain_weight >= 0, "retain_weight", "a number of at least 0"
+            _is_number(self.beta) and self.beta > 0, "beta", "a number above 0 (the paper uses 1.0 or 1.5)"
+        )
+        require(
+            _is_number(self.retain_weight) and self.retain_weight >= 0,
+            "retain_weight",
+            "a number of at least 0",
         )
         require(self.retain_pooling in RETAIN_POOLINGS, "retain_pooling", "'mean' or 'last'")
         require(self.batch_layout in BATCH_LAYOUTS, "batch_layout", "'tree' or 'padded'")
@@ -262,9 +273,15 @@ class MPOConfig(DPOConfig):
         ):
             value = getattr(self, name)
             require(
-                value is None or (isinstance(value, int) and value >= 1), name, "a whole number of at least 1, or null"
+                value is None or (isinstance(value, int) and value >= 1),
+                name,
+                "a whole number of at least 1, or null",
             )
-        require(isinstance(self.collapse_window, int) and self.collapse_window >= 3, "collapse_window", "at least 3")
+        require(
+            isinstance(self.collapse_window, int) and self.collapse_window >= 3,
+            "collapse_window",
+            "at least 3",
+        )
         require(
             _is_number(self.collapse_drop) and self.collapse_drop > 0,
             "collapse_drop",
@@ -284,7 +301,11 @@ class MPOConfig(DPOConfig):
                 "language codes with weights of at least 0, not all of them 0",
             )
         else:
-            require(weights is None or weights == "balanced", "language_weights", "a mapping, 'balanced', or nothing")
+            require(
+                weights is None or weights == "balanced",
+                "language_weights",
+                "a mapping, 'balanced', or nothing",
+            )
 
     def reference_folder(self) -> str:
         """Folder of the reference cache: ``reference_cache_dir``, or ``mpo/reference`` below ``HF_HOME``."""
@@ -297,4 +318,3 @@ class MPOConfig(DPOConfig):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-

@@ -31,7 +31,11 @@ class DataError(MPOError, ValueError):
         self.file, self.row, self.field = file, row, field
         place = ", ".join(
             part
-            for part in (file, None if row is None else f"row {row}", None if field is None else f"field `{field}`")
+            for part in (
+                file,
+                None if row is None else f"row {row}",
+                None if field is None else f"field `{field}`",
+            )
             if part
         )
         super().__init__(f"{place}: {message}" if place else message)

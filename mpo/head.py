@@ -73,7 +73,7 @@ def attach_reward_gap_head(model: PreTrainedModel) -> None:
             return original_forward(*args, **kwargs)
         return _reward_gap_forward(self, **kwargs)
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
     model._has_reward_gap_head = True  # type: ignore[assignment]
 
 
@@ -98,7 +98,9 @@ def _reward_gap_forward(
     mask: Any = attention_mask
     if tree_ids is not None:
         assert branch_ids is not None
-        mask = tree_attention_mask(config, tree_ids, branch_ids, position_ids, _compute_dtype(model, input_ids))
+        mask = tree_attention_mask(
+            config, tree_ids, branch_ids, position_ids, _compute_dtype(model, input_ids)
+        )
         real_tokens = tree_ids >= 0
     extra = {"output_router_logits": True} if output_router_logits else {}
     # Looked up at each call, since PEFT and FSDP replace modules after the head was attached.
@@ -116,7 +118,9 @@ def _reward_gap_forward(
 @torch.compiler.disable
 def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     if lengths.numel() == 0:
-        return hidden.new_zeros((0, 2, hidden.shape[-1]), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return hidden.new_zeros(
+            (0, 2, hidden.shape[-1]), dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
     return segment_mean(hidden.index_select(0, index), lengths).unflatten(0, (-1, 2))
 
 
@@ -135,7 +139,8 @@ def _response_logps(
     device = weight.device
     scored = hidden.index_select(0, index).to(device)
     tile_width = _TILE_WIDTH.get(device.type, _TILE_WIDTH_DEFAULT)
-    with maybe_gather_lm_head_ctx(weight, bias):
+    gathered = [weight] if bias is None else [weight, bias]
+    with maybe_gather_lm_head_ctx(*gathered):
         log_probs = ChunkedLogProbFunction.apply(
             scored,
             weight,

@@ -70,7 +70,8 @@ def usable_layout(
     if shape.layout == "padded":
         return "padded"
     short = [
-        Tree(tree.prompt[-12:], tree.chosen[:9], tree.rejected[:7], score=True, pool=True) for tree in trees[:3]
+        Tree(tree.prompt[-12:], tree.chosen[:9], tree.rejected[:7], score=True, pool=True)
+        for tree in trees[:3]
     ]
     with torch.no_grad():
         try:
@@ -82,7 +83,8 @@ def usable_layout(
     assert packed.pooled is not None and plain.pooled is not None
     assert packed.response_logps is not None and plain.response_logps is not None
     error_size = max(
-        _relative_error(packed.pooled, plain.pooled), _relative_error(packed.response_logps, plain.response_logps)
+        _relative_error(packed.pooled, plain.pooled),
+        _relative_error(packed.response_logps, plain.response_logps),
     )
     if not error_size < _TOLERANCE.get(dtype, 0.1):
         logger.warning(

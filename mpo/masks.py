@@ -43,7 +43,9 @@ def visible(
     return allowed | (query_index == key_index)
 
 
-def dense_mask(tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, window: int | None = None) -> Tensor:
+def dense_mask(
+    tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, window: int | None = None
+) -> Tensor:
     """
     Boolean mask of packed rows.
 
@@ -72,7 +74,9 @@ def dense_mask(tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, windo
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``[R, 1, S, S]`` in ``dtype``: 0 where ``mask`` is True, the dtype's finite minimum elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(dtype).min
+    )
 
 
 def block_mask(tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, window: int | None = None) -> Any:
@@ -90,7 +94,9 @@ def block_mask(tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, windo
     )
 
 
-def tree_mask_mod(tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, window: int | None = None) -> Any:
+def tree_mask_mod(
+    tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, window: int | None = None
+) -> Any:
     """The rule as a ``mask_mod(batch, head, query, key)`` of ``flex_attention``."""
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

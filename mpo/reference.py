@@ -269,7 +269,9 @@ def _run_pass(
             rows = dataset[[int(first_group[i]) for i in sources]]
             trees = [
                 Tree(*parts, score=True, pool=True)
-                for parts in zip(rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True)
+                for parts in zip(
+                    rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True
+                )
             ]
             output = call_on_trees(call, trees, shape, ranks.device)
             assert output.response_logps is not None and output.pooled is not None

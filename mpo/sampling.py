@@ -93,7 +93,9 @@ class GroupBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self.indices
         if self.seed is not None:
-            order = self.indices[np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))]
+            order = self.indices[
+                np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))
+            ]
         per_step = self.batch_size * self.num_ranks
         for step in range(len(self)):
             groups = order[step * per_step : (step + 1) * per_step]
@@ -190,7 +192,9 @@ class GroupCollator:
                 batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]
-            batch["input_ids"] = torch.cat(ids + ([batch["source_call"]["input_ids"].flatten()] if run_sources else []))
+            batch["input_ids"] = torch.cat(
+                ids + ([batch["source_call"]["input_ids"].flatten()] if run_sources else [])
+            )
         gaps, group_of_pair, language_ids, weights, counts = zip(*pairs, strict=True)
         batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
         batch["group_of_pair"] = torch.tensor(group_of_pair, dtype=torch.long)

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object, tqdm
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from mpo.errors import DataError
@@ -29,7 +29,17 @@ from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataset, to_devi
 from mpo.tokenization import set_chat_template, tokenize_groups
 from mpo.trees import MODEL_KEYS, Tree
 
-__all__ = ["PairScore", "PairTensors", "Scores", "call_model", "pair_tensors", "perplexity", "run_model", "score_groups", "score_loader"]
+__all__ = [
+    "PairScore",
+    "PairTensors",
+    "Scores",
+    "call_model",
+    "pair_tensors",
+    "perplexity",
+    "run_model",
+    "score_groups",
+    "score_loader",
+]
 
 
 @dataclass
@@ -60,10 +70,14 @@ class PairTensors:
 
 def call_model(forward: Forward, tensors: dict[str, Any], **kwargs: Any) -> RewardGapOutput:
     """One call of a model with the reward-gap head on the tensors of :func:`mpo.trees.build_batch`."""
-    return forward(reward_gap_head=True, **{key: tensors[key] for key in MODEL_KEYS if key in tensors}, **kwargs)
+    return forward(
+        reward_gap_head=True, **{key: tensors[key] for key in MODEL_KEYS if key in tensors}, **kwargs
+    )
 
 
-def pair_tensors(batch: dict[str, Any], logps: Tensor, pooled: Tensor | None, pairs: Tensor | None = None) -> PairTensors:
+def pair_tensors(
+    batch: dict[str, Any], logps: Tensor, pooled: Tensor | None, pairs: Tensor | None = None
+) -> PairTensors:
     """
     The tensors a loss needs, from what the head returned.
 
@@ -104,8 +118,16 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
     if "calls" not in batch:
         output = call_model(forward, batch, **kwargs)
     else:
-        source = call_model(forward, batch["source_call"]) if batch["source_call"] is not None else RewardGapOutput()
-        parts = [call_model(forward, call).response_logps for call in batch["calls"]]
+        source = (
+            call_model(forward, batch["source_call"])
+            if batch["source_call"] is not None
+            else RewardGapOutput()
+        )
+        parts: list[Tensor] = []
+        for call in batch["calls"]:
+            scored = call_model(forward, call).response_logps
+            assert scored is not None
+            parts.append(scored)
         order = torch.argsort(torch.cat([call["pairs"] for call in batch["calls"]]))
         output = RewardGapOutput(response_logps=torch.cat(parts)[order], pooled=source.pooled)
     assert output.response_logps is not None
@@ -164,13 +186,15 @@ def score_loader(
         counts = cpu_batch["counts"].numpy() > 0
         groups = cpu_batch["groups"]
         pair_groups = cpu_batch["group_of_pair"].tolist()
-        order = {g: 0 for g in range(len(groups))}
+        order = dict.fromkeys(range(len(groups)), 0)
         for i, g in enumerate(pair_groups):
             order[g] += 1
             if counts[i]:
                 language = languages[int(cpu_batch["language"][i])]
                 reference = float(cpu_batch["reference_gap"][i])
-                sums.records.append((groups[g], order[g], _score(groups[g], language, False, logps[i], reference)))
+                sums.records.append(
+                    (groups[g], order[g], _score(groups[g], language, False, logps[i], reference))
+                )
         for g, group in enumerate(groups):
             pair = pair_groups.index(g)
             if counts[pair]:
@@ -182,10 +206,16 @@ def score_loader(
             sums.loss += float((losses * batch["counts"]).double().sum())
         sums.pairs += int(counts.sum())
         if counts.any():
-            sums.tokens += int((cpu_batch["tree_ids"] >= 0).sum() if "tree_ids" in cpu_batch else cpu_batch["attention_mask"].sum())
+            sums.tokens += int(
+                (cpu_batch["tree_ids"] >= 0).sum()
+                if "tree_ids" in cpu_batch
+                else cpu_batch["attention_mask"].sum()
+            )
 
     parts: list[_Sums] = gather_object([sums]) if num_ranks > 1 else [sums]
-    records = [record for _, _, record in sorted((r for part in parts for r in part.records), key=lambda r: r[:2])]
+    records = [
+        record for _, _, record in sorted((r for part in parts for r in part.records), key=lambda r: r[:2])
+    ]
     retention = {group: value for part in parts for group, value in part.retention.items()}
     total_pairs = sum(part.pairs for part in parts)
     scores = Scores(
@@ -193,7 +223,9 @@ def score_loader(
         retention=math.fsum(retention.values()) / len(retention) if retention else None,
         tokens=sum(part.tokens for part in parts),
     )
-    mean_loss = math.fsum(part.loss for part in parts) / total_pairs if pair_loss and total_pairs else math.nan
+    mean_loss = (
+        math.fsum(part.loss for part in parts) / total_pairs if pair_loss and total_pairs else math.nan
+    )
     return scores, mean_loss
 
 
@@ -239,7 +271,7 @@ class _SingleRank:
 
 
 def score_groups(
-    model: PreTrainedModel | Any,
+    model: Any,
     groups: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -290,7 +322,7 @@ def score_groups(
         name="evaluation",
     )
     is_peft = hasattr(model, "peft_config")
-    base = model.get_base_model() if is_peft else model
+    base: Any = model.get_base_model() if is_peft else model
     attach_reward_gap_head(base)
     device = next(model.parameters()).device
     assert isinstance(tokenizer.pad_token_id, int)
@@ -328,7 +360,12 @@ def score_groups(
                 tokenized, reference, languages=languages, shape=shape, batch_size=batch_size
             )
             scores, _ = score_loader(
-                model, loader, languages=languages, source_language=source_language, device=device, progress=progress
+                model,
+                loader,
+                languages=languages,
+                source_language=source_language,
+                device=device,
+                progress=progress,
             )
     finally:
         model.train(was_training)
@@ -343,7 +380,8 @@ def probe_trees(tokenized: Dataset) -> list[Tree]:
     """A few source trees of a tokenized dataset, for :func:`mpo.layout.usable_layout`."""
     rows = tokenized[: min(3, len(tokenized))]
     return [
-        Tree(*parts) for parts in zip(rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True)
+        Tree(*parts)
+        for parts in zip(rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True)
     ]
 
 
@@ -365,7 +403,7 @@ def count_languages(tokenized: Dataset) -> dict[str, int]:
 
 
 def perplexity(
-    model: PreTrainedModel | Any,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
@@ -385,7 +423,7 @@ def perplexity(
     Raises:
         DataError: no text has two tokens.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     config = base.config.get_text_config()
     head = base.get_output_embeddings()
     device = head.weight.device
@@ -403,7 +441,9 @@ def perplexity(
             padded = torch.tensor([i + [0] * (length - len(i)) for i in batch], device=device)
             mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in batch], device=device)
             with torch.no_grad():
-                hidden = base.base_model(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state
+                hidden = base.base_model(
+                    input_ids=padded, attention_mask=mask, use_cache=False
+                ).last_hidden_state
                 predicts = mask[:, 1:].bool()
                 log_probs = ChunkedLogProbFunction.apply(
                     hidden[:, :-1][predicts],

@@ -48,7 +48,9 @@ TOKENIZED_FEATURES = Features(
 )
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None, name: str = "the tokenizer") -> None:
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, name: str = "the tokenizer"
+) -> None:
     """
     Make sure that the tokenizer has a chat template and a padding token.
 
@@ -132,7 +134,9 @@ def tokenize_pair(
             "true of every row. A template that renders the prompt the same way in both cases avoids it."
         )
     if start == 0:
-        raise DataError("the prompt renders to no token that prompt plus response begins with.", field="prompt")
+        raise DataError(
+            "the prompt renders to no token that prompt plus response begins with.", field="prompt"
+        )
     if max_length is not None and start >= max_length:
         raise DataError(
             f"the prompt alone has {start} tokens and fills max_length={max_length}, which leaves no room for a "
@@ -274,7 +278,9 @@ def tokenize_groups(
         errors = [error for found in tokenized.with_format(None)["errors"] for error in found]
         if errors:
             tokenized = tokenized.filter(
-                lambda languages: len(languages) > 0, input_columns="target_language", desc="Dropping bad groups"
+                lambda languages: len(languages) > 0,
+                input_columns="target_language",
+                desc="Dropping bad groups",
             )
     if len(tokenized) == 0:
         raise DataError(

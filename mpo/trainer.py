@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,19 +32,20 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from mpo.checkpoints import last_complete_checkpoint, mark_complete, rotate, saved_state
+from mpo.citations import MPO_BIBTEX
 from mpo.collapse import CollapseDetector
 from mpo.config import MPOConfig
 from mpo.data import as_groups
-from mpo.errors import ConfigError, DataError, ModelError, MPOError, StorageError, TrainingError
+from mpo.errors import ConfigError, DataError, ModelError, StorageError, TrainingError
 from mpo.evaluation.records import Scores
 from mpo.head import attach_reward_gap_head
-from mpo.layout import CALL_TOKENS, batch_shape, default_attention, usable_layout
+from mpo.layout import CALL_TOKENS, batch_shape, usable_layout
 from mpo.loss import mpo_loss, reward_gap, reward_gap_loss
+from mpo.model import ModelSource, load_config, load_model, load_tokenizer, pick_attention
 from mpo.reference import (
-    BatchShape,
     SourceReference,
     build_or_load,
     fingerprint_folder,
@@ -64,7 +62,7 @@ from mpo.scoring import (
     run_model,
     score_loader,
 )
-from mpo.tokenization import set_chat_template, tokenize_groups
+from mpo.tokenization import TOKENIZED_FEATURES, set_chat_template, tokenize_groups
 
 logger = get_logger(__name__)
 
@@ -74,6 +72,9 @@ _COUNT, _GAP, _TO_SOURCE, _POSITIVE, _CHOSEN, _REJECTED, _GAP_LOSS, _RETENTION =
 
 # Initialisations under which a fresh adapter computes exactly what the base model does.
 _NEUTRAL_ADAPTER_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
+
+# Arguments of `from_pretrained` that are passed on by name or set here.
+_OWN_INIT_KWARGS = ("revision", "trust_remote_code", "use_safetensors", "dtype", "attn_implementation")
 
 _OVERFLOWS_BEFORE_STOP = 25
 
@@ -123,22 +124,21 @@ class MPOTrainer(DPOTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    _tag_names = ["trl", "mpo"]
+    _tag_names = ["trl", "mpo"]  # noqa: RUF012
     _name = "MPO"
-    _paper = {
+    _paper = {  # noqa: RUF012
         "title": "MPO: Multilingual Safety Alignment via Reward Gap Optimization",
         "id": "2505.16869",
-        "citation": textwrap.dedent("""\
-            @inproceedings{zhao2025mpo,
-                title     = {{MPO: Multilingual Safety Alignment via Reward Gap Optimization}},
-                author    = {Zhao, Weixiang and others},
-                year      = 2025,
-                booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
-                url       = {https://arxiv.org/abs/2505.16869},
-            }"""),
+        "citation": MPO_BIBTEX,
     }
 
+    # What the base class leaves open is fixed here.
     args: MPOConfig
+    model: Any
+    model_wrapped: Any
+    train_dataset: Dataset
+    eval_dataset: Any
+    data_collator: GroupCollator
 
     def __init__(
         self,
@@ -164,32 +164,41 @@ class MPOTrainer(DPOTrainer):
         if train_dataset is None:
             raise DataError("`train_dataset` is missing; expected groups, see `mpo.data.load_groups`.")
         if ref_model is model:
-            raise ConfigError("`ref_model` is the model itself. Leave it out: the reference is the starting policy.")
+            raise ConfigError(
+                "`ref_model` is the model itself. Leave it out: the reference is the starting policy."
+            )
 
         set_seed(args.seed)
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
             if processing_class is None:
-                processing_class = _load_tokenizer(model, args)
-            model = _load_model(model, args, quantization_config)
+                processing_class = load_tokenizer(_source(model, args), args.chat_template)
+            model = _load(model, args, quantization_config)
         elif quantization_config is not None:
             raise ConfigError(
                 "`quantization_config` was given with a loaded model; quantization happens while loading. Pass the "
                 "model's name or folder instead."
             )
         if processing_class is None:
-            processing_class = _load_tokenizer(get_config_model_id(model.config), args)
+            processing_class = load_tokenizer(
+                _source(get_config_model_id(model.config), args), args.chat_template
+            )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ModelError(
                 f"`processing_class` is a {type(processing_class).__name__}; MPO trains on text and needs a tokenizer."
             )
-        set_chat_template(processing_class, args.chat_template, get_config_model_id(model.config) or "the tokenizer")
-        check_adapter_config(peft_config if peft_config is not None else getattr(model, "active_peft_config", None))
+        set_chat_template(
+            processing_class, args.chat_template, get_config_model_id(model.config) or "the tokenizer"
+        )
+        check_adapter_config(
+            peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
+        )
         continues_adapter = hasattr(model, "peft_config")
 
         self._explicit_reference = ref_model
         self._reference_without_adapter = (
-            peft_config is not None and getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_ADAPTER_INITS
+            peft_config is not None
+            and getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_ADAPTER_INITS
         )
         self._fingerprint: str | None = None
         self._references: dict[int, SourceReference] = {}
@@ -222,7 +231,9 @@ class MPOTrainer(DPOTrainer):
 
         pairs = count_languages(self.train_dataset)
         datasets = [self.train_dataset, *_datasets(self.eval_dataset)]
-        self.languages: list[str] = sorted({language for data in datasets for language in count_languages(data)})
+        self.languages: list[str] = sorted(
+            {language for data in datasets for language in count_languages(data)}
+        )
         """Target languages, sorted; a pair's language is its index here."""
         self._warn_of_unknown_weights()
         assert isinstance(self._tokenizer.pad_token_id, int)
@@ -243,7 +254,7 @@ class MPOTrainer(DPOTrainer):
             pad_token_id=self._shape.pad_token_id,
             pooling=self._shape.pooling,
             run_source=args.retain_weight > 0,
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
             max_tokens_per_call=self._tokens_per_call(),
         )
         self._sums = torch.zeros((len(self.languages), 8), device=self.accelerator.device)
@@ -292,7 +303,7 @@ class MPOTrainer(DPOTrainer):
         loss = (losses * inputs["weight"]).sum()
         if self.aux_loss_enabled:
             # The router's loss of a micro-batch counts like each of its pairs.
-            loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]
+            loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
         loss = loss / count
         if self.model.training:
             self._accumulate(pairs, inputs["counts"])
@@ -313,7 +324,9 @@ class MPOTrainer(DPOTrainer):
         with self.maybe_activation_offload_context:
             return self._step_in_calls(model, inputs, num_items_in_batch)
 
-    def _step_in_calls(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _step_in_calls(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         # The pairs of all calls share their sources. Each call's backward stops at the sources' states, where the
         # gradients add up, and one backward from there finishes the step: the same sums as in a single call.
         source_call = inputs["source_call"]
@@ -388,7 +401,9 @@ class MPOTrainer(DPOTrainer):
 
     # ---- Data ----------------------------------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
+    ) -> Dataset:
         with args.main_process_first(desc="tokenizing"):
             tokenized, dropped = tokenize_groups(
                 dataset,
@@ -403,7 +418,9 @@ class MPOTrainer(DPOTrainer):
                 name=dataset_name,
             )
         if dropped:
-            logger.warning(f"{len(dropped)} rows of the {dataset_name} data were dropped, the first: {dropped[0]}")
+            logger.warning(
+                f"{len(dropped)} rows of the {dataset_name} data were dropped, the first: {dropped[0]}"
+            )
             self.dropped_rows.extend(dropped)
         return tokenized
 
@@ -463,7 +480,9 @@ class MPOTrainer(DPOTrainer):
         """Reference values of a prepared dataset, computed or read when first asked for."""
         reference = self._references.get(id(dataset))
         if reference is None:
-            if self.state.global_step > 0 and not (self._reference_without_adapter or self._explicit_reference):
+            if self.state.global_step > 0 and not (
+                self._reference_without_adapter or self._explicit_reference
+            ):
                 raise ModelError(
                     "the reference of new data is asked for after training has begun, when the starting policy is gone. "
                     "Pass the data as `eval_dataset` when the trainer is made, or pass `ref_model`."
@@ -507,7 +526,11 @@ class MPOTrainer(DPOTrainer):
         if self._layout_checked:
             return
         with self._reference_forward() as forward:
-            dtype = torch.get_autocast_dtype(self.accelerator.device.type) if self._mixed_precision else self.model.dtype
+            dtype = (
+                torch.get_autocast_dtype(self.accelerator.device.type)
+                if self._mixed_precision
+                else self.model.dtype
+            )
             layout = usable_layout(
                 forward, probe_trees(self.train_dataset), self._shape, self.accelerator.device, dtype
             )
@@ -804,14 +827,12 @@ class MPOTrainer(DPOTrainer):
             if isinstance(found, dict):
                 raise DataError(f"there are several evaluation datasets; name one of {', '.join(found)}.")
             if found is None:
-                raise DataError("there is no evaluation data; pass `eval_dataset` to the trainer or to this call.")
+                raise DataError(
+                    "there is no evaluation data; pass `eval_dataset` to the trainer or to this call."
+                )
             assert isinstance(found, Dataset)
             return found
-        if isinstance(dataset, Dataset) and "source_prompt" in dataset.column_names and (
-            "target_language" in dataset.column_names and "origin" in dataset.column_names
-            and not isinstance(dataset[0]["source_prompt"], str)
-            and (not dataset[0]["source_prompt"] or isinstance(dataset[0]["source_prompt"][0], int))
-        ):
+        if isinstance(dataset, Dataset) and set(dataset.column_names) == set(TOKENIZED_FEATURES) - {"errors"}:
             return dataset
         groups = as_groups(dataset, source_language=self.args.source_language, bad_rows=self.args.bad_rows)
         return self._prepare_dataset(groups, self.processing_class, self.args, "eval")
@@ -938,38 +959,33 @@ def _refuse(**arguments: Any) -> None:
             raise ConfigError(f"`{name}` is not supported by MPOTrainer: {reasons[name]}.")
 
 
-def _load_tokenizer(source: str, args: MPOConfig) -> PreTrainedTokenizerBase:
-    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(args.model_init_kwargs, dict) else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"'{source}' has no tokenizer that can be loaded: {_first_line(error)}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
+def _source(name: str, args: MPOConfig) -> ModelSource:
+    kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    return ModelSource(name, kwargs.get("revision"), args.trust_remote_code)
 
 
-def _load_model(source: str, args: MPOConfig, quantization_config: Any) -> PreTrainedModel:
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state is not None and args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+def _load(name: str, args: MPOConfig, quantization_config: Any) -> PreTrainedModel:
+    source = _source(name, args)
+    kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in _OWN_INIT_KWARGS}  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if args.distributed_state is not None and args.distributed_state.distributed_type in (
+        "MULTI_GPU",
+        "DEEPSPEED",
+    ):
         kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    kwargs.setdefault("use_safetensors", True)
-    try:
-        config = AutoConfig.from_pretrained(
-            source, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-        )
-        if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = default_attention(config)
-        return create_model_from_path(source, **kwargs)
-    except MPOError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"the model '{source}' cannot be loaded: {_first_line(error)} Expected a Hub id you have access to, or a "
-            "folder with config.json and *.safetensors files."
-        ) from error
+    attention = pick_attention(
+        load_config(source),
+        given.get("attn_implementation"),
+        layout=args.batch_layout,
+        gpu=args.device.type != "cpu",
+    )
+    return load_model(
+        source,
+        dtype=given.get("dtype", "float32"),
+        attn_implementation=attention,
+        quantization_config=quantization_config,
+        **kwargs,
+    )
 
 
 def check_adapter_config(config: Any) -> None:
@@ -1000,7 +1016,11 @@ def check_adapter_config(config: Any) -> None:
 def _check_master_weights(model: Any, sharded: bool) -> None:
     if sharded or hasattr(model, "peft_config"):
         return
-    half = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    half = {
+        str(p.dtype)
+        for p in model.parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
     if half:
         raise ConfigError(
             f"the weights to be trained are {', '.join(sorted(half))}: at the learning rates of preference training their "
@@ -1027,10 +1047,6 @@ def _is_storage_problem(error: Exception) -> bool:
     """Whether saving failed for the disk's sake; torch and safetensors report a full disk as errors of their own."""
     text = str(error).lower()
     return isinstance(error, OSError) or any(
-        sign in text for sign in ("no space", "enospc", "file write failed", "unexpected pos", "i/o error", "quota")
+        sign in text
+        for sign in ("no space", "enospc", "file write failed", "unexpected pos", "i/o error", "quota")
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

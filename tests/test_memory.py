@@ -26,7 +26,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is on Linux only")
 def test_memory_freed_by_a_step_is_taken_again_without_new_page_faults() -> None:
     def faults(mode: str) -> int:
-        child = subprocess.run([sys.executable, "-c", _CHILD, mode], capture_output=True, text=True, check=True)
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, mode], capture_output=True, text=True, check=True
+        )
         return int(child.stdout)
 
     assert faults("keep") * 4 < faults("return")

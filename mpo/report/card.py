@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from mpo.citations import HIDDEN_SPACE_BIBTEX, MPO_BIBTEX
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.reward_gap import Change, Comparison, RewardGapTable, compare, sort_languages
@@ -21,31 +22,6 @@ from mpo.report.redaction import portable_path, redact, redact_text
 
 TRAINING_CURVE = "training_curve.png"
 REWARD_GAP = "reward_gap.png"
-
-MPO_BIBTEX = """\
-@inproceedings{zhao-etal-2025-mpo,
-  title     = {{MPO}: Multilingual Safety Alignment via Reward Gap Optimization},
-  author    = {Zhao, Weixiang and Hu, Yulin and Deng, Yang and Wu, Tongtong and Zhang, Wenxuan and Guo, Jiahe
-               and Zhang, An and Zhao, Yanyan and Qin, Bing and Chua, Tat-Seng and Liu, Ting},
-  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics
-               (Volume 1: Long Papers)},
-  pages     = {23564--23587},
-  year      = {2025},
-  address   = {Vienna, Austria},
-  publisher = {Association for Computational Linguistics},
-  eprint    = {2505.16869},
-  archivePrefix = {arXiv}
-}"""
-
-HIDDEN_SPACE_BIBTEX = """\
-@misc{verma-bharadwaj-2025-hidden-space,
-  title  = {The Hidden Space of Safety: Understanding Preference-Tuned {LLMs} in Multilingual context},
-  author = {Verma, Nikhil and Bharadwaj, Manasa},
-  year   = {2025},
-  eprint = {2504.02708},
-  archivePrefix = {arXiv},
-  primaryClass  = {cs.CL}
-}"""
 
 # Recipe keys worth a line of their own, in the order of the card.
 _SETTINGS = {
