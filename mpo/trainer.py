@@ -426,7 +426,7 @@ class MPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(self.train_dataset.column_names)
+            self._signature_columns = list(self.train_dataset.column_names)  # type: ignore[assignment]
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of this rank's micro-batches. Its order depends on ``data_seed`` (or ``seed``) and the epoch only."""
