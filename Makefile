@@ -12,7 +12,7 @@ endif
 DEMO_MODEL := runs/demo/model
 # The demo's tokenizer spends eight times as many tokens on Bengali as on English: other texts than its own need
 # more room, and what still does not fit is counted and listed.
-DATA_OPTIONS = --dataset $(DATA) --max_length 512 --bad_rows drop
+DATA_OPTIONS = --dataset $(DATA) --bad_rows drop
 
 # Read by scripts/setup.sh.
 export PYTHON TORCH_INDEX

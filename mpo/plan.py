@@ -454,6 +454,7 @@ def _count_tokens(
     kwargs = training.chat_template_kwargs
     settings: dict[str, Any] = {
         "max_length": training.max_length,
+        "max_response_length": training.max_response_length,
         "template_kwargs": kwargs if isinstance(kwargs, dict) else None,
         "bad_rows": training.bad_rows,
         "group_by_source": training.group_by_source,

@@ -80,7 +80,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
         before = None
         if plan.held_out is not None:
             before = _score(trainer, plan, "before", say)
-        say(f"Training for {plan.steps} steps")
+        # How many sources `min_source_gap` leaves out is known only after the reference pass.
+        say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
         result = trainer.train(resume_from_checkpoint=_resume(plan))
         say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}")
         after = _score(trainer, plan, "after", say) if before is not None else None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from mpo import checkpoints as subject
 from mpo.checkpoints import (
@@ -22,6 +28,9 @@ from mpo.checkpoints import (
     rotate,
     saved_state,
 )
+from mpo.trainer import MPOTrainer
+from tests import runs
+from tests.tiny import random_groups, save_tiny
 
 FILES = {"model.safetensors": b"m" * 100, "optimizer.pt": b"o" * 50, "nested/rng_state_0.pth": b"r" * 10}
 
@@ -256,3 +265,146 @@ def test_whatever_is_there_rotation_keeps_what_a_run_can_resume_from(
 def test_the_marker_can_be_read_by_a_person(tmp_path: Path) -> None:
     marker = json.loads((write(tmp_path, 5) / MARKER).read_text(encoding="utf-8"))
     assert marker["files"] == {name: len(content) for name, content in FILES.items()}
+
+
+# ---- A disk that is full -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("model"))
+
+
+class AtStep(TrainerCallback):
+    """Does something after step ``step``, before it is saved, and undoes it before the next step."""
+
+    def __init__(self, step: int, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
+        self.step, self.begin, self.end = step, begin, end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.end()
+
+
+def saved_run(model: Path, folder: Path, callback: AtStep | None = None, **settings: Any) -> MPOTrainer:
+    return runs.trainer(
+        model,
+        folder,
+        random_groups(0, 4, (1, 2), words=(1, 4)),
+        save_strategy="steps",
+        save_steps=1,
+        callbacks=[callback] if callback else None,
+        **settings,
+    )
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+FAILURES: dict[str, tuple[str, Exception]] = {
+    "the optimizer": ("torch.save", NO_SPACE),
+    "the optimizer, as torch reports it": (
+        "torch.save",
+        RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64 vs 0"),
+    ),
+    "the model": ("transformers.modeling_utils.safe_save_file", NO_SPACE),
+    "the model, as safetensors reports it": (
+        "transformers.modeling_utils.safe_save_file",
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ),
+    "the trainer's state": ("transformers.TrainerState.save_to_json", NO_SPACE),
+    "the marker": ("mpo.trainer.mark_complete", NO_SPACE),
+}
+
+
+@pytest.mark.parametrize("part", FAILURES)
+def test_a_checkpoint_that_cannot_be_saved_does_not_end_the_run_or_leave_a_half(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    name, error = FAILURES[part]
+    patch = pytest.MonkeyPatch()
+    out = tmp_path / "out"
+    during: list[list[int]] = []
+
+    def end() -> None:
+        patch.undo()
+        during.append(steps(out))
+
+    trainer = saved_run(
+        model, tmp_path, AtStep(3, lambda: patch.setattr(name, failing(error)), end), save_total_limit=1
+    )
+    try:
+        trainer.train()
+    finally:
+        patch.undo()
+    assert trainer.state.global_step == 4
+    assert during == [[2]], "the older checkpoint survives, and no half of the new one is left"
+    assert steps(out) == [4] and is_complete(out / "checkpoint-4")
+    message = next(r.getMessage() for r in caplog.records if "could not be saved" in r.getMessage())
+    assert "step 3" in message and "checkpoint-2" in message
+    assert trainer.args.save_total_limit == 1
+
+
+def test_a_real_limit_of_the_file_system_does_not_end_the_run(model: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "out"
+    during: list[list[int]] = []
+
+    def end() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        during.append(steps(out))
+
+    # The model's file is longer than this.
+    callback = AtStep(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard)), end)
+    trainer = saved_run(model, tmp_path, callback, save_total_limit=1)
+    try:
+        trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert during == [[1]]
+    assert steps(out) == [4] and is_complete(out / "checkpoint-4")
+
+
+def test_a_run_that_could_not_save_resumes_from_the_one_before(model: Path, tmp_path: Path) -> None:
+    patch = pytest.MonkeyPatch()
+    stop = KeyboardInterrupt()
+
+    def end() -> None:
+        patch.undo()
+        raise stop
+
+    trainer = saved_run(
+        model, tmp_path, AtStep(3, lambda: patch.setattr("torch.save", failing(NO_SPACE)), end)
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    finally:
+        patch.undo()
+    again = saved_run(model, tmp_path)
+    again.train(resume_from_checkpoint="auto")
+    whole = saved_run(model, tmp_path / "whole")
+    whole.train()
+    assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
+
+
+def test_an_error_that_is_not_the_disks_is_not_swallowed(model: Path, tmp_path: Path) -> None:
+    patch = pytest.MonkeyPatch()
+    fail = failing(RuntimeError("a mistake in the program"))
+    trainer = saved_run(model, tmp_path, AtStep(2, lambda: patch.setattr("torch.save", fail), patch.undo))
+    try:
+        with pytest.raises(RuntimeError, match="a mistake in the program"):
+            trainer.train()
+    finally:
+        patch.undo()
+    assert last_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-1"

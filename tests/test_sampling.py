@@ -203,3 +203,35 @@ def test_a_batch_holds_targets_in_order_each_with_its_own_group_language_weight_
         assert pooled == []
         assert "reference_hidden" not in batch
         assert not tokens & source_tokens
+
+
+@settings(deadline=None)
+@given(examples(), st.sampled_from(["tree", "padded"]), st.booleans(), st.integers(1, 60))
+def test_a_batch_that_is_too_large_is_split_into_calls_that_share_its_pairs(
+    groups: list[dict[str, Any]], layout: str, run_source: bool, limit: int
+) -> None:
+    options = {"run_source": run_source, "max_tokens_per_call": limit}
+    batch = GroupCollator(LANGUAGES, [1.0] * 4, layout, 20, 0, "mean", **options)(groups)
+    names = ("prompt", "chosen", "rejected")
+    targets = [
+        [group[f"target_{name}"][i] for name in names] for group in groups for i in range(len(group["row"]))
+    ]
+    sources = [[group[f"source_{name}"] for name in names] for group in groups]
+    sizes = [sum(map(len, parts)) for parts in targets]
+    total = sum(sizes) + sum(len(part) for parts in sources for part in parts) * run_source
+    if total <= limit:
+        assert "calls" not in batch
+        return
+    pairs = [call["pairs"].tolist() for call in batch["calls"]]
+    assert sorted(pair for call in pairs for pair in call) == list(range(len(targets)))
+    for call, members in zip(batch["calls"], pairs, strict=True):
+        assert len(members) == 1 or sum(sizes[pair] for pair in members) <= limit
+        labels = [token for pair in members for part in targets[pair][1:] for token in part]
+        assert call["score_labels"].tolist() == labels
+        assert call["pool_lengths"].tolist() == []
+    if run_source:
+        pooled = batch["source_call"]["input_ids"].flatten()[batch["source_call"]["pool_index"]].tolist()
+        sequences = [prompt + response for prompt, *responses in sources for response in responses]
+        assert pooled == [token for sequence in sequences for token in sequence]
+    else:
+        assert batch["source_call"] is None

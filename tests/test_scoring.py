@@ -214,6 +214,13 @@ def test_an_adapter_is_scored_on_and_its_reference_off(tmp_path: Path) -> None:
     scores = trainer.score()
     assert_records(scores.records, expected_records(policy, groups, reference))
     assert scores.retention == pytest.approx(expected_retention(policy, groups, reference), rel=1e-5)
+    # The base is still there to say what it says of sources that nobody had asked it about.
+    new = rows_of(5, (1, 2))
+    groups = group_ids(build_tokenizer("llama"), new)
+    reference = reference_values(start, groups, "mean")
+    scores = trainer.score(new)
+    assert_records(scores.records, expected_records(policy, groups, reference))
+    assert scores.retention == pytest.approx(expected_retention(policy, groups, reference), rel=1e-5)
 
 
 def lora_factors(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

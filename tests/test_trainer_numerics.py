@@ -235,6 +235,7 @@ def cases() -> list[Case]:
             weights=WEIGHTS if i % 7 in (2, 3) else None,
             cut=i % 5 in (0, 3),
             seed=100 + i,
+            settings={"max_tokens_per_call": (10**6, 100)[i // 3 % 2]},
         )
         for i, (family, lora, layout, pooling) in enumerate(combinations)
     ]
@@ -352,6 +353,8 @@ def described(settings: Any) -> str:
         {"per_device_train_batch_size": 2, "group_by_source": False},
         {"per_device_train_batch_size": 1, "max_targets_per_group": 2},
         {"per_device_train_batch_size": 5, "max_targets_per_group": 1, "batch_layout": "padded"},
+        {"per_device_train_batch_size": 6, "max_tokens_per_call": 1},
+        {"per_device_train_batch_size": 3, "max_tokens_per_call": 200, "batch_layout": "padded"},
     ],
     ids=described,
 )
@@ -359,7 +362,9 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_pairs_however_they_
     lora: bool, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     case = Case("llama", lora, settings.get("batch_layout", "tree"), targets=RAGGED, weights=WEIGHTS, seed=12)
-    Bench(case, tmp_path, **settings).assert_step_is_plain()
+    bench = Bench(case, tmp_path, **settings)
+    assert all(("calls" in batch) == ("max_tokens_per_call" in settings) for batch in bench.batches())
+    bench.assert_step_is_plain()
 
 
 def changes(bench: Bench) -> dict[str, Tensor]:
@@ -381,6 +386,7 @@ def changes(bench: Bench) -> dict[str, Tensor]:
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 17, "group_by_source": False},
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_targets_per_group": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_tokens_per_call": 150},
     ],
     ids=described,
 )
@@ -402,6 +408,7 @@ def test_recomputing_activations_changes_nothing(lora: bool, tmp_path: Path) -> 
         case,
         tmp_path,
         gradient_checkpointing=True,
+        max_tokens_per_call=10**6,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=3,
     )
@@ -450,7 +457,9 @@ def as_rank(rank: int, ranks: int) -> Iterator[None]:
 def test_the_average_over_ranks_is_the_gradient_of_the_mean_over_all_pairs(
     ranks: int, size: int, tmp_path: Path
 ) -> None:
-    bench = Bench(Case("llama", targets=RAGGED, weights=WEIGHTS, seed=15), tmp_path)
+    case = Case("llama", targets=RAGGED, weights=WEIGHTS, seed=15)
+    # With several ranks, a micro-batch is one model call.
+    bench = Bench(case, tmp_path, max_tokens_per_call=10**6)
     trainer = bench.trainer
     trainer._train_batch_size = size
     loaders = []
@@ -472,9 +481,11 @@ def test_the_average_over_ranks_is_the_gradient_of_the_mean_over_all_pairs(
     assert_same_tensors(found, bench.expected()[1], TOLERANCE)
 
 
+@pytest.mark.parametrize("tokens", [10**6, 1])
 @pytest.mark.parametrize("layout", ["tree", "padded"])
-def test_a_filler_group_changes_nothing(layout: str, tmp_path: Path) -> None:
-    bench = Bench(Case("llama", layout=layout, targets=(2, 3, 1), seed=16), tmp_path)
+def test_a_filler_group_changes_nothing(layout: str, tokens: int, tmp_path: Path) -> None:
+    case = Case("llama", layout=layout, targets=(2, 3, 1), seed=16)
+    bench = Bench(case, tmp_path, max_tokens_per_call=tokens)
     loader = bench.trainer.get_train_dataloader()
     collate, data = bench.trainer.data_collator, loader.dataset
     batches = [collate(data.__getitems__(indices)) for indices in ([0, ~1], [~0], [1, ~2, 2], [~2, ~1])]
@@ -527,14 +538,15 @@ class HingeTrainer(MPOTrainer):
         return torch.relu(0.5 * pairs.reference_gap - gap) + angle[pairs.group_of_pair]
 
 
+@pytest.mark.parametrize("tokens", [10**6, 1])
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_a_loss_of_ones_own_is_averaged_over_the_pairs_of_the_step_as_well(
-    layout: str, tmp_path: Path
+    layout: str, tokens: int, tmp_path: Path
 ) -> None:
-    bench = Bench(
-        Case("llama", layout=layout, targets=(3, 1, 2), seed=20), tmp_path, per_device_train_batch_size=2
-    )
+    case = Case("llama", layout=layout, targets=(3, 1, 2), seed=20)
+    bench = Bench(case, tmp_path, per_device_train_batch_size=2, max_tokens_per_call=tokens)
     bench.trainer.__class__ = HingeTrainer
+    assert all(("calls" in batch) == (tokens == 1) for batch in bench.batches())
     loss, found = bench.run()
     model, leaves = bench.policy()
     losses = []
