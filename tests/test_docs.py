@@ -191,9 +191,9 @@ def test_what_is_logged_is_what_the_trainers_page_lists(readme: dict[str, Any]) 
 
     assert general([log for log in history if "loss" in log]) == listed
     evaluated = general([log for log in history if "eval_loss" in log])
-    assert evaluated - {"epoch"} == {code for code in inline_code(DOCS / "trainer.md") if code in evaluated} - {
-        "epoch"
-    }
+    assert evaluated - {"epoch"} == {
+        code for code in inline_code(DOCS / "trainer.md") if code in evaluated
+    } - {"epoch"}
 
 
 # ---- Data --------------------------------------------------------------------------------------------------------
@@ -270,7 +270,9 @@ def test_a_shown_output_is_what_the_command_prints(
         """The lines that do not depend on the machine."""
         return [line for line in text.splitlines() if not line.startswith("Devices ")]
 
-    change = "\n".join(difflib.unified_diff(anywhere(shown), anywhere(printed), "shown", "printed", lineterm=""))
+    change = "\n".join(
+        difflib.unified_diff(anywhere(shown), anywhere(printed), "shown", "printed", lineterm="")
+    )
     assert not change, f"{change}\nTo write it anew: python -m tests.test_docs"
 
 
@@ -287,7 +289,9 @@ def test_the_pages_show_the_data_check_and_the_dry_run() -> None:
 def commands(page: Path) -> list[list[str]]:
     """The command lines of a page, in code blocks and in the text, as words."""
     lines = [line for text in blocks(page, "bash") for line in text.splitlines()]
-    lines += [code for code in inline_code(page) if code.split()[0] in ("mpo", "make", "accelerate", "python")]
+    lines += [
+        code for code in inline_code(page) if code.split()[0] in ("mpo", "make", "accelerate", "python")
+    ]
     lines += [command for command, _ in OUTPUT.findall(read(page))]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -315,7 +319,9 @@ def check_overrides(words: list[str]) -> None:
             assert word[2:].partition(".")[0] in KEYS, word
 
 
-@pytest.mark.parametrize(("page", "words"), EVERY_COMMAND, ids=[f"{p}: {' '.join(w)}" for p, w in EVERY_COMMAND])
+@pytest.mark.parametrize(
+    ("page", "words"), EVERY_COMMAND, ids=[f"{p}: {' '.join(w)}" for p, w in EVERY_COMMAND]
+)
 def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
     match words[0]:
         case "mpo":
@@ -350,7 +356,15 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
 
 def test_commands_of_every_kind_are_found() -> None:
     shown = {" ".join(words[:2]) for _, words in EVERY_COMMAND}
-    assert {"mpo train", "mpo data", "mpo evaluate", "mpo merge", "make demo", "make test", "accelerate launch"} <= shown
+    assert {
+        "mpo train",
+        "mpo data",
+        "mpo evaluate",
+        "mpo merge",
+        "make demo",
+        "make test",
+        "accelerate launch",
+    } <= shown
 
 
 def test_a_misspelt_command_or_key_would_be_found() -> None:
@@ -361,7 +375,9 @@ def test_a_misspelt_command_or_key_would_be_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [words for _, words in EVERY_COMMAND if words[:2] == ["mpo", "train"] and "recipes/" in "".join(words)], ids=" ".join
+    "words",
+    [words for _, words in EVERY_COMMAND if words[:2] == ["mpo", "train"] and "recipes/" in "".join(words)],
+    ids=" ".join,
 )
 def test_the_overrides_that_are_shown_are_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -393,7 +409,12 @@ def test_a_listed_default_is_the_real_one(row: list[str]) -> None:
     key: RecipeField = KEYS[codes(row[0])[0]]
     cell = row[1]
     shown: Any
-    if not cell or cell in ("required", "all", "by need", "the model's", "PEFT's own") or "CPU" in cell or "HF_HOME" in cell:
+    if (
+        not cell
+        or cell in ("required", "all", "by need", "the model's", "PEFT's own")
+        or "CPU" in cell
+        or "HF_HOME" in cell
+    ):
         shown = None
     elif cell in ("true", "false"):
         shown = cell == "true"
@@ -413,7 +434,14 @@ def test_a_setting_that_is_named_with_its_value_is_a_key(page: Path) -> None:
 
 def test_the_settings_named_beside_the_tables_are_keys() -> None:
     words = {code for code in inline_code(DOCS / "recipes.md") if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", code)}
-    others = {"ci_low", "ci_high", "gap_to_source", "squared_error", "all_targets", "retention_loss"}  # of metrics.json
+    others = {
+        "ci_low",
+        "ci_high",
+        "gap_to_source",
+        "squared_error",
+        "all_targets",
+        "retention_loss",
+    }  # of metrics.json
     others |= {"held_out_groups", "train_runtime", "flex_attention"}
     assert words - others <= set(KEYS)
     assert "gradient_checkpointing" in words
@@ -433,7 +461,9 @@ def test_every_refused_option_is_listed() -> None:
 
 
 def test_every_tensor_of_a_pair_is_listed() -> None:
-    listed = [code for row in table_below(DOCS / "trainer.md", "attribute", "shape") for code in codes(row[0])]
+    listed = [
+        code for row in table_below(DOCS / "trainer.md", "attribute", "shape") for code in codes(row[0])
+    ]
     assert listed == [option.name for option in fields(PairTensors)]
 
 
@@ -472,7 +502,9 @@ def test_a_link_leads_somewhere(page: Path, target: str) -> None:
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:
-    linked = {(README.parent / target.partition("#")[0]).resolve() for page, target in LINKS if page == README}
+    linked = {
+        (README.parent / target.partition("#")[0]).resolve() for page, target in LINKS if page == README
+    }
     assert {page.resolve() for page in PAGES} - {README.resolve()} <= linked
 
 

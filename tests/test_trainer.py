@@ -166,7 +166,7 @@ def test_an_adapter_that_changes_the_model_at_its_start_is_part_of_the_reference
         if record.is_source:
             assert abs(record.gap - record.reference_gap) < 1e-5
     plain = runs.trainer(model, tmp_path / "plain", rows, eval_dataset=held_out).score()
-    same = np.abs(gaps(trainer.score()) - gaps(plain)).max() < 1e-4
+    same = bool(np.abs(gaps(trainer.score()) - gaps(plain)).max() < 1e-4)
     assert same is (init is not False), (
         "these two decompose the weights, noise does not leave the function as it was"
     )
@@ -827,17 +827,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     assert relative(gradients, expected) < 1e-5
 
 
-def test_gradient_checkpointing_is_really_on_when_asked_for(model: Path, rows: Any, tmp_path: Path) -> None:
-    trainer = runs.trainer(model, tmp_path, rows, max_steps=1, gradient_checkpointing=True)
-    calls = []
-    layer = trainer.model.model.layers[0].mlp
-    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    trainer.train_dataset = trainer.train_dataset.select([0])
-    trainer.get_train_dataloader()  # the reference, so that what follows are the step's calls
-    calls.clear()
-    trainer.train()
-    # The layout's trial runs twice without gradients; then the step's forward and its recomputation.
-    assert sum(calls) == 2
+def test_gradient_checkpointing_is_really_on_when_asked_for_and_else_off(
+    model: Path, rows: Any, tmp_path: Path
+) -> None:
+    counts = []
+    for on in (True, False, None):
+        trainer = runs.trainer(model, tmp_path, rows[:1], gradient_checkpointing=on)
+        calls: list[int] = []
+        trainer.model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.get_train_dataloader()  # the reference, so that its calls are the same
+        calls.clear()
+        trainer.train()
+        counts.append(len(calls))
+    assert counts[0] > counts[1] == counts[2], "recomputing calls the layer once more"
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -965,11 +967,10 @@ def test_data_scored_one_after_the_other_is_not_confused(model: Path, rows: Any,
 
 
 def test_new_data_after_training_is_scored_with_the_right_reference_or_refused(
-    model: Path, rows: Any, held_out: Any, tmp_path: Path
+    model: Path, rows: Any, tmp_path: Path
 ) -> None:
     for kind, peft in (("lora", runs.lora()), ("full", None)):
         trainer = runs.trainer(model, tmp_path / kind, rows, max_steps=2, peft_config=peft)
-        start = trainer.score(held_out)
         trainer.train()
         data = random_groups(30, 3, (1, 1), languages=tuple(trainer.languages), words=(1, 4))
         if kind == "full":
@@ -987,7 +988,6 @@ def test_new_data_after_training_is_scored_with_the_right_reference_or_refused(
                 [r.reference_gap for r in base.records],
                 atol=1e-5,
             )
-        assert len(start.records) == len(held_out) + sum(len(row["targets"]) for row in held_out)
 
 
 def test_languages_that_the_trainer_does_not_know_are_refused(model: Path, rows: Any, tmp_path: Path) -> None:
@@ -1060,7 +1060,6 @@ def test_tensorboard_gets_the_metrics_of_every_language(
         model,
         tmp_path,
         rows,
-        max_steps=2,
         report_to=["tensorboard"],
         eval_dataset=held_out,
         eval_strategy="epoch",
@@ -1171,9 +1170,10 @@ def test_a_value_that_is_not_finite_stops_the_run_before_the_optimizer(
     assert runs.differing(snapshots.last, runs.weights(trainer.model)) == []
     saved = tmp_path / "out" / "checkpoint-2"
     assert last_complete_checkpoint(tmp_path / "out") == saved
-    again = runs.trainer(model, tmp_path, rows, **STEPPED)
+    sane = {**STEPPED, **SETTINGS[settings]}
+    again = runs.trainer(model, tmp_path, rows, **sane)
     again.train(resume_from_checkpoint="auto")
-    whole = runs.trainer(model, tmp_path / "whole", rows, **STEPPED)
+    whole = runs.trainer(model, tmp_path / "whole", rows, **sane)
     whole.train()
     assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
 

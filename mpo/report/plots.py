@@ -341,6 +341,7 @@ def _gap_legend(axes: Axes, series: Sequence[tuple[Sequence[RewardGapRow], str, 
 # ------------------------------------------------------------------------------------------------------ training curve
 
 _Series = list[tuple[float, float]]
+_FEWEST_FOR_A_TREND = 100
 _MOST_DIAMONDS = 12  # more evaluations than this are a dashed line
 
 
@@ -371,6 +372,9 @@ def _smooth(series: _Series) -> _Series:
 def _curve_title(loss: _Series) -> str:
     if len(loss) < 3:
         return "Training loss and reward gap"
+    if len(loss) < _FEWEST_FOR_A_TREND:
+        # The loss of single groups differs more between groups than training changes it.
+        return f"Training loss and reward gap over {loss[-1][0]:.0f} steps"
     smooth = _smooth(loss)
     return (
         f"Training loss {_plain(smooth[0][1])} {ARROW} {_plain(smooth[-1][1])} over {loss[-1][0]:.0f} steps"
@@ -410,6 +414,8 @@ def _draw_losses(axes: Axes, losses: Mapping[str, _Series], held_out: _Series) -
         _say_empty(axes, "no loss was logged")
     elif min(values) > 0 and max(values) > 100 * min(values) and "loss" in losses:
         axes.set_yscale("log")
+        # The retention term starts at rounding's level, which would leave no room for the rest.
+        axes.set_ylim(bottom=max(min(values) / 2, 1e-4 * max(values)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("Loss (log scale)")
