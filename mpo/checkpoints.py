@@ -74,7 +74,9 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-def rotate(folder: str | Path, keep: int | None, protected: str | None = None) -> None:
+def rotate(
+    folder: str | Path, keep: int | None, protected: str | None = None, newest: Path | None = None
+) -> None:
     """
     Delete old checkpoints.
 
@@ -82,15 +84,21 @@ def rotate(folder: str | Path, keep: int | None, protected: str | None = None) -
         folder: output folder of the run.
         keep: number of complete checkpoints to keep; None keeps all. The newest one is always kept.
         protected: a checkpoint that is never deleted, for example the best one.
+        newest: the checkpoint just written; by default the complete one with the highest step. In a folder with the
+            checkpoints of an earlier run the two are not the same.
 
-    Half-written checkpoints older than the newest complete one are deleted in any case.
+    Half-written checkpoints are deleted in any case, unless their step is higher than the newest's.
     """
-    newest = last_complete_checkpoint(folder)
+    given = newest is not None
+    newest = newest or last_complete_checkpoint(folder)
     if newest is None:
         return
     safe = {newest.resolve()} | ({Path(protected).resolve()} if protected else set())
     older = checkpoints(folder)
-    older = older[: older.index(newest)]
+    if given:
+        older.remove(newest)
+    else:
+        older = older[: older.index(newest)]
     complete = [path for path in older if is_complete(path)]
     surplus = len(complete) + 1 - max(keep, 1) if keep else 0
     for path in older:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -203,6 +205,14 @@ class MPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         self._refuse_meaningless()
+        if isinstance(self.language_weights, str) and self.language_weights.lstrip().startswith("{"):
+            # As on a command line; the base class parses its own dicts later than they are checked here.
+            try:
+                self.language_weights = json.loads(self.language_weights)
+            except ValueError as error:
+                raise ConfigError(
+                    f"`language_weights` is {self.language_weights!r}, which is no JSON: {error}."
+                ) from error
         self._check_values()
         if self.bf16 is None:
             self.bf16 = bool(
@@ -317,4 +327,4 @@ class MPOConfig(DPOConfig):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

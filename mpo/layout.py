@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mpo.errors import ModelError
+from mpo.messages import get_logger
 from mpo.reference import BatchShape, Forward, call_on_trees
 from mpo.trees import Tree
 

@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from mpo.errors import DataError, ModelError
+from mpo.messages import get_logger
 
 logger = get_logger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -11,15 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -34,7 +36,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from mpo.checkpoints import last_complete_checkpoint, mark_complete, rotate, saved_state
+from mpo.checkpoints import is_complete, last_complete_checkpoint, mark_complete, rotate, saved_state
 from mpo.citations import MPO_BIBTEX
 from mpo.collapse import CollapseDetector
 from mpo.config import MPOConfig
@@ -44,12 +46,14 @@ from mpo.evaluation.records import Scores
 from mpo.head import attach_reward_gap_head
 from mpo.layout import CALL_TOKENS, batch_shape, usable_layout
 from mpo.loss import mpo_loss, reward_gap, reward_gap_loss
+from mpo.messages import get_logger
 from mpo.model import ModelSource, load_config, load_model, load_tokenizer, pick_attention
 from mpo.reference import (
     SourceReference,
     build_or_load,
     fingerprint_folder,
     fingerprint_module,
+    fingerprint_rows,
 )
 from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataLoader, GroupDataset, language_weights
 from mpo.scoring import (
@@ -575,7 +579,7 @@ class MPOTrainer(DPOTrainer):
             "weights": self._fingerprint,
             "dtype": str(self.model.dtype),
             "mixed_precision": str(self.accelerator.mixed_precision),
-            "quantization": str(getattr(self.model.config, "quantization_config", None)),
+            "config": _computing_settings(self._explicit_reference or self.model),
         }
 
     def _weights_fingerprint(self) -> str:
@@ -599,7 +603,7 @@ class MPOTrainer(DPOTrainer):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
@@ -621,7 +625,7 @@ class MPOTrainer(DPOTrainer):
             resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
         )
 
-    def resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+    def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         """
         The checkpoint that :meth:`train` would resume from, after checking that it fits this run.
 
@@ -642,9 +646,14 @@ class MPOTrainer(DPOTrainer):
             if found is None:
                 return None
             resume = str(found)
-        assert isinstance(resume, str)
+        resume = os.fspath(resume)
         if not Path(resume).is_dir():
             raise StorageError(f"the checkpoint '{resume}' to resume from does not exist.")
+        if not is_complete(resume):
+            raise StorageError(
+                f"the checkpoint '{resume}' is not complete: its run ended while it was written, or files are missing. "
+                'Resume with "auto" or True, which takes the last complete one.'
+            )
         if not self.args.ignore_data_skip:
             saved, now = saved_state(resume), self._order_state()
             different = [name for name in now if name in saved and saved[name] != now[name]]
@@ -667,8 +676,14 @@ class MPOTrainer(DPOTrainer):
             "groups_per_micro_batch": self._train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "groups": len(self.train_dataset),
+            "rows": self._rows_fingerprint,
+            "dataloader_drop_last": args.dataloader_drop_last,
             "min_source_gap": args.min_source_gap,
         }
+
+    @cached_property
+    def _rows_fingerprint(self) -> str:
+        return fingerprint_rows(self.train_dataset)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once per optimizer step, after the gradients are final and before the optimizer moves.
@@ -889,7 +904,7 @@ class MPOTrainer(DPOTrainer):
         problem: str | None = None
         try:
             Trainer._save_checkpoint(self, model, trial)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             if not _is_storage_problem(error):
                 raise
             problem = str(error)
@@ -902,7 +917,7 @@ class MPOTrainer(DPOTrainer):
         if main and problem is None:
             try:
                 mark_complete(folder, self._order_state())
-                rotate(folder.parent, keep, self.state.best_model_checkpoint)
+                rotate(folder.parent, keep, self.state.best_model_checkpoint, newest=folder)
             except OSError as error:
                 problem = str(error)
         if problem is not None and main:
@@ -947,6 +962,14 @@ def _no_reference_model() -> Iterator[None]:
             yield
         finally:
             trl_logger.setLevel(level)
+
+
+def _computing_settings(model: Any) -> dict[str, Any]:
+    """A model's configuration without what does not change what it computes."""
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id"):
+        settings.pop(name, None)
+    return dict(settings)
 
 
 def _refuse(**arguments: Any) -> None:
@@ -1048,5 +1071,13 @@ def _is_storage_problem(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, OSError) or any(
         sign in text
-        for sign in ("no space", "enospc", "file write failed", "unexpected pos", "i/o error", "quota")
+        for sign in (
+            "no space",
+            "enospc",
+            "file write failed",
+            "unexpected pos",
+            "i/o error",
+            "quota",
+            "file too large",
+        )
     )

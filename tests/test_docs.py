@@ -153,7 +153,7 @@ def test_the_readmes_subclass_pulls_gaps_up_and_never_down(readme: dict[str, Any
 def test_the_python_of_the_trainers_page_runs(readme: dict[str, Any], checkout: Path) -> None:
     namespace = dict(readme)
     trainer = namespace["trainer"] = readme["OneSidedMPO"](
-        model="runs/demo/model" if Path("runs/demo/model").is_dir() else str(checkout / "runs/demo/model"),
+        model=str(checkout / "runs" / "demo" / "model"),
         args=MPOConfig(
             output_dir=str(checkout / "runs" / "page"),
             reference_cache_dir=str(checkout / "reference"),

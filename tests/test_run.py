@@ -81,7 +81,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr("mpo.trainer.create_model_from_path", refuse)
+    monkeypatch.setattr("mpo.trainer.load_model", refuse)
     monkeypatch.setattr("trl.trainer.utils.create_model_from_path", refuse)
 
 

@@ -202,7 +202,7 @@ def test_an_adapter_is_scored_on_and_its_reference_off(tmp_path: Path) -> None:
     trainer = make_trainer(
         base,
         tmp_path,
-        train_dataset=rows_of(2),
+        train_dataset=rows_of(2, (6, 6)),
         eval_dataset=rows,
         peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
     )

