@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
     )
     gap.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    gap.add_argument("--max_response_length", type=int, help="cut every response to so many tokens")
     gap.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
     gap.add_argument("--batch_layout", choices=("tree", "padded"), default="tree", help=argparse.SUPPRESS)
     gap.add_argument("--max_tokens_per_row", type=int, help="tokens of a packed row; less needs less memory")
@@ -311,6 +312,7 @@ def _evaluate_reward_gap(arguments: argparse.Namespace) -> int:
         languages=arguments.languages,
         limit=arguments.limit,
         max_length=arguments.max_length,
+        max_response_length=arguments.max_response_length,
         split=arguments.dataset_split,
     )
     return 0

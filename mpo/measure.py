@@ -35,6 +35,7 @@ def measure_reward_gap(
     split: str = "train",
     bad_rows: str = "error",
     max_length: int | None = 1024,
+    max_response_length: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     attn_implementation: str | None = None,
@@ -55,7 +56,7 @@ def measure_reward_gap(
         beta: scale of the target gap in the error column.
         confidence: coverage of the bootstrap intervals.
         source_language, languages, limit, split, bad_rows: see :func:`mpo.data.load_groups`.
-        max_length: limit of prompt plus response, in tokens.
+        max_length, max_response_length: limits of prompt plus response and of the response alone, in tokens.
         dtype: type of the loaded weights; by default bfloat16 on a GPU that has it, else float32.
         device: by default a GPU where there is one.
         attn_implementation, batch_layout, max_tokens_per_row, chat_template: see :class:`mpo.config.MPOConfig`.
@@ -105,6 +106,8 @@ def measure_reward_gap(
             tokenizer,
             source_language=source_language,
             max_length=max_length,
+            max_response_length=max_response_length,
+            max_response_length=max_response_length,
             layout=batch_layout,
             max_tokens_per_row=max_tokens_per_row,
             bad_rows=bad_rows,

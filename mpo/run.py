@@ -236,8 +236,14 @@ def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     )
     write_json(folder / "provenance.json", provenance)
     if plan.dropped:
-        rows = [{"file": r.file, "row": r.row, "field": r.field, "reason": r.reason} for r in plan.dropped]
-        write_json(folder / "dropped_rows.json", {"dropped": rows})
+        _write_dropped(plan, [])
+
+
+def _write_dropped(plan: Plan, after_tokenizing: list[str]) -> None:
+    """Every row that was left out: those that break the contract, and those that only their tokens show to be bad."""
+    rows = [{"file": r.file, "row": r.row, "field": r.field, "reason": r.reason} for r in plan.dropped]
+    folder = Path(str(plan.recipe.training.output_dir))
+    write_json(folder / "dropped_rows.json", {"dropped": rows, "dropped_after_tokenizing": after_tokenizing})
 
 
 def _write_results(
@@ -269,6 +275,8 @@ def _write_results(
         (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
     )
     write_json(folder / "metrics.json", metrics)
+    if trainer.dropped_rows:
+        _write_dropped(plan, trainer.dropped_rows)
     try:
         training_curve(history, folder / "training_curve.png", source_language=training.source_language)
         if comparison is not None:

@@ -275,7 +275,8 @@ class MPOTrainer(DPOTrainer):
         Loss of each target pair; override this to train with a loss of your own.
 
         What is returned is weighted by language and averaged over all target pairs of the optimizer step, whatever the
-        grouping, the accumulation or the number of ranks.
+        grouping, the accumulation or the number of ranks. A call may hold some of a micro-batch's pairs only
+        (``max_tokens_per_call``), so the loss of a pair must not depend on the others.
 
         Args:
             pairs: tensors with one entry per target pair, see :class:`mpo.scoring.PairTensors`.
@@ -1027,6 +1028,12 @@ def check_adapter_config(config: Any) -> None:
         raise ConfigError(
             f"{type(config).__name__} puts virtual tokens before the prompt, which preference trees do not have. Use LoRA "
             "(or DoRA, rsLoRA) instead."
+        )
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, str) and "lm_head" in (targets or []):
+        raise ConfigError(
+            "`target_modules` names lm_head: the reward-gap head reads the LM head's weight directly, so an adapter on it "
+            "would never be trained. Remove it; `all-linear` leaves it out."
         )
     saved = set(getattr(config, "modules_to_save", None) or [])
     if saved & {"lm_head", "embed_tokens"}:
