@@ -107,7 +107,6 @@ def measure_reward_gap(
             source_language=source_language,
             max_length=max_length,
             max_response_length=max_response_length,
-            max_response_length=max_response_length,
             layout=batch_layout,
             max_tokens_per_row=max_tokens_per_row,
             bad_rows=bad_rows,
