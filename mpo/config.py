@@ -317,6 +317,17 @@ class MPOConfig(DPOConfig):
                 "a mapping, 'balanced', or nothing",
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, without tokens: trackers and checkpoints write this."""
+        settings: dict[str, Any] = super().to_dict()
+        kwargs = settings.get("model_init_kwargs")
+        if isinstance(kwargs, dict):
+            settings["model_init_kwargs"] = {
+                name: "<TOKEN>" if "token" in name and isinstance(value, str) else value
+                for name, value in kwargs.items()
+            }
+        return settings
+
     def reference_folder(self) -> str:
         """Folder of the reference cache: ``reference_cache_dir``, or ``mpo/reference`` below ``HF_HOME``."""
         if self.reference_cache_dir is not None:

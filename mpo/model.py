@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +52,11 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         _check_folder(Path(source.name))
     with _opening(source.name, "configuration"):
         config = AutoConfig.from_pretrained(source.name, **source.hub_kwargs())
+    if not config.architectures:
+        raise ModelError(
+            f"The configuration of {source.name} names no architecture (`architectures`), so it is unknown which model its "
+            "weights belong to. Take the config.json that was saved with them."
+        )
     if not source.is_local:
         _check_hub_files(source)
     return config
@@ -101,15 +106,23 @@ def load_model(
     if quantization_config is not None:
         init_kwargs["quantization_config"] = quantization_config
     with _opening(source.name, "weights"):
-        model: PreTrainedModel = create_model_from_path(
+        loaded: Any = create_model_from_path(
             source.name,
+            output_loading_info=True,
             dtype=dtype,
             attn_implementation=attn_implementation,
             use_safetensors=True,
             **source.hub_kwargs(),
             **init_kwargs,
         )
-    return model
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The weights of {source.name} do not fit its configuration: {len(missing)} are missing, {missing[0]} for one. "
+            "Is the config.json another model's, or the folder incomplete?"
+        )
+    return cast(PreTrainedModel, model)
 
 
 def load_adapter(

@@ -41,7 +41,15 @@ from mpo.citations import MPO_BIBTEX
 from mpo.collapse import CollapseDetector
 from mpo.config import MPOConfig
 from mpo.data import as_groups
-from mpo.errors import ConfigError, DataError, ModelError, StorageError, TrainingError
+from mpo.errors import (
+    ConfigError,
+    DataError,
+    DependencyError,
+    ModelError,
+    MPOError,
+    StorageError,
+    TrainingError,
+)
 from mpo.evaluation.records import Scores
 from mpo.head import attach_reward_gap_head
 from mpo.layout import CALL_TOKENS, batch_shape, usable_layout
@@ -172,6 +180,11 @@ class MPOTrainer(DPOTrainer):
                 "`ref_model` is the model itself. Leave it out: the reference is the starting policy."
             )
 
+        if args.activation_offloading and not torch.accelerator.is_available():
+            raise ConfigError(
+                "`activation_offloading` moves activations from an accelerator to the CPU's memory, and there is no "
+                "accelerator here. Remove it; `gradient_checkpointing: true` saves memory anywhere."
+            )
         set_seed(args.seed)
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
@@ -184,9 +197,12 @@ class MPOTrainer(DPOTrainer):
                 "model's name or folder instead."
             )
         if processing_class is None:
-            processing_class = load_tokenizer(
-                _source(get_config_model_id(model.config), args), args.chat_template
-            )
+            name = get_config_model_id(model.config)
+            if not name:
+                raise ModelError(
+                    "the model was not loaded from anywhere: pass its tokenizer as `processing_class`."
+                )
+            processing_class = load_tokenizer(_source(name, args), args.chat_template)
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ModelError(
                 f"`processing_class` is a {type(processing_class).__name__}; MPO trains on text and needs a tokenizer."
@@ -194,6 +210,7 @@ class MPOTrainer(DPOTrainer):
         set_chat_template(
             processing_class, args.chat_template, get_config_model_id(model.config) or "the tokenizer"
         )
+        _check_adapter(model, peft_config)
         check_adapter_config(
             peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         )
@@ -205,7 +222,8 @@ class MPOTrainer(DPOTrainer):
             and getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_ADAPTER_INITS
         )
         self._fingerprint: str | None = None
-        self._references: dict[int, SourceReference] = {}
+        self._references: list[tuple[Dataset, SourceReference]] = []
+        self._had_explicit_reference = ref_model is not None
         self.dropped_rows: list[str] = []
         """One sentence for each row that tokenization dropped (``bad_rows="drop"``)."""
         self.source_report: dict[str, int] = {}
@@ -213,7 +231,7 @@ class MPOTrainer(DPOTrainer):
 
         collator = GroupCollator([], [], args.batch_layout, 1, 0, args.retain_pooling)
         groups_of = lambda data: as_groups(data, source_language=args.source_language, bad_rows=args.bad_rows)  # noqa: E731
-        with _no_reference_model():
+        with _no_reference_model(), _as_own_errors(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -446,6 +464,11 @@ class MPOTrainer(DPOTrainer):
                     f"{float(reference.gap.max()):.3f}. Lower `min_source_gap`, or check that chosen and rejected are not "
                     "swapped."
                 )
+            # The mean weight is 1 over the pairs that are trained on.
+            kept = count_languages(self.train_dataset.select_columns(["target_language"]).select(indices))
+            self.data_collator.language_weights = language_weights(
+                self.languages, kept, args.language_weights
+            )
         sampler = GroupBatchSampler(
             indices,
             self._train_batch_size,
@@ -483,26 +506,31 @@ class MPOTrainer(DPOTrainer):
 
     def _reference_of(self, dataset: Dataset, name: str = "train") -> SourceReference:
         """Reference values of a prepared dataset, computed or read when first asked for."""
-        reference = self._references.get(id(dataset))
-        if reference is None:
-            if self.state.global_step > 0 and not (
-                self._reference_without_adapter or self._explicit_reference
-            ):
-                raise ModelError(
-                    "the reference of new data is asked for after training has begun, when the starting policy is gone. "
-                    "Pass the data as `eval_dataset` when the trainer is made, or pass `ref_model`."
-                )
-            reference = build_or_load(
-                dataset,
-                self._reference_forward,
-                cache_dir=self.args.reference_folder(),
-                key=self._reference_key(),
-                shape=self._shape,
-                hidden_size=self._text_config.hidden_size,
-                ranks=self.accelerator,
-                name=name,
+        for known, values in self._references:
+            if known is dataset:
+                return values
+        if self._had_explicit_reference and self._explicit_reference is None:
+            raise ModelError(
+                "the reference of new data is asked for after `ref_model` was freed. Pass the data as `eval_dataset` when "
+                "the trainer is made."
             )
-            self._references[id(dataset)] = reference
+        if self.state.global_step > 0 and not (self._reference_without_adapter or self._explicit_reference):
+            raise ModelError(
+                "the reference of new data is asked for after training has begun, when the starting policy is gone. "
+                "Pass the data as `eval_dataset` when the trainer is made, or pass `ref_model`."
+            )
+        reference = build_or_load(
+            dataset,
+            self._reference_forward,
+            cache_dir=self.args.reference_folder(),
+            key=self._reference_key(),
+            shape=self._shape,
+            hidden_size=self._text_config.hidden_size,
+            ranks=self.accelerator,
+            name=name,
+        )
+        if any(dataset is own for own in (self.train_dataset, *_datasets(self.eval_dataset))):
+            self._references.append((dataset, reference))
         return reference
 
     def _prepare_references(self) -> None:
@@ -622,9 +650,10 @@ class MPOTrainer(DPOTrainer):
         """
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
-        return super().train(
-            resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
-        )
+        with _as_own_errors(self.args):
+            return super().train(
+                resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
 
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         """
@@ -719,11 +748,12 @@ class MPOTrainer(DPOTrainer):
             groups = gather_object(groups)
         self.model.zero_grad()
         step = self.state.global_step
-        saved = last_complete_checkpoint(self.args.output_dir or ".")
-        if step > 0 and self.args.save_strategy != "no":
+        output = self.args.output_dir or "."
+        written = is_complete(Path(output) / f"checkpoint-{step}")
+        if step > 0 and self.args.save_strategy != "no" and not written and self._weights_are_finite():
             # The optimizer has not moved, so the weights are still those of the last good step.
             self._save_checkpoint(self.model_wrapped, trial=None)
-            saved = last_complete_checkpoint(self.args.output_dir or ".")
+        saved = last_complete_checkpoint(output)
         rows = "; ".join(f"{origin} rows {rows}" for origin, rows in groups[:8])
         more = f" and {len(groups) - 8} more groups" if len(groups) > 8 else ""
         raise TrainingError(
@@ -732,6 +762,9 @@ class MPOTrainer(DPOTrainer):
             + (f"The last good state is in '{saved}'. " if saved else "No step had been saved. ")
             + "Lower the learning rate, check these rows, or train in bf16 or fp32 instead of fp16."
         )
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad)
 
     # ---- Logging -------------------------------------------------------------------------------------------------
 
@@ -746,7 +779,7 @@ class MPOTrainer(DPOTrainer):
         if self.accelerator.num_processes > 1:
             sums = sums.clone()
             torch.distributed.all_reduce(sums)
-        table = sums.double().cpu().numpy()
+        table = sums.double().cpu().clone().numpy()
         self._sums.zero_()
         total = table.sum(axis=0)
         if total[_COUNT] == 0:
@@ -1041,6 +1074,48 @@ def check_adapter_config(config: Any) -> None:
             f"`modules_to_save` names {', '.join(sorted(saved & {'lm_head', 'embed_tokens'}))}: the reward-gap head reads "
             "the LM head's weight directly and would train a copy that it does not use. Remove it."
         )
+
+
+def _check_adapter(model: Any, peft_config: Any) -> None:
+    """Whether the adapter of a model that has one can be trained further."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "the model holds an adapter of transformers' own (`add_adapter`). Load it with `peft.PeftModel` instead, or pass "
+            "the bare model with `peft_config`."
+        )
+    if not hasattr(model, "peft_config"):
+        return
+    if peft_config is not None:
+        raise ConfigError(
+            "`peft_config` asks for a new adapter, but the model has one already. Leave it out to train that one further, "
+            "or merge it first (`mpo merge`)."
+        )
+    if "default" not in model.peft_config:
+        raise ConfigError(
+            f"the model's adapter is called {', '.join(model.peft_config)}; the trainer trains the one called 'default'. "
+            "Load it without `adapter_name`."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model's adapter was loaded frozen. Load it with `is_trainable=True` to train it further."
+        )
+
+
+@contextmanager
+def _as_own_errors(args: MPOConfig) -> Iterator[None]:
+    """Turn what the libraries say of a missing package, a folder or the LM head into this package's errors."""
+    try:
+        yield
+    except MPOError:
+        raise
+    except ImportError as error:
+        raise DependencyError(str(error)) from error
+    except (NotADirectoryError, PermissionError, FileExistsError) as error:
+        raise StorageError(f"the output folder '{args.output_dir}' cannot be made: {error}") from error
+    except ValueError as error:
+        if "lm_head" not in str(error):
+            raise
+        raise ConfigError(str(error)) from error
 
 
 def _check_master_weights(model: Any, sharded: bool) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import as_groups
-from mpo.errors import DataError
+from mpo.errors import DataError, MPOError
 from mpo.evaluation.records import PairScore, Scores
 from mpo.scoring import evaluation_loader, perplexity, score_groups, score_loader
 from tests.plain import (
@@ -221,6 +221,30 @@ def test_an_adapter_is_scored_on_and_its_reference_off(tmp_path: Path) -> None:
     scores = trainer.score(new)
     assert_records(scores.records, expected_records(policy, groups, reference))
     assert scores.retention == pytest.approx(expected_retention(policy, groups, reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_new_data_is_never_compared_with_another_model_than_the_explicit_reference(
+    lora: bool, tmp_path: Path
+) -> None:
+    other = build_model("llama", seed=9, dtype=torch.float64)
+    start = plain_model(other)
+    trainer = make_trainer(
+        build_model("llama", dtype=torch.float64),
+        tmp_path,
+        ref_model=other,
+        train_dataset=rows_of(2, (6, 6)),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
+    )
+    trainer._prepare_references()
+    rows = rows_of(6, (1, 2))
+    try:
+        records = trainer.score(rows).records
+    except MPOError:
+        return  # the reference model may be gone by now, if it is said so
+    expected = reference_values(start, group_ids(build_tokenizer("llama"), rows), "mean")
+    for record in records:
+        assert record.reference_gap == pytest.approx(float(expected[record.group].gap), abs=5e-6)
 
 
 def lora_factors(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

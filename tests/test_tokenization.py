@@ -175,7 +175,6 @@ openings = st.sampled_from(["", "dr", "draft", "draft:", "draft: ", "draft: x", 
 def test_both_responses_start_at_the_last_token_that_prompt_and_both_have_in_common(
     begin_chosen: str, begin_rejected: str, chosen: str, rejected: str
 ) -> None:
-    PartialState()
     tokenizer = with_template(_PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]draft: {% endif %}")
     chosen, rejected = begin_chosen + chosen, begin_rejected + rejected
     texts_of = [f"[user]hello[assistant]{text}" for text in ("draft: ", chosen, rejected)]
@@ -189,7 +188,6 @@ def test_both_responses_start_at_the_last_token_that_prompt_and_both_have_in_com
 
 
 def test_the_limit_holds_for_the_common_prompt_as_well() -> None:
-    PartialState()
     tokenizer = with_template(
         _PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]a long opening{% endif %}"
     )
@@ -209,7 +207,6 @@ def test_a_prompt_that_is_no_prefix_needs_no_accelerator(monkeypatch: pytest.Mon
 
 
 def test_a_prompt_without_a_common_token_is_an_error() -> None:
-    PartialState()
     tokenizer = with_template("{% if add_generation_prompt %}x{% else %}" + _PLAIN_TURNS + "{% endif %}")
     with pytest.raises(DataError, match="prompt"):
         tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer("yes"), answer("no"))
@@ -365,7 +362,6 @@ def test_a_tokenizer_without_a_chat_template_or_with_a_missing_file_is_refused(t
 def test_the_prompt_that_is_no_prefix_is_warned_of_with_what_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    PartialState()
     tokenizer = with_template(_PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]hmm{% endif %}")
     with caplog.at_level(logging.WARNING):
         tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer("yes"), answer("no"))
