@@ -2,14 +2,14 @@
 
     python -m benchmarks.alignment --data FILE --harmless FILE --seeds 42 43 44 --retain_weights 1 0
 
-For every seed and retention weight the model is trained on ``--train_sources`` sources and scored on
-``--held_out_sources`` others, before and after: the mean squared distance ``(beta * RG - RG_ref)^2`` of the target pairs,
+For every seed and retention weight the model is trained on the first ``--train_sources`` sources and scored on the next
+``--held_out_sources``, before and after: the mean squared distance ``(beta * RG - RG_ref)^2`` of the target pairs,
 the reward gap and share of positive pairs per language, the source language's gap, the retention term, and the
 perplexity of harmless texts in the source language. Prints a table per run and writes ``--out`` as JSON with the
 versions of all libraries.
 
 The settings are those of a laptop: SmolLM2-135M-Instruct (unpacked by ``python -m mpo.demo``), LoRA of rank 16 on all
-linear layers, one epoch, one group per step, responses cut to 96 tokens.
+linear layers, one epoch at a constant rate, one group per step, responses cut to 96 tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig
 
 from mpo import MPOConfig, MPOTrainer
-from mpo.data import load_groups, split_by_source
+from mpo.data import load_groups
 from mpo.demo import prepare_demo_model
 from mpo.evaluation import Scores, compare, summarize
 from mpo.memory import keep_freed_memory
@@ -46,7 +46,8 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
     """Train once and measure before and after."""
     total = options.train_sources + options.held_out_sources
     groups = load_groups(options.data, limit=total).groups
-    train, held_out = split_by_source(groups, options.held_out_sources, 0)
+    train = groups.select(range(options.train_sources))
+    held_out = groups.select(range(options.train_sources, total))
     with tempfile.TemporaryDirectory() as folder:
         trainer = MPOTrainer(
             model=str(prepare_demo_model(Path(options.model))),
@@ -55,7 +56,10 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
                 beta=options.beta,
                 retain_weight=retain_weight,
                 learning_rate=options.learning_rate,
-                num_train_epochs=1,
+                lr_scheduler_type=options.lr_scheduler_type,
+                warmup_steps=options.warmup_steps,
+                max_grad_norm=options.max_grad_norm,
+                num_train_epochs=options.num_train_epochs,
                 max_length=2048,
                 max_response_length=options.max_response_length,
                 seed=seed,
@@ -117,13 +121,18 @@ def main() -> None:
     parser.add_argument("--retain_weights", type=float, nargs="+", default=[1.0])
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--lr_scheduler_type", default="constant")
+    parser.add_argument("--warmup_steps", type=float, default=0)
+    parser.add_argument("--max_grad_norm", type=float, default=0.0, help="0 clips nothing")
+    parser.add_argument("--num_train_epochs", type=float, default=1)
     parser.add_argument("--max_response_length", type=int, default=96)
     parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=not torch.cuda.is_available())
     parser.add_argument("--progress", action="store_true", help="show the trainer's logs")
     parser.add_argument("--out", default="runs/benchmarks/alignment.json")
     options = parser.parse_args()
     quiet_libraries()
-    keep_freed_memory()
+    if options.cpu:
+        keep_freed_memory()
     texts: list[str] = []
     if options.harmless:
         rows = json.loads(Path(options.harmless).read_text(encoding="utf-8"))
