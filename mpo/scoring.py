@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -344,7 +344,7 @@ def score_groups(
     try:
         with autocast or nullcontext(), tempfile.TemporaryDirectory(prefix="mpo-reference-") as folder:
             layout = usable_layout(model, probe_trees(tokenized), shape, device, base.dtype)
-            shape = BatchShape(layout, *_rest(shape))
+            shape = replace(shape, layout=layout)
             reference = build_or_load(
                 tokenized,
                 reference_forward,
@@ -370,10 +370,6 @@ def score_groups(
     finally:
         model.train(was_training)
     return scores
-
-
-def _rest(shape: BatchShape) -> tuple[int, int, str, int]:
-    return shape.max_tokens_per_row, shape.pad_token_id, shape.pooling, shape.tokens_per_batch
 
 
 def probe_trees(tokenized: Dataset) -> list[Tree]:
