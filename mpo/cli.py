@@ -1,4 +1,4 @@
-"""The command line: ``mpo train``, ``mpo data check``, ``mpo evaluate reward-gap``, ``mpo merge``.
+"""The command line: ``mpo train``, ``mpo data check``, ``mpo evaluate ...``, ``mpo merge``.
 
 What a command needs is imported when it runs, so that ``mpo --help`` answers at once.
 """
@@ -11,10 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpo import __version__
+from mpo.commands import evaluate
+from mpo.commands.options import add_data_options, one_or_many, show_help
 from mpo.errors import MPOError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mpo {__version__}")
-    parser.set_defaults(run=lambda _: _help(parser))
+    parser.set_defaults(run=lambda _: show_help(parser))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     train = commands.add_parser(
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, parser=train)
 
     data = commands.add_parser("data", help="look at preference data")
-    data.set_defaults(run=lambda _: _help(data))
+    data.set_defaults(run=lambda _: show_help(data))
     check = data.add_subparsers(title="commands", metavar="COMMAND").add_parser(
         "check", help="summarise a data set and point at doubtful rows", allow_abbrev=False
     )
@@ -122,49 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
     )
-    _add_data_options(check)
+    add_data_options(check)
     check.set_defaults(run=_check_data)
 
-    evaluate = commands.add_parser("evaluate", help="measure a model")
-    evaluate.set_defaults(run=lambda _: _help(evaluate))
-    gap = evaluate.add_subparsers(title="commands", metavar="COMMAND").add_parser(
-        "reward-gap",
-        help="the reward gap per language, with confidence intervals",
-        description="Measure the reward gap per language. With an adapter: of the base model and of the adapter.",
-        allow_abbrev=False,
-    )
-    gap.add_argument("--model", required=True, help="folder or Hub name of the model")
-    gap.add_argument("--adapter", help="folder or Hub name of an adapter; compared with the model without it")
-    gap.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE", help="file(s) of pairs, or a name on the Hub"
-    )
-    gap.add_argument(
-        "--out", metavar="FOLDER", help="write reward_gap.json, reward_gap.txt and reward_gap.png there"
-    )
-    gap.add_argument(
-        "--beta", type=float, default=1.0, help="scale of the target gap in the error column (default 1)"
-    )
-    gap.add_argument(
-        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
-    )
-    gap.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
-    )
-    gap.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    gap.add_argument("--max_response_length", type=int, help="cut every response to so many tokens")
-    gap.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
-    gap.add_argument("--batch_layout", choices=("tree", "padded"), default="tree", help=argparse.SUPPRESS)
-    gap.add_argument("--max_tokens_per_row", type=int, help="tokens of a packed row; less needs less memory")
-    gap.add_argument("--revision", help="revision of the model on the Hub")
-    gap.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
-    )
-    gap.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
-    gap.add_argument(
-        "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
-    )
-    _add_data_options(gap)
-    gap.set_defaults(run=_evaluate_reward_gap)
+    evaluate.register(commands)
 
     merge = commands.add_parser("merge", help="fold an adapter into its base model", allow_abbrev=False)
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub name of the adapter")
@@ -179,28 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source_language", default="en", help="the dominant language (default en)")
-    parser.add_argument("--languages", nargs="+", metavar="CODE", help="keep only these target languages")
-    parser.add_argument("--limit", type=int, help="keep the first so many sources")
-    parser.add_argument(
-        "--max_length", type=int, default=1024, help="longest prompt plus response, in tokens"
-    )
-    parser.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
-
-
-def _help(parser: argparse.ArgumentParser) -> int:
-    parser.print_help()
-    return 0
-
-
 # --------------------------------------------------------------------------------------------------------------- train
 
 
 def _train(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if any(word in ("-h", "--help") for word in overrides):
-        return _help(arguments.parser)
+        return show_help(arguments.parser)
     dry_run = arguments.dry_run
     for flag in ("--dry_run", "--dry-run"):
         while flag in overrides:
@@ -266,7 +213,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
 
         tokenizer = load_tokenizer(ModelSource(arguments.model), arguments.chat_template)
     report = check_data(
-        _one_or_many(arguments.data),
+        one_or_many(arguments.data),
         tokenizer=tokenizer,
         source_language=arguments.source_language,
         max_length=arguments.max_length,
@@ -280,41 +227,6 @@ def _check_data(arguments: argparse.Namespace) -> int:
         from mpo.report.files import write_json
 
         print(f"\nWritten to {write_json(arguments.json, report.to_dict())}")
-    return 0
-
-
-# ------------------------------------------------------------------------------------------------------------ evaluate
-
-
-def _evaluate_reward_gap(arguments: argparse.Namespace) -> int:
-    from mpo.progress import quiet_libraries
-
-    quiet_libraries()
-    from mpo.measure import measure_reward_gap
-
-    measure_reward_gap(
-        _one_or_many(arguments.data),
-        model=arguments.model,
-        adapter=arguments.adapter,
-        out=None if arguments.out is None else Path(arguments.out),
-        beta=arguments.beta,
-        confidence=arguments.confidence,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        attn_implementation=arguments.attn_implementation,
-        batch_layout=arguments.batch_layout,
-        max_tokens_per_row=arguments.max_tokens_per_row,
-        revision=arguments.revision,
-        chat_template=arguments.chat_template,
-        trust_remote_code=arguments.trust_remote_code,
-        bad_rows=arguments.bad_rows,
-        source_language=arguments.source_language,
-        languages=arguments.languages,
-        limit=arguments.limit,
-        max_length=arguments.max_length,
-        max_response_length=arguments.max_response_length,
-        split=arguments.dataset_split,
-    )
     return 0
 
 
@@ -337,10 +249,6 @@ def _merge(arguments: argparse.Namespace) -> int:
     )
     print(f"The merged model is in {folder}; it loads with AutoModelForCausalLM.from_pretrained.")
     return 0
-
-
-def _one_or_many(names: Sequence[str]) -> str | list[str]:
-    return names[0] if len(names) == 1 else list(names)
 
 
 if __name__ == "__main__":
