@@ -68,10 +68,20 @@ def grouped_mean_interval(
     for start in range(0, resamples, step):
         drawn = random.integers(n, size=(min(step, resamples - start), n))
         means[start : start + step] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    quantile = student_t_quantile(0.5 + confidence / 2, n - 1)
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * quantile)
+    tail = expanded_tail(n, confidence)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def expanded_tail(groups: int, confidence: float) -> float:
+    """Share of the resampled means to cut off at each end; see :func:`grouped_mean_interval`.
+
+    Args:
+        groups: Number of groups that are resampled, at least 2.
+        confidence: Coverage asked for, between 0 and 1.
+    """
+    quantile = student_t_quantile(0.5 + confidence / 2, groups - 1)
+    return NormalDist().cdf(-math.sqrt(groups / (groups - 1)) * quantile)
 
 
 def check_settings(confidence: float, resamples: int) -> None:
