@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "complete.json"
+EARLIER = "earlier-run"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -67,11 +68,38 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step below ``folder``, or None."""
+    """The complete checkpoint with the highest step below ``folder``, or None; none that was :func:`set_aside`."""
     for path in reversed(checkpoints(folder)):
-        if is_complete(path):
+        if is_complete(path) and not (path / EARLIER).exists():
             return path
     return None
+
+
+def set_aside(folder: str | Path, resumed: str | Path | None = None) -> list[Path]:
+    """
+    Declare that a new run goes on from one checkpoint, or from none, and not from those of later steps in its folder.
+
+    They stay, and can be resumed from by name, but :func:`last_complete_checkpoint` passes over them: the highest step
+    it finds is then always of the run's own history.
+
+    Args:
+        folder: output folder of the run.
+        resumed: the checkpoint that the run goes on from; None for a fresh start.
+
+    Returns:
+        The complete checkpoints that were set aside now.
+    """
+    start = 0
+    if resumed is not None:
+        (Path(resumed) / EARLIER).unlink(missing_ok=True)
+        start = json.loads((Path(resumed) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    found = []
+    for path in checkpoints(folder):
+        later = int(path.name.rpartition("-")[2]) > start
+        if later and is_complete(path) and not (path / EARLIER).exists():
+            (path / EARLIER).touch()
+            found.append(path)
+    return found
 
 
 def rotate(

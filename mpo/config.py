@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 from trl import DPOConfig
 
 from mpo.errors import ConfigError
+from mpo.report.redaction import is_secret_name
 
 RETAIN_POOLINGS = ("mean", "last")
 BATCH_LAYOUTS = ("tree", "padded")
@@ -78,8 +80,9 @@ class MPOConfig(DPOConfig):
         stop_on_collapse (`bool`, *optional*, defaults to `False`):
             Stop the run when the chosen log-likelihood of a language falls steadily while its gap rises. A warning
             is given in any case.
-        collapse_window (`int`, *optional*, defaults to `6`):
-            Number of consecutive logging points that must show the fall.
+        collapse_window (`int`, *optional*, defaults to `20`):
+            Number of consecutive logging points that must show the fall. Fewer see only falls that are many times
+            the scatter between batches.
         collapse_drop (`float`, *optional*, defaults to `0.2`):
             Fall of the mean chosen log-likelihood over the window, in nats per token, that counts as a collapse.
 
@@ -107,8 +110,8 @@ class MPOConfig(DPOConfig):
             `"tree"` packs [prompt | chosen | rejected] trees into rows, `"padded"` runs one padded sequence per
             row: slower, the plain reference, and the fallback for models that cannot take tree masks.
         max_tokens_per_row (`int`, *optional*):
-            Token budget of a packed row. Unset: 512 on a CPU, 8192 on an accelerator. A tree that is longer gets a
-            row of its own.
+            Token budget of a packed row. Unset: 512 on a CPU, 8192 on an accelerator. Where a tree is longer, all
+            rows of its batch may be as long as that tree, since they are padded to one length.
         max_tokens_per_call (`int`, *optional*):
             Split a micro-batch of more tokens into several model calls, each with its backward pass: the same gradient
             from less memory. Unset: 1024 on a CPU, no limit on an accelerator. For a single process without DeepSpeed
@@ -148,7 +151,7 @@ class MPOConfig(DPOConfig):
     stop_on_collapse: bool = field(
         default=False, metadata={"help": "Stop when a language's chosen log-likelihood collapses."}
     )
-    collapse_window: int = field(default=6, metadata={"help": "Logging points a collapse must last."})
+    collapse_window: int = field(default=20, metadata={"help": "Logging points a collapse must last."})
     collapse_drop: float = field(default=0.2, metadata={"help": "Fall in nats per token that is a collapse."})
 
     # The data
@@ -320,13 +323,24 @@ class MPOConfig(DPOConfig):
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, without tokens: trackers and checkpoints write this."""
         settings: dict[str, Any] = super().to_dict()
-        kwargs = settings.get("model_init_kwargs")
-        if isinstance(kwargs, dict):
-            settings["model_init_kwargs"] = {
-                name: "<TOKEN>" if "token" in name and isinstance(value, str) else value
-                for name, value in kwargs.items()
-            }
+        settings["model_init_kwargs"] = _without_tokens(settings.get("model_init_kwargs"), "<TOKEN>")
         return settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library pickles the settings into every checkpoint folder (and what it uploads). A pickle holds no token.
+        state: dict[str, Any] = _without_tokens(self.__dict__, None)
+        return {**state, "model_init_kwargs": _without_tokens(state.get("model_init_kwargs"), None)}
+
+    def __copy__(self) -> MPOConfig:
+        # The copy module would take what a pickle has.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MPOConfig:
+        other = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def reference_folder(self) -> str:
         """Folder of the reference cache: ``reference_cache_dir``, or ``mpo/reference`` below ``HF_HOME``."""
@@ -335,6 +349,16 @@ class MPOConfig(DPOConfig):
         from huggingface_hub.constants import HF_HOME
 
         return os.path.join(HF_HOME, "mpo", "reference")
+
+
+def _without_tokens(settings: Any, mark: str | None) -> Any:
+    """A mapping with ``mark`` in place of every text whose name says that it is a secret; anything else as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: mark if isinstance(value, str) and is_secret_name(name) else value
+        for name, value in settings.items()
+    }
 
 
 def _is_number(value: Any) -> bool:

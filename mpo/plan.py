@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 # Bytes that AdamW keeps per trained weight: two float32 moments.
 _OPTIMIZER_BYTES = 8
-# How the official code pads: the four sequences of a pair to one length, a multiple of 8.
-_OFFICIAL_SEQUENCES, _OFFICIAL_MULTIPLE = 4, 8
+# The official code runs source and target of a pair as two batches, each of two sequences (prompt + chosen, prompt +
+# rejected) that are padded to one length, a multiple of 8.
+_OFFICIAL_MULTIPLE = 8
 
 _TRACKER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -435,7 +436,7 @@ def _shared_sources(train: Dataset, held_out: Dataset) -> int:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Of one epoch: groups as the trainer will run them, pairs, and tokens as trees and as padded batches."""
+    """Of one epoch: groups as the trainer will run them, pairs, and tokens as trees and as the official code's batches."""
 
     groups: int
     pairs: int
@@ -474,8 +475,7 @@ def _count_tokens(
             pairs += 1
             trees += sum(target)
             longest = max(longest, sum(target))
-            width = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in (source, target))
-            padded += _OFFICIAL_SEQUENCES * _OFFICIAL_MULTIPLE * math.ceil(width / _OFFICIAL_MULTIPLE)
+            padded += _official_tokens(source) + _official_tokens(target)
     held_groups = held_pairs = 0
     if held_out is not None:
         held, more = tokenize_groups(held_out, tokenizer, name="held-out", **settings)
@@ -484,6 +484,12 @@ def _count_tokens(
         held_pairs = sum(len(languages) for languages in held["target_language"])
     counts = _Tokens(len(tokenized), pairs, per_language, trees, padded, longest, held_groups, held_pairs)
     return counts, errors
+
+
+def _official_tokens(lengths: list[int]) -> int:
+    """Tokens, padding included, of the official code's batch for one pair of ``[prompt, chosen, rejected]`` tokens."""
+    prompt, chosen, rejected = lengths
+    return 2 * _OFFICIAL_MULTIPLE * math.ceil((prompt + max(chosen, rejected)) / _OFFICIAL_MULTIPLE)
 
 
 # --------------------------------------------------------------------------------------------------------------- sizes
@@ -580,7 +586,7 @@ def _facts(plan: Plan, tokens: _Tokens, size: _Sizes) -> dict[str, str]:
         "Steps": f"{plan.steps} optimizer steps ({_length(recipe)}), "
         f"{_count(per_step, 'group')} each: {training.per_device_train_batch_size} per device x "
         f"{_count(training.world_size, 'device')} x {training.gradient_accumulation_steps} accumulated",
-        "Tokens per epoch": f"{tokens.trees:,} as trees; padded pair by pair it would be {tokens.padded:,} "
+        "Tokens per epoch": f"{tokens.trees:,} as trees; padded pair by pair, as in the official code, {tokens.padded:,} "
         f"({tokens.padded / max(tokens.trees, 1):.1f} times as many); longest tree {tokens.longest:,}",
         "Precision": f"{_precision(recipe)}, weights in {model.dtype}"
         + (", base in 4 bits" if model.load_in_4bit else ", base in 8 bits" if model.load_in_8bit else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from mpo.plan import Plan, make_plan, precision
 from mpo.progress import TrainingProgress, duration, quiet_libraries
 from mpo.recipe import Recipe, settings_in_effect
 from mpo.report.files import write_json, write_text
+from mpo.storage import is_full_disk
 
 if TYPE_CHECKING:
     from mpo.trainer import MPOTrainer
@@ -358,7 +358,7 @@ def _explaining(plan: Plan) -> Iterator[None]:
             f"The GPU is out of memory: {str(error).splitlines()[0]}\nTry, in this order: {'; '.join(advice)}."
         ) from error
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if is_full_disk(error):
             raise StorageError(
                 f"The disk of {training.output_dir} is full. Make room and go on with the last complete checkpoint: "
                 f"{plan.recipe.command(resume_from_checkpoint='auto')}"

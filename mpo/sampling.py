@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from mpo.errors import ConfigError
 from mpo.reference import SourceReference
 from mpo.trees import Tree, build_batch, pack_rows
 
@@ -233,6 +234,9 @@ def language_weights(
         pairs: number of training pairs of each.
         weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
             (1 where not named).
+
+    Raises:
+        ConfigError: a language is named that is not among ``languages``, or all pairs weigh 0.
     """
     if weights is None:
         return [1.0] * len(languages)
@@ -240,11 +244,21 @@ def language_weights(
         raw = [1.0 / pairs[language] if pairs.get(language) else 0.0 for language in languages]
     else:
         assert not isinstance(weights, str)
+        if unknown := sorted(set(weights) - set(languages)):
+            raise ConfigError(
+                f"`language_weights` names {', '.join(unknown)}, but the data's target languages are "
+                f"{', '.join(languages)}."
+            )
         raw = [float(weights.get(language, 1.0)) for language in languages]
     counts = [pairs.get(language, 0) for language in languages]
     total = sum(w * n for w, n in zip(raw, counts, strict=True))
-    scale = sum(counts) / total if total > 0 else 1.0
-    return [w * scale for w in raw]
+    if total == 0:
+        present = ", ".join(language for language in languages if pairs.get(language))
+        raise ConfigError(
+            f"`language_weights` is 0 for every language that is trained on ({present}), so there is nothing to learn. "
+            "Give at least one of them a weight above 0."
+        )
+    return [w * sum(counts) / total for w in raw]
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -36,7 +36,14 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from mpo.checkpoints import is_complete, last_complete_checkpoint, mark_complete, rotate, saved_state
+from mpo.checkpoints import (
+    is_complete,
+    last_complete_checkpoint,
+    mark_complete,
+    rotate,
+    saved_state,
+    set_aside,
+)
 from mpo.citations import MPO_BIBTEX
 from mpo.collapse import CollapseDetector
 from mpo.config import MPOConfig
@@ -74,6 +81,7 @@ from mpo.scoring import (
     run_model,
     score_loader,
 )
+from mpo.storage import is_full_disk
 from mpo.tokenization import TOKENIZED_FEATURES, set_chat_template, tokenize_groups
 
 logger = get_logger(__name__)
@@ -251,13 +259,11 @@ class MPOTrainer(DPOTrainer):
         attach_reward_gap_head(bare)
         self._text_config = bare.config.get_text_config()
 
-        pairs = count_languages(self.train_dataset)
         datasets = [self.train_dataset, *_datasets(self.eval_dataset)]
         self.languages: list[str] = sorted(
             {language for data in datasets for language in count_languages(data)}
         )
         """Target languages, sorted; a pair's language is its index here."""
-        self._warn_of_unknown_weights()
         assert isinstance(self._tokenizer.pad_token_id, int)
         self._shape = batch_shape(
             self.accelerator.device,
@@ -270,7 +276,7 @@ class MPOTrainer(DPOTrainer):
         self._layout_checked = False
         self.data_collator = GroupCollator(
             languages=self.languages,
-            language_weights=language_weights(self.languages, pairs, args.language_weights),
+            language_weights=[1.0] * len(self.languages),
             layout=self._shape.layout,
             max_tokens_per_row=self._shape.max_tokens_per_row,
             pad_token_id=self._shape.pad_token_id,
@@ -279,6 +285,7 @@ class MPOTrainer(DPOTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
             max_tokens_per_call=self._tokens_per_call(),
         )
+        self._weigh_languages(self.train_dataset)
         self._sums = torch.zeros((len(self.languages), 8), device=self.accelerator.device)
         self._last_log: tuple[float, int] | None = None
         self._step_loss: Tensor | None = None
@@ -464,11 +471,7 @@ class MPOTrainer(DPOTrainer):
                     f"{float(reference.gap.max()):.3f}. Lower `min_source_gap`, or check that chosen and rejected are not "
                     "swapped."
                 )
-            # The mean weight is 1 over the pairs that are trained on.
-            kept = count_languages(self.train_dataset.select_columns(["target_language"]).select(indices))
-            self.data_collator.language_weights = language_weights(
-                self.languages, kept, args.language_weights
-            )
+            self._weigh_languages(self.train_dataset.select_columns(["target_language"]).select(indices))
         sampler = GroupBatchSampler(
             indices,
             self._train_batch_size,
@@ -493,14 +496,12 @@ class MPOTrainer(DPOTrainer):
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
 
-    def _warn_of_unknown_weights(self) -> None:
-        weights = self.args.language_weights
-        unknown = sorted(set(weights) - set(self.languages)) if isinstance(weights, dict) else []
-        if unknown:
-            raise ConfigError(
-                f"`language_weights` names {', '.join(unknown)}, but the data's target languages are "
-                f"{', '.join(self.languages)}."
-            )
+    def _weigh_languages(self, groups: Dataset) -> None:
+        """Weight the languages so that the mean weight is 1 over the pairs of these groups."""
+        pairs = count_languages(groups)
+        self.data_collator.language_weights = language_weights(
+            self.languages, pairs, self.args.language_weights
+        )
 
     # ---- The reference -------------------------------------------------------------------------------------------
 
@@ -541,16 +542,17 @@ class MPOTrainer(DPOTrainer):
             self._reference_of(dataset, "eval" if i == 0 else f"eval {i}")
         gaps = reference.store.gaps()
         limit = self.args.min_source_gap
+        dropped = gaps <= limit if limit is not None else np.zeros(len(gaps), dtype=bool)
         self.source_report = {
             "sources": len(gaps),
             "not_positive": int((gaps <= 0).sum()),
-            "dropped": int((gaps <= limit).sum()) if limit is not None else 0,
+            "dropped": int(dropped.sum()),
         }
-        if self.source_report["not_positive"] and not self.source_report["dropped"]:
+        if count := int(((gaps <= 0) & ~dropped).sum()):
             logger.warning(
-                f"{self.source_report['not_positive']} of {len(gaps)} sources have a reference gap of 0 or less: on them "
-                "the model prefers the rejected answer in its dominant language, too, and teaches that to the target "
-                "languages. `min_source_gap: 0.0` drops them."
+                f"{count} of {len(gaps)} sources that are trained on have a reference gap of 0 or less: on them the model "
+                "prefers the rejected answer in its dominant language, too, and teaches that to the target languages. "
+                "`min_source_gap: 0.0` drops them."
             )
         # The explicit reference has said all it will be asked.
         self._explicit_reference = None
@@ -651,8 +653,21 @@ class MPOTrainer(DPOTrainer):
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         with _as_own_errors(self.args):
+            self._set_earlier_checkpoints_aside(checkpoint)
             return super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+            )
+
+    def _set_earlier_checkpoints_aside(self, checkpoint: str | None) -> None:
+        """Later checkpoints of another run in the output folder must not be taken for this run's own when it resumes."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(self.args.output_dir or ".")
+        if found := set_aside(folder, checkpoint):
+            logger.warning(
+                f"'{folder}' holds checkpoints of an earlier run ({', '.join(path.name for path in found)}) that this run "
+                "does not go on from: `resume_from_checkpoint: auto` passes over them from now on. Name one to resume "
+                "from it, or choose another `output_dir` to keep runs apart."
             )
 
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
@@ -939,7 +954,7 @@ class MPOTrainer(DPOTrainer):
         try:
             Trainer._save_checkpoint(self, model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_storage_problem(error):
+            if not (isinstance(error, OSError) or is_full_disk(error)):
                 raise
             problem = str(error)
         finally:
@@ -965,7 +980,7 @@ class MPOTrainer(DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # A pickle of the arguments, which may hold a Hub token; `recipe.yaml` and `complete.json` say what it said.
+        # A pickle of the arguments (without tokens, see `MPOConfig.__getstate__`), which no one needs and some fear.
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir or ".") / "training_args.bin").unlink(missing_ok=True)
 
@@ -1146,20 +1161,3 @@ def _datasets(data: Any) -> Sequence[Dataset]:
     if data is None:
         return []
     return list(data.values()) if isinstance(data, dict) else [data]
-
-
-def _is_storage_problem(error: Exception) -> bool:
-    """Whether saving failed for the disk's sake; torch and safetensors report a full disk as errors of their own."""
-    text = str(error).lower()
-    return isinstance(error, OSError) or any(
-        sign in text
-        for sign in (
-            "no space",
-            "enospc",
-            "file write failed",
-            "unexpected pos",
-            "i/o error",
-            "quota",
-            "file too large",
-        )
-    )

@@ -92,7 +92,8 @@ def build_batch(
     Args:
         trees: preference pairs, every part of at least one token.
         layout: ``"tree"`` or ``"padded"`` (one sequence per row, two rows per tree).
-        max_tokens_per_row: row budget of the tree layout.
+        max_tokens_per_row: row budget of the tree layout; the longest tree's size where that is larger, since all
+            rows of a batch have one length.
         pad_token_id: token that fills rows.
         pooling: ``"mean"`` or ``"last"``, see :func:`mpo.loss.retention_loss`.
         pad_to_multiple_of: round the row length up to a multiple of this.

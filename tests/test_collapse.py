@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo.collapse import Collapse, CollapseDetector
+from mpo.config import MPOConfig
 
 WINDOWS = st.integers(min_value=3, max_value=24)
 
@@ -128,6 +130,26 @@ def test_a_collapse_under_scatter_is_found(seed: int) -> None:
     reports = feed(CollapseDetector(10, 0.2), "sw", zip(chosen, gap, strict=True))
     assert len(reports) == 1
     assert 40 <= reports[0][0] < 70
+
+
+def share_and_depth(window: int, scatter: float) -> tuple[float, float]:
+    """Of 200 collapses by 3 nats in 40 points: the share that is reported, and the median fall when it is."""
+    rng = np.random.default_rng(0)
+    fall = np.concatenate([np.zeros(40), line(0.0, 3.0, 40)])
+    depths = []
+    for _ in range(200):
+        chosen, gap = (rng.normal(0.0, scatter, 80) + sign * fall for sign in (-1, 1))
+        if reports := feed(CollapseDetector(window, 0.2), "sw", zip(chosen, gap, strict=True)):
+            depths.append(fall[reports[0][0]])
+    return len(depths) / 200, float(np.median(depths)) if depths else math.nan
+
+
+def test_the_default_window_sees_collapses_that_a_short_one_cannot(tmp_path: Path) -> None:
+    default = MPOConfig(output_dir=str(tmp_path), use_cpu=True).collapse_window
+    share, depth = share_and_depth(default, 0.3)
+    assert share >= 0.95
+    assert depth < 1.5
+    assert share_and_depth(6, 0.3)[0] == 0.0
 
 
 def test_each_language_is_reported_once_and_for_itself() -> None:

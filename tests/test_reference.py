@@ -685,6 +685,16 @@ def test_adapters_to_go_on_from_are_told_apart(tmp_path: Path) -> None:
         assert look_up(model, tmp_path, processing_class=build_tokenizer("llama")) == number
 
 
+def test_an_adapter_that_starts_from_noise_is_neither_its_base_nor_other_noise(
+    folder: Path, tmp_path: Path
+) -> None:
+    noise = runs.lora(init_lora_weights=False)
+    assert look_up(folder, tmp_path, peft_config=runs.lora()) == 1
+    assert look_up(folder, tmp_path, peft_config=noise) == 2
+    assert look_up(folder, tmp_path, peft_config=noise) == 2, "the same seed draws the same noise"
+    assert look_up(folder, tmp_path, peft_config=noise, seed=4) == 3
+
+
 def test_a_tokenizer_with_other_ids_misses_the_cache(folder: Path, tmp_path: Path) -> None:
     assert look_up(folder, tmp_path) == 1
     tokenizer = AutoTokenizer.from_pretrained(folder)

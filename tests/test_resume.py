@@ -522,3 +522,33 @@ def test_a_new_run_in_an_old_folder_keeps_its_own_checkpoints(
     assert is_complete(folder / "out" / "checkpoint-3"), (
         "the newest checkpoint was deleted as soon as it was written"
     )
+
+
+def test_auto_goes_on_from_the_new_run_and_not_from_later_steps_of_an_earlier_one(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, STEPS)
+    out = folder / "out"
+    new = trainer(model, folder, "lora", max_steps=2, seed=11)
+    with caplog.at_level("WARNING", logger="mpo"):
+        new.train()
+    assert [m for m in caplog.messages if "earlier run" in m and f"checkpoint-{STEPS}" in m]
+    assert is_complete(out / f"checkpoint-{STEPS}"), "what is set aside can still be named"
+    assert new.resolve_checkpoint("auto") == str(out / "checkpoint-2")
+    assert new.resolve_checkpoint(True) == str(out / "checkpoint-2")
+    # Before its own first checkpoint, a new run has nothing to go on from.
+    for step in (1, 2):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    assert new.resolve_checkpoint("auto") is None
+
+
+def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, STEPS)
+    out = folder / "out"
+    checkpoints.set_aside(out)
+    assert last_complete_checkpoint(out) is None
+    run = trainer(model, folder, "lora", save_strategy="no", max_steps=4)
+    run.train(resume_from_checkpoint=str(out / "checkpoint-3"))
+    assert last_complete_checkpoint(out) == out / "checkpoint-3"

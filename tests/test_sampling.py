@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpo.errors import ConfigError
 from mpo.sampling import GroupBatchSampler, GroupCollator, language_weights
 
 epochs = st.integers(0, 5)
@@ -117,6 +118,12 @@ def test_balanced_weights_give_each_language_of_the_data_the_same_total(pairs: d
     found = dict(zip(LANGUAGES, language_weights(LANGUAGES, pairs, "balanced"), strict=True))
     totals = [found[language] * count for language, count in pairs.items()]
     assert totals == pytest.approx([sum(pairs.values()) / len(pairs)] * len(pairs), rel=1e-9)
+
+
+def test_weights_of_zero_for_all_that_is_there_are_refused() -> None:
+    assert language_weights(LANGUAGES, {"ar": 3, "bn": 1}, {"ar": 0.0}) == [0.0, 4.0, 4.0, 4.0]
+    with pytest.raises(ConfigError, match=r"0 for every language that is trained on \(ar\)"):
+        language_weights(LANGUAGES, {"ar": 3}, {"ar": 0.0, "bn": 2.0})
 
 
 def test_without_weights_every_pair_weighs_one() -> None:

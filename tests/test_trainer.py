@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import inspect
@@ -465,6 +466,31 @@ def test_sources_below_the_limit_are_counted_and_left_out(
     trainer = runs.trainer(model, tmp_path, rows, min_source_gap=limit)
     assert sorted(used_groups(trainer, monkeypatch)) == [g for g in reference if reference[g] > limit + 1e-7]
     assert trainer.source_report == {"sources": 10, "not_positive": len(not_positive), "dropped": 7}
+
+
+def test_sources_that_are_not_positive_and_trained_on_are_warned_of(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = random_groups(6, 10, (1, 2), words=(1, 4))
+    gaps_ = sorted(
+        record.gap
+        for record in runs.trainer(model, tmp_path, rows, eval_dataset=rows).score().records
+        if record.is_source
+    )
+    bad = sum(gap <= 0 for gap in gaps_)
+    assert bad >= 2
+
+    def warned(limit: float | None) -> list[str]:
+        caplog.clear()
+        trainer = runs.trainer(model, tmp_path, rows, min_source_gap=limit, max_steps=1)
+        with caplog.at_level(logging.WARNING, logger="mpo"):
+            trainer.train()
+        return [message for message in caplog.messages if "prefers the rejected" in message]
+
+    assert [m.split()[:3] for m in warned(None)] == [[str(bad), "of", "10"]]
+    # A limit below zero drops some of them and trains on the others.
+    assert [m.split()[:3] for m in warned((gaps_[0] + gaps_[1]) / 2)] == [[str(bad - 1), "of", "10"]]
+    assert warned(0.0) == []
 
 
 def test_dropping_every_source_is_an_error_that_names_the_largest(
@@ -1047,6 +1073,25 @@ def test_a_run_leaves_no_pickled_arguments_and_no_card_per_checkpoint(
     names = {path.name for path in files(tmp_path)}
     assert "training_args.bin" not in names
     assert {"model.safetensors", "config.json", "tokenizer.json", "optimizer.pt", "complete.json"} <= names
+
+
+def test_a_kill_between_the_pickle_of_the_arguments_and_its_removal_leaves_no_token(
+    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "hf_SecretThatMustNotBeWritten"
+    loading = {"token": secret, "dtype": "float32"}
+    trainer = runs.trainer(model, tmp_path, rows, max_steps=1, hub_token=secret, model_init_kwargs=loading)
+    remove = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **k: None if path.name == "training_args.bin" else remove(path, **k)
+    )
+    trainer.save_model()
+    left = tmp_path / "out" / "training_args.bin"
+    assert left.stat().st_size > 1000
+    assert secret.encode() not in left.read_bytes()
+    assert copy.copy(trainer.args).hub_token == copy.deepcopy(trainer.args).hub_token == secret
+    assert copy.deepcopy(trainer.args).model_init_kwargs == trainer.args.model_init_kwargs
+    assert trainer.args.hub_token == secret
 
 
 def test_a_token_is_written_nowhere(

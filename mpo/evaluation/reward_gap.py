@@ -10,12 +10,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Any, TextIO
+from typing import Any
 
 from mpo.errors import ConfigError, DataError, ModelError, StorageError
 from mpo.evaluation.bootstrap import check_settings, grouped_mean_interval
 from mpo.evaluation.records import PairScore
-from mpo.evaluation.text_table import TextTable, interval, printable_name, signed
+from mpo.evaluation.text_table import Tabular, TextTable, interval, printable_name, signed
 
 PAPER_ORDER = ("zh", "ja", "ko", "ar", "bn", "sw")
 """The target languages of the paper, in its order. Tables list these first, then all others by their code."""
@@ -61,7 +61,7 @@ class RewardGapRow:
 
 
 @dataclass(frozen=True)
-class RewardGapTable:
+class RewardGapTable(Tabular):
     """Reward gaps of one model, made by :func:`summarize`.
 
     Attributes:
@@ -160,18 +160,6 @@ class RewardGapTable:
         after_source = {1} if self.source is not None and self.targets else set()
         before_total = {len(self.rows)} if self.all_targets is not None else set()
         return frozenset(after_source | before_total)
-
-    def to_text(self) -> str:
-        """The table as plain text, at most 100 columns wide."""
-        return self.text_table().plain()
-
-    def to_markdown(self) -> str:
-        """The table as a GitHub-flavoured Markdown table, without title and notes."""
-        return self.text_table().markdown()
-
-    def show(self, file: TextIO | None = None) -> None:
-        """Print the table: in colour on a terminal, as plain text elsewhere."""
-        self.text_table().show(file)
 
     def to_dict(self, *, records: bool = False) -> dict[str, Any]:
         """The table as JSON-ready values.
@@ -332,7 +320,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """Two models on the same pairs, made by :func:`compare`.
 
     Attributes:
@@ -386,18 +374,6 @@ class Comparison:
             ),
             emphasis=frozenset({2}),
         )
-
-    def to_text(self) -> str:
-        """A before -> after table as plain text, at most 100 columns wide."""
-        return self.text_table().plain()
-
-    def to_markdown(self) -> str:
-        """The table as a GitHub-flavoured Markdown table, without title and notes."""
-        return self.text_table().markdown()
-
-    def show(self, file: TextIO | None = None) -> None:
-        """Print the table: in colour on a terminal, as plain text elsewhere."""
-        self.text_table().show(file)
 
     def to_dict(self, *, records: bool = False) -> dict[str, Any]:
         """``{"before": table, "after": table, "change": {"source", "targets": {code: ...}, "all_targets"}}``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -96,6 +97,26 @@ class TextTable:
             print(self.plain(), file=stream)  # a table that is cut off says less than one that wraps
         else:
             console.print(table)
+
+
+class Tabular(ABC):
+    """A result that is shown as one table: as plain text, as Markdown, or on a terminal."""
+
+    @abstractmethod
+    def text_table(self) -> TextTable:
+        """The cells of :meth:`to_text`, for other output formats."""
+
+    def to_text(self) -> str:
+        """The table as plain text, at most 100 columns wide."""
+        return self.text_table().plain()
+
+    def to_markdown(self) -> str:
+        """The table as a GitHub-flavoured Markdown table, without title and notes."""
+        return self.text_table().markdown()
+
+    def show(self, file: TextIO | None = None) -> None:
+        """Print the table: in colour on a terminal, as plain text elsewhere."""
+        self.text_table().show(file)
 
 
 def escape_markdown(text: str) -> str:

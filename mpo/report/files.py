@@ -15,6 +15,7 @@ from typing import Any
 
 from mpo.errors import StorageError
 from mpo.report.redaction import redact
+from mpo.storage import is_full_disk
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
@@ -86,7 +87,7 @@ def _finite(value: Any) -> Any:
 
 
 def _explain(path: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full_disk(error):
         return f"Cannot write {path}: the disk (or your quota) is full. Free some space, then run this again."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"Cannot write {path}: no permission. Choose another folder, or change its rights."
