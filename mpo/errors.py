@@ -55,3 +55,7 @@ class StorageError(MPOError, OSError):
 
 class TrainingError(MPOError, RuntimeError):
     """Training was stopped on purpose: a value that is not finite, or a collapse that the user asked to stop at."""
+
+
+class ServerError(MPOError, ConnectionError):
+    """A model server cannot be reached, refuses a request, or sends nothing that can be used."""

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mpo.errors import ConfigError, DependencyError
+from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
 from mpo.model import (
     ModelSource,
@@ -18,6 +16,8 @@ from mpo.model import (
     load_model,
     load_tokenizer,
     pick_attention,
+    pick_device,
+    pick_dtype,
 )
 
 
@@ -73,7 +73,7 @@ def measure_reward_gap(
     from mpo.plan import check_writable
     from mpo.scoring import score_groups
 
-    place = _device(device)
+    place = pick_device(device)
     if out is not None:
         check_writable(out)
     source = ModelSource(model, revision, trust_remote_code)
@@ -93,8 +93,7 @@ def measure_reward_gap(
     )
     if loaded.dropped:
         print(f"{len(loaded.dropped)} bad rows were dropped; `mpo data check` lists them.", flush=True)
-    if dtype is None:
-        dtype = "bfloat16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    dtype = dtype or pick_dtype(place)
     print(f"Loading {model}", flush=True)
     policy: Any = load_model(source, dtype=dtype, attn_implementation=attention, device_map={"": place})
 
@@ -123,20 +122,6 @@ def measure_reward_gap(
     if out is not None:
         _write(result, out, model=model, adapter=adapter, fingerprint=loaded.fingerprint, dtype=dtype)
     return result
-
-
-def _device(wanted: str | None) -> torch.device:
-    if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise ConfigError(f"`device` is {wanted!r}; expected cpu, cuda or cuda:N.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"`device` is {wanted!r}, but this machine has {torch.cuda.device_count()} GPUs for torch."
-        )
-    return device
 
 
 def _write(

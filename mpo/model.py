@@ -236,6 +236,30 @@ def pick_attention(
     return wanted
 
 
+def pick_device(wanted: str | None) -> torch.device:
+    """The device to measure on: the user's choice, or a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"`device` is {wanted!r}; expected cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"`device` is {wanted!r}, but this machine has {torch.cuda.device_count()} GPUs for torch."
+        )
+    return device
+
+
+def pick_dtype(device: torch.device) -> str:
+    """The type to measure in where none is asked for: bfloat16 on a GPU that has it, else float32."""
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
 def empty_model(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:
     """The model's modules on torch's ``meta`` device: shapes and names, no memory."""
     import transformers

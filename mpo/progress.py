@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: one bar with the loss, its two terms, the speed and the time left."""
+"""What a person sees while a model works: in training the loss, its two terms, the speed and the time left."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_BETWEEN_LINES = 5.0  # seconds
 
 
 class TrainingProgress(TrainerCallback):
@@ -119,6 +121,48 @@ class TrainingProgress(TrainerCallback):
             self._bar.write(line, file=self.stream)
         else:
             print(line, file=self.stream, flush=True)
+
+
+class CountProgress:
+    """How many of a known number are done: a bar on a terminal, elsewhere a line for every tenth.
+
+    Use it as a context manager; ``done`` of them are there before it starts.
+    """
+
+    def __init__(
+        self, title: str, total: int, *, done: int = 0, unit: str = "it", stream: TextIO | None = None
+    ) -> None:
+        self.title, self.total, self.count, self.unit = title, total, done, unit
+        self.stream = sys.stderr if stream is None else stream
+        self._started, self._first = time.monotonic(), done
+        self._last_line = self._started
+        self._shown_tenth = 10 * done // max(total, 1)
+        self._bar: tqdm[Any] | None = None
+        if self.stream.isatty():
+            self._bar = tqdm(
+                total=total, initial=done, desc=title, unit=unit, file=self.stream, dynamic_ncols=True
+            )
+
+    def advance(self) -> None:
+        """One more is done."""
+        self.count += 1
+        if self._bar is not None:
+            self._bar.update(1)
+            return
+        tenth, now = 10 * self.count // max(self.total, 1), time.monotonic()
+        # What goes by in seconds, or comes in batches, needs no line of its own.
+        if self.count == self.total or (tenth > self._shown_tenth and now - self._last_line > _BETWEEN_LINES):
+            self._shown_tenth, self._last_line = tenth, now
+            left = (now - self._started) / (self.count - self._first) * (self.total - self.count)
+            rest = f", {duration(left)} left" if self.count < self.total else ""
+            print(f"{self.title}: {self.count}/{self.total} {self.unit}s{rest}", file=self.stream, flush=True)
+
+    def __enter__(self) -> CountProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def duration(seconds: float) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpo.commands import reward_gap
+from mpo.commands import attack, reward_gap
 from mpo.commands.options import show_help
 
-_MEASUREMENTS = (reward_gap,)
+_MEASUREMENTS = (reward_gap, attack)
 
 
 def register(commands: Any) -> None:

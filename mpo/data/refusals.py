@@ -10,6 +10,7 @@ then answers; judge languages without a list. It is good for finding rows to loo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -36,6 +37,12 @@ def _phrases() -> dict[str, tuple[str, ...]]:
 def refusal_languages() -> frozenset[str]:
     """Codes of the languages there are phrases for."""
     return frozenset(_phrases())
+
+
+def phrases_fingerprint() -> str:
+    """Short hash of all phrases: verdicts that rest on other ones are not comparable."""
+    text = json.dumps(_phrases(), sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 
 def opens_with_refusal(text: str, *languages: str) -> bool:

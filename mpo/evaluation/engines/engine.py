@@ -1,0 +1,95 @@
+"""The interface of everything that answers prompts, and how answers are to be generated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mpo.errors import ConfigError
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages, ``{"role": ..., "content": ...}`` each, up to the turn that is to be answered."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 for greedy decoding, the most likely token each time, as in the papers; above 0 for sampling.
+        top_p: Share of the probability mass that is sampled from.
+        seed: Seed of the sampling.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens!r}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature: expected 0 (greedy) or more, got {self.temperature!r}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: expected a share above 0 and up to 1, got {self.top_p!r}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on: neither ``top_p`` nor the seed matters to greedy decoding."""
+        if self.greedy:
+            return {"decoding": "greedy", "max_new_tokens": self.max_new_tokens}
+        return {
+            "decoding": "sampling",
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        text: The answer without special tokens.
+        finished: False where it was cut off at ``max_new_tokens``.
+    """
+
+    text: str
+    finished: bool
+
+
+class Engine(Protocol):
+    """Answers conversations.
+
+    An engine is cheap to make: what is large is loaded with the first answer, so that a run with nothing left to
+    answer needs neither time nor memory for it.
+    """
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the answers depend on, ready for JSON; equal settings give equal answers."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader wants to know of it besides, ready for JSON: names, versions, places."""
+        ...
+
+    def generate(
+        self, conversations: Sequence[Conversation], done: Collection[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers every conversation whose index is not in ``done``, in any order, each as soon as it is there.
+
+        The answers do not depend on ``done``: a run that goes on where another was killed gives the same ones.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives memory and connections back. The engine can be used again and loads anew then."""
+        ...

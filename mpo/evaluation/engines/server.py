@@ -1,0 +1,60 @@
+"""Answers from a model behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from mpo.errors import ServerError
+from mpo.evaluation.chat_client import ChatClient, RejectedRequest, Reply
+from mpo.evaluation.engines.engine import Answer, Conversation, Generation
+from mpo.evaluation.engines.factory import ModelChoice
+
+
+class ServerEngine:
+    """One request per conversation; how they are batched is the server's business.
+
+    The weights are out of sight: that the name still stands for the same ones when a run goes on is the user's to know.
+    """
+
+    def __init__(self, choice: ModelChoice, generation: Generation) -> None:
+        assert choice.url is not None
+        self.generation = generation
+        self.client = ChatClient(
+            choice.url,
+            choice.model,
+            key_variable=choice.key_variable,
+            timeout=choice.timeout,
+            concurrency=choice.concurrency,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        return {"engine": "server", "served_model": self.client.model, **self.generation.settings()}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "server", "url": self.client.url}
+
+    def generate(
+        self, conversations: Sequence[Conversation], done: Collection[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        missing = [index for index in range(len(conversations)) if index not in done]
+
+        def ask(index: int) -> Reply:
+            return self.client.ask(conversations[index], self._parameters(index))
+
+        for index, reply in self.client.for_all(missing, ask):
+            if isinstance(reply, RejectedRequest):
+                raise ServerError(
+                    f"The server does not answer prompt {index}, so no rate can be given. {reply}"
+                ) from reply
+            yield index, Answer(reply.text, reply.finish_reason != "length")
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _parameters(self, index: int) -> dict[str, Any]:
+        generation = self.generation
+        parameters = {"max_tokens": generation.max_new_tokens, "temperature": generation.temperature}
+        if generation.greedy:
+            return parameters
+        return {**parameters, "top_p": generation.top_p, "seed": generation.seed + index}

@@ -1,0 +1,112 @@
+"""Answers from vLLM, in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from mpo.errors import DependencyError
+from mpo.evaluation.engines.engine import Answer, Conversation, Generation
+from mpo.evaluation.engines.factory import ModelChoice
+from mpo.evaluation.engines.identity import adapter_identity, model_identity
+from mpo.evaluation.engines.rendering import render, template_identity
+from mpo.model import ModelSource, adapter_settings, load_config, load_tokenizer
+
+_AT_ONCE = 256  # conversations handed over together: enough to fill vLLM's batches, and few to lose
+_LARGEST_RANK = 16  # of an adapter, unless vLLM is told otherwise
+
+
+class VLLMEngine:
+    """vLLM makes its batches as it goes, so its greedy answers may differ in a last digit from one run to the next."""
+
+    def __init__(self, choice: ModelChoice, generation: Generation) -> None:
+        self.choice, self.generation = choice, generation
+        self.source = ModelSource(choice.model, choice.revision, choice.trust_remote_code)
+        self.config = load_config(self.source)
+        self.tokenizer = load_tokenizer(self.source, choice.chat_template)
+        self.rank = 0
+        if choice.adapter is not None:
+            self.rank = int(adapter_settings(choice.adapter, revision=choice.adapter_revision).get("r", 0))
+        self._vllm = _import_vllm()
+        self._llm: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "engine": "vllm",
+            "model": model_identity(self.source, self.config),
+            "adapter": adapter_identity(self.choice.adapter, self.choice.adapter_revision),
+            "chat_template": template_identity(self.tokenizer),
+            "dtype": self.choice.dtype or "auto",
+            **self.generation.settings(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "vllm", "version": getattr(self._vllm, "__version__", None)}
+
+    def generate(
+        self, conversations: Sequence[Conversation], done: Collection[int]
+    ) -> Iterator[tuple[int, Answer]]:
+        missing = [index for index in range(len(conversations)) if index not in done]
+        for start in range(0, len(missing), _AT_ONCE):
+            part = missing[start : start + _AT_ONCE]
+            outputs = self._load().generate(
+                [{"prompt_token_ids": render(self.tokenizer, conversations[index])} for index in part],
+                [self._sampling(index) for index in part],
+                lora_request=self._adapter(),
+                use_tqdm=False,
+            )
+            for index, output in zip(part, outputs, strict=True):
+                first = output.outputs[0]
+                yield index, Answer(first.text, first.finish_reason != "length")
+
+    def close(self) -> None:
+        self._llm = None
+
+    def _load(self) -> Any:
+        if self._llm is None:
+            options: dict[str, Any] = {}
+            if self.choice.adapter is not None:
+                options = {"enable_lora": True, "max_lora_rank": max(self.rank, _LARGEST_RANK)}
+            self._llm = self._vllm.LLM(
+                model=self.choice.model,
+                revision=self.choice.revision,
+                dtype=self.choice.dtype or "auto",
+                trust_remote_code=self.choice.trust_remote_code,
+                seed=self.generation.seed,
+                **options,
+            )
+        return self._llm
+
+    def _sampling(self, index: int) -> Any:
+        generation = self.generation
+        return self._vllm.SamplingParams(
+            max_tokens=generation.max_new_tokens,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            seed=None if generation.greedy else generation.seed + index,
+        )
+
+    def _adapter(self) -> Any:
+        if self.choice.adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("adapter", 1, _local_folder(self.choice.adapter, self.choice.adapter_revision))
+
+
+def _local_folder(adapter: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    return adapter if os.path.isdir(adapter) else snapshot_download(adapter, revision=revision)
+
+
+def _import_vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        raise DependencyError(
+            'The engine `vllm` needs the package vllm: pip install "mpo-align[vllm]". `--engine transformers` needs nothing '
+            "more."
+        ) from error
+    return vllm

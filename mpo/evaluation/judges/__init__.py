@@ -1,0 +1,8 @@
+"""What says whether an answer is safe, or a refusal. All judges have one interface, :class:`Judge`."""
+
+from __future__ import annotations
+
+from mpo.evaluation.judges.factory import JUDGES, JudgeChoice, make_judge
+from mpo.evaluation.judges.judge import Exchange, Judge, Verdict
+
+__all__ = ["JUDGES", "Exchange", "Judge", "JudgeChoice", "Verdict", "make_judge"]

@@ -1,0 +1,139 @@
+"""A judge in this process: a guard model, or any chat model that is asked for a verdict.
+
+How a guard is asked and what its replies mean is its *format*, in ``guards.json``:
+
+- ``llama-guard``: Llama-Guard-1 to 3. Their chat template holds the question; they reply ``safe``, or ``unsafe`` and
+  the categories.
+- ``llama-guard-4``: the same with the message parts that Llama-Guard-4's template wants.
+- ``polyguard``: PolyGuard replies three lines, of which "Harmful response" decides an attack and "Response refusal" an
+  over-refusal. The text that asks it is ours; with ``judge_prompt`` it can be that of its model card.
+- ``chat``: any chat model; it is asked as an LLM judge is.
+
+A guard calls an answer safe or unsafe and never invalid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from mpo.errors import ConfigError
+from mpo.evaluation.engines import Generation, ModelChoice, make_engine
+from mpo.evaluation.judges.factory import JudgeChoice, short_name
+from mpo.evaluation.judges.judge import (
+    Exchange,
+    Verdict,
+    fill_judging_prompt,
+    parse_verdict,
+    read_judging_prompt,
+)
+from mpo.evaluation.judges.llm import judging_prompt
+from mpo.evaluation.tasks import UNPARSED, Task
+
+FORMATS = ("llama-guard", "llama-guard-4", "polyguard", "chat")
+
+
+class GuardJudge:
+    """Asks a model in this process for one verdict per answer."""
+
+    def __init__(self, choice: JudgeChoice, task: Task) -> None:
+        """Reads configuration, tokenizer and checksums, but no weights.
+
+        Raises:
+            MPOError: The model or the prompt cannot be used, or the guard's replies say nothing about this task.
+        """
+        assert choice.model is not None
+        self.task = task
+        self.label = f"guard-{short_name(choice.model)}"
+        self.format = choice.format or guess_format(choice.model)
+        if self.format not in FORMATS:
+            raise ConfigError(f"judge_format: expected {', '.join(FORMATS)}, got {self.format!r}.")
+        description = _descriptions()[self.format]
+        self.patterns: dict[str, str] | None = description["verdicts"].get(task.name)
+        if self.patterns is None and self.format != "chat":
+            raise ConfigError(
+                f"judge: {self.format} does not say whether an answer refuses. For {task.name} take another guard, `llm` or "
+                "`refusal-phrases`."
+            )
+        self.messages: list[dict[str, Any]] = description["messages"]
+        if self.format == "chat":
+            self.messages = [{"role": "user", "content": judging_prompt(choice.prompt, task)}]
+        elif choice.prompt is not None:
+            if self.format != "polyguard":
+                raise ConfigError(
+                    f"judge_prompt: the question that {self.format} is asked is in its chat template; it takes no other."
+                )
+            self.messages = [{"role": "user", "content": read_judging_prompt(choice.prompt)}]
+        self.engine = make_engine(
+            ModelChoice(
+                choice.model,
+                batch_size=choice.batch_size,
+                dtype=choice.dtype,
+                device=choice.device,
+                revision=choice.revision,
+                trust_remote_code=choice.trust_remote_code,
+            ),
+            Generation(max_new_tokens=description["max_new_tokens"]),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        asked = json.dumps([self.messages, self.patterns], sort_keys=True)
+        return {
+            "judge": "guard",
+            "format": self.format,
+            "question": hashlib.sha256(asked.encode("ascii")).hexdigest()[:16],
+            **self.engine.settings(),
+        }
+
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Verdict]]:
+        conversations = [self._conversation(exchange) for exchange in exchanges]
+        for index, answer in self.engine.generate(conversations, ()):
+            yield index, Verdict(self._verdict(answer.text), answer.text)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _conversation(self, exchange: Exchange) -> list[dict[str, Any]]:
+        return [
+            {"role": message["role"], "content": _fill(message["content"], exchange)}
+            for message in self.messages
+        ]
+
+    def _verdict(self, reply: str) -> str:
+        if self.patterns is None:
+            return parse_verdict(reply, self.task.verdicts)
+        found = [
+            verdict
+            for verdict, pattern in self.patterns.items()
+            if re.search(pattern, reply, re.IGNORECASE | re.MULTILINE)
+        ]
+        return found[0] if len(found) == 1 else UNPARSED
+
+
+def guess_format(model: str) -> str:
+    """The format that a model's name speaks of: ``llama-guard-4`` for ``meta-llama/Llama-Guard-4-12B``."""
+    name = re.sub(r"[^a-z0-9]", "", model.lower())
+    if "polyguard" in name:
+        return "polyguard"
+    if "llamaguard4" in name:
+        return "llama-guard-4"
+    return "llama-guard" if "llamaguard" in name else "chat"
+
+
+def _fill(content: Any, exchange: Exchange) -> Any:
+    if isinstance(content, str):
+        return fill_judging_prompt(content, exchange)
+    return [{**part, "text": fill_judging_prompt(part["text"], exchange)} for part in content]
+
+
+@lru_cache(maxsize=1)
+def _descriptions() -> dict[str, Any]:
+    descriptions: dict[str, Any] = json.loads(
+        files("mpo.evaluation.judges").joinpath("guards.json").read_text(encoding="utf-8")
+    )
+    return descriptions

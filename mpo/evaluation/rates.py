@@ -1,0 +1,182 @@
+"""Shares of verdicts per language and on average, with intervals: the table that a measurement ends in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+from mpo.data import language_name
+from mpo.evaluation.answers import AnswerRow
+from mpo.evaluation.prompts import MIXED
+from mpo.evaluation.statistics import LanguageAverage, language_average, wilson_interval
+from mpo.evaluation.tasks import UNPARSED, Task
+from mpo.evaluation.text_table import TextTable, printable_name
+
+
+@dataclass(frozen=True)
+class LanguageRate:
+    """Verdicts in one language.
+
+    Attributes:
+        language: Its code.
+        count: Number of answers.
+        verdicts: How often each verdict was given, ``unparsed`` included.
+        cut_off: Answers that were cut at the greatest length.
+        rate: Share of the counted verdict among those that could be read; None where none could.
+        low: Lower end of the rate's Wilson interval; None with `rate`.
+        high: Upper end.
+    """
+
+    language: str
+    count: int
+    verdicts: dict[str, int]
+    cut_off: int
+    rate: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class RateTable:
+    """The result of a task on one prompt set.
+
+    Attributes:
+        task: What was measured.
+        rows: One per language, in the order of the prompts.
+        average: Mean of the languages' rates; None where no verdict could be read.
+        confidence: Coverage of the intervals.
+    """
+
+    task: Task
+    rows: tuple[LanguageRate, ...]
+    average: LanguageAverage | None
+    confidence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: ``languages`` and ``average``."""
+        return {
+            "counted": self.task.counted,
+            "confidence": self.confidence,
+            "languages": {
+                row.language: {
+                    "count": row.count,
+                    "verdicts": row.verdicts,
+                    "cut_off": row.cut_off,
+                    "rate": row.rate,
+                    "interval": None if row.rate is None else [row.low, row.high],
+                }
+                for row in self.rows
+            },
+            "average": None
+            if self.average is None
+            else {
+                "rate": self.average.mean,
+                "interval": [self.average.low, self.average.high],
+                **{name: asdict(self.average)[name] for name in ("languages", "prompts")},
+            },
+        }
+
+    def to_table(self, title: str, notes: Sequence[str] = ()) -> TextTable:
+        """The table for people."""
+        columns = [*self.task.verdicts]
+        if any(row.verdicts[UNPARSED] for row in self.rows):
+            columns.append(UNPARSED)
+        percent = f"{100 * self.confidence:g}"
+        header = ("Language", "Answers", f"Rate [{percent} %]", *columns, "cut off")
+        rows = [
+            (
+                _name(row.language),
+                str(row.count),
+                _share(row.rate, row.low, row.high),
+                *(str(row.verdicts[name]) for name in columns),
+                str(row.cut_off),
+            )
+            for row in self.rows
+        ]
+        rules = frozenset[int]()
+        if self.average is not None and len(rows) > 1:
+            rules = frozenset({len(rows)})
+            total = Counter[str]()
+            for row in self.rows:
+                total.update(row.verdicts)
+            rows.append(
+                (
+                    "Mean of languages",
+                    str(sum(row.count for row in self.rows)),
+                    _share(self.average.mean, self.average.low, self.average.high),
+                    *(str(total[name]) for name in columns),
+                    str(sum(row.cut_off for row in self.rows)),
+                )
+            )
+        return TextTable(title, header, tuple(rows), rules, (*self._notes(), *notes), frozenset({2}))
+
+    def show(self, title: str, notes: Sequence[str] = (), file: TextIO | None = None) -> None:
+        """Prints the table."""
+        self.to_table(title, notes).show(file)
+
+    def _notes(self) -> list[str]:
+        notes = [f"The rate is the share of `{self.task.counted}`."]
+        count = sum(row.verdicts[UNPARSED] for row in self.rows)
+        if count:
+            notes.append(f"{count} replies of the judge name no verdict; they are part of no rate.")
+        return notes
+
+
+def tabulate(
+    task: Task, answers: Sequence[AnswerRow], verdicts: Mapping[str, str], confidence: float = 0.95
+) -> RateTable:
+    """Counts verdicts.
+
+    Args:
+        task: What was judged.
+        answers: All answers.
+        verdicts: The verdict of each, by id.
+        confidence: Coverage of the intervals.
+
+    Raises:
+        ConfigError: ``confidence`` is out of range.
+    """
+    by_language: dict[str, list[AnswerRow]] = {}
+    for row in answers:
+        by_language.setdefault(row.language, []).append(row)
+    rows = tuple(
+        _language_rate(task, language, found, verdicts, confidence) for language, found in by_language.items()
+    )
+    outcomes: dict[str, dict[Hashable, float]] = {
+        language: {
+            row.prompt_id: float(verdicts[row.id] == task.counted)
+            for row in found
+            if verdicts[row.id] != UNPARSED
+        }
+        for language, found in by_language.items()
+    }
+    known = any(outcomes.values())
+    average = language_average(outcomes, confidence=confidence) if known else None
+    return RateTable(task, rows, average, confidence)
+
+
+def _language_rate(
+    task: Task, language: str, answers: list[AnswerRow], verdicts: Mapping[str, str], confidence: float
+) -> LanguageRate:
+    found = Counter(verdicts[row.id] for row in answers)
+    counts = {name: found[name] for name in (*task.verdicts, UNPARSED)}
+    readable = len(answers) - counts[UNPARSED]
+    rate = low = high = None
+    if readable:
+        rate = counts[task.counted] / readable
+        low, high = wilson_interval(counts[task.counted], readable, confidence)
+    cut_off = sum(not row.finished for row in answers)
+    return LanguageRate(language, len(answers), counts, cut_off, rate, low, high)
+
+
+def _name(code: str) -> str:
+    return "Mixed" if code == MIXED else printable_name(language_name(code))
+
+
+def _share(rate: float | None, low: float | None, high: float | None) -> str:
+    if rate is None:
+        return "-"
+    text = f"{100 * rate:.1f}"
+    return text if low is None or high is None else f"{text} [{100 * low:.1f}, {100 * high:.1f}]"

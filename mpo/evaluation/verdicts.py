@@ -1,0 +1,90 @@
+"""Verdicts of a judge on answers, on disk as they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mpo.evaluation.answers import AnswerRow, fingerprint_answers
+from mpo.evaluation.journal import Journal, settle
+from mpo.evaluation.judges import Exchange, Judge, Verdict
+from mpo.evaluation.statistics import Kappa, cohen_kappa
+from mpo.evaluation.tasks import UNPARSED, Task
+from mpo.progress import CountProgress
+
+Verdicts = Mapping[str, str]
+"""Verdict by the answer's id."""
+
+
+def verdicts_file(folder: Path, label: str) -> Path:
+    """Where a judge's verdicts are."""
+    return folder / f"verdicts.{label}.jsonl"
+
+
+def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Path) -> dict[str, str]:
+    """Judges every answer that has no verdict in ``folder/verdicts.LABEL.jsonl`` yet.
+
+    An answer without any text is not shown to the judge: its verdict is the task's own.
+
+    Args:
+        judge: What judges.
+        task: What it judges by.
+        answers: The answers.
+        folder: Where the verdicts are, and where they go.
+
+    Returns:
+        The verdict of every answer, by its id, in the order of the answers.
+
+    Raises:
+        ConfigError: The folder holds verdicts on other answers, or of the same judge with other settings.
+        MPOError: The judge cannot be reached or used. Verdicts given before are kept.
+    """
+    with Journal(verdicts_file(folder, judge.label)) as journal:
+        settings = {"answers": fingerprint_answers(answers), **judge.settings()}
+        settle(journal.path, settings, empty=not journal.rows)
+
+        def keep(row: AnswerRow, verdict: Verdict) -> None:
+            journal.append(
+                {
+                    "id": row.id,
+                    "prompt_id": row.prompt_id,
+                    "language": row.language,
+                    "verdict": verdict.verdict,
+                    "reply": verdict.reply,
+                }
+            )
+
+        left = [row for row in answers if row.id not in journal.rows]
+        for row in left:
+            if not row.answer.strip():
+                keep(row, Verdict(task.empty))
+        left = [row for row in left if row.answer.strip()]
+        if left:
+            done = len(answers) - len(left)
+            with CountProgress(
+                f"Judging ({judge.label})", len(answers), done=done, unit="answer"
+            ) as progress:
+                for index, verdict in judge.judge(
+                    [Exchange(row.prompt, row.answer, row.language) for row in left]
+                ):
+                    keep(left[index], verdict)
+                    progress.advance()
+        return {row.id: str(journal.rows[row.id]["verdict"]) for row in answers}
+
+
+def agreement(first: Verdicts, second: Verdicts, confidence: float = 0.95) -> Kappa | None:
+    """Agreement of two judges on the answers for which both gave a verdict; None where there is no such answer."""
+    both = [
+        (verdict, second[name])
+        for name, verdict in first.items()
+        if UNPARSED not in (verdict, second.get(name, UNPARSED))
+    ]
+    if not both:
+        return None
+    return cohen_kappa([a for a, _ in both], [b for _, b in both], confidence)
+
+
+def unparsed(verdicts: Verdicts | Sequence[str]) -> int:
+    """How many verdicts could not be read."""
+    values = verdicts.values() if isinstance(verdicts, Mapping) else verdicts
+    return sum(verdict == UNPARSED for verdict in values)
