@@ -62,8 +62,15 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: ModelSource, chat_template: str | None = None, *, needs_template: bool = True
+) -> PreTrainedTokenizerBase:
     """Loads the tokenizer and makes sure that it has a chat template and a padding token.
+
+    Args:
+        source: where from.
+        chat_template: replaces the tokenizer's own.
+        needs_template: False for reading texts as they are; then neither is asked for.
 
     Raises:
         ModelError: there is no tokenizer, or no chat template and none is given.
@@ -76,7 +83,8 @@ def load_tokenizer(source: ModelSource, chat_template: str | None = None) -> Pre
             f"The model folder {source.name} has no tokenizer (no tokenizer.json). Copy the tokenizer files of the "
             "model it was made from into it."
         )
-    set_chat_template(tokenizer, chat_template, f"The tokenizer of {source.name}")
+    if needs_template:
+        set_chat_template(tokenizer, chat_template, f"The tokenizer of {source.name}")
     tokenizer_: PreTrainedTokenizerBase = tokenizer
     return tokenizer_
 
