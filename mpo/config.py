@@ -112,6 +112,10 @@ class MPOConfig(DPOConfig):
         max_tokens_per_row (`int`, *optional*):
             Token budget of a packed row. Unset: 512 on a CPU, 8192 on an accelerator. Where a tree is longer, all
             rows of its batch may be as long as that tree, since they are padded to one length.
+        max_tokens_per_batch (`int`, *optional*):
+            Make up micro-batches by tokens instead of counting groups: at most this many tokens on each device, sources
+            included, and about the same on all of them. A group is never split; one that is larger is a micro-batch of
+            its own. Takes the place of `per_device_train_batch_size`.
         max_tokens_per_call (`int`, *optional*):
             Split a micro-batch of more tokens into several model calls, each with its backward pass: the same gradient
             from less memory. Unset: 1024 on a CPU, no limit on an accelerator. For a single process without DeepSpeed
@@ -176,6 +180,10 @@ class MPOConfig(DPOConfig):
         default="tree", metadata={"help": "'tree' or 'padded'.", "choices": list(BATCH_LAYOUTS)}
     )
     max_tokens_per_row: int | None = field(default=None, metadata={"help": "Token budget of a packed row."})
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Token budget of a micro-batch on each device, instead of a number of groups."},
+    )
     max_tokens_per_call: int | None = field(
         default=None, metadata={"help": "Split a micro-batch of more tokens into several model calls."}
     )
@@ -279,6 +287,7 @@ class MPOConfig(DPOConfig):
         )
         for name in (
             "max_tokens_per_row",
+            "max_tokens_per_batch",
             "max_tokens_per_call",
             "reference_tokens_per_batch",
             "max_targets_per_group",
@@ -289,6 +298,11 @@ class MPOConfig(DPOConfig):
                 value is None or (isinstance(value, int) and value >= 1),
                 name,
                 "a whole number of at least 1, or null",
+            )
+        if self.max_tokens_per_batch is not None and self.per_device_train_batch_size != 1:
+            raise ConfigError(
+                f"`per_device_train_batch_size` is {self.per_device_train_batch_size} and `max_tokens_per_batch` is "
+                f"{self.max_tokens_per_batch}: one counts a micro-batch's groups, the other its tokens. Remove one of them."
             )
         require(
             isinstance(self.collapse_window, int) and self.collapse_window >= 3,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ from mpo.model import (
     pick_attention,
 )
 from mpo.recipe import DATA_SUFFIXES, Recipe
+from mpo.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, group_tokens
 from mpo.tokenization import tokenize_groups
 
 if TYPE_CHECKING:
@@ -143,7 +145,7 @@ def make_plan(recipe: Recipe, *, for_real: bool = True) -> Plan:
         )
     tokens, errors = _count_tokens(recipe, tokenizer, train, held_out)
     notes.extend(errors[:3])
-    steps = _steps(recipe, tokens.groups)
+    steps = _steps(recipe, tokens.micro_batches)
     plan = Plan(
         recipe,
         source,
@@ -439,6 +441,7 @@ class _Tokens:
     """Of one epoch: groups as the trainer will run them, pairs, and tokens as trees and as the official code's batches."""
 
     groups: int
+    micro_batches: int
     pairs: int
     per_language: Counter[str]
     trees: int
@@ -482,7 +485,10 @@ def _count_tokens(
         errors = [*errors, *more]
         held_groups = len(held_out)
         held_pairs = sum(len(languages) for languages in held["target_language"])
-    counts = _Tokens(len(tokenized), pairs, per_language, trees, padded, longest, held_groups, held_pairs)
+    micro_batches = len(_train_sampler(recipe, tokenized))
+    counts = _Tokens(
+        len(tokenized), micro_batches, pairs, per_language, trees, padded, longest, held_groups, held_pairs
+    )
     return counts, errors
 
 
@@ -495,14 +501,23 @@ def _official_tokens(lengths: list[int]) -> int:
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _steps(recipe: Recipe, groups: int) -> int:
+def _steps(recipe: Recipe, micro_batches: int) -> int:
     training = recipe.training
-    batch = training.world_size * training.per_device_train_batch_size
-    micro = groups // batch if training.dataloader_drop_last else math.ceil(groups / batch)
-    updates = max(1, math.ceil(micro / training.gradient_accumulation_steps))
+    updates = max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
     if training.max_steps > 0:
         return training.max_steps
     return math.ceil(training.num_train_epochs * updates)
+
+
+def _train_sampler(recipe: Recipe, tokenized: Dataset) -> EpochSampler:
+    """A sampler that makes as many micro-batches as the trainer's."""
+    training = recipe.training
+    indices = np.arange(len(tokenized))
+    options: dict[str, Any] = {"num_ranks": training.world_size, "drop_last": training.dataloader_drop_last}
+    if training.max_tokens_per_batch is None:
+        return GroupBatchSampler(indices, training.per_device_train_batch_size, **options)
+    tokens = group_tokens(tokenized, run_source=training.retain_weight > 0, layout=training.batch_layout)
+    return TokenBudgetSampler(indices, tokens, training.max_tokens_per_batch, **options)
 
 
 @dataclass(frozen=True)
@@ -561,9 +576,6 @@ def _facts(plan: Plan, tokens: _Tokens, size: _Sizes) -> dict[str, str]:
         if not plan.peft_config
         else _kind(recipe)
     )
-    per_step = (
-        training.world_size * training.per_device_train_batch_size * training.gradient_accumulation_steps
-    )
     counts = [(code, tokens.per_language[code]) for code in sort_languages(tokens.per_language)]
     languages = ", ".join(f"{language_name(code)} {count}" for code, count in counts)
     if plan.held_out is None:
@@ -583,8 +595,7 @@ def _facts(plan: Plan, tokens: _Tokens, size: _Sizes) -> dict[str, str]:
         "Held out": held,
         "Optimizer": f"{_plain(training.optim)}, learning rate {training.learning_rate:g}, "
         f"{_plain(training.lr_scheduler_type)} schedule, warm-up {training.warmup_steps:g}",
-        "Steps": f"{plan.steps} optimizer steps ({_length(recipe)}), "
-        f"{_count(per_step, 'group')} each: {training.per_device_train_batch_size} per device x "
+        "Steps": f"{plan.steps} optimizer steps ({_length(recipe)}), {_step_size(recipe)} per device x "
         f"{_count(training.world_size, 'device')} x {training.gradient_accumulation_steps} accumulated",
         "Tokens per epoch": f"{tokens.trees:,} as trees; padded pair by pair, as in the official code, {tokens.padded:,} "
         f"({tokens.padded / max(tokens.trees, 1):.1f} times as many); longest tree {tokens.longest:,}",
@@ -608,6 +619,15 @@ def _kind(recipe: Recipe) -> str:
 def _length(recipe: Recipe) -> str:
     training = recipe.training
     return "max_steps" if training.max_steps > 0 else f"{training.num_train_epochs:g} epochs"
+
+
+def _step_size(recipe: Recipe) -> str:
+    training = recipe.training
+    if training.max_tokens_per_batch is not None:
+        return f"up to {training.max_tokens_per_batch:,} tokens"
+    groups = training.per_device_train_batch_size
+    each = training.world_size * groups * training.gradient_accumulation_steps
+    return f"{_count(each, 'group')} each: {groups}"
 
 
 def _precision(recipe: Recipe) -> str:

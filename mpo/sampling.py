@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -51,7 +53,20 @@ class GroupDataset(TorchDataset[dict[str, Any]]):
         ]
 
 
-class GroupBatchSampler(Sampler[list[int]]):
+class EpochSampler(Sampler[list[int]]):
+    """A batch sampler whose order follows the epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class GroupBatchSampler(EpochSampler):
     """
     Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
 
@@ -81,11 +96,6 @@ class GroupBatchSampler(Sampler[list[int]]):
         self.num_ranks, self.rank = num_ranks, rank
         self.seed = seed
         self.drop_last = drop_last
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose order the next iteration gives."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         per_step = self.batch_size * self.num_ranks
@@ -104,13 +114,176 @@ class GroupBatchSampler(Sampler[list[int]]):
             yield [int(i) for i in mine] if len(mine) else [~int(groups[0])]
 
 
+class TokenBudgetSampler(EpochSampler):
+    """
+    Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
+
+    Group sizes are spread over as few micro-batches as the budget allows, the largest first, each to the micro-batch with
+    the fewest tokens so far. So all micro-batches come out nearly equal, and those of one step, one per rank, differ by
+    less than their smallest group: no rank waits for another. A group is never split; one beyond the budget is a
+    micro-batch of its own.
+
+    Only the sizes, rounded up to six binary digits, decide on this, so every epoch has the same number of steps, known in
+    advance. Which groups of a size go where, and the order of the steps, are drawn anew in every epoch.
+
+    Args:
+        indices: ``[n]``, groups to draw from.
+        tokens: ``[n]``, tokens of each (:func:`group_tokens`).
+        max_tokens: budget of a micro-batch on one rank.
+        num_ranks, rank: the process group.
+        seed: seed of the order.
+        drop_last: leave out the step in which a rank would have no group and compute a filler.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        tokens: np.ndarray,
+        max_tokens: int,
+        *,
+        num_ranks: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.num_ranks, self.rank = num_ranks, rank
+        self.seed = seed
+        self.oversized = int((tokens > max_tokens).sum())
+        """Number of groups that are larger than the budget."""
+        sizes = _rounded_up(tokens)
+        order = np.argsort(-sizes, kind="stable")
+        self._indices, self._sizes = indices[order], sizes[order]
+        batch_of_place, loads = _spread(self._sizes, max_tokens, num_ranks)
+        # Places of the sizes, batch by batch and largest first, and where each batch begins.
+        self._places = np.argsort(batch_of_place, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(batch_of_place, minlength=len(loads)))])
+        # Neighbours by load share a step, one for each rank.
+        steps = np.argsort(-loads, kind="stable").reshape(-1, num_ranks)
+        filled = loads[steps] > 0
+        self._steps = steps[filled.all(axis=1) if drop_last else filled.any(axis=1)]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        shuffled = rng.permutation(len(self._sizes))
+        # Groups of one size trade places; a stable sort keeps their random order.
+        groups = self._indices[shuffled[np.argsort(-self._sizes[shuffled], kind="stable")]]
+        for step in rng.permutation(len(self._steps)):
+            first, mine = self._steps[step, 0], self._steps[step, self.rank]
+            places = self._places[self._starts[mine] : self._starts[mine + 1]]
+            if len(places):
+                yield groups[places].tolist()
+            else:
+                # The step's first batch has groups; its smallest is the cheapest filler.
+                yield [~int(groups[self._places[self._starts[first + 1] - 1]])]
+
+
+def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
+    """
+    Tokens that each group brings to a micro-batch, without padding.
+
+    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
+
+    Args:
+        groups: tokenized groups.
+        run_source: whether the source is run while training.
+        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
+
+    Returns:
+        ``[groups]`` int64.
+    """
+    prompts = 1 if layout == "tree" else 2
+    factors = {
+        f"{side}_{part}": prompts if part == "prompt" else 1
+        for side in (("source", "target") if run_source else ("target",))
+        for part in ("prompt", "chosen", "rejected")
+    }
+    counts = [np.zeros(0, dtype=np.int64)]
+    for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
+        columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
+        counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
+    return np.concatenate(counts)
+
+
+def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:
+    """Tokens in each row of a column of token lists, or of lists of token lists."""
+    counts = []
+    for chunk in column.chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values
+        if not pa.types.is_integer(values.type):
+            offsets = values.offsets.to_numpy()[offsets]
+        counts.append(np.diff(offsets).astype(np.int64))
+    return np.concatenate(counts)
+
+
+def _rounded_up(tokens: np.ndarray) -> np.ndarray:
+    """Numbers rounded up to six binary digits: at most 3 % more, and few different ones."""
+    unit = 2 ** np.maximum(np.floor(np.log2(np.maximum(tokens, 1))).astype(np.int64) - 5, 0)
+    rounded: np.ndarray = -(-tokens.astype(np.int64) // unit) * unit
+    return rounded
+
+
+def _spread(sizes: np.ndarray, budget: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
+
+    Returns:
+        ``[n]`` batch of each, and the batches' loads.
+    """
+    total = int(sizes.sum())
+    halves = int((2 * sizes > budget).sum())
+    low = max(1, -(-total // (budget * num_ranks)), -(-halves // num_ranks))
+    high = max(low, -(-len(sizes) // num_ranks))  # a batch for every group
+    before = np.cumsum(sizes) - sizes
+    # A size finds no room only if every batch is fuller than the budget less that size.
+    floor, ceiling = low, high
+    while floor < ceiling:
+        steps = (floor + ceiling) // 2
+        batches = steps * num_ranks
+        if np.all(before[batches:] <= batches * (budget - sizes[batches:])):
+            ceiling = steps
+        else:
+            floor = steps + 1
+    high = ceiling
+    found = _fill(sizes, budget, high * num_ranks)
+    assert found is not None
+    # What is certain to do may be more than is needed; each try costs a pass over all groups.
+    while high - low > high // 50:
+        steps = (low + high) // 2
+        tried = _fill(sizes, budget, steps * num_ranks)
+        if tried is None:
+            low = steps + 1
+        else:
+            found, high = tried, steps
+    return found
+
+
+def _fill(sizes: np.ndarray, budget: int, batches: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Give each size to the batch with the smallest load; None where one does not fit."""
+    heap = list(range(batches))  # load * batches + batch, so that the smallest has the smallest load
+    chosen = np.empty(len(sizes), dtype=np.int64)
+    for i, size in enumerate(sizes.tolist()):
+        load, batch = divmod(heap[0], batches)
+        if load and load + size > budget:
+            return None
+        chosen[i] = batch
+        heapq.heapreplace(heap, heap[0] + size * batches)
+    loads = np.empty(batches, dtype=np.int64)
+    for entry in heap:
+        load, batch = divmod(entry, batches)
+        loads[batch] = load
+    return chosen, loads
+
+
 class GroupDataLoader(DataLoader[dict[str, Any]]):
     """A data loader whose order follows the epoch, as the training loop expects."""
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to the batch sampler."""
         sampler = self.batch_sampler
-        assert isinstance(sampler, GroupBatchSampler)
+        assert isinstance(sampler, EpochSampler)
         sampler.set_epoch(epoch)
 
 

@@ -70,7 +70,16 @@ from mpo.reference import (
     fingerprint_module,
     fingerprint_rows,
 )
-from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataLoader, GroupDataset, language_weights
+from mpo.sampling import (
+    EpochSampler,
+    GroupBatchSampler,
+    GroupCollator,
+    GroupDataLoader,
+    GroupDataset,
+    TokenBudgetSampler,
+    group_tokens,
+    language_weights,
+)
 from mpo.scoring import (
     PairTensors,
     call_model,
@@ -377,6 +386,12 @@ class MPOTrainer(DPOTrainer):
         self._remember(total, inputs)
         return total
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Not the library's for tensors: it waits for each copy, and rounds reference values under DeepSpeed in bf16.
+        if isinstance(data, Tensor):
+            return data.to(self.accelerator.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def _tokens_per_call(self) -> int | None:
         wanted = self.args.max_tokens_per_call
         split = (
@@ -411,7 +426,7 @@ class MPOTrainer(DPOTrainer):
         count = sum(batch["num_pairs"] for batch in batch_samples)
         if self.accelerator.num_processes == 1:
             return count
-        total = self.accelerator.reduce(torch.tensor(float(count), device=device), reduction="sum")
+        total = self.accelerator.reduce(torch.full((), float(count), device=device), reduction="sum")
         assert isinstance(total, Tensor)
         return total
 
@@ -472,18 +487,11 @@ class MPOTrainer(DPOTrainer):
                     "swapped."
                 )
             self._weigh_languages(self.train_dataset.select_columns(["target_language"]).select(indices))
-        sampler = GroupBatchSampler(
-            indices,
-            self._train_batch_size,
-            num_ranks=self.accelerator.num_processes,
-            rank=self.accelerator.process_index,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            drop_last=args.dataloader_drop_last,
-        )
+        sampler = self._train_sampler(indices)
         if len(sampler) == 0:
             raise DataError(
-                f"{len(indices)} groups are less than one micro-batch of {self._train_batch_size} on each of "
-                f"{self.accelerator.num_processes} ranks, and `dataloader_drop_last` drops them."
+                f"{len(indices)} groups are less than one micro-batch on each of {self.accelerator.num_processes} ranks, "
+                "and `dataloader_drop_last` drops them."
             )
         workers = args.dataloader_num_workers
         return GroupDataLoader(
@@ -495,6 +503,30 @@ class MPOTrainer(DPOTrainer):
             persistent_workers=args.dataloader_persistent_workers if workers else False,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         )
+
+    def _train_sampler(self, indices: np.ndarray) -> EpochSampler:
+        """What draws this rank's micro-batches from the groups with these indices: by count, or by tokens."""
+        args = self.args
+        options: dict[str, Any] = {
+            "num_ranks": self.accelerator.num_processes,
+            "rank": self.accelerator.process_index,
+            "seed": args.data_seed if args.data_seed is not None else args.seed,
+            "drop_last": args.dataloader_drop_last,
+        }
+        if args.max_tokens_per_batch is None:
+            return GroupBatchSampler(indices, self._train_batch_size, **options)
+        self._check_layout()
+        tokens = group_tokens(
+            self.train_dataset, run_source=args.retain_weight > 0, layout=self._shape.layout
+        )
+        sampler = TokenBudgetSampler(indices, tokens[indices], args.max_tokens_per_batch, **options)
+        if sampler.oversized:
+            logger.warning(
+                f"{sampler.oversized} groups have more than max_tokens_per_batch={args.max_tokens_per_batch} tokens (the "
+                f"largest {int(tokens[indices].max())}) and are micro-batches of their own. `max_targets_per_group` makes "
+                "groups smaller."
+            )
+        return sampler
 
     def _weigh_languages(self, groups: Dataset) -> None:
         """Weight the languages so that the mean weight is 1 over the pairs of these groups."""
@@ -714,7 +746,7 @@ class MPOTrainer(DPOTrainer):
     def _order_state(self) -> dict[str, Any]:
         """What decides which groups have been seen after a number of steps."""
         args = self.args
-        return {
+        state: dict[str, Any] = {
             "order_version": 1,
             "data_seed": args.data_seed if args.data_seed is not None else args.seed,
             "ranks": self.accelerator.num_processes,
@@ -724,7 +756,11 @@ class MPOTrainer(DPOTrainer):
             "rows": self._rows_fingerprint,
             "dataloader_drop_last": args.dataloader_drop_last,
             "min_source_gap": args.min_source_gap,
+            "max_tokens_per_batch": args.max_tokens_per_batch,
         }
+        if args.max_tokens_per_batch is not None:  # these decide how many tokens a group has
+            state.update(batch_layout=args.batch_layout, sources_run=args.retain_weight > 0)
+        return state
 
     @cached_property
     def _rows_fingerprint(self) -> str:

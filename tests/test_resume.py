@@ -110,6 +110,23 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert losses == unbroken[kind].losses
 
 
+def test_a_run_with_a_token_budget_resumes_in_the_middle_of_an_epoch(model: Path, tmp_path: Path) -> None:
+    settings = {"max_tokens_per_batch": 150, "gradient_accumulation_steps": 1}
+    whole = trainer(model, tmp_path / "whole", "lora", **settings)
+    whole.train()
+    steps = whole.state.global_step
+    assert steps % 2 == 0 and steps // 2 >= 3, "two epochs of as many steps"
+    folder = tmp_path / "resumed"
+    name = f"checkpoint-{steps // 2 + 1}"
+    shutil.copytree(tmp_path / "whole" / "out" / name, folder / "out" / name)
+    with pytest.raises(ConfigError, match="max_tokens_per_batch: 150 then, 160 now"):
+        trainer(model, folder, "lora", **{**settings, "max_tokens_per_batch": 160}).resolve_checkpoint(True)
+    again = trainer(model, folder, "lora", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_random_state_is_part_of_what_is_resumed(
     model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, kind: str

@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo.errors import ConfigError
-from mpo.sampling import GroupBatchSampler, GroupCollator, language_weights
+from mpo.sampling import (
+    GroupBatchSampler,
+    GroupCollator,
+    TokenBudgetSampler,
+    group_tokens,
+    language_weights,
+)
+from mpo.tokenization import TOKENIZED_FEATURES
 
 epochs = st.integers(0, 5)
 counts = st.integers(1, 60)
@@ -89,6 +97,133 @@ def test_the_order_follows_from_seed_and_epoch() -> None:
 
 def test_without_a_seed_groups_come_in_their_order() -> None:
     assert draw(5, 2, 1, None, 3) == [[[1000, 1001], [1002, 1003], [1004]]]
+
+
+# ---- By tokens ---------------------------------------------------------------------------------------------
+
+token_counts = st.lists(st.integers(1, 400), min_size=1, max_size=80)
+
+
+def draw_tokens(
+    tokens: list[int], budget: int, ranks: int, seed: int, epoch: int, **options: Any
+) -> list[list[list[int]]]:
+    """The batches of every rank, of groups numbered 1000, 1001, ... with these tokens."""
+    batches = []
+    for rank in range(ranks):
+        sampler = TokenBudgetSampler(
+            np.arange(1000, 1000 + len(tokens)),
+            np.array(tokens),
+            budget,
+            num_ranks=ranks,
+            rank=rank,
+            seed=seed,
+            **options,
+        )
+        length = len(sampler)
+        sampler.set_epoch(epoch)
+        batches.append(list(sampler))
+        assert len(batches[-1]) == length, "the number of steps is known before and is that of every epoch"
+    return batches
+
+
+def load(batch: list[int], tokens: list[int]) -> int:
+    return sum(tokens[group - 1000] for group in batch if group >= 0)
+
+
+@given(token_counts, st.integers(1, 900), ranks, st.integers(0, 100), epochs)
+def test_by_tokens_every_group_is_seen_once_within_the_budget_on_ranks_in_step(
+    tokens: list[int], budget: int, ranks: int, seed: int, epoch: int
+) -> None:
+    batches = draw_tokens(tokens, budget, ranks, seed, epoch)
+    seen = Counter(group for rank in batches for batch in rank for group in batch if group >= 0)
+    assert seen == Counter(range(1000, 1000 + len(tokens)))
+    assert len({len(rank) for rank in batches}) == 1
+    for batch in (batch for rank in batches for batch in rank):
+        assert load(batch, tokens) <= budget or len(batch) == 1
+        assert all(group >= 0 for group in batch) or (len(batch) == 1 and ~batch[0] - 1000 < len(tokens))
+
+
+@given(token_counts, st.integers(1, 900), ranks, st.integers(0, 100), epochs)
+def test_by_tokens_no_rank_waits_for_more_than_the_smallest_group_of_another(
+    tokens: list[int], budget: int, ranks: int, seed: int, epoch: int
+) -> None:
+    for step in zip(*draw_tokens(tokens, budget, ranks, seed, epoch), strict=True):
+        assert any(group >= 0 for batch in step for group in batch)
+        least = min(load(batch, tokens) for batch in step)
+        for batch in step:
+            if batch[0] >= 0:
+                smallest = min(tokens[group - 1000] for group in batch)
+                # Sizes are rounded up by less than a thirty-second.
+                assert load(batch, tokens) - least <= smallest + (load(batch, tokens) + smallest) / 32
+
+
+@given(token_counts, st.integers(1, 900), ranks, st.integers(0, 100))
+def test_by_tokens_with_drop_last_no_rank_computes_a_filler(
+    tokens: list[int], budget: int, ranks: int, seed: int
+) -> None:
+    batches = draw_tokens(tokens, budget, ranks, seed, 0, drop_last=True)
+    seen = [group for rank in batches for batch in rank for group in batch]
+    assert len(seen) == len(set(seen)) and all(group >= 0 for group in seen)
+    missing = len(tokens) - len(seen)
+    assert missing < ranks or not batches[0]
+
+
+def test_by_tokens_batches_are_nearly_full() -> None:
+    tokens = np.random.default_rng(0).integers(200, 1200, 4000).tolist()
+    for ranks in (1, 8):
+        steps = len(draw_tokens(tokens, 8192, ranks, 0, 0)[0])
+        assert sum(tokens) / (8192 * ranks) <= steps <= 1.08 * sum(tokens) / (8192 * ranks) + 1
+
+
+def test_by_tokens_order_and_company_follow_from_seed_and_epoch() -> None:
+    tokens = np.random.default_rng(1).integers(20, 60, 60).tolist()
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return draw_tokens(tokens, 200, 1, seed, epoch)[0]
+
+    assert order(3, 1) == order(3, 1)
+    assert order(3, 1) != order(3, 2) != order(4, 1) != order(3, 1)
+    company = [{frozenset(batch) for batch in order(0, epoch)} for epoch in (0, 1)]
+    assert len(company[0] & company[1]) < len(company[0]) / 2
+
+
+def test_by_tokens_nothing_is_kept_per_group_but_arrays() -> None:
+    sampler = TokenBudgetSampler(np.arange(5000), np.full(5000, 100), 1000, num_ranks=4)
+    assert all(not isinstance(value, (list, tuple, dict, set)) for value in vars(sampler).values())
+    arrays = [value for value in vars(sampler).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) <= 5000 * 40
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["tree", "padded"]), st.booleans())
+def test_the_tokens_of_a_group_are_those_that_are_run(
+    seed: int, run_source: bool, layout: str, select: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+
+    def part() -> list[int]:
+        return list(range(rng.integers(1, 9)))
+
+    rows = []
+    for _ in range(int(rng.integers(1, 30))):
+        row: dict[str, Any] = {f"source_{name}": part() for name in ("prompt", "chosen", "rejected")}
+        targets = int(rng.integers(1, 4))
+        for name in ("prompt", "chosen", "rejected"):
+            row[f"target_{name}"] = [part() for _ in range(targets)]
+        row |= {"target_language": ["bn"] * targets, "row": [0] * targets, "origin": "x", "errors": []}
+        rows.append(row)
+    dataset = Dataset.from_list(rows, features=TOKENIZED_FEATURES)
+    if select:
+        places = rng.permutation(len(rows))[: max(1, len(rows) // 2)]
+        dataset, rows = dataset.select(places), [rows[i] for i in places]
+    expected = []
+    for row in rows:
+        pairs = list(zip(row["target_prompt"], row["target_chosen"], row["target_rejected"], strict=True))
+        if run_source:
+            pairs.append((row["source_prompt"], row["source_chosen"], row["source_rejected"]))
+        copies = 1 if layout == "tree" else 2
+        expected.append(sum(copies * len(p) + len(c) + len(r) for p, c, r in pairs))
+    assert group_tokens(dataset, run_source=run_source, layout=layout).tolist() == expected
 
 
 # ---- Weights -----------------------------------------------------------------------------------------------

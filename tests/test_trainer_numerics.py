@@ -391,6 +391,7 @@ def changes(bench: Bench) -> dict[str, Tensor]:
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 17, "group_by_source": False},
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4, "max_targets_per_group": 2},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_tokens_per_call": 150},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 17, "max_tokens_per_batch": 200},
     ],
     ids=described,
 )
@@ -456,14 +457,18 @@ def as_rank(rank: int, ranks: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(2, 1), (2, 2), (4, 1), (4, 3), (7, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "size", "tokens"),
+    [(2, 1, None), (2, 2, None), (4, 1, None), (4, 3, None), (7, 1, None), (2, 1, 200), (7, 1, 400)],
+)
 def test_the_average_over_ranks_is_the_gradient_of_the_mean_over_all_pairs(
-    ranks: int, size: int, tmp_path: Path
+    ranks: int, size: int, tokens: int | None, tmp_path: Path
 ) -> None:
     case = Case("llama", targets=RAGGED, weights=WEIGHTS, seed=15)
     bench = Bench(case, tmp_path)
     trainer = bench.trainer
     trainer._train_batch_size = size
+    trainer.args.max_tokens_per_batch = tokens
     loaders = []
     for rank in range(ranks):
         with as_rank(rank, ranks):
