@@ -13,6 +13,7 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mpo.errors import ConfigError
 
@@ -59,7 +60,37 @@ def grouped_mean_interval(
     _, index = np.unique(group[order], return_inverse=True)
     sizes = np.bincount(index).astype(np.float64)
     sums = np.bincount(index, weights=value[order])
-    n = len(sizes)
+    return ratio_interval(sums, sizes, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def ratio_interval(
+    sums: ArrayLike,
+    sizes: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Confidence interval of ``sum(sums) / sum(sizes)`` over groups that were drawn independently.
+
+    The same as :func:`grouped_mean_interval`, from the groups' totals: a group may be a text of many tokens.
+
+    Args:
+        sums: Total of each group, [groups].
+        sizes: Size of each group, [groups], above 0.
+        confidence: Coverage asked for, between 0 and 1.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
+
+    Returns:
+        Lower and upper end, or None where fewer than two groups leave nothing to resample.
+
+    Raises:
+        ConfigError: `confidence` or `resamples` is out of range.
+    """
+    check_settings(confidence, resamples)
+    total, size = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    n = len(size)
     if n < 2:
         return None
     random = np.random.default_rng(seed)
@@ -67,7 +98,7 @@ def grouped_mean_interval(
     step = max(1, _INDICES_AT_ONCE // n)
     for start in range(0, resamples, step):
         drawn = random.integers(n, size=(min(step, resamples - start), n))
-        means[start : start + step] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+        means[start : start + step] = total[drawn].sum(axis=1) / size[drawn].sum(axis=1)
     tail = expanded_tail(n, confidence)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,8 +105,11 @@ def mcnemar(only_before: int, only_after: int, *, exact: bool | None = None) -> 
     if differing == 0:
         p_value = 1.0
     elif use_exact:
-        tail = sum(math.comb(differing, k) for k in range(min(only_before, only_after) + 1))
-        p_value = min(1.0, 2 * tail / 2**differing)  # whole numbers up to here: no rounding, no overflow
+        term = tail = 1  # whole numbers: no rounding, no overflow
+        for k in range(min(only_before, only_after)):
+            term = term * (differing - k) // (k + 1)
+            tail += term
+        p_value = min(1.0, 2 * tail / 2**differing)
     else:
         # The upper tail of chi-squared with one degree of freedom.
         p_value = math.erfc(math.sqrt((only_before - only_after) ** 2 / differing / 2))
@@ -211,7 +215,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 # ------------------------------------------------------------------------------------------------- mean over languages
 
-Outcomes = Mapping[str, Mapping[Hashable, float]]
+Outcomes = Mapping[str, Mapping[Any, float]]
 """``{language: {prompt: value}}``; a prompt has the same name in every language it was translated to."""
 
 

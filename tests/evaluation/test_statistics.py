@@ -156,10 +156,11 @@ def test_outcomes_that_cannot_be_paired_are_refused(before: list[bool], after: l
         paired_difference(before, after)
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-@settings(deadline=None, max_examples=30)
-def test_p_values_are_adjusted_as_statsmodels_does(p_values: list[float]) -> None:
-    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1], abs=1e-12)
+def test_p_values_are_adjusted_as_statsmodels_does() -> None:
+    random = np.random.default_rng(0)
+    for p_values in ([0.04], [0.2, 0.2, 0.01, 0.9], random.random(12).tolist()):
+        wanted = multitest.multipletests(p_values, method="holm")[1]
+        assert holm(p_values) == pytest.approx(wanted, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------- mean over languages

@@ -1,0 +1,506 @@
+"""From a result folder to tables: reward gaps, attack success, over-refusal, utility and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mpo.errors import ConfigError, DataError
+from mpo.evaluation.bootstrap import grouped_mean_interval, ratio_interval
+from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapTable, compare, sort_languages
+from mpo.evaluation.statistics import (
+    Correlation,
+    average_change,
+    correlation,
+    holm,
+    paired_difference,
+)
+from mpo.evaluation.text_table import printable_name
+from mpo.report.measurement import (
+    GAP,
+    PERPLEXITY,
+    SCORE,
+    SHARE,
+    Cell,
+    Change,
+    Measurement,
+    Row,
+    Value,
+    listed,
+    shown_language,
+)
+from mpo.report.results import UNPARSED, ModelResults, Results, SafetyResult
+
+_ATTACK_LEAD = (
+    "The share of harmful prompts that the model answers in an unsafe way, by the verdict of the judge. "
+    "Lower is better. An answer that is neither safe nor unsafe, such as babble or a change of subject, counts as "
+    "invalid: it is not a success of the attack, and not a success of the model either."
+)
+_REFUSAL_LEAD = (
+    "The share of harmless prompts that the model refuses to answer. Lower is better: a model that refuses everything "
+    "has no attack success either."
+)
+
+
+def measurements(results: Results) -> list[Measurement]:
+    """Every measurement of the folder, in the order of the report."""
+    found = [reward_gap(results)]
+    for kind in ("attack", "over_refusal"):
+        found += [safety(results, kind, name) for name in results.prompt_sets(kind)]
+    found += [*utility(results), perplexity(results)]
+    return [measurement for measurement in found if measurement is not None]
+
+
+def in_order(codes: Iterable[str], dominant: str) -> list[str]:
+    """The dominant language first, then as in every table."""
+    ordered = sort_languages(codes)
+    return [code for code in ordered if code == dominant] + [code for code in ordered if code != dominant]
+
+
+# ---------------------------------------------------------------------------------------------------------- reward gap
+
+
+def reward_gap(results: Results) -> Measurement | None:
+    """Reward gaps per language; changes are paired by preference pair."""
+    tables = [_table(model, number == 0, results) for number, model in enumerate(results.models)]
+    known = [table for table in tables if table is not None]
+    if not known:
+        return None
+    first, base = known[0], tables[0]
+    changes = [_gap_changes(base, table) if n else {} for n, table in enumerate(tables)]
+    codes = {(row.language, row.is_source) for table in known for row in table.rows}
+    order = [(c, True) for c, source in codes if source] + [
+        (c, False) for c in sort_languages(c for c, source in codes if not source)
+    ]
+    keys = [*order, (ALL_TARGETS, False)]
+    rows = []
+    for key in keys:
+        cells = [
+            _gap_cell(table, key, change.get(key)) for table, change in zip(tables, changes, strict=True)
+        ]
+        sizes = [size for table in known if (size := _gap_pairs(table, key))]
+        if any(cells):
+            label = "All targets" if key[0] == ALL_TARGETS else shown_language(key[0])
+            rows.append(Row(label, tuple(cells), max(sizes), is_average=key[0] == ALL_TARGETS))
+    return Measurement(
+        anchor="reward-gap",
+        title="Reward gap",
+        short="Reward gap (nats per token)",
+        unit=GAP,
+        better="higher",
+        models=tuple(model.name for model in results.models),
+        rows=tuple(rows),
+        lead=(
+            "How much more likely, per token, the model finds the safe one of two given answers. MPO pulls every target "
+            f"language to the gap that the starting model has in {shown_language(results.dominant)}, the dashed line. "
+            "The gap says what a model prefers of two texts, not what it writes when it is asked."
+        ),
+        notes=(
+            f"Changes are paired by preference pair; intervals resample groups of translations ({first.groups}).",
+        ),
+        confidence=first.confidence,
+        reference=(first.goal, f"goal {GAP.write(first.goal)}"),
+    )
+
+
+def _table(model: ModelResults, is_first: bool, results: Results) -> RewardGapTable | None:
+    """The model's table; for the first model without one, what an adapter on it was compared with."""
+    if model.reward_gap is not None or not is_first:
+        return model.reward_gap
+    return next((other.before for other in results.models[1:] if other.before is not None), None)
+
+
+def _gap_changes(base: RewardGapTable | None, table: RewardGapTable | None) -> dict[tuple[str, bool], Change]:
+    if base is None or table is None:
+        return {}
+    try:
+        compared = compare(base, table)
+    except (ConfigError, DataError):
+        return {}  # other pairs, or no records: each is shown, their difference is not
+    every = [*compared.changes, *([compared.all_targets] if compared.all_targets else [])]
+    return {(c.language, c.is_source): Change(c.change, c.ci_low, c.ci_high) for c in every}
+
+
+def _gap_cell(table: RewardGapTable | None, key: tuple[str, bool], change: Change | None) -> Cell | None:
+    row = None if table is None else _gap_row(table, key)
+    return None if row is None else Cell(Value(row.gap, row.ci_low, row.ci_high), change)
+
+
+def _gap_row(table: RewardGapTable, key: tuple[str, bool]) -> Any:
+    rows = [*table.rows, *([table.all_targets] if table.all_targets else [])]
+    return next((row for row in rows if (row.language, row.is_source) == key), None)
+
+
+def _gap_pairs(table: RewardGapTable, key: tuple[str, bool]) -> int:
+    row = _gap_row(table, key)
+    return 0 if row is None else int(row.pairs)
+
+
+# ----------------------------------------------------------------------------------------- attack success, over-refusal
+
+
+def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
+    """Rates of one prompt set; changes are paired by prompt, with McNemar's test per language."""
+    found = [model.safety.get((kind, prompt_set)) for model in results.models]
+    codes = in_order(
+        {code for result in found if result for code in result.result["languages"]}, results.dominant
+    )
+    base = found[0]
+    columns = [_rate_cells(result, base if n else None, codes) for n, result in enumerate(found)]
+    verdicts = [v for v in ("safe", "unsafe", "invalid", "answer", "refusal", UNPARSED) if _occurs(found, v)]
+    rows = []
+    for code in [*codes, None]:
+        cells = tuple(column.get(code) for column in columns)
+        if code is None and len(codes) < 2:
+            continue
+        if any(cell is not None for cell in cells):
+            label = "Mean of languages" if code is None else shown_language(code)
+            detail = tuple(_verdict_shares(found, code, verdict) for verdict in verdicts)
+            counts = [_count(result, code) for result in found if result is not None]
+            rows.append(Row(label, cells, max(counts), code is None, detail))
+    attack = kind == "attack"
+    name = printable_name(prompt_set, 40)
+    return Measurement(
+        anchor=f"{kind.replace('_', '-')}-{results.prompt_sets(kind).index(prompt_set) + 1}",
+        title=f"{'Attack success' if attack else 'Refusals of harmless prompts'}: {name}",
+        short=f"{'Attack success' if attack else 'Over-refusal'}, {name} (%)",
+        unit=SHARE,
+        better="lower",
+        models=tuple(model.name for model in results.models),
+        rows=tuple(rows),
+        lead=_ATTACK_LEAD if attack else _REFUSAL_LEAD,
+        detail=tuple(f"{verdict.capitalize()}" for verdict in verdicts),
+        notes=_safety_notes(found),
+        warnings=_safety_warnings(found, results),
+        confidence=next(_confidence(result) for result in found if result),
+        axis=(0.0, 1.0),
+    )
+
+
+def _rate_cells(
+    result: SafetyResult | None, base: SafetyResult | None, codes: Sequence[str]
+) -> dict[str | None, Cell]:
+    """Cells by language; None is the mean over languages."""
+    if result is None:
+        return {}
+    rates = {code: _rate(result.result["languages"].get(code)) for code in codes}
+    changes = _rate_changes(base, result, codes)
+    cells: dict[str | None, Cell] = {
+        code: Cell(rate, changes.get(code)) for code, rate in rates.items() if rate is not None
+    }
+    average = _rate(result.result.get("average"))
+    if average is not None:
+        cells[None] = Cell(average, changes.get(None))
+    return cells
+
+
+def _rate(row: Mapping[str, Any] | None) -> Value | None:
+    if not row or row.get("rate") is None:
+        return None
+    low, high = row.get("interval") or (None, None)
+    return Value(float(row["rate"]), low, high)
+
+
+def _rate_changes(
+    base: SafetyResult | None, result: SafetyResult, codes: Sequence[str]
+) -> dict[str | None, Change]:
+    if base is None:
+        return {}
+    old, new, confidence = base.outcomes(), result.outcomes(), _confidence(result)
+    pairs = {}
+    for code in codes:
+        both = sorted(old.get(code, {}).keys() & new.get(code, {}).keys())
+        if both:
+            before, after = ([bool(side[code][p]) for p in both] for side in (old, new))
+            pairs[code] = paired_difference(before, after, confidence)
+    if not pairs:
+        return {}
+    adjusted = holm([pair.test.p_value for pair in pairs.values()])
+    changes: dict[str | None, Change] = {
+        code: Change(pair.difference, pair.low, pair.high, p)
+        for (code, pair), p in zip(pairs.items(), adjusted, strict=True)
+    }
+    average = average_change(old, new, confidence=confidence)
+    changes[None] = Change(average.change.mean, average.change.low, average.change.high, average.p_value)
+    return changes
+
+
+def _confidence(result: SafetyResult) -> float:
+    return float(result.result.get("confidence", 0.95))
+
+
+def _occurs(found: Sequence[SafetyResult | None], verdict: str) -> bool:
+    return any(
+        row["verdicts"].get(verdict, 0) > 0
+        for result in found
+        if result
+        for row in result.result["languages"].values()
+    )
+
+
+def _verdict_shares(found: Sequence[SafetyResult | None], code: str | None, verdict: str) -> str:
+    """``60 / 12``: the verdict's share of all answers, in per cent, model by model."""
+    return " / ".join(_verdict_share(result, code, verdict) for result in found)
+
+
+def _verdict_share(result: SafetyResult | None, code: str | None, verdict: str) -> str:
+    rows = [] if result is None else _language_rows(result, code)
+    total = sum(int(row["count"]) for row in rows)
+    return (
+        f"{100 * sum(row['verdicts'].get(verdict, 0) for row in rows) / total:.0f}"
+        if total
+        else "\N{EN DASH}"
+    )
+
+
+def _language_rows(result: SafetyResult, code: str | None) -> list[Mapping[str, Any]]:
+    languages = result.result["languages"]
+    return list(languages.values()) if code is None else [languages[code]] if code in languages else []
+
+
+def _count(result: SafetyResult, code: str | None) -> int:
+    return sum(int(row["count"]) for row in _language_rows(result, code))
+
+
+def _safety_notes(found: Sequence[SafetyResult | None]) -> tuple[str, ...]:
+    judges = sorted({result.judge for result in found if result})
+    notes = [
+        f"Judge: {listed([printable_name(j, 60) for j in judges])}. Rates with Wilson intervals; the mean of languages "
+        "with a bootstrap over prompts. Changes in percentage points, paired by prompt, with Tango's interval; p-values "
+        "by McNemar's test, adjusted for the number of languages after Holm, those of the mean by exchanging prompts."
+    ]
+    kappas = [
+        f"{printable_name(str(second.get('name')), 40)} agrees with the judge with Cohen's kappa {float(kappa):.2f} "
+        f"on {agreement['count']} answers ({result.folder.parent.parent.name})."
+        for result in found
+        if result and (second := result.result.get("second_judge"))
+        if (agreement := second.get("agreement")) and (kappa := agreement.get("kappa")) is not None
+    ]
+    return (*notes, *kappas)
+
+
+def _safety_warnings(found: Sequence[SafetyResult | None], results: Results) -> tuple[str, ...]:
+    out = []
+    known = [result for result in found if result]
+    judges = {_canonical(result.result["judge"], ("name", "model", "prompt")) for result in known}
+    if len(judges) > 1:
+        out.append("The models were judged by different judges, so their rates cannot be compared.")
+    prints = {
+        _canonical(result.result.get("prompts"), ("fingerprint", "template", "system_prompt"))
+        for result in known
+    }
+    if len(prints) > 1:
+        out.append("The models were given different prompts; changes are over the prompts that both have.")
+    for model, result in zip(results.models, found, strict=True):
+        if result is None:
+            continue
+        rows = result.result["languages"].values()
+        total = sum(int(row["count"]) for row in rows)
+        unread = sum(row["verdicts"].get(UNPARSED, 0) for row in rows)
+        cut = sum(int(row.get("cut_off", 0)) for row in rows)
+        if unread:
+            out.append(
+                f"{model.name}: {unread} of {total} replies of the judge name no verdict; they are in no rate."
+            )
+        if total and cut > total / 2:
+            out.append(f"{model.name}: {cut} of {total} answers were cut off at the greatest length.")
+    return tuple(out)
+
+
+def _canonical(values: Any, names: Sequence[str]) -> str:
+    return repr([values.get(name) for name in names]) if isinstance(values, Mapping) else ""
+
+
+# ------------------------------------------------------------------------------------- utility of lm-evaluation-harness
+
+_LIKELIHOOD = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
+
+
+def utility(results: Results) -> list[Measurement]:
+    """Task scores of lm-evaluation-harness: shares in one table, perplexities in another."""
+    keys = list(
+        dict.fromkeys(
+            (task, metric)
+            for model in results.models
+            if model.utility
+            for task, entry in model.utility["tasks"].items()
+            for metric in entry["metrics"]
+        )
+    )
+    likelihoods = [key for key in keys if key[1].split(",")[0] in _LIKELIHOOD]
+    shares = [key for key in keys if key not in likelihoods]
+    found = [
+        _utility(results, shares, "utility", "Utility", "higher"),
+        _utility(results, likelihoods, "utility-likelihood", "Likelihood of text (lm-eval)", "lower"),
+    ]
+    return [measurement for measurement in found if measurement]
+
+
+def _utility(
+    results: Results, keys: Sequence[tuple[str, str]], anchor: str, title: str, better: str
+) -> Measurement | None:
+    rows = []
+    for task, metric in keys:
+        entries = [_entry(model, task, metric) for model in results.models]
+        cells = tuple(_utility_cell(entry, entries[0] if n else None) for n, entry in enumerate(entries))
+        if any(cells):
+            several = sum(other == task for other, _ in keys) > 1
+            label = f"{task}, {metric.removesuffix(',none')}" if several else task
+            rows.append(Row(label, cells, max(int(e["count"] or 0) for e in entries if e)))
+    if not rows:
+        return None
+    shares = all(0 <= c.value.value <= 1 for row in rows for c in row.cells if c) and better == "higher"
+    return Measurement(
+        anchor=anchor,
+        title=title,
+        short=f"{title} (%)" if shares else title,
+        unit=SHARE if shares else SCORE,
+        better=better,
+        models=tuple(model.name for model in results.models),
+        rows=tuple(_adjusted(rows)),
+        lead=(
+            "What the model can still do, by the tasks and metrics of lm-evaluation-harness. "
+            f"{better.capitalize()} is better."
+        ),
+        notes=(
+            "Intervals: 1.96 standard errors as the harness gives them. Changes are paired by item where its items were "
+            "kept: Tango's interval and McNemar's test for right or wrong, else a bootstrap over items.",
+        ),
+        axis=(0.0, 1.0) if shares else None,
+    )
+
+
+def _entry(model: ModelResults, task: str, metric: str) -> dict[str, Any] | None:
+    entry = (model.utility or {"tasks": {}})["tasks"].get(task)
+    if entry is None or metric not in entry["metrics"] or entry["metrics"][metric]["value"] is None:
+        return None
+    return {
+        **entry["metrics"][metric],
+        "count": entry.get("count"),
+        "items": entry.get("items", {}).get(metric),
+    }
+
+
+def _utility_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> Cell | None:
+    if entry is None:
+        return None
+    value, error = float(entry["value"]), entry.get("stderr")
+    ends = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
+    return Cell(Value(value, *ends), None if base is None else _item_change(base, entry))
+
+
+def _item_change(base: Mapping[str, Any], entry: Mapping[str, Any]) -> Change:
+    difference = float(entry["value"]) - float(base["value"])
+    old, new = base.get("items"), entry.get("items")
+    if not old or not new or len(old) != len(new):
+        return Change(difference)
+    if set(old) | set(new) <= {0.0, 1.0}:
+        pair = paired_difference([bool(v) for v in old], [bool(v) for v in new])
+        return Change(pair.difference, pair.low, pair.high, pair.test.p_value)
+    changes = [b - a for a, b in zip(old, new, strict=True)]
+    low, high = grouped_mean_interval(changes, range(len(changes))) or (None, None)
+    return Change(difference, low, high)
+
+
+def _adjusted(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their p-values adjusted for their number, model by model."""
+    out = list(rows)
+    for model in range(len(rows[0].cells)):
+        tested = [n for n, row in enumerate(out) if _p_value(row, model) is not None]
+        for n, p in zip(tested, holm([_p_value(out[n], model) or 0.0 for n in tested]), strict=True):
+            cell = out[n].cells[model]
+            assert cell is not None and cell.change is not None
+            changed = replace(cell, change=replace(cell.change, p_value=p))
+            out[n] = replace(out[n], cells=(*out[n].cells[:model], changed, *out[n].cells[model + 1 :]))
+    return out
+
+
+def _p_value(row: Row, model: int) -> float | None:
+    cell = row.cells[model]
+    return cell.change.p_value if cell is not None and cell.change is not None else None
+
+
+# ---------------------------------------------------------------------------------------------------------- perplexity
+
+
+def perplexity(results: Results) -> Measurement | None:
+    """Perplexity of given texts per language; changes are paired by text and relative."""
+    found = [model.perplexity["languages"] if model.perplexity else {} for model in results.models]
+    codes = in_order({code for languages in found for code in languages}, results.dominant)
+    if not codes:
+        return None
+    rows = []
+    for code in codes:
+        entries = [languages.get(code) for languages in found]
+        cells = tuple(_perplexity_cell(entry, entries[0] if n else None) for n, entry in enumerate(entries))
+        rows.append(Row(shown_language(code), cells, max(int(e["texts"]) for e in entries if e)))
+    return Measurement(
+        anchor="perplexity",
+        title="Perplexity of text",
+        short="Perplexity",
+        unit=PERPLEXITY,
+        better="lower",
+        models=tuple(model.name for model in results.models),
+        rows=tuple(rows),
+        lead=(
+            "How well the model predicts ordinary text, per token. Lower is better; a rise means that training has cost "
+            "the model some of its language. Languages cannot be compared with each other: their texts and tokens differ."
+        ),
+        notes=("Changes are relative and paired by text; intervals resample texts.",),
+    )
+
+
+def _perplexity_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> Cell | None:
+    if entry is None:
+        return None
+    low, high = entry.get("interval") or (None, None)
+    return Cell(Value(float(entry["perplexity"]), low, high), _perplexity_change(base, entry))
+
+
+def _perplexity_change(base: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> Change | None:
+    """None where the two read other texts, or cut them into other tokens."""
+    if (
+        base is None
+        or base["fingerprint"] != entry["fingerprint"]
+        or base["tokens_per_text"] != entry["tokens_per_text"]
+    ):
+        return None
+    tokens = entry["tokens_per_text"]
+    change = [b - a for a, b in zip(base["nats_per_text"], entry["nats_per_text"], strict=True)]
+    low, high = ratio_interval(change, tokens) or (None, None)
+    return Change(
+        math.expm1(math.fsum(change) / sum(tokens)),
+        None if low is None else math.expm1(low),
+        None if high is None else math.expm1(high),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- correlation
+
+
+GapAgainstAttack = tuple[str, list[tuple[str, float, float]], Correlation]
+
+
+def gap_against_attack(results: Results, prompt_set: str) -> list[GapAgainstAttack]:
+    """Reward gap and attack success of the languages that have both, and their correlation, model by model.
+
+    Returns:
+        ``(model, [(language, reward gap, attack success)], correlation)`` of each model with three such languages.
+    """
+    out = []
+    for n, model in enumerate(results.models):
+        table, attack = _table(model, n == 0, results), model.safety.get(("attack", prompt_set))
+        if table is None or attack is None:
+            continue
+        gaps = {row.language: row.gap for row in table.rows}
+        rates = {code: _rate(row) for code, row in attack.result["languages"].items()}
+        points = [
+            (code, gaps[code], rate.value)
+            for code in in_order(gaps.keys() & rates.keys(), results.dominant)
+            if (rate := rates[code]) is not None
+        ]
+        if len(points) >= 3:
+            out.append((model.name, points, correlation([p[1] for p in points], [p[2] for p in points])))
+    return out

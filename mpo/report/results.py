@@ -1,0 +1,268 @@
+"""Reads a result folder: what each model was measured to do, as the commands of ``mpo evaluate`` left it.
+
+::
+
+    FOLDER/suite.json                          the order of the models, where a suite made them
+    FOLDER/MODEL/reward_gap.json
+    FOLDER/MODEL/attack/PROMPTS/result.json, verdicts.JUDGE.jsonl, answers.jsonl
+    FOLDER/MODEL/over_refusal/PROMPTS/...      the same
+    FOLDER/MODEL/utility.json
+    FOLDER/MODEL/perplexity.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpo.errors import ConfigError, DataError, StorageError
+from mpo.evaluation.reward_gap import RewardGapTable
+
+SAFETY = ("attack", "over_refusal")
+SUITE = "suite.json"
+UNPARSED = "unparsed"
+
+
+@dataclass(frozen=True)
+class SafetyResult:
+    """Verdicts of one model on one prompt set.
+
+    Attributes:
+        folder: Where its files are.
+        result: ``result.json``.
+        verdicts: ``{language: {prompt id: verdict}}`` of the first judge; empty where only the result was kept.
+    """
+
+    folder: Path
+    result: Mapping[str, Any]
+    verdicts: Mapping[str, Mapping[str, str]]
+
+    @property
+    def counted(self) -> str:
+        """The verdict whose share is the rate."""
+        default = "unsafe" if self.result["measurement"] == "attack" else "refusal"
+        return str(self.result.get("counted", default))
+
+    @property
+    def judge(self) -> str:
+        """Name of the first judge."""
+        return str(self.result["judge"]["name"])
+
+    def outcomes(self) -> dict[str, dict[str, float]]:
+        """``{language: {prompt id: 1 or 0}}``; replies that name no verdict are left out."""
+        return {
+            language: {p: float(v == self.counted) for p, v in rows.items() if v != UNPARSED}
+            for language, rows in self.verdicts.items()
+        }
+
+    def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """``{(language, prompt id): row}`` of ``answers.jsonl``; empty where it was not kept."""
+        return {(str(r["language"]), str(r["prompt_id"])): r for r in _rows(self.folder / "answers.jsonl")}
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """Everything that was measured of one model.
+
+    Attributes:
+        name: Name of its folder.
+        safety: By measurement and prompt set.
+        reward_gap: The table of its reward gaps, with the records where they were kept.
+        before: The table of its base model on the same pairs, where the two were measured together.
+        utility: ``utility.json``, or None.
+        perplexity: ``perplexity.json``, or None.
+    """
+
+    name: str
+    safety: Mapping[tuple[str, str], SafetyResult] = field(default_factory=dict)
+    reward_gap: RewardGapTable | None = None
+    before: RewardGapTable | None = None
+    utility: Mapping[str, Any] | None = None
+    perplexity: Mapping[str, Any] | None = None
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """``{"model", "adapter", ...}`` as a measurement recorded it; empty where none did."""
+        files = [*(s.result for s in self.safety.values()), self.utility, self.perplexity]
+        return next((dict(f["model"]) for f in files if f and isinstance(f.get("model"), Mapping)), {})
+
+    def provenances(self) -> list[Mapping[str, Any]]:
+        """What each measurement recorded of where it was made."""
+        files = [*(s.result for s in self.safety.values()), self.utility, self.perplexity]
+        return [f["provenance"] for f in files if f and isinstance(f.get("provenance"), Mapping)]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A result folder.
+
+    Attributes:
+        folder: The folder.
+        models: The models in the order of every table; the first is what the others are compared with.
+    """
+
+    folder: Path
+    models: tuple[ModelResults, ...]
+
+    def prompt_sets(self, measurement: str) -> list[str]:
+        """Names of the prompt sets that any model was measured on, in order of appearance."""
+        keys = [key for model in self.models for key in model.safety]
+        return list(dict.fromkeys(name for kind, name in keys if kind == measurement))
+
+    @property
+    def dominant(self) -> str:
+        """The dominant language, English where no reward gap says otherwise."""
+        tables = [m.reward_gap for m in self.models if m.reward_gap is not None]
+        return next((t.source.language for t in tables if t.source is not None), "en")
+
+
+def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Results:
+    """Read a result folder.
+
+    Args:
+        folder: The folder; its sub-folders are models.
+        models: Names of the models to show, the one to compare with first. By default those of ``suite.json`` in its
+            order, or all: models without an adapter first, then by name.
+
+    Raises:
+        ConfigError: A model that was asked for is not there.
+        DataError: The folder holds no measurement.
+        StorageError: A file is damaged.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder. Pass the folder that `mpo evaluate ... --out` wrote to.")
+    found = {path.name: _read_model(path) for path in sorted(root.iterdir()) if _is_model(path)}
+    if not found:
+        raise DataError(
+            f"{root} holds no measurement of a model. Expected {root}/MODEL/reward_gap.json, "
+            f"{root}/MODEL/attack/PROMPTS/result.json or the like, as `mpo evaluate suite` writes them."
+        )
+    if models is None:
+        listed = _suite_order(root)
+        order = [name for name in listed if name in found]
+        order += sorted(
+            found.keys() - set(order), key=lambda n: (found[n].about.get("adapter") is not None, n)
+        )
+    else:
+        order = list(dict.fromkeys(models))
+        for name in order:
+            if name not in found:
+                raise ConfigError(f"models: {root} has no model {name!r}; it has {', '.join(sorted(found))}.")
+    return Results(root, tuple(found[name] for name in order))
+
+
+def _is_model(path: Path) -> bool:
+    files = ("reward_gap.json", "utility.json", "perplexity.json")
+    return path.is_dir() and (
+        any((path / name).is_file() for name in files)
+        or any(True for kind in SAFETY for _ in path.glob(f"{kind}/*/result.json"))
+    )
+
+
+def _read_model(path: Path) -> ModelResults:
+    safety = {}
+    for kind in SAFETY:
+        for file in sorted(path.glob(f"{kind}/*/result.json")):
+            safety[kind, file.parent.name] = _read_safety(file, kind)
+    table, before = _read_reward_gap(path / "reward_gap.json")
+    return ModelResults(
+        path.name,
+        safety,
+        table,
+        before,
+        _read_measurement(path / "utility.json", ("tasks",)),
+        _read_measurement(path / "perplexity.json", ("languages",)),
+    )
+
+
+def _read_safety(file: Path, kind: str) -> SafetyResult:
+    result = _read_measurement(file, ("languages", "judge"))
+    assert result is not None
+    if result.get("measurement") != kind:
+        raise StorageError(
+            f"{file} holds the measurement {result.get('measurement')!r} where {kind!r} was expected. Was it moved?"
+        )
+    try:
+        for row in result["languages"].values():
+            _ = row["count"], row["rate"], dict(row["verdicts"])
+        judge = str(result["judge"]["name"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{file} is damaged ({error!r}). Delete it and evaluate again.") from None
+    verdicts: dict[str, dict[str, str]] = {}
+    path = file.parent / f"verdicts.{judge}.jsonl"
+    try:
+        for row in _rows(path):
+            verdicts.setdefault(str(row["language"]), {})[str(row["prompt_id"])] = str(row["verdict"])
+    except KeyError as error:
+        raise StorageError(f"A row of {path} has no {error}. Delete the file and evaluate again.") from None
+    return SafetyResult(file.parent, result, verdicts)
+
+
+def _read_reward_gap(file: Path) -> tuple[RewardGapTable | None, RewardGapTable | None]:
+    """The model's table, and that of its base where the file compares the two."""
+    values = _read_measurement(file, ())
+    if values is None:
+        return None, None
+    try:
+        if "after" in values:
+            return RewardGapTable.from_dict(values["after"]), RewardGapTable.from_dict(values["before"])
+        return RewardGapTable.from_dict(values), None
+    except StorageError as error:
+        raise StorageError(f"{file}: {error}") from None
+
+
+def _read_measurement(file: Path, required: Sequence[str]) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    values = _read_json(file)
+    missing = [name for name in required if not isinstance(values.get(name), Mapping)]
+    if missing:
+        raise StorageError(f"{file} has no `{missing[0]}`. Delete it and evaluate again.")
+    return values
+
+
+def _suite_order(root: Path) -> list[str]:
+    file = root / SUITE
+    if not file.is_file():
+        return []
+    names = _read_json(file).get("models")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StorageError(f"{file} has no list `models`. Run the suite again, or delete the file.")
+    return names
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise StorageError(f"{file} is no JSON ({error}). Delete it and evaluate again.") from None
+    if not isinstance(values, dict):
+        raise StorageError(f"{file} holds a {type(values).__name__}; expected a mapping. Evaluate again.")
+    return values
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON Lines file; none where it is missing. A last line cut off by a kill is left out."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines) - 1:
+                return
+            raise StorageError(
+                f"{path}, line {number + 1}: no JSON. Evaluate again to make a new file."
+            ) from None
+        if not isinstance(row, dict):
+            raise StorageError(f"{path}, line {number + 1}: expected a mapping. Evaluate again.")
+        yield row

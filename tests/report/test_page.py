@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from mpo.cli import main
+from mpo.errors import ConfigError, DataError, StorageError
+from mpo.report.page import write_report
+from tests.report import browser
+from tests.report.result_folder import CODES, PROMPTS, write_results, write_safety
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202e | `x` **y** [a](b)"
+
+
+class _Tags(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.folded_text, self.open_text, self._details = "", "", 0
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._details += tag == "details"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._details -= tag == "details"
+
+    def handle_data(self, data: str) -> None:
+        if self._details:
+            self.folded_text += data
+        else:
+            self.open_text += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_results(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose prompts, answers, prompt set, task and model names all try to break out."""
+    root = tmp_path_factory.mktemp("hostile")
+    write_results(root, prompts=6, models=("base", "x<b>&'\"y"))
+    for model in ("base", "x<b>&'\"y"):
+        write_safety(
+            root / model / "attack" / "a<script>1",
+            "attack",
+            {"en": ["unsafe", "safe"]},
+            dict.fromkeys(PROMPTS, HOSTILE),
+        )
+        file = root / model / "attack" / "a<script>1" / "answers.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        file.write_text(
+            "".join(json.dumps(row | {"answer": HOSTILE}) + "\n" for row in rows), encoding="utf-8"
+        )
+        utility = json.loads((root / model / "utility.json").read_text(encoding="utf-8"))
+        utility["tasks"]["<script>task"] = utility["tasks"].pop("mgsm_direct_sw")
+        (root / model / "utility.json").write_text(json.dumps(utility), encoding="utf-8")
+    return write_report(root, title=f"T {HOSTILE}")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_every_text_is_escaped_and_every_prompt_folded_away(hostile_page: Path) -> None:
+    html = hostile_page.read_text(encoding="utf-8")
+    parsed = _Tags(html)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint(
+        {"script", "img", "b<", "iframe", "object", "base", "form"}
+    )
+    assert not any(name.startswith("on") or name == "style" for _, attrs in parsed.tags for name in attrs)
+    # The heading has it once in the open; prompts and answers have it only where they are folded.
+    assert parsed.folded_text.count("document.title='owned'") >= 2 * 6
+    assert parsed.open_text.count("<script>document.title") == 2  # <title> and <h1>
+
+
+def test_the_page_names_no_other_address_and_forbids_all(folder: Path) -> None:
+    html = write_report(folder)[0].read_text(encoding="utf-8")
+    addresses = [
+        value
+        for _, attrs in _Tags(html).tags
+        for name, value in attrs.items()
+        if name in ("src", "href", "action", "data", "srcset", "xlink:href") and value
+    ]
+    assert addresses and all(value.startswith(("#", "data:")) for value in addresses)
+    assert "default-src 'none'" in html and "unsafe-inline" not in html
+    assert not re.search(r"url\(|@import|https?://", html)
+
+
+def test_ids_are_unique_and_every_link_has_its_target(folder: Path) -> None:
+    tags = _Tags(write_report(folder)[0].read_text(encoding="utf-8")).tags
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a"}
+    assert links == set(ids)
+
+
+def test_without_examples_no_prompt_is_in_the_page(folder: Path) -> None:
+    with_them = write_report(folder, examples=1)[0].read_text(encoding="utf-8")
+    without = write_report(folder, examples=0)[0].read_text(encoding="utf-8")
+    assert PROMPTS["bn"] in with_them and PROMPTS["bn"] not in without
+    assert 'dir="auto" lang="ar"' in with_them
+
+
+def test_prompts_on_which_the_models_differ_are_shown_first(tmp_path: Path) -> None:
+    for model, verdicts in (("a", ["safe"] * 5 + ["unsafe"]), ("b", ["safe"] * 6)):
+        write_safety(tmp_path / model / "attack" / "set", "attack", {"en": verdicts})
+    html = write_report(tmp_path, examples=1)[0].read_text(encoding="utf-8")
+    assert "unsafe answer 5 in en" in html and "safe answer 0 in en" not in html
+
+
+# ---------------------------------------------------------------------------------------------------------- the numbers
+
+
+def _cells(table: str, start: str) -> list[list[str]]:
+    """Rows of the block of the Markdown table that begins with this measurement."""
+    rows = [
+        [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
+    first = next(n for n, row in enumerate(rows) if row[0].startswith(start))
+    last = next((n for n in range(first + 1, len(rows)) if rows[n][0]), len(rows))
+    return rows[first:last]
+
+
+def test_the_table_has_the_rates_intervals_and_adjusted_p_values_of_scipy(tmp_path: Path) -> None:
+    verdicts = {
+        "en": (["safe"] * 20, ["safe"] * 20),
+        "bn": (["unsafe"] * 16 + ["safe"] * 4, ["unsafe"] * 4 + ["safe"] * 16),
+        "sw": (["unsafe"] * 10 + ["invalid"] * 10, ["invalid"] * 4 + ["unsafe"] * 6 + ["invalid"] * 10),
+    }
+    for n, model in enumerate(("base", "tuned")):
+        write_safety(
+            tmp_path / model / "attack" / "set", "attack", {code: v[n] for code, v in verdicts.items()}
+        )
+    rows = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Attack success")
+    assert [row[1] for row in rows] == ["English", "Bengali", "Swahili", "*Mean of languages*"]
+    low, high = stats.binomtest(16, 20).proportion_ci(0.95, "wilson")
+    assert rows[1][3] == f"80.0 \\[{100 * low:.1f}, {100 * high:.1f}\\]"
+    assert rows[1][5].startswith("**\N{MINUS SIGN}60.0** ") and rows[2][5].startswith("\N{MINUS SIGN}20.0 ")
+    # 12 prompts differ in Bengali, all one way, 4 in Swahili, none in English; three tests in all.
+    p_values = [stats.binomtest(0, 12).pvalue * 3, stats.binomtest(0, 4).pvalue * 2]
+    assert rows[1][6] == f"{p_values[0]:.3f}"
+    assert [rows[2][6], rows[0][6]] == [f"{p_values[1]:.3f}", "1.000"]
+    assert rows[3][3].startswith("43.3 ") and rows[3][4].startswith("16.7 ")
+
+
+def test_every_measurement_has_a_block_and_all_rows_the_same_columns(folder: Path) -> None:
+    table = write_report(folder)[1].read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows} == {7}
+    names = [row[0].strip() for row in rows[2:] if row[0].strip()]
+    assert names == [
+        "Reward gap (nats per token)",
+        "Attack success, multijail (%)",
+        "Over-refusal, polyrefuse (%)",
+        "Utility (%)",
+        "Perplexity",
+    ]
+    assert _cells(table, "Reward gap")[0][1] == "English"
+    assert len(_cells(table, "Attack success")) == len(CODES) + 1
+    assert "Pearson" in table and "Spearman" in table
+
+
+def test_perplexity_changes_are_relative_and_paired_by_text(folder: Path) -> None:
+    rows = _cells(write_report(folder)[1].read_text(encoding="utf-8"), "Perplexity")
+    # 0.02 nats per token more in every text: exp(0.02) - 1 is 2.02 %.
+    assert rows[0][5] == "**+2.0\N{NO-BREAK SPACE}%** \\[+2.0, +2.0\\]"
+
+
+def test_models_come_in_the_suites_order_or_as_asked_for(tmp_path: Path) -> None:
+    write_results(tmp_path, prompts=5, models=("zebra", "ant", "bee"))
+    head = write_report(tmp_path)[1].read_text(encoding="utf-8").splitlines()[2]
+    assert [head.index(name) for name in ("zebra", "ant", "bee")] == sorted(
+        head.index(name) for name in ("zebra", "ant", "bee")
+    )
+    head = write_report(tmp_path, models=["bee", "zebra"])[1].read_text(encoding="utf-8").splitlines()[2]
+    assert head.index("bee") < head.index("zebra") and "ant" not in head
+
+
+def test_one_model_alone_is_reported_without_changes(tmp_path: Path) -> None:
+    write_safety(
+        tmp_path / "only" / "attack" / "set", "attack", {"en": ["unsafe", "safe"], "sw": ["safe", "safe"]}
+    )
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
+    assert "Change" not in table and '<th scope="col">p</th>' not in page
+
+
+def test_different_judges_and_prompts_are_pointed_out(tmp_path: Path) -> None:
+    for model in ("a", "b"):
+        write_safety(tmp_path / model / "attack" / "set", "attack", {"en": ["unsafe", "unparsed", "safe"]})
+    quiet = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "different judges" not in quiet and "1 of 3 replies of the judge name no verdict" in quiet
+    file = tmp_path / "b" / "attack" / "set" / "result.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    result["judge"]["model"], result["prompts"]["fingerprint"] = "another", "another"
+    file.write_text(json.dumps(result), encoding="utf-8")
+    loud = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "different judges" in loud and "different prompts" in loud
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_folders_and_names_are_explained(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(DataError, match="is no folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no measurement"):
+        write_report(tmp_path)
+    with pytest.raises(ConfigError, match="no model 'tunned'; it has base, tuned"):
+        write_report(folder, models=["tunned"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("attack/set/result.json", "{"),
+        ("attack/set/result.json", "[]"),
+        ("attack/set/result.json", '{"languages": {}}'),
+        (
+            "attack/set/result.json",
+            '{"measurement": "over_refusal", "languages": {}, "judge": {"name": "j"}}',
+        ),
+        (
+            "attack/set/result.json",
+            '{"measurement": "attack", "languages": {"en": {}}, "judge": {"name": "j"}}',
+        ),
+        ("attack/set/verdicts.refusal-phrases.jsonl", '{"language": "en"}\n'),
+        ("attack/set/verdicts.refusal-phrases.jsonl", 'oops\n{"language": "en"}\n'),
+        ("reward_gap.json", '{"beta": 1}'),
+        ("utility.json", '{"tasks": 3}'),
+        ("perplexity.json", "null"),
+        ("../suite.json", '{"models": 3}'),
+    ],
+)
+def test_damaged_files_are_named(
+    tmp_path: Path, file: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_safety(tmp_path / "m" / "attack" / "set", "attack", {"en": ["safe"]})
+    (tmp_path / "m" / file).write_text(content, encoding="utf-8")
+    with pytest.raises(StorageError, match=re.escape(Path(file).name)):
+        write_report(tmp_path)
+    assert main(["report", str(tmp_path)]) == 2
+    assert Path(file).name in capsys.readouterr().err
+
+
+def test_a_last_row_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    write_safety(tmp_path / "m" / "attack" / "set", "attack", {"en": ["safe", "unsafe"]})
+    with (tmp_path / "m" / "attack" / "set" / "verdicts.refusal-phrases.jsonl").open("a") as file:
+        file.write('{"id": "2/en", "lang')
+    assert write_report(tmp_path)[0].is_file()
+
+
+def test_the_command_writes_where_it_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(folder), "--out", str(tmp_path), "--title", "A & B", "--examples", "0"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert "<h1>A &amp; B</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("# A &amp; B\n")
+
+
+# ------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
+    reason = browser.missing()
+    if reason:
+        pytest.skip(reason)
+    with browser.start(tmp_path_factory.mktemp("profile")) as started:
+        started.call("/url", {"url": "about:blank"})
+        started.console(), started.requests()
+        yield started
+
+
+def test_the_page_is_quiet_asks_for_nothing_and_fits_every_width(
+    chromium: browser.Browser, folder: Path
+) -> None:
+    page = write_report(folder)[0]
+    for width in (360, 390, 768, 1280):
+        for scheme in ("light", "dark"):
+            chromium.width(width)
+            chromium.colours(scheme)
+            chromium.open(page)
+            assert chromium.console() == []
+            assert [url for url in chromium.requests() if not url.startswith("data:")] == [page.as_uri()]
+            assert chromium.run("return document.documentElement.scrollWidth <= innerWidth")
+            light = (
+                chromium.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+            )
+            assert light == (scheme == "light")
+
+
+def test_hostile_texts_do_nothing_when_everything_is_opened(
+    chromium: browser.Browser, hostile_page: Path
+) -> None:
+    chromium.open(hostile_page)
+    chromium.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert chromium.run("return document.scripts.length + document.images.length") == 0
+    assert chromium.run("return document.title").startswith("T <script>")
+    texts = chromium.run("return [...document.querySelectorAll('.text')].map(e => e.textContent)")
+    assert texts.count(HOSTILE) >= 2 * 3
+    assert chromium.console() == []
+    assert [url for url in chromium.requests() if not url.startswith("data:")] == [hostile_page.as_uri()]
+
+
+def test_the_browser_would_have_told(chromium: browser.Browser, folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder, out=tmp_path)[0]
+    html = page.read_text(encoding="utf-8")
+    stray = '<img src="http://127.0.0.1:9/x.png"><script>document.title="owned"</script>'
+    page.write_text(html.replace("<main>", f"<main>{stray}"), encoding="utf-8")
+    chromium.open(page)
+    blocked = " ".join(chromium.console())
+    assert "img-src" in blocked and "script-src" in blocked  # the policy stops both, and says so
+    without = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", html).replace(
+        "<main>", f"<main>{stray}"
+    )
+    page.write_text(without, encoding="utf-8")
+    chromium.open(page)
+    assert "http://127.0.0.1:9/x.png" in chromium.requests()
+    assert chromium.run("return document.title") == "owned"
