@@ -183,6 +183,10 @@ class _AboveTheBar(logging.Handler):
         tqdm.write(f"{record.levelname.capitalize()}: {text}", file=sys.stderr)
 
 
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Silences what transformers, TRL, datasets and others say that is none of a user's business.
 
@@ -201,8 +205,10 @@ def quiet_libraries() -> None:
         transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    for name in ("trl", "peft", "accelerate", "torch", "huggingface_hub", "httpx", "DeepSpeed"):
+    for name in ("trl", "peft", "accelerate", "torch", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level when it is imported, which is later than this; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(_errors_only)
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings(
             "ignore", category=category, module=r"(transformers|trl|peft|torch|accelerate|datasets)"

@@ -90,3 +90,15 @@ def test_our_warnings_are_shown_and_those_of_libraries_are_not(
     logging.getLogger("mpo.trainer").warning("[RANK 0] the chosen answers become unlikely")
     captured = capsys.readouterr()
     assert captured.err == "Warning: the chosen answers become unlikely\n"
+
+
+def test_deepspeed_is_quiet_although_it_sets_its_own_level_when_it_is_imported(caplog):
+    quiet_libraries()
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(caplog.handler)
+    logger.warning("chatter")
+    logger.error("trouble")
+    logger.removeHandler(caplog.handler)
+    messages = [record.getMessage() for record in caplog.records]
+    assert "trouble" in messages and "chatter" not in messages
