@@ -5,8 +5,8 @@
 For every seed and retention weight the model is trained on the first ``--train_sources`` sources and scored on the next
 ``--held_out_sources``, before and after: the mean squared distance ``(beta * RG - RG_ref)^2`` of the target pairs,
 the reward gap and share of positive pairs per language, the source language's gap, the retention term, and the
-perplexity of harmless texts in the source language. Prints a table per run and writes ``--out`` as JSON with the
-versions of all libraries.
+perplexity of harmless texts in the source language, as they stand and as a user's turn in the model's chat template.
+Prints a table per run and writes ``--out`` as JSON with the versions of all libraries.
 
 The settings are those of a laptop: SmolLM2-135M-Instruct (unpacked by ``python -m mpo.demo``), LoRA of rank 16 on all
 linear layers, one epoch at a constant rate, one group per step, responses cut to 96 tokens.
@@ -42,6 +42,20 @@ def squared_distance(scores: Scores, beta: float) -> float:
     return math.fsum(values) / len(values)
 
 
+def perplexities(trainer: MPOTrainer, texts: list[str]) -> dict[str, float]:
+    """Perplexity of the texts as they stand (``raw``) and as a user's turn (``chat``); empty without texts."""
+    if not texts:
+        return {}
+    tokenizer = trainer.processing_class
+    turns = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) for text in texts
+    ]
+    return {
+        "raw": perplexity(trainer.model, tokenizer, texts),
+        "chat": perplexity(trainer.model, tokenizer, turns),
+    }
+
+
 def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: list[str]) -> dict[str, Any]:
     """Train once and measure before and after."""
     total = options.train_sources + options.held_out_sources
@@ -55,6 +69,7 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
                 output_dir=folder,
                 beta=options.beta,
                 retain_weight=retain_weight,
+                min_source_gap=options.min_source_gap,
                 learning_rate=options.learning_rate,
                 lr_scheduler_type=options.lr_scheduler_type,
                 warmup_steps=options.warmup_steps,
@@ -73,12 +88,12 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         )
         before = trainer.score()
-        perplexity_before = perplexity(trainer.model, trainer.processing_class, texts) if texts else None
+        perplexity_before = perplexities(trainer, texts)
         start = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - start
         after = trainer.score()
-        perplexity_after = perplexity(trainer.model, trainer.processing_class, texts) if texts else None
+        perplexity_after = perplexities(trainer, texts)
     comparison = compare(
         summarize(before.records, beta=options.beta), summarize(after.records, beta=options.beta)
     )
@@ -89,10 +104,11 @@ def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: lis
     print(comparison.to_text())
     print(f"squared distance {first:.3f} -> {last:.3f} ({last / first:.2f} of its start)")
     print(f"retention term {after.retention:.5f}, {seconds:.0f} s of training")
-    if perplexity_before is not None and perplexity_after is not None:
-        rise = perplexity_after / perplexity_before - 1
+    for form, start_value in perplexity_before.items():
+        end_value = perplexity_after[form]
         print(
-            f"harmless perplexity {perplexity_before:.2f} -> {perplexity_after:.2f} ({rise:+.2%})", flush=True
+            f"harmless perplexity, {form}: {start_value:.2f} -> {end_value:.2f} ({end_value / start_value - 1:+.2%})",
+            flush=True,
         )
     return {
         "seed": seed,
@@ -120,6 +136,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--retain_weights", type=float, nargs="+", default=[1.0])
     parser.add_argument("--beta", type=float, default=1.0)
+    parser.add_argument(
+        "--min_source_gap", type=float, help="leave out training sources whose reference gap is below this"
+    )
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--lr_scheduler_type", default="constant")
     parser.add_argument("--warmup_steps", type=float, default=0)
