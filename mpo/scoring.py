@@ -419,20 +419,43 @@ def perplexity(
     Raises:
         DataError: no text has two tokens.
     """
+    scored = text_likelihoods(model, tokenizer, texts, max_length=max_length, batch_size=batch_size)
+    tokens = sum(count for _, count in scored)
+    if not tokens:
+        raise DataError("no text has two tokens or more, so there is nothing to predict.")
+    return math.exp(-math.fsum(total for total, _ in scored) / tokens)
+
+
+def text_likelihoods(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+) -> list[tuple[float, int]]:
+    """
+    Log-likelihood of each text and the number of tokens it is of: all but the text's first, (0, 0) where there is no other.
+
+    Args:
+        model, tokenizer, texts, max_length, batch_size: as for :func:`perplexity`.
+
+    Returns:
+        ``[(sum of the tokens' log-probabilities in nats, number of tokens)]`` in the order of the texts.
+    """
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     config = base.config.get_text_config()
     head = base.get_output_embeddings()
     device = head.weight.device
     ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
-    ids = sorted((i for i in ids if len(i) >= 2), key=len)
-    if not ids:
-        raise DataError("no text has two tokens or more, so there is nothing to predict.")
-    total, tokens = 0.0, 0
+    scored = [(0.0, 0)] * len(ids)
+    order = sorted((n for n, i in enumerate(ids) if len(i) >= 2), key=lambda n: len(ids[n]))
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(ids), batch_size):
-            batch = ids[start : start + batch_size]
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            batch = [ids[n] for n in numbers]
             length = max(map(len, batch))
             padded = torch.tensor([i + [0] * (length - len(i)) for i in batch], device=device)
             mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in batch], device=device)
@@ -452,8 +475,9 @@ def perplexity(
                     logit_scale(config),
                     (),
                 )[0]
-            total += float(log_probs.double().sum())
-            tokens += int(predicts.sum())
+            counts = [len(i) - 1 for i in batch]
+            for n, part in zip(numbers, log_probs.double().split(counts), strict=True):
+                scored[n] = (float(part.sum()), len(ids[n]) - 1)
     finally:
         model.train(was_training)
-    return math.exp(-total / tokens)
+    return scored

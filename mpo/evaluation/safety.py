@@ -86,7 +86,7 @@ def measure_safety(
         "measurement": task.name,
         "prompt_set": prompts.name,
         "prompts": _about_prompts(prompts, framing),
-        "model": _about_model(model, folder.parent.parent.name),
+        "model": about_model(model, folder.parent.parent.name),
         "engine": about_engine,
         "judge": _about_judge(judges[0], verdicts[0]),
         **table.to_dict(),
@@ -140,7 +140,8 @@ def _about_prompts(prompts: PromptSet, framing: Framing) -> dict[str, Any]:
     }
 
 
-def _about_model(model: ModelChoice, name: str) -> dict[str, Any]:
+def about_model(model: ModelChoice, name: str) -> dict[str, Any]:
+    """What a result says of the model it is of; folders are shown without their users' names."""
     from mpo.report.provenance import portable_path
 
     def shown(source: str | None) -> str | None:

@@ -13,12 +13,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mpo.errors import ConfigError, DataError, StorageError
+from mpo.evaluation.journal import read_rows
 from mpo.evaluation.reward_gap import RewardGapTable
 
 SAFETY = ("attack", "over_refusal")
@@ -197,8 +198,8 @@ def _read_safety(file: Path, kind: str) -> SafetyResult:
     try:
         for row in _rows(path):
             verdicts.setdefault(str(row["language"]), {})[str(row["prompt_id"])] = str(row["verdict"])
-    except KeyError as error:
-        raise StorageError(f"A row of {path} has no {error}. Delete the file and evaluate again.") from None
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"A row of {path} is damaged ({error!r}). Delete it and evaluate again.") from None
     return SafetyResult(file.parent, result, verdicts)
 
 
@@ -247,22 +248,5 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON Lines file; none where it is missing. A last line cut off by a kill is left out."""
-    if not path.is_file():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines) - 1:
-                return
-            raise StorageError(
-                f"{path}, line {number + 1}: no JSON. Evaluate again to make a new file."
-            ) from None
-        if not isinstance(row, dict):
-            raise StorageError(f"{path}, line {number + 1}: expected a mapping. Evaluate again.")
-        yield row
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return read_rows(path) if path.is_file() else []

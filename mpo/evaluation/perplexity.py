@@ -1,0 +1,158 @@
+"""Perplexity of ordinary text per language: what training has cost a model of its language."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo.data.languages import language_name, normalize_language_setting
+from mpo.errors import ConfigError, DataError
+from mpo.evaluation.bootstrap import ratio_interval
+from mpo.evaluation.engines import ModelChoice
+from mpo.evaluation.policy import load_policy
+from mpo.evaluation.safety import about_model, model_folder
+from mpo.evaluation.text_table import TextTable, printable_name
+from mpo.report.files import write_json
+from mpo.report.provenance import collect
+from mpo.scoring import text_likelihoods
+
+RESULT = "perplexity.json"
+
+
+def measure_perplexity(
+    texts: Mapping[str, str],
+    *,
+    model: ModelChoice,
+    out: Path,
+    name: str | None = None,
+    max_length: int = 1024,
+    limit: int | None = None,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Measures, prints and writes ``out/NAME/perplexity.json``.
+
+    Args:
+        texts: ``{language: file}``; UTF-8, one text per line, empty lines left out.
+        model: Which model, and how it is loaded.
+        out: Folder of results, shared by all models.
+        name: Name of the model's folder; by default the last part of the adapter's or the model's name.
+        max_length: Texts are cut to this many tokens.
+        limit: Take the first so many texts of each file.
+        confidence: Coverage of the intervals, which resample texts.
+
+    Returns:
+        What was written. Per language ``texts``, ``cut`` (texts longer than `max_length`), ``tokens``, ``perplexity``
+        (``exp`` of the mean negative log-likelihood per token but the first of each text), its ``interval``,
+        ``bits_per_byte`` (which models with different tokenizers can be compared by), and the parts of each text.
+
+    Raises:
+        ConfigError: A setting has an impossible value.
+        DataError: A file cannot be read, or has no text to predict.
+        MPOError: Model or adapter cannot be used.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length: expected at least 2, got {max_length!r}.")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: expected at least 1, got {limit!r}.")
+    by_language = {
+        normalize_language_setting(code, "texts"): read_lines(file, limit) for code, file in texts.items()
+    }
+    if len(by_language) < len(texts) or not texts:
+        raise ConfigError(f"texts: expected one file per language, got {', '.join(texts) or 'none'}.")
+    folder = out / model_folder(model, name)
+    policy = load_policy(model)
+    languages = {}
+    for code, lines in by_language.items():
+        print(f"Reading {len(lines)} texts in {printable_name(language_name(code))}", flush=True)
+        scored = text_likelihoods(
+            policy.model, policy.tokenizer, lines, max_length=max_length, batch_size=model.batch_size
+        )
+        cut = sum(len(policy.tokenizer(line)["input_ids"]) > max_length for line in lines)
+        languages[code] = _summary(code, lines, scored, cut, confidence)
+    result = {
+        "measurement": "perplexity",
+        "model": about_model(model, folder.name),
+        "max_length": max_length,
+        "confidence": confidence,
+        "languages": languages,
+        "provenance": collect(base_model=model.model, precision=policy.dtype),
+    }
+    path = write_json(folder / RESULT, result)
+    print()
+    _table(languages, folder.name, confidence).show()
+    print(f"\nWritten: {path}")
+    return result
+
+
+def read_lines(file: str, limit: int | None = None) -> list[str]:
+    """The texts of a file, one per line.
+
+    Raises:
+        DataError: The file cannot be read, is no UTF-8, or has no text.
+    """
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"{error.strerror or error}. Pass a text file, one text per line.", file=file
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"is no UTF-8 ({error.reason} at byte {error.start}). Convert it.", file=file
+        ) from None
+    found = [line.strip() for line in lines if line.strip()][:limit]
+    if not found:
+        raise DataError("holds no text; expected one text per line.", file=file)
+    return found
+
+
+def _summary(
+    code: str, lines: Sequence[str], scored: Sequence[tuple[float, int]], cut: int, confidence: float
+) -> dict[str, Any]:
+    kept = [(line, -total, count) for line, (total, count) in zip(lines, scored, strict=True) if count]
+    if not kept:
+        raise DataError(f"No text in {code} has two tokens or more, so there is nothing to predict.")
+    nats, tokens = [part for _, part, _ in kept], [count for *_, count in kept]
+    total = math.fsum(nats)
+    if not math.isfinite(total):
+        raise DataError(
+            f"The model gave probabilities that are not finite for texts in {code}. Load it in another dtype."
+        )
+    ends = ratio_interval(nats, tokens, confidence=confidence)
+    digest = hashlib.sha256("\n".join(line for line, *_ in kept).encode("utf-8")).hexdigest()
+    return {
+        "texts": len(kept),
+        "cut": cut,
+        "tokens": sum(tokens),
+        "perplexity": math.exp(total / sum(tokens)),
+        "interval": None if ends is None else [math.exp(end) for end in ends],
+        "bits_per_byte": None if cut else total / math.log(2) / sum(len(line.encode()) for line, *_ in kept),
+        "fingerprint": digest,
+        "tokens_per_text": tokens,
+        "nats_per_text": nats,
+    }
+
+
+def _table(languages: Mapping[str, Mapping[str, Any]], name: str, confidence: float) -> TextTable:
+    rows = [
+        (
+            printable_name(language_name(code)),
+            str(row["texts"]),
+            str(row["tokens"]),
+            f"{row['perplexity']:.3f}",
+            "-" if row["interval"] is None else f"[{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
+            "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
+        )
+        for code, row in languages.items()
+    ]
+    header = ("Language", "Texts", "Tokens", "Perplexity", f"[{100 * confidence:g} %]", "Bits/byte")
+    notes = ["Per token, the first of each text left out. Intervals: bootstrap over texts."]
+    cut = sum(int(row["cut"]) for row in languages.values())
+    if cut:
+        notes.append(f"{cut} texts were cut at the greatest length; their languages have no bits per byte.")
+    return TextTable(
+        f"Perplexity of text: {name}", header, tuple(rows), notes=tuple(notes), emphasis=frozenset({3})
+    )
