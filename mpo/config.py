@@ -110,8 +110,9 @@ class MPOConfig(DPOConfig):
             `"tree"` packs [prompt | chosen | rejected] trees into rows, `"padded"` runs one padded sequence per
             row: slower, the plain reference, and the fallback for models that cannot take tree masks.
         max_tokens_per_row (`int`, *optional*):
-            Token budget of a packed row. Unset: 512 on a CPU, 8192 on an accelerator. Where a tree is longer, all
-            rows of its batch may be as long as that tree, since they are padded to one length.
+            Token budget of a packed row. Unset: no limit with `tree` attention (the default), where it saves nothing; else
+            512 on a CPU, 8192 on an accelerator. Where a tree is longer, all rows of its batch may be as long as that
+            tree, since they are padded to one length.
         max_tokens_per_batch (`int`, *optional*):
             Make up micro-batches by tokens instead of counting groups: at most this many tokens on each device, sources
             included, and about the same on all of them. A group is never split; one that is larger is a micro-batch of

@@ -21,8 +21,10 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from mpo.errors import ModelError
+from mpo.logprobs import FrozenHeadLogProbs
 from mpo.loss import segment_mean
 from mpo.masks import attention_mask as tree_attention_mask
+from mpo.tree_attention import IMPLEMENTATION as TREE_IMPLEMENTATION
 
 # Width of a vocabulary tile. A tile of 4096 tokens x 32768 words fills a GPU; a CPU's cache prefers it narrower.
 _TILE_WIDTH = {"cpu": 8192}
@@ -90,6 +92,7 @@ def _reward_gap_forward(
     attention_mask: Tensor | None = None,
     tree_ids: Tensor | None = None,
     branch_ids: Tensor | None = None,
+    tree_spans: tuple[int, ...] | None = None,
     output_router_logits: bool = False,
     **ignored: Any,
 ) -> RewardGapOutput:
@@ -102,7 +105,9 @@ def _reward_gap_forward(
             config, tree_ids, branch_ids, position_ids, _compute_dtype(model, input_ids)
         )
         real_tokens = tree_ids >= 0
-    extra = {"output_router_logits": True} if output_router_logits else {}
+    extra: dict[str, Any] = {"output_router_logits": True} if output_router_logits else {}
+    if config._attn_implementation == TREE_IMPLEMENTATION and tree_spans is not None:
+        extra["tree_spans"] = tree_spans
     # Looked up at each call, since PEFT and FSDP replace modules after the head was attached.
     outputs = model.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, **extra
@@ -140,19 +145,32 @@ def _response_logps(
     scored = hidden.index_select(0, index).to(device)
     tile_width = _TILE_WIDTH.get(device.type, _TILE_WIDTH_DEFAULT)
     gathered = [weight] if bias is None else [weight, bias]
+    softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
     with maybe_gather_lm_head_ctx(*gathered):
-        log_probs = ChunkedLogProbFunction.apply(
-            scored,
-            weight,
-            bias,
-            labels.to(device),
-            1.0,
-            tile_width,
-            getattr(config, "final_logit_softcapping", None),
-            logit_scale(config),
-            (),
-        )[0]
+        if _is_frozen(weight, bias, scored):
+            log_probs = FrozenHeadLogProbs.apply(
+                scored,
+                weight,
+                bias,
+                labels.to(device),
+                softcap,
+                scale,
+                torch.is_grad_enabled() and scored.requires_grad,
+            )
+        else:
+            log_probs = ChunkedLogProbFunction.apply(
+                scored, weight, bias, labels.to(device), 1.0, tile_width, softcap, scale, ()
+            )[0]
     return segment_mean(log_probs, lengths.to(device)).unflatten(0, (-1, 2))
+
+
+def _is_frozen(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> bool:
+    """Whether the head is not trained and computes in the dtype it is stored in, as it does under LoRA."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    same_dtype = weight.dtype == hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        same_dtype = same_dtype and hidden.dtype == torch.get_autocast_dtype(hidden.device.type)
+    return not trained and same_dtype
 
 
 def logit_scale(config: Any) -> float:

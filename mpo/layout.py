@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from mpo.errors import ModelError
 from mpo.messages import get_logger
 from mpo.reference import BatchShape, Forward, call_on_trees
+from mpo.tree_attention import IMPLEMENTATION
 from mpo.trees import Tree
 
 logger = get_logger(__name__)
@@ -19,6 +20,8 @@ logger = get_logger(__name__)
 # On a CPU large rows lose more to page faults and dense attention than they gain; a GPU wants them long.
 _ROW_TOKENS = {"cpu": 512}
 _ROW_TOKENS_DEFAULT = 8192
+# Attention tree by tree does not care how long a row is: one row holds all trees of a call, and no padding.
+_ROW_TOKENS_TREE_ATTENTION = 1 << 20
 _BATCH_TOKENS = {"cpu": 2048}
 _BATCH_TOKENS_DEFAULT = 32768
 
@@ -37,18 +40,28 @@ def batch_shape(
     pooling: str,
     max_tokens_per_row: int | None = None,
     tokens_per_batch: int | None = None,
+    attention: str | None = None,
 ) -> BatchShape:
-    """The shape of batches for a device; budgets that are None get the device's default."""
-    row = max_tokens_per_row or _ROW_TOKENS.get(device.type, _ROW_TOKENS_DEFAULT)
+    """The shape of batches for a device; budgets that are None get the default of device and attention implementation."""
+    row = max_tokens_per_row or (
+        _ROW_TOKENS_TREE_ATTENTION
+        if attention == IMPLEMENTATION
+        else _ROW_TOKENS.get(device.type, _ROW_TOKENS_DEFAULT)
+    )
     batch = tokens_per_batch or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_DEFAULT)
     return BatchShape(layout, row, pad_token_id, pooling, batch)
 
 
-def default_attention(config: PreTrainedConfig) -> str | None:
+def default_attention(config: PreTrainedConfig, layout: str = "tree") -> str | None:
     """
-    Attention implementation for a model whose user chose none: ``eager`` where attention scores are soft-capped (Gemma-2;
-    ``sdpa`` cannot), otherwise the library's own choice (None).
+    Attention implementation for a model whose user chose none.
+
+    Packed trees get ``tree`` (:mod:`mpo.tree_attention`), which computes nothing that a mask would hide. For padded rows
+    it is ``eager`` where attention scores are soft-capped (Gemma-2; ``sdpa`` cannot), otherwise the library's own choice
+    (None).
     """
+    if layout == "tree":
+        return IMPLEMENTATION
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
@@ -76,7 +89,7 @@ def usable_layout(
     with torch.no_grad():
         try:
             packed = call_on_trees(forward, short, shape, device)
-        except ModelError as error:
+        except (ModelError, TypeError) as error:
             logger.warning(f"Falling back to `batch_layout: padded`: {error}")
             return "padded"
         plain = call_on_trees(forward, short, replace(shape, layout="padded"), device)

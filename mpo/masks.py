@@ -2,7 +2,7 @@
 
 One rule defines who sees whom (:func:`visible`); the dense mask of ``sdpa``, the additive one of ``eager`` and the
 ``BlockMask`` of ``flex_attention`` are three forms of it. Masks are built on the device, inside the model call, from
-the small integer tensors that the collator sends.
+the small integer tensors that the collator sends. The ``tree`` implementation (:mod:`mpo.tree_attention`) needs no mask.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpo import tree_attention
 from mpo.errors import ModelError
 from mpo.trees import PADDING, PROMPT
 
-TREE_ATTENTION = ("eager", "sdpa", "flex_attention")
+TREE_ATTENTION = ("eager", "sdpa", "flex_attention", tree_attention.IMPLEMENTATION)
 
 
 def visible(
@@ -141,6 +142,9 @@ def attention_mask(
         )
 
     def build(window: int | None) -> Any:
+        if implementation == tree_attention.IMPLEMENTATION:
+            # It goes by the batch's `tree_spans`. A mask of one element keeps the model from building its own.
+            return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=tree_ids.device)
         if implementation == "flex_attention":
             return block_mask(tree_ids, branch_ids, position_ids, window)
         mask = dense_mask(tree_ids, branch_ids, position_ids, window)

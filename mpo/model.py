@@ -208,7 +208,7 @@ def pick_attention(
 ) -> str | None:
     """The attention implementation to load a model with.
 
-    Gemma-2's attention soft-cap exists in ``eager`` and ``flex_attention`` only. Flash attention has no place for a
+    Gemma-2's attention soft-cap exists in ``tree``, ``eager`` and ``flex_attention`` only. Flash attention has no place for a
     tree's mask.
 
     Args:
@@ -218,28 +218,28 @@ def pick_attention(
         gpu: whether the model will run on a GPU (``flex_attention`` has no backward on a CPU).
 
     Returns:
-        The implementation, or None for the model's own default.
+        The implementation, or None for the model's own default (padded rows).
 
     Raises:
         ConfigError: the user's choice cannot work.
     """
     if wanted is None:
-        return default_attention(config)
+        return default_attention(config, layout)
     soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if soft_capped and wanted == "sdpa":
         raise ConfigError(
             f"`attn_implementation` is 'sdpa', but {config.model_type} caps its attention logits, which sdpa cannot do. "
-            "Set `eager` or, on a GPU, `flex_attention`."
+            "Set `tree`, `eager` or, on a GPU, `flex_attention`."
         )
     if layout == "tree" and "flash" in wanted:
         raise ConfigError(
             f"`attn_implementation` is {wanted!r}, but flash attention cannot take the mask of a preference tree. Set "
-            "`sdpa`, `eager` or `flex_attention`, or `batch_layout: padded` (slower)."
+            "`tree`, `sdpa`, `eager` or `flex_attention`, or `batch_layout: padded` (slower)."
         )
     if wanted == "flex_attention" and not gpu:
         raise ConfigError(
-            "`attn_implementation` is 'flex_attention', which cannot be trained on a CPU. Set `sdpa`, or `eager` for "
-            "Gemma-2."
+            "`attn_implementation` is 'flex_attention', which cannot be trained on a CPU. Set `tree`, `sdpa` or "
+            "`eager`."
         )
     return wanted
 

@@ -31,7 +31,7 @@ import torch
 import xxhash
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from mpo.errors import ModelError, StorageError
 from mpo.head import RewardGapOutput
@@ -318,7 +318,10 @@ def call_on_trees(
         pad_token_id=shape.pad_token_id,
         pooling=shape.pooling,
     )
-    return forward(reward_gap_head=True, **{name: tensor.to(device) for name, tensor in batch.items()})
+    return forward(
+        reward_gap_head=True,
+        **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()},
+    )
 
 
 def _source_batches(dataset: Dataset, first_group: np.ndarray, tokens_per_batch: int) -> Iterator[list[int]]:

@@ -36,6 +36,7 @@ __all__ = [
     "call_model",
     "pair_tensors",
     "perplexity",
+    "run_in_calls",
     "run_model",
     "score_groups",
     "score_loader",
@@ -132,6 +133,33 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
         output = RewardGapOutput(response_logps=torch.cat(parts)[order], pooled=source.pooled)
     assert output.response_logps is not None
     return pair_tensors(batch, output.response_logps[:count], output.pooled), output
+
+
+def run_in_calls(
+    forward: Forward, batch: dict[str, Any], backward: Callable[[PairTensors, Tensor], None]
+) -> None:
+    """
+    Forward and backward of a batch that the collator split into several calls: a call's activations are freed before the
+    next begins.
+
+    The pairs of all calls share their sources. Each call's backward stops at the sources' states, where the gradients add
+    up, and one backward from there finishes the step: the same sums as in a single call.
+
+    Args:
+        forward: the model with the reward-gap head.
+        batch: with ``calls`` and ``source_call``, see :class:`mpo.sampling.GroupCollator`.
+        backward: called with the tensors of a call's pairs and their places in the batch ``[T]``; makes their loss and runs
+            its backward.
+    """
+    source_call = batch["source_call"]
+    pooled = call_model(forward, source_call).pooled if source_call is not None else None
+    shared = pooled.detach().requires_grad_() if pooled is not None else None
+    for call in batch["calls"]:
+        output = call_model(forward, call)
+        assert output.response_logps is not None
+        backward(pair_tensors(batch, output.response_logps, shared, call["pairs"]), call["pairs"])
+    if pooled is not None and shared is not None and shared.grad is not None:
+        torch.autograd.backward(pooled, shared.grad)
 
 
 @dataclass
@@ -332,6 +360,7 @@ def score_groups(
         pad_token_id=tokenizer.pad_token_id,
         pooling=pooling,
         max_tokens_per_row=max_tokens_per_row,
+        attention=model.config.get_text_config()._attn_implementation,
     )
 
     @contextmanager

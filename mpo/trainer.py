@@ -82,11 +82,10 @@ from mpo.sampling import (
 )
 from mpo.scoring import (
     PairTensors,
-    call_model,
     count_languages,
     evaluation_loader,
-    pair_tensors,
     probe_trees,
+    run_in_calls,
     run_model,
     score_loader,
 )
@@ -281,6 +280,7 @@ class MPOTrainer(DPOTrainer):
             pooling=args.retain_pooling,
             max_tokens_per_row=args.max_tokens_per_row,
             tokens_per_batch=args.reference_tokens_per_batch,
+            attention=self._text_config._attn_implementation,
         )
         self._layout_checked = False
         self.data_collator = GroupCollator(
@@ -366,23 +366,16 @@ class MPOTrainer(DPOTrainer):
     def _step_in_calls(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> Tensor:
-        # The pairs of all calls share their sources. Each call's backward stops at the sources' states, where the
-        # gradients add up, and one backward from there finishes the step: the same sums as in a single call.
-        source_call = inputs["source_call"]
-        pooled = call_model(model, source_call).pooled if source_call is not None else None
-        shared = pooled.detach().requires_grad_() if pooled is not None else None
         count = inputs["num_pairs"] if num_items_in_batch is None else num_items_in_batch
         total = torch.zeros((), device=self.accelerator.device)
-        for call in inputs["calls"]:
-            output = call_model(model, call)
-            assert output.response_logps is not None
-            pairs = pair_tensors(inputs, output.response_logps, shared, call["pairs"])
-            loss = (self._checked_pair_loss(pairs) * inputs["weight"][call["pairs"]]).sum() / count
-            self._accumulate(pairs, inputs["counts"][call["pairs"]])
+
+        def backward(pairs: PairTensors, places: Tensor) -> None:
+            loss = (self._checked_pair_loss(pairs) * inputs["weight"][places]).sum() / count
+            self._accumulate(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
-            total += loss.detach()
-        if pooled is not None and shared is not None and shared.grad is not None:
-            torch.autograd.backward(pooled, shared.grad)
+            total.add_(loss.detach())
+
+        run_in_calls(model, inputs, backward)
         self._remember(total, inputs)
         return total
 

@@ -10,7 +10,7 @@ Both layouts produce the same set of tensors, so what follows the model call doe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ MODEL_KEYS = (
     "attention_mask",
     "tree_ids",
     "branch_ids",
+    "tree_spans",
     "score_index",
     "score_labels",
     "score_lengths",
@@ -77,6 +78,33 @@ def pack_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     return rows
 
 
+def even_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """
+    As few rows as :func:`pack_rows` needs, as short as they can be.
+
+    All rows of a call are as long as the longest, so what evens them out saves padding.
+
+    Args:
+        sizes: number of tokens of each item.
+        max_tokens: most tokens of a row; where an item is larger, its size.
+
+    Returns:
+        Rows of item indices, by ``sizes`` and ``max_tokens`` only.
+    """
+    # A row is as long as the longest item in any case, which makes room for others in the other rows.
+    most = max(max_tokens, *sizes)
+    rows = pack_rows(sizes, most)
+    least = max(max(sizes), -(-sum(sizes) // len(rows)))
+    while least < most:
+        middle = (least + most) // 2
+        shorter = pack_rows(sizes, middle)
+        if len(shorter) <= len(rows):
+            rows, most = shorter, middle
+        else:
+            least = middle + 1
+    return rows
+
+
 def build_batch(
     trees: Sequence[Tree],
     *,
@@ -85,7 +113,7 @@ def build_batch(
     pad_token_id: int,
     pooling: str,
     pad_to_multiple_of: int | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """
     Turn trees into the tensors of one model call.
 
@@ -103,6 +131,9 @@ def build_batch(
 
         - ``input_ids``, ``position_ids``: ``[R, S]``
         - ``tree_ids``, ``branch_ids``: ``[R, S]`` (tree layout) or ``attention_mask``: ``[R, S]`` (padded layout)
+        - ``tree_spans`` (tree layout): numbers of tokens of prompt, chosen, rejected and of the padding after them, of one
+          tree after another as they lie in the rows; together they are R * S. Plain numbers, so that nobody has to ask
+          the device for them
         - ``score_index``: ``[N]``, flat position (row * S + column) whose hidden state predicts the token
         - ``score_labels``: ``[N]``, the token
         - ``score_lengths``: ``[2T]``, tokens of chosen and rejected of each scored tree in turn
@@ -163,7 +194,7 @@ def build_batch(
                 pool_index.append(pooled)
                 pool_lengths.append(len(pooled))
 
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": torch.from_numpy(input_ids),
         "position_ids": torch.from_numpy(position_ids),
         "score_index": _concatenate(score_index),
@@ -175,19 +206,20 @@ def build_batch(
     if layout == "tree":
         batch["tree_ids"] = torch.from_numpy(tree_ids)
         batch["branch_ids"] = torch.from_numpy(branch_ids)
+        batch["tree_spans"] = _spans(trees, starts, columns, length)
     else:
         batch["attention_mask"] = torch.from_numpy((tree_ids != PADDING).astype(np.int64))
     return batch
 
 
-_Placement = tuple[int, list[tuple[int, int]], list[tuple[tuple[int, int], tuple[int, int]]], int]
+_Starts = list[tuple[tuple[int, int], tuple[int, int]]]
+_Placement = tuple[int, list[tuple[int, int]], _Starts, int]
 
 
 def _tree_rows(trees: Sequence[Tree], max_tokens: int) -> _Placement:
     """Row of each tree's branches, where its prompt and each branch start, and the row length."""
     sizes = [tree.size for tree in trees]
-    # Every row is as long as the longest, so a tree beyond the budget makes room for others in the other rows.
-    rows = pack_rows(sizes, max(max_tokens, *sizes))
+    rows = even_rows(sizes, max_tokens)
     columns = [(0, 0)] * len(trees)
     starts = [((0, 0), (0, 0))] * len(trees)
     length = 0
@@ -210,6 +242,19 @@ def _padded_rows(trees: Sequence[Tree], max_tokens: int) -> _Placement:
     starts = [((0, len(tree.prompt)), (0, len(tree.prompt))) for tree in trees]
     length = max(len(tree.prompt) + max(len(tree.chosen), len(tree.rejected)) for tree in trees)
     return 2 * len(trees), columns, starts, length
+
+
+def _spans(
+    trees: Sequence[Tree], starts: _Starts, columns: Sequence[tuple[int, int]], length: int
+) -> tuple[int, ...]:
+    """Lengths of the three parts of each tree and of the padding after it, in the order of the rows."""
+    places = sorted((columns[i][0] * length + starts[i][0][0], i) for i in range(len(trees)))
+    ends = [place for place, _ in places[1:]] + [(1 + max(row for row, _ in columns)) * length]
+    lengths: list[int] = []
+    for (place, i), end in zip(places, ends, strict=True):
+        tree = trees[i]
+        lengths += [len(tree.prompt), len(tree.chosen), len(tree.rejected), end - place - tree.size]
+    return tuple(lengths)
 
 
 def _concatenate(parts: list[np.ndarray]) -> Tensor:

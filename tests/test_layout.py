@@ -65,14 +65,24 @@ def test_a_budget_of_the_user_is_kept_on_every_device() -> None:
         assert shape == BatchShape("padded", 77, 0, "mean", 99)
 
 
-def test_soft_capped_attention_defaults_to_eager_and_others_to_the_library() -> None:
+def test_trees_default_to_their_own_attention_and_padded_rows_to_what_applies_a_soft_cap() -> None:
     for family in MODEL_FAMILIES:
+        config = build_model(family).config
         expected = "eager" if family == "gemma2" else None
-        assert default_attention(build_model(family).config) == expected, family
+        assert default_attention(config, "padded") == expected, family
+        assert default_attention(config, "tree") == "tree"
+
+
+def test_with_attention_tree_by_tree_one_row_holds_a_whole_call() -> None:
+    options = {"layout": "tree", "pad_token_id": 0, "pooling": "mean"}
+    for device in map(torch.device, ("cpu", "cuda")):
+        assert batch_shape(device, attention="sdpa", **options) == batch_shape(device, **options)
+        assert batch_shape(device, attention="tree", **options).max_tokens_per_row > 10**6
+        assert batch_shape(device, attention="tree", max_tokens_per_row=9, **options).max_tokens_per_row == 9
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "tree"])
 def test_models_that_follow_the_mask_take_trees(family: str, attention: str) -> None:
     if family == "gemma2" and attention == "sdpa":
         pytest.skip("sdpa has no soft-cap")
@@ -142,7 +152,7 @@ def test_a_model_that_refuses_trees_falls_back_and_says_why(caplog: pytest.LogCa
 def test_the_fallback_needs_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     # As in `score_groups`, which runs without a trainer.
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    forward = ignoring(with_head("llama"), **WRONG["it sees the other branch"])
+    forward = ignoring(with_head("llama"), **WRONG["its positions count through the row"])
     assert usable_layout(forward, trees("llama"), SHAPE, CPU, torch.float32) == "padded"
 
 
@@ -180,7 +190,7 @@ def test_a_trainer_falls_back_as_a_whole_and_trains(tmp_path: Path, monkeypatch:
 
     def misread(forward: Any, *arguments: Any) -> str:
         calls.append(1)
-        return original(ignoring(forward, **WRONG["it sees the other branch"]), *arguments)
+        return original(ignoring(forward, **WRONG["its positions count through the row"]), *arguments)
 
     monkeypatch.setattr("mpo.trainer.usable_layout", misread)
     trainer = runs.trainer(folder, tmp_path, max_steps=2)

@@ -192,8 +192,9 @@ def test_a_loaded_model_has_the_type_and_attention_asked_for(saved: Path) -> Non
 
 def test_attention_is_chosen_so_that_soft_caps_and_tree_masks_hold() -> None:
     llama, gemma = build_model("llama").config, build_model("gemma2").config
-    assert pick_attention(llama, None, gpu=False) is None
-    assert pick_attention(gemma, None, gpu=False) == "eager"
+    assert pick_attention(llama, None, gpu=False) == "tree"
+    assert pick_attention(llama, None, layout="padded", gpu=False) is None
+    assert pick_attention(gemma, None, layout="padded", gpu=False) == "eager"
     assert pick_attention(gemma, "flex_attention", gpu=True) == "flex_attention"
     assert pick_attention(llama, "flash_attention_2", layout="padded", gpu=True) == "flash_attention_2"
     for config, wanted, gpu, message in (

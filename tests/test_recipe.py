@@ -84,7 +84,11 @@ def test_lora_recipes_train_an_adapter_on_all_linear_layers_of_the_real_model(fa
 
 def test_gemma_2_recipes_do_not_use_sdpa() -> None:
     for name in ("gemma", "gemma_full"):
-        assert load_recipe(RECIPES / f"{name}.yaml").model.attn_implementation in ("eager", "flex_attention")
+        assert load_recipe(RECIPES / f"{name}.yaml").model.attn_implementation in (
+            "tree",
+            "eager",
+            "flex_attention",
+        )
 
 
 def test_the_zero2_configuration_is_one_that_accelerate_reads() -> None:

@@ -84,7 +84,7 @@ def test_a_folder_and_loaded_objects_give_the_same_run(model: Path, rows: Any, t
     by_name = runs.trainer(model, tmp_path / "name", rows, max_steps=2)
     by_name.train()
     objects = runs.trainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="tree"),
         tmp_path / "objects",
         rows,
         max_steps=2,
@@ -288,7 +288,7 @@ def test_an_explicit_reference_gives_the_targets_and_is_freed(
 def test_an_explicit_reference_of_the_same_weights_is_the_start(
     model: Path, rows: Any, tmp_path: Path
 ) -> None:
-    twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="tree")
     with_twin = runs.trainer(model, tmp_path / "twin", rows, max_steps=2, ref_model=twin)
     with_twin.train()
     alone = runs.trainer(model, tmp_path / "alone", rows, max_steps=2)

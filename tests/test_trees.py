@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpo.head import attach_reward_gap_head
-from mpo.trees import Tree, build_batch, pack_rows
+from mpo.trees import Tree, build_batch, even_rows, pack_rows
 from tests.plain import (
     Exact,
     ExactLogProbFunction,
@@ -32,7 +32,7 @@ from tests.tiny import build_model
 ATTENTION = [
     (family, attention)
     for family in ("llama", "gemma2", "qwen2", "gemma3", "qwen3", "mixtral")
-    for attention in ("eager", "sdpa")
+    for attention in ("eager", "sdpa", "tree")
     if (family, attention) != ("gemma2", "sdpa")  # sdpa cannot cap attention scores
 ]
 POOLINGS = ("mean", "last")
@@ -80,6 +80,22 @@ def test_an_item_opens_a_row_only_where_no_earlier_row_had_room(sizes: list[int]
                 assert already + sizes[item] > budget
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 100))
+def test_even_rows_are_no_more_and_no_longer_and_hold_the_same(sizes: list[int], budget: int) -> None:
+    def longest(rows: list[list[int]]) -> int:
+        return max(sum(sizes[item] for item in row) for row in rows)
+
+    rows, first_fit = even_rows(sizes, budget), pack_rows(sizes, max(budget, *sizes))
+    assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
+    assert len(rows) <= len(first_fit)
+    assert longest(rows) <= longest(first_fit)
+
+
+def test_even_rows_share_what_first_fit_puts_into_the_first() -> None:
+    assert [len(row) for row in pack_rows([5] * 6, 25)] == [5, 1]
+    assert [len(row) for row in even_rows([5] * 6, 25)] == [3, 3]
+
+
 def test_packing_nothing_gives_no_rows() -> None:
     assert pack_rows([], 8) == []
 
@@ -123,6 +139,31 @@ def test_indices_point_at_the_tokens_that_are_scored_and_pooled(
     assert flat[batch["pool_index"]].tolist() == pooled
     assert batch["pool_lengths"].tolist() == pool_lengths
     assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 6), budget=st.integers(1, 80))
+def test_spans_say_where_the_parts_of_each_tree_and_the_padding_lie(
+    seed: int, count: int, budget: int
+) -> None:
+    batch = build(numbered_trees(seed, count), max_tokens_per_row=budget, pad_to_multiple_of=7)
+    trees, branches = batch["tree_ids"].flatten().tolist(), batch["branch_ids"].flatten().tolist()
+    place = 0
+    seen = []
+    for number, size in enumerate(batch["tree_spans"]):
+        part = number % 4
+        places = slice(place, place + size)
+        found = set(zip(trees[places], branches[places], strict=True))
+        place += size
+        if part == 3:
+            assert found <= {(-1, 0)}
+        else:
+            ((tree, branch),) = found
+            assert branch == part
+            seen.append(tree)
+    assert place == len(trees)
+    assert sorted(seen) == sorted(list(range(count)) * 3)
+    assert seen[::3] == seen[1::3] == seen[2::3]
 
 
 @settings(deadline=None)

@@ -1,0 +1,402 @@
+"""Time, memory and utilisation of a training step, for each way of computing it.
+
+Model shapes by name with random weights, or a model folder; lengths from a table or a data file. On a GPU:
+
+    python -m benchmarks.step --shape llama-3.1-8b --lengths token_lengths.csv --file gemma
+
+On a CPU, a small shape and few groups:
+
+    python -m benchmarks.step --shape gemma-3-270m --lengths token_lengths.csv --file gemma --groups 2
+
+**What is timed.** One optimizer step on one group: forward, backward, ``AdamW``. All formulations work on one model in
+one process and take turns, step by step, so that what else the machine does hits them alike; a column of ratios
+compares medians. The reference pass of the trainer's formulations is made before; ``benchmarks.flops`` says what it costs.
+On CUDA, time is between two events on the stream, and the step's inputs are built and copied within it.
+
+**Model-FLOP utilisation.** The operations that any exact step must do, over the time, over the rate of a large matrix
+product that is measured on the device in the dtype that is computed in:
+
+    needed = L * (tokens of all trees) + A * (pairs of tokens of a tree that see each other)
+             + (forward and gradient of a token's logits) * (target response tokens)
+    utilisation = needed / (seconds * measured operations per second)
+
+L and A are a token's and a score's operations, forward and backward, counted as in :mod:`benchmarks.flops`: with LoRA
+without the gradients of frozen weights. A prompt counts once, a source once per group, padding and recomputation
+nothing; so a formulation that does more than it must has a low utilisation, however busy the device is.
+
+**Memory.** On CUDA the most that torch had allocated in a step. On a CPU the most memory that the process held in a
+step that is run for that alone, before any is timed, on the longest group, while the allocator gives back what is freed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import command, flops, formulations, lengths
+from benchmarks.formulations import Group, Setting
+from benchmarks.lengths import GroupLengths
+from mpo.errors import ConfigError
+from mpo.evaluation.text_table import TextTable
+from mpo.memory import keep_freed_memory
+from mpo.model import ModelSource, load_config
+from mpo.shapes import SHAPES, shape_config
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Measured:
+    """What was measured of one formulation."""
+
+    seconds: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    error: str | None = None
+
+
+# ---- Devices -------------------------------------------------------------------------------------------------------
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a function takes on the device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations per second of a large square matrix product, the best of several."""
+    size = size or (8192 if device.type == "cuda" else 1536)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = min(timed(lambda: left @ right, device) for _ in range(10 if device.type == "cuda" else 4))
+    return 2 * size**3 / best
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far, after giving back what is not in use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def peak(device: torch.device) -> int | None:
+    """Bytes at the peak since :func:`reset_peak`: allocated on CUDA, resident on Linux, else unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            found = re.search(r"VmHWM:\s*(\d+) kB", file.read())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+# ---- Measuring -----------------------------------------------------------------------------------------------------
+
+
+def spread(groups: Sequence[GroupLengths], count: int) -> list[GroupLengths]:
+    """``count`` groups in equal steps through all of them by length, so that a few stand for the whole."""
+    order = sorted(groups, key=lambda group: sum(pair.tree for pair in group.trees))
+    count = min(count, len(order))
+    return [order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)]
+
+
+def needed_operations(costs: flops.Costs, group: GroupLengths) -> int:
+    """What any exact step on a group must compute; see this module's formula."""
+    (call,) = flops.calls("trees", group)
+    return call._replace(head="logits_train").operations(costs, visible_only=True)
+
+
+def measure(
+    setting: Setting,
+    groups: Sequence[Group],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    warmup: int,
+    **options: Any,
+) -> dict[str, Measured]:
+    """
+    Run every formulation on every group, in turns.
+
+    Args:
+        setting: models.
+        groups: tokenized groups; a step is one of them.
+        names: of :data:`benchmarks.formulations.NAMES`.
+        rounds: times that all groups are run.
+        warmup: steps of each formulation before, not counted.
+        options: of :func:`benchmarks.formulations.prepare`.
+
+    Returns:
+        By name. A formulation that runs out of memory has ``error`` set and no more times.
+    """
+    device = setting.device
+    trained = [p for p in setting.policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    found = {name: Measured() for name in names}
+    steps: dict[str, Callable[[Sequence[Group]], torch.Tensor]] = {}
+    longest = max(
+        groups, key=lambda group: len(group["source_prompt"]) + sum(map(len, group["target_chosen"]))
+    )
+
+    def attempt(name: str, function: Callable[[], Any]) -> None:
+        if found[name].error is not None:
+            return
+        try:
+            function()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            found[name].error = f"out of memory: {str(error).splitlines()[0]}"
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+
+    def one(name: str, group: Group) -> None:
+        def whole() -> None:
+            loss.append(steps[name]([group]))
+            optimizer.step()
+
+        loss: list[torch.Tensor] = []
+        found[name].seconds.append(timed(whole, device))
+        found[name].loss.append(float(loss[0]))
+
+    def memory(name: str) -> None:
+        reset_peak(device)
+        steps[name]([longest])
+        found[name].peak_bytes = peak(device)
+
+    for name in names:
+
+        def setup(name: str = name) -> None:
+            steps[name] = formulations.prepare(name, setting, groups, **options)
+
+        attempt(name, setup)
+        attempt(name, lambda name=name: memory(name))
+    if device.type == "cpu":
+        keep_freed_memory()
+    for name in names:
+        for _ in range(warmup):
+            attempt(name, lambda name=name: one(name, groups[0]))
+        found[name].seconds.clear()
+        found[name].loss.clear()
+    for _ in range(rounds):
+        for group in groups:
+            for name in names:
+                attempt(name, lambda name=name, group=group: one(name, group))
+    return found
+
+
+# ---- The command ---------------------------------------------------------------------------------------------------
+
+
+def table(
+    found: dict[str, Measured],
+    groups: Sequence[GroupLengths],
+    *,
+    needed: float,
+    rate: float,
+    counted: dict[str, float],
+    title: str,
+    note: str,
+) -> tuple[TextTable, list[dict[str, Any]]]:
+    """The results as a table and as JSON; times are means over the groups of the median over rounds."""
+    pairs = sum(len(group.targets) for group in groups) / len(groups)
+    rows, records = [], []
+    times = {name: _mean_of_medians(entry.seconds, len(groups)) for name, entry in found.items()}
+    for name, entry in found.items():
+        seconds = times[name]
+        record: dict[str, Any] = {
+            "formulation": name,
+            "error": entry.error,
+            "peak_bytes": entry.peak_bytes,
+            "seconds_of_steps": entry.seconds,
+            "losses": entry.loss,
+        }
+        if seconds is not None:
+            official = times.get("official")
+            record |= {
+                "seconds_per_step": seconds,
+                "pairs_per_second": pairs / seconds,
+                "model_flop_utilisation": needed / seconds / rate,
+                "official_over_this": official / seconds if official else None,
+            }
+        records.append(record)
+        rows.append(
+            (
+                name,
+                f"{seconds:.3f}" if seconds is not None else "-",
+                f"{pairs / seconds:.2f}" if seconds is not None else "-",
+                f"{entry.peak_bytes / 2**30:.2f}" if entry.peak_bytes else "-",
+                f"{needed / seconds / rate:.1%}" if seconds is not None and "DPO" not in name else "-",
+                f"{times['official'] / seconds:.2f}"
+                if seconds is not None and times.get("official")
+                else "-",
+                f"{counted[name]:.2f}" if name in counted else "-",
+            )
+        )
+    errors = [f"{name}: {entry.error}" for name, entry in found.items() if entry.error]
+    header = ("Formulation", "s / step", "Pairs / s", "Peak GiB", "MFU", "Official / this", "Counted")
+    return TextTable(title=title, header=header, rows=tuple(rows), notes=(note, *errors)), records
+
+
+def _mean_of_medians(seconds: Sequence[float], groups: int) -> float | None:
+    """Steps come as whole rounds over the groups; an interrupted last round is left out."""
+    rounds = len(seconds) // groups
+    if not rounds:
+        return None
+    return statistics.mean(
+        statistics.median(seconds[place : rounds * groups : groups]) for place in range(groups)
+    )
+
+
+def counted_ratios(
+    costs: flops.Costs, groups: Sequence[GroupLengths], row_tokens: int | None
+) -> dict[str, float]:
+    """Operations of the official formulation over those of each, on these groups, as ``benchmarks.flops`` counts them."""
+    totals = flops.epoch(costs, groups, row_tokens or 2048)
+    ratios = {name: totals["official"] / totals[name] for name in flops.FORMULATIONS}
+    names = {"trees (tree)": "trees"} | (
+        {f"trees ({kind})": "trees, masked rows" for kind in ("sdpa", "eager")} if row_tokens else {}
+    )
+    return {
+        **{name: ratios[name] for name in formulations.NAMES if name in ratios},
+        **{name: ratios[of] for name, of in names.items()},
+    }
+
+
+def main() -> None:
+    """Measure, print and write the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--shape", help=f"random weights of a known shape: {', '.join(SHAPES)}")
+    model.add_argument("--model", help="model folder, run with its own weights")
+    lengths.add_options(parser)
+    parser.add_argument("--groups", type=int, default=8, help="groups, spread over all lengths (8)")
+    parser.add_argument("--targets", type=int, help="at most so many targets of a group")
+    parser.add_argument("--formulations", nargs="+", choices=formulations.NAMES, help="all that can run")
+    parser.add_argument(
+        "--lora", type=int, default=16, help="rank of the adapter; 0 is full fine-tuning (16)"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="bfloat16 on CUDA, float32 on a CPU")
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument(
+        "--row_tokens", type=int, help="row budget of trees under a mask; the trainer's default"
+    )
+    parser.add_argument(
+        "--call_tokens", type=int, help="budget of a model call; the trainer's, 0 for no limit"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--beta", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3, help="times that all groups are run (3)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before, not counted (1)")
+    parser.add_argument("--threads", type=int, help="threads of a CPU")
+    parser.add_argument("--out", default="runs/benchmarks/step.json")
+    options = parser.parse_args()
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "`--device cuda` asks for a GPU, and torch sees none here. Leave it out, or say `cpu`."
+        )
+    dtype = _DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config: Any = shape_config(options.shape) if options.shape else load_config(ModelSource(options.model))
+    chosen = spread(lengths.from_options(options), options.groups)
+    if options.targets:
+        chosen = [GroupLengths(group.source, group.targets[: options.targets]) for group in chosen]
+    names = options.formulations or formulations.available(config, device)
+    mixed = dtype if dtype is not torch.float32 else None
+
+    torch.manual_seed(0)
+    setting = formulations.build_setting(
+        config if options.shape else options.model,
+        device=device,
+        dtype=dtype,
+        lora=options.lora,
+        beta=options.beta,
+        autocast=mixed,
+        checkpointing=options.gradient_checkpointing,
+    )
+    costs = flops.measure(config, options.lora)
+    rate = matmul_rate(device, dtype)
+    groups = lengths.draw_tokens(chosen, config.get_text_config().vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(
+            setting,
+            groups,
+            names,
+            rounds=options.rounds,
+            warmup=options.warmup,
+            folder=folder,
+            row_tokens=options.row_tokens,
+            call_tokens=options.call_tokens,
+        )
+    needed = math.fsum(needed_operations(costs, group) for group in chosen) / len(chosen)
+    counted = counted_ratios(costs, chosen, options.row_tokens)
+    name = options.shape or os.path.basename(options.model.rstrip("/"))
+    precision = str(dtype).removeprefix("torch.")
+    shown, records = table(
+        found,
+        chosen,
+        needed=needed,
+        rate=rate,
+        counted=counted,
+        title=(
+            f"{name}, {precision}, {'LoRA ' + str(options.lora) if options.lora else 'full'}: {len(chosen)} groups of "
+            f"{options.file or 'the file'}, {sum(len(g.targets) for g in chosen)} pairs, {options.rounds} rounds"
+        ),
+        note=f"matrix product: {rate / 1e12:.3g} TFLOP/s; needed per step: {needed / 1e12:.3g} TFLOP",
+    )
+    shown.show()
+    command.save(
+        options.out,
+        {
+            "model": name,
+            "random_weights": bool(options.shape),
+            "lora": options.lora,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "rounds": options.rounds,
+            "row_tokens": options.row_tokens,
+            "call_tokens": options.call_tokens,
+            "gradient_checkpointing": options.gradient_checkpointing,
+            "matmul_operations_per_second": rate,
+            "needed_operations_per_step": needed,
+            "counted_official_over": counted,
+            "lengths": [{"source": group.source, "targets": group.targets} for group in chosen],
+            "formulations": records,
+        },
+        precision=precision,
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)
