@@ -9,6 +9,7 @@ from typing import Any
 
 from mpo.errors import ConfigError
 from mpo.evaluation.answers import AnswerRow, Framing, make_answers
+from mpo.evaluation.bootstrap import check_settings
 from mpo.evaluation.engines import Generation, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, JudgeChoice, make_judge
 from mpo.evaluation.prompts import PromptSet
@@ -57,6 +58,7 @@ def measure_safety(
     Raises:
         MPOError: A model, a judge, a file or a setting cannot be used. What was computed before is kept.
     """
+    check_settings(confidence, resamples=10_000)
     generation = generation or Generation()
     framing = framing or Framing()
     folder = out / model_folder(model, name) / task.name / prompts.name

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mpo.errors import ConfigError, DataError, DependencyError, ModelError
+from mpo.evaluation.engines import Answer, Generation, ModelChoice, make_engine
+from mpo.evaluation.engines.local import LocalEngine
+from tests.evaluation.chat_server import ChatServer, serve
+from tests.evaluation.scripts import TEXTS
+from tests.tiny import random_text, save_tiny
+
+NEW = 12
+LANGUAGES = ("en", "zh", "ja", "ko", "ar", "bn", "sw")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "qwen2"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp("engines") / request.param)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("engines") / "llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    tuned = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def conversations(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
+    rng = random.Random(seed)
+    return [
+        [{"role": "user", "content": random_text(rng, rng.choice(LANGUAGES), rng.randint(1, 20))}]
+        for _ in range(count)
+    ]
+
+
+def engine(model: Path, adapter: Path | None = None, **options: Any) -> LocalEngine:
+    generation = options.pop("generation", Generation(NEW))
+    choice = ModelChoice(str(model), None if adapter is None else str(adapter), device="cpu", **options)
+    made = make_engine(choice, generation)
+    assert isinstance(made, LocalEngine)
+    return made
+
+
+def all_answers(made: LocalEngine, asked: list[Any], done: Any = ()) -> dict[int, Answer]:
+    found = list(made.generate(asked, done))
+    assert len({index for index, _ in found}) == len(found)
+    return dict(found)
+
+
+def tokens_one_by_one(
+    model: Path, adapter: Path | None, asked: list[Any]
+) -> tuple[list[list[int]], set[int]]:
+    """Greedy tokens from whole forward passes (no padding, no batch, no cache, no ``generate``), and what ends them."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    stops = set(GenerationConfig.from_pretrained(model).eos_token_id)
+    if adapter is not None:
+        plain = PeftModel.from_pretrained(plain, str(adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = []
+    for conversation in asked:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        written: list[int] = []
+        with torch.no_grad():
+            while len(written) < NEW and not stops.intersection(written):
+                written.append(int(plain(torch.tensor([ids + written])).logits[0, -1].argmax()))
+        found.append(written)
+    return found, stops
+
+
+def one_by_one(model: Path, adapter: Path | None, asked: list[Any]) -> dict[int, Answer]:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found, stops = tokens_one_by_one(model, adapter, asked)
+    return {
+        index: Answer(
+            tokenizer.decode([token for token in written if token not in stops], skip_special_tokens=True),
+            bool(stops.intersection(written)),
+        )
+        for index, written in enumerate(found)
+    }
+
+
+def test_greedy_answers_are_those_of_plain_forward_passes(family: Path) -> None:
+    asked = conversations(13)
+    for size in (1, 4, 16):
+        assert all_answers(engine(family, batch_size=size), asked) == one_by_one(family, None, asked)
+
+
+def test_an_adapter_takes_part(model: Path, adapter: Path) -> None:
+    asked = conversations(6)
+    found = all_answers(engine(model, adapter), asked)
+    assert found == one_by_one(model, adapter, asked)
+    assert found != one_by_one(model, None, asked)
+
+
+def test_an_answer_that_ends_by_itself_is_finished_and_without_its_stop_token(
+    model: Path, tmp_path: Path
+) -> None:
+    asked = conversations(8)
+    (written, *_), _ = tokens_one_by_one(model, None, asked)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # What the model happens to write becomes a stop token, named in generation_config.json only.
+    stop = next(token for place, token in enumerate(written) if place > 1 and token not in written[:place])
+    changed: Any = AutoModelForCausalLM.from_pretrained(model)
+    changed.generation_config.eos_token_id = [tokenizer.eos_token_id, stop]
+    changed.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = all_answers(engine(tmp_path), asked)
+    assert found == one_by_one(tmp_path, None, asked)
+    assert found[0] == Answer(tokenizer.decode(written[: written.index(stop)]), True)
+
+
+def test_decoding_is_what_was_asked_for_whatever_the_model_brings(model: Path, tmp_path: Path) -> None:
+    changed: Any = AutoModelForCausalLM.from_pretrained(model)
+    changed.generation_config.update(
+        repetition_penalty=5.0, do_sample=True, temperature=9.0, min_new_tokens=5
+    )
+    changed.generation_config.save_pretrained(tmp_path)
+    plain = all_answers(engine(model), conversations(4))
+    changed.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    assert all_answers(engine(tmp_path), conversations(4)) == plain
+
+
+@pytest.mark.parametrize("generation", [Generation(NEW), Generation(NEW, temperature=1.5, top_p=0.9, seed=3)])
+def test_answers_do_not_depend_on_what_is_there_already(model: Path, generation: Generation) -> None:
+    asked = conversations(23)
+    whole = all_answers(engine(model, batch_size=5, generation=generation), asked)
+    assert sorted(whole) == list(range(23))
+    rng = random.Random(1)
+    for _ in range(4):
+        done = set(rng.sample(range(23), rng.randint(1, 23)))
+        rest = all_answers(engine(model, batch_size=5, generation=generation), asked, done)
+        assert rest == {index: answer for index, answer in whole.items() if index not in done}
+
+
+def test_sampling_has_a_seed_and_leaves_that_of_others_alone(model: Path) -> None:
+    asked = conversations(6)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    drawn = [
+        all_answers(engine(model, generation=Generation(NEW, temperature=1.0, seed=seed)), asked)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.rand(3), expected)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != all_answers(engine(model), asked)
+
+
+def test_low_temperatures_and_small_shares_of_the_mass_approach_greedy(model: Path) -> None:
+    asked = conversations(6)
+    greedy = all_answers(engine(model), asked)
+    assert all_answers(engine(model, generation=Generation(NEW, temperature=1e-4)), asked) == greedy
+    assert (
+        all_answers(engine(model, generation=Generation(NEW, temperature=1.0, top_p=1e-6)), asked) == greedy
+    )
+
+
+def test_texts_in_many_scripts_reach_the_model_as_they_are(model: Path) -> None:
+    made = engine(model)
+    batches = made._plan([[{"role": "user", "content": text}] for text in TEXTS.values()])
+    read = {index: ids for batch in batches for index, ids in zip(batch.indices, batch.prompts, strict=True)}
+    for index, text in enumerate(TEXTS.values()):
+        assert text.strip() in made.tokenizer.decode(read[index])
+
+
+def test_nothing_is_loaded_where_nothing_is_left(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(model)
+    monkeypatch.setattr(made, "_load", lambda: pytest.fail("loads the weights"))
+    assert all_answers(made, conversations(3), range(3)) == {}
+
+
+def test_settings_tell_models_adapters_and_decoding_apart(model: Path, adapter: Path, tmp_path: Path) -> None:
+    same = engine(model).settings()
+    assert engine(model).settings() == same
+    assert engine(model, generation=Generation(NEW, seed=5)).settings() == same  # greedy has no use for it
+    other = save_tiny("llama", tmp_path / "other", seed=1)
+    made = [
+        engine(other),
+        engine(model, adapter),
+        engine(model, batch_size=3),
+        engine(model, dtype="bfloat16"),
+        engine(model, generation=Generation(NEW + 1)),
+        engine(model, generation=Generation(NEW, temperature=1.0)),
+        engine(model, generation=Generation(NEW, temperature=1.0, seed=5)),
+        engine(model, chat_template="{{ messages[0]['content'] }}"),
+    ]
+    seen = [str(each.settings()) for each in made]
+    assert str(same) not in seen and len(set(seen)) == len(seen)
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_loaded(model: Path) -> None:
+    asked = [*conversations(2), [{"role": "user", "content": "open the window " * 3000}]]
+    with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens.*4096 positions"):
+        all_answers(engine(model), asked)
+
+
+def test_a_template_that_refuses_a_system_turn_is_a_clear_error(tmp_path: Path) -> None:
+    model = save_tiny("gemma2", tmp_path / "gemma2")
+    asked = [[{"role": "system", "content": "x"}, *conversations(1)[0]]]
+    with pytest.raises(DataError, match="no `system_prompt`"):
+        all_answers(engine(model), asked)
+
+
+def test_memory_that_does_not_suffice_is_a_clear_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(model, batch_size=2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(made._load(), "generate", full)
+    with pytest.raises(ModelError, match=r"Lower `batch_size` \(2\)"):
+        all_answers(made, conversations(3))
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}]
+)
+def test_impossible_decoding_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Generation(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "gpu"}, "expected transformers, vllm, server"),
+        ({"engine": "server"}, "needs the server's base URL"),
+        ({"url": "http://h"}, "no other engine takes one"),
+        ({"engine": "server", "url": "http://h", "adapter": "a"}, "--lora-modules"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelChoice("m", **options)
+
+
+# ---- Server ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_gets_the_decoding_and_one_seed_per_prompt() -> None:
+    asked = conversations(4)
+    with serve(ChatServer(reply=lambda body: body["messages"][0]["content"][::-1])) as server:
+        choice = ModelChoice("tiny", engine="server", url=server.url, concurrency=2)
+        greedy = dict(make_engine(choice, Generation(9)).generate(asked, {1}))
+        assert greedy == {n: Answer(asked[n][0]["content"][::-1], True) for n in (0, 2, 3)}
+        assert all(
+            {name: body[name] for name in body if name != "messages"}
+            == {"model": "tiny", "max_tokens": 9, "temperature": 0.0}
+            for body in server.requests
+        )
+        server.requests.clear()
+        list(make_engine(choice, Generation(9, temperature=0.7, top_p=0.5, seed=40)).generate(asked, {1}))
+    assert sorted(body["seed"] for body in server.requests) == [40, 42, 43]
+    assert {(body["temperature"], body["top_p"]) for body in server.requests} == {(0.7, 0.5)}
+
+
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands where vLLM would, with the part of its interface that is used, and writes down what it is told."""
+    told = SimpleNamespace(options=None, calls=[])
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            told.options = options
+
+        def generate(self, prompts: Any, sampling: Any, *, lora_request: Any, use_tqdm: bool) -> Any:
+            told.calls.append((prompts, sampling, lora_request))
+            reason = ["stop", "length"]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(text=f"answer {n}", finish_reason=reason[n % 2])])
+                for n, _ in enumerate(prompts)
+            ]
+
+    top: Any = ModuleType("vllm")
+    top.LLM, top.__version__ = LLM, "0.0"
+    top.SamplingParams = lambda **options: options
+    request: Any = ModuleType("vllm.lora.request")
+    request.LoRARequest = lambda *words: words
+    for name, module in (
+        ("vllm", top),
+        ("vllm.lora", ModuleType("vllm.lora")),
+        ("vllm.lora.request", request),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+def test_vllm_gets_the_prompts_tokens_the_decoding_and_the_adapter(
+    vllm: SimpleNamespace, model: Path, adapter: Path
+) -> None:
+    asked = conversations(4)
+    choice = ModelChoice(str(model), str(adapter), engine="vllm")
+    made = make_engine(choice, Generation(9, temperature=0.7, top_p=0.5, seed=40))
+    found = dict(made.generate(asked, {1}))
+    assert found == {0: Answer("answer 0", True), 2: Answer("answer 1", False), 3: Answer("answer 2", True)}
+    ((prompts, sampling, lora),) = vllm.calls
+    local = engine(model)
+    read = {
+        i: ids for batch in local._plan(asked) for i, ids in zip(batch.indices, batch.prompts, strict=True)
+    }
+    assert [prompt["prompt_token_ids"] for prompt in prompts] == [read[0], read[2], read[3]]
+    assert [each["seed"] for each in sampling] == [40, 42, 43]
+    assert sampling[0] == {"max_tokens": 9, "temperature": 0.7, "top_p": 0.5, "seed": 40}
+    assert lora == ("adapter", 1, str(adapter))
+    assert vllm.options["enable_lora"] and vllm.options["max_lora_rank"] == 16
+    assert made.settings() != make_engine(replace(choice, adapter=None), made.generation).settings()  # type: ignore[attr-defined]
+
+
+def test_without_vllm_the_error_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(DependencyError, match=r'pip install "mpo-align\[vllm\]"'):
+        make_engine(ModelChoice(str(model), engine="vllm"), Generation())
