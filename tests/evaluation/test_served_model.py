@@ -121,7 +121,8 @@ def test_a_model_behind_a_server_is_read_as_a_judge(url: str, demo_model: Path, 
         "llm", model=str(demo_model), url=url, prompt=str(prompt), request={"max_tokens": 12}
     )
     exchanges = [
-        Exchange("", text, "en") for text in ("Verdict: unsafe", "Verdict: safe", "The weather is nice today.")
+        Exchange("", text, "en")
+        for text in ("Verdict: unsafe", "Verdict: safe", "The weather is nice today.")
     ]
     verdicts = dict(make_judge(choice, ATTACK).judge(exchanges))
     assert [verdicts[n].verdict for n in range(3)] == ["unsafe", "safe", UNPARSED]
