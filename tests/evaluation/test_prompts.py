@@ -240,7 +240,7 @@ def test_two_prompts_with_one_id_are_refused(tmp_path: Path) -> None:
         ('[{"a": 1}]', "no column with prompts"),
         ("[1]", "expected an object"),
         ("[]", "no prompt is left|empty"),
-        ("{", "JSON"),
+        ("{", "the file is truncated"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_a_clear_error(tmp_path: Path, content: str, message: str) -> None:
