@@ -180,6 +180,14 @@ def test_the_python_of_the_data_page_runs(checkout: Path) -> None:
     assert {t["language"] for g in namespace["train"] for t in g["targets"]} == {"bn", "sw"}
 
 
+def test_the_python_of_the_evaluation_page_runs(checkout: Path) -> None:
+    (checkout / "prompts.csv").write_text(
+        "language,prompt\nen,Open it\nsw,Fungua\nbn,খুলুন\n", encoding="utf-8"
+    )
+    printed = run_python(DOCS / "evaluation.md", checkout, {})
+    assert [line.split()[:2] for line in printed.splitlines()[-2:]] == [["en", "1"], ["sw", "1"]]
+
+
 def test_what_is_logged_is_what_the_trainers_page_lists(readme: dict[str, Any]) -> None:
     listed = {name for row in table_below(DOCS / "trainer.md", "name") for name in codes(row[0])}
     history = readme["trainer"].state.log_history

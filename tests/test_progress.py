@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from mpo.config import MPOConfig
-from mpo.progress import TrainingProgress, duration, quiet_libraries
+from mpo.progress import CountProgress, TrainingProgress, duration, quiet_libraries
 
 
 @pytest.fixture
@@ -102,3 +102,18 @@ def test_deepspeed_is_quiet_although_it_sets_its_own_level_when_it_is_imported(c
     logger.removeHandler(caplog.handler)
     messages = [record.getMessage() for record in caplog.records]
     assert "trouble" in messages and "chatter" not in messages
+
+
+def test_counts_are_lines_off_a_terminal_and_the_last_is_always_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("mpo.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with CountProgress("Answering", 23, done=3, unit="prompt", stream=stream) as progress:
+        for _ in range(20):
+            progress.advance()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Answering: 6/23 prompts, 34 s left"
+    assert lines[-1] == "Answering: 23/23 prompts"
+    assert 3 <= len(lines) <= 10

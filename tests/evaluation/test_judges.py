@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo.data import load_groups
 from mpo.data.refusals import refusal_languages
 from mpo.errors import ConfigError, DependencyError, ServerError
 from mpo.evaluation import chat_client
@@ -438,3 +439,22 @@ def test_without_the_client_library_the_error_says_what_to_install(monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "httpx2", None)
     with pytest.raises(DependencyError, match="pip install httpx2"):
         make_judge(JudgeChoice("llm", model="m", url="http://localhost:1"), ATTACK)
+
+
+def test_phrases_agree_with_the_sides_of_the_published_pairs(data_folder: Path) -> None:
+    """In the paper's pairs for Gemma, chosen answers refuse and rejected ones comply, with few exceptions."""
+    counts: dict[str, list[int]] = {}
+    judge = make_judge(JudgeChoice(), ATTACK)
+    for group in load_groups(data_folder / "mpo" / "gemma_mpo_data.json").groups:
+        for pair in [group["source"], *group["targets"]]:
+            sides = [
+                Exchange("?", pair[side][0]["content"], pair["language"]) for side in ("chosen", "rejected")
+            ]
+            found = counts.setdefault(pair["language"], [0, 0, 0])
+            for index, verdict in judge.judge(sides):
+                found[index] += verdict.verdict == "safe"
+            found[2] += 1
+    assert sorted(counts) == ["ar", "bn", "en", "ja", "ko", "sw", "zh"]
+    for code, (chosen, rejected, pairs) in counts.items():
+        assert chosen >= 0.8 * pairs, code
+        assert rejected <= 0.05 * pairs, code
