@@ -98,7 +98,12 @@ def _add_engine_options(group: Any) -> None:
     )
     group.add_argument("--url", help="base URL of an OpenAI-compatible server, http://localhost:8000/v1")
     group.add_argument("--key_variable", metavar="NAME", help="environment variable with the server's key")
-    group.add_argument("--concurrency", type=int, default=8, help="requests at the same time (default 8)")
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        default=8,
+        help="requests to a server at the same time, also to a judge (default 8)",
+    )
     group.add_argument(
         "--timeout", type=float, default=600.0, help="seconds to wait for a server (default 600)"
     )
@@ -133,6 +138,9 @@ def _add_judge_options(group: Any, prefix: str, default: str | None) -> None:
         help="how a guard is asked (default: from its name)",
     )
     group.add_argument(f"--{prefix}_request", metavar="JSON", help="further fields of each request to an llm")
+    group.add_argument(
+        f"--{prefix}_timeout", type=float, default=120.0, help="seconds to wait for an llm (default 120)"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -209,7 +217,14 @@ def _judge(arguments: argparse.Namespace, prefix: str) -> JudgeChoice | None:
         return None
     if given["request"] is not None:
         given["request"] = _json_object(given["request"], f"--{prefix}_request")
-    return JudgeChoice(kind, **given)
+    return JudgeChoice(
+        kind,
+        **given,
+        concurrency=arguments.concurrency,
+        timeout=getattr(arguments, f"{prefix}_timeout"),
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+    )
 
 
 def _json_object(text: str, option: str) -> dict[str, Any]:

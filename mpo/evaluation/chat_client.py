@@ -31,6 +31,7 @@ OPENAI_KEY = "OPENAI_API_KEY"
 _TRY_AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _LONGEST_DEMANDED_WAIT = 300.0  # seconds; what a server's Retry-After may ask for
+_REJECTIONS_WITHOUT_REPLY = 20  # after so many, the requests are at fault and not the texts in them
 
 
 class RejectedRequest(ServerError):
@@ -141,13 +142,23 @@ class ChatClient:
         )
 
     def for_all(
-        self, items: Sequence[Item], work: Callable[[Item], Result]
+        self, items: Sequence[Item], work: Callable[[Item], Result], *, accepted: bool = False
     ) -> Iterator[tuple[Item, Result | RejectedRequest]]:
         """Calls ``work``, which asks this client, on every item, several at a time; yields results as they come.
 
-        A request that the server rejects is yielded as its error. Any other error ends the work: nothing new is begun,
-        what was under way is still yielded, then the error is raised.
+        A request that the server rejects is yielded as its error, once the server has accepted any other: one that
+        rejects all is wrongly set up. That, and any other error, ends the work: nothing new is begun, what was under
+        way is still yielded, then the error is raised.
+
+        Args:
+            items: What to work on.
+            work: Called with one item, in a thread.
+            accepted: The server is known to accept such requests.
+
+        Raises:
+            ServerError: See above.
         """
+        rejected: list[tuple[Item, RejectedRequest]] = []
         self._stopped.clear()
         waiting = iter(items)
         under_way: dict[Future[Result], Item] = {}
@@ -168,14 +179,21 @@ class ChatClient:
                     item = under_way.pop(future)
                     error = future.exception()
                     if error is None:
+                        accepted = True
                         yield item, future.result()
-                    elif isinstance(error, RejectedRequest):
-                        yield item, error
+                    elif isinstance(error, RejectedRequest) and (
+                        accepted or len(rejected) < _REJECTIONS_WITHOUT_REPLY
+                    ):
+                        rejected.append((item, error))
                     else:
                         failure = failure or error
                         self._stopped.set()
+                if accepted:
+                    yield from rejected
+                    rejected.clear()
                 if failure is None:
                     begin()
+            failure = failure or (rejected[0][1] if rejected else None)
             if failure is not None:
                 raise failure
         finally:

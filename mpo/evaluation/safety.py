@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.errors import ConfigError
-from mpo.evaluation.answers import AnswerRow, Framing, make_answers
+from mpo.evaluation.answers import Framing, make_answers
 from mpo.evaluation.bootstrap import check_settings
 from mpo.evaluation.engines import Generation, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, JudgeChoice, make_judge
@@ -102,7 +102,7 @@ def measure_safety(
             "agreement": None if kappa is None else vars(kappa),
         }
         notes.append(_agreement_note(judges[1], kappa, unparsed(verdicts[1])))
-    _finish(result, folder, model)
+    _finish(result, folder, model, prompts)
     print()
     table.show(
         f"{task.title}: {folder.parent.parent.name} on {prompts.name}, judged by {judges[0].label}", notes
@@ -173,12 +173,10 @@ def _agreement_note(judge: Judge, kappa: Kappa | None, unread: int) -> str:
     )
 
 
-def _finish(result: dict[str, Any], folder: Path, model: ModelChoice) -> None:
+def _finish(result: dict[str, Any], folder: Path, model: ModelChoice, prompts: PromptSet) -> None:
     from mpo.report.files import write_json
     from mpo.report.provenance import collect
 
     name = model.model if model.engine != "server" else None
-    write_json(folder / RESULT, {**result, "provenance": collect(base_model=name)})
-
-
-__all__ = ["RESULT", "AnswerRow", "measure_safety", "model_folder"]
+    provenance = collect(base_model=name, data_fingerprint=prompts.fingerprint)
+    write_json(folder / RESULT, {**result, "provenance": provenance})

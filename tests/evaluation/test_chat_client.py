@@ -181,3 +181,26 @@ def test_what_was_under_way_when_the_server_failed_is_not_lost() -> None:
                 kept.append(n)
     assert sorted(map(str, kept)) == sorted(server.answered)
     assert {0, 1} <= set(kept) and len(kept) < 10
+
+
+def test_a_quick_rejection_is_not_taken_for_a_server_that_rejects_all() -> None:
+    def reply(body: dict[str, Any]) -> str:
+        time.sleep(0.2)
+        return "done"
+
+    def fault(_: int, body: dict[str, Any]) -> str | None:
+        return "400" if int(body["messages"][0]["content"]) % 3 == 0 else None
+
+    with serve(ChatServer(reply=reply, fault=fault)) as server:
+        asked = client(server, concurrency=4)
+        found = dict(asked.for_all(range(9), lambda n: asked.ask([{"role": "user", "content": str(n)}], {})))
+    assert {n for n, outcome in found.items() if isinstance(outcome, RejectedRequest)} == {0, 3, 6}
+    assert len(found) == 9
+
+
+def test_a_server_that_rejects_all_is_not_asked_for_ever() -> None:
+    with serve(ChatServer(fault=lambda *_: "422")) as server:
+        asked = client(server, concurrency=4)
+        with pytest.raises(RejectedRequest, match="422"):
+            list(asked.for_all(range(500), lambda n: asked.ask(HELLO, {})))
+    assert len(server.requests) < 40

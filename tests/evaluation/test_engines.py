@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from mpo.errors import ConfigError, DataError, DependencyError, ModelError
+from mpo.errors import ConfigError, DataError, DependencyError, ModelError, ServerError
 from mpo.evaluation.engines import Answer, Generation, ModelChoice, make_engine
 from mpo.evaluation.engines.local import LocalEngine
+from mpo.evaluation.engines.vllm import _rank_for
 from tests.evaluation.chat_server import ChatServer, serve
 from tests.evaluation.scripts import TEXTS
 from tests.tiny import random_text, save_tiny
@@ -328,6 +329,7 @@ def test_vllm_gets_the_prompts_tokens_the_decoding_and_the_adapter(
     assert sampling[0] == {"max_tokens": 9, "temperature": 0.7, "top_p": 0.5, "seed": 40}
     assert lora == ("adapter", 1, str(adapter))
     assert vllm.options["enable_lora"] and vllm.options["max_lora_rank"] == 16
+    assert [_rank_for(rank) for rank in (1, 16, 17, 24, 64, 65)] == [16, 16, 32, 32, 64, 128]
     assert made.settings() != make_engine(replace(choice, adapter=None), made.generation).settings()  # type: ignore[attr-defined]
 
 
@@ -335,3 +337,18 @@ def test_without_vllm_the_error_names_the_extra(model: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(DependencyError, match=r'pip install "mpo-align\[vllm\]"'):
         make_engine(ModelChoice(str(model), engine="vllm"), Generation())
+
+
+def test_prompts_that_a_server_rejects_are_named_when_all_others_are_answered() -> None:
+    asked = conversations(6)
+
+    def fault(_: int, body: dict[str, Any]) -> str | None:
+        return "400" if body["messages"] == asked[1] else None
+
+    kept = []
+    with serve(ChatServer(reply=lambda body: "x", fault=fault)) as server:
+        made = make_engine(ModelChoice("m", engine="server", url=server.url, concurrency=2), Generation())
+        with pytest.raises(ServerError, match="1 of 6 prompts are rejected"):
+            for index, _ in made.generate(asked, {4}):
+                kept.append(index)
+    assert sorted(kept) == [0, 2, 3, 5]

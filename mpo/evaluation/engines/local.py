@@ -64,12 +64,17 @@ class LocalEngine:
         self.attention = pick_attention(self.config, choice.attn_implementation, layout="padded", gpu=True)
         self._model: Any = None
         self._stops: list[int] = []
+        self._identity: dict[str, Any] | None = None
 
     def settings(self) -> dict[str, Any]:
+        if self._identity is None:  # reads every byte of the weights
+            self._identity = {
+                "model": model_identity(self.source, self.config),
+                "adapter": adapter_identity(self.choice.adapter, self.choice.adapter_revision),
+            }
         return {
             "engine": "transformers",
-            "model": model_identity(self.source, self.config),
-            "adapter": adapter_identity(self.choice.adapter, self.choice.adapter_revision),
+            **self._identity,
             "chat_template": template_identity(self.tokenizer),
             "dtype": self.dtype,
             "device": self.device.type,

@@ -42,12 +42,19 @@ class ServerEngine:
         def ask(index: int) -> Reply:
             return self.client.ask(conversations[index], self._parameters(index))
 
-        for index, reply in self.client.for_all(missing, ask):
+        rejected: list[tuple[int, RejectedRequest]] = []
+        for index, reply in self.client.for_all(missing, ask, accepted=bool(done)):
             if isinstance(reply, RejectedRequest):
-                raise ServerError(
-                    f"The server does not answer prompt {index}, so no rate can be given. {reply}"
-                ) from reply
-            yield index, Answer(reply.text, reply.finish_reason != "length")
+                rejected.append((index, reply))
+            else:
+                yield index, Answer(reply.text, reply.finish_reason != "length")
+        if rejected:
+            index, error = rejected[0]
+            text = conversations[index][-1]["content"]
+            raise ServerError(
+                f"{len(rejected)} of {len(conversations)} prompts are rejected, so no rate can be given; the other answers are "
+                f"kept. The first begins with {text[:60]!r}: {error}"
+            ) from error
 
     def close(self) -> None:
         self.client.close()

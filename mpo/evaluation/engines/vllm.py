@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from mpo.errors import DependencyError
+from mpo.errors import ConfigError, DependencyError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation
 from mpo.evaluation.engines.factory import ModelChoice
 from mpo.evaluation.engines.identity import adapter_identity, model_identity
@@ -14,7 +14,7 @@ from mpo.evaluation.engines.rendering import render, template_identity
 from mpo.model import ModelSource, adapter_settings, load_config, load_tokenizer
 
 _AT_ONCE = 256  # conversations handed over together: enough to fill vLLM's batches, and few to lose
-_LARGEST_RANK = 16  # of an adapter, unless vLLM is told otherwise
+_LEAST_RANK = 16  # vLLM makes room for adapters of ranks that are powers of two
 
 
 class VLLMEngine:
@@ -27,7 +27,12 @@ class VLLMEngine:
         self.tokenizer = load_tokenizer(self.source, choice.chat_template)
         self.rank = 0
         if choice.adapter is not None:
-            self.rank = int(adapter_settings(choice.adapter, revision=choice.adapter_revision).get("r", 0))
+            found = adapter_settings(choice.adapter, revision=choice.adapter_revision)
+            if found["peft_type"] != "LORA":
+                raise ConfigError(
+                    f"engine: vLLM takes LoRA adapters, and {choice.adapter} is {found['peft_type']}. Take `transformers`."
+                )
+            self.rank = int(found.get("r", 0))
         self._vllm = _import_vllm()
         self._llm: Any = None
 
@@ -67,7 +72,7 @@ class VLLMEngine:
         if self._llm is None:
             options: dict[str, Any] = {}
             if self.choice.adapter is not None:
-                options = {"enable_lora": True, "max_lora_rank": max(self.rank, _LARGEST_RANK)}
+                options = {"enable_lora": True, "max_lora_rank": _rank_for(self.rank)}
             self._llm = self._vllm.LLM(
                 model=self.choice.model,
                 revision=self.choice.revision,
@@ -93,6 +98,11 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         return LoRARequest("adapter", 1, _local_folder(self.choice.adapter, self.choice.adapter_revision))
+
+
+def _rank_for(rank: int) -> int:
+    """The least rank that vLLM can make room for and that holds the adapter's."""
+    return max(_LEAST_RANK, 1 << (rank - 1).bit_length())
 
 
 def _local_folder(adapter: str, revision: str | None) -> str:

@@ -54,7 +54,6 @@ class LLMJudge:
             concurrency=choice.concurrency,
         )
         self.cache = None if choice.cache is None else ReplyCache(Path(choice.cache))
-        self._anything_answered = False
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -83,17 +82,15 @@ class LLMJudge:
             if reply is None:
                 missing.append(key)
                 continue
-            self._anything_answered = True
             yield from ((index, self._verdict(reply)) for index in indices)
-        for key, outcome in self.client.for_all(missing, lambda key: self._ask(key, contents[key])):
+        asked = self.client.for_all(
+            missing, lambda key: self._ask(key, contents[key]), accepted=len(missing) < len(places)
+        )
+        for key, outcome in asked:
+            # A text that a filter or a limit of the server keeps out is an answer without a verdict.
             if isinstance(outcome, RejectedRequest):
-                # One text that a filter or a limit keeps out is an answer without a verdict. A server that takes none is
-                # wrongly set up.
-                if not self._anything_answered:
-                    raise outcome
                 verdict = Verdict(UNPARSED, str(outcome))
             else:
-                self._anything_answered = True
                 verdict = self._verdict(outcome)
             yield from ((index, verdict) for index in places[key])
 
