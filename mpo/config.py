@@ -121,6 +121,11 @@ class MPOConfig(DPOConfig):
             Split a micro-batch of more tokens into several model calls, each with its backward pass: the same gradient
             from less memory. Unset: 1024 on a CPU, no limit on an accelerator. For a single process without DeepSpeed
             or FSDP.
+        gradient_checkpointing (`bool`, *optional*):
+            Recompute activations in the backward pass, which takes about a third more work and a fraction of the memory.
+            Unset, the trainer decides before the first step: on under DeepSpeed and FSDP, off on a CPU, and on one
+            accelerator or under DDP on where weights, gradients, AdamW's moments and the activations of the largest
+            micro-batch take more than 90 % of its memory less 3 GB (:func:`mpo.memory.step_needs_checkpointing`).
         per_device_train_batch_size (`int`, *optional*, defaults to `1`):
             *Groups* (sources with all their targets) per device and micro-batch.
 
@@ -133,7 +138,7 @@ class MPOConfig(DPOConfig):
             Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 32768 on an accelerator.
 
     > [!NOTE]
-    > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` off (on), `bf16` on only where
+    > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` by need (on), `bf16` on only where
     > the hardware has it (always), `learning_rate` 1e-6 as there, `lr_scheduler_type` cosine, `warmup_steps` 0.1 (a
     > ratio), `logging_nan_inf_filter` off (it hides a NaN), `logging_steps` 1, `remove_unused_columns` off,
     > `per_device_train_batch_size` 1, `num_train_epochs` 2.
@@ -200,7 +205,8 @@ class MPOConfig(DPOConfig):
         default=None, metadata={"help": "bf16 mixed precision. Unset: on where the accelerator has it."}
     )
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Trade compute for memory. Off unless asked for."}
+        default=None,
+        metadata={"help": "Trade compute for memory. Unset: on where the step would not fit otherwise."},
     )
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "Groups per device and micro-batch."}
@@ -233,6 +239,9 @@ class MPOConfig(DPOConfig):
                 and torch.cuda.is_available()
                 and torch.cuda.is_bf16_supported()
             )
+        self.decide_checkpointing = (
+            self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None
+        )
         # transformers renamed the option; the old name is what users and recipes know, so it is passed on silently.
         if "activation_checkpointing" in {f.name for f in fields(self)}:
             if self.gradient_checkpointing is not None and self.activation_checkpointing is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo.compute import check_compute_options, is_installed, require_package
 from mpo.data import BadRow, LoadedGroups, language_name, load_groups, split_by_source
 from mpo.errors import ConfigError, DataError, DependencyError, ModelError, StorageError
 from mpo.evaluation.reward_gap import sort_languages
@@ -168,7 +168,7 @@ def make_plan(recipe: Recipe, *, for_real: bool = True) -> Plan:
         notes.append(
             f"{shared} of the prompts of `eval_dataset` are also trained on, which flatters the result"
         )
-    if for_real and not _installed("matplotlib"):
+    if for_real and not is_installed("matplotlib"):
         notes.append("no plots will be drawn: matplotlib is not installed (`pip install 'mpo-align[plots]'`)")
     size = _checkpoint_sizes(plan)
     plan.facts = _facts(plan, tokens, size)
@@ -254,46 +254,21 @@ def check_packages(recipe: Recipe, *, for_real: bool = True) -> None:
 
     Raises:
         DependencyError: one is not.
+        ConfigError: a setting means nothing on this device.
     """
     model, training = recipe.model, recipe.training
-    optimizer = str(getattr(training.optim, "value", training.optim))
-    for key, wanted in (
-        ("load_in_4bit", model.load_in_4bit),
-        ("load_in_8bit", model.load_in_8bit),
-        (f"optim: {optimizer}", "8bit" in optimizer or "bnb" in optimizer or optimizer.startswith("paged_")),
-    ):
-        if not wanted:
-            continue
-        _require("bitsandbytes", key, "quantization")
-        if for_real and not torch.cuda.is_available():
-            raise DependencyError(
-                f"`{key}` needs bitsandbytes with a GPU, and this machine has none that torch can use. Remove the "
-                "setting, or train on a machine with a GPU."
-            )
-    if training.use_liger_kernel:
-        _require("liger_kernel", "use_liger_kernel", "liger")
+    check_compute_options(
+        training, load_in_4bit=model.load_in_4bit, load_in_8bit=model.load_in_8bit, for_real=for_real
+    )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        _require("deepspeed", "the Accelerate configuration", "deepspeed")
+        require_package("deepspeed", "the Accelerate configuration", "deepspeed")
     for tracker in training.report_to or []:
         packages = _TRACKER_PACKAGES.get(str(tracker))
-        if packages is not None and not any(_installed(package) for package in packages):
+        if packages is not None and not any(is_installed(package) for package in packages):
             raise DependencyError(
                 f"`report_to` names {tracker}, but {packages[0]} is not installed. Install it with "
                 f"`pip install {packages[0].replace('_', '-')}`, or set `report_to: none`."
             )
-
-
-def _require(module: str, setting: str, extra: str) -> None:
-    if not _installed(module):
-        name = module.replace("_", "-")
-        raise DependencyError(
-            f"`{setting}` needs the package {name}, which is not installed. Install it with `pip install {name}` or "
-            f"`pip install 'mpo-align[{extra}]'`, or remove the setting."
-        )
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -46,6 +46,7 @@ from mpo.checkpoints import (
 )
 from mpo.citations import MPO_BIBTEX
 from mpo.collapse import CollapseDetector
+from mpo.compute import check_compute_options
 from mpo.config import MPOConfig
 from mpo.data import as_groups
 from mpo.errors import (
@@ -61,6 +62,7 @@ from mpo.evaluation.records import Scores
 from mpo.head import attach_reward_gap_head
 from mpo.layout import CALL_TOKENS, batch_shape, usable_layout
 from mpo.loss import mpo_loss, reward_gap, reward_gap_loss
+from mpo.memory import device_memory, step_needs_checkpointing
 from mpo.messages import get_logger
 from mpo.model import ModelSource, load_config, load_model, load_tokenizer, pick_attention
 from mpo.reference import (
@@ -196,11 +198,13 @@ class MPOTrainer(DPOTrainer):
                 "`ref_model` is the model itself. Leave it out: the reference is the starting policy."
             )
 
-        if args.activation_offloading and not torch.accelerator.is_available():
-            raise ConfigError(
-                "`activation_offloading` moves activations from an accelerator to the CPU's memory, and there is no "
-                "accelerator here. Remove it; `gradient_checkpointing: true` saves memory anywhere."
-            )
+        check_compute_options(
+            args,
+            load_in_4bit=getattr(quantization_config, "load_in_4bit", False),
+            load_in_8bit=getattr(quantization_config, "load_in_8bit", False),
+        )
+        if args.decide_checkpointing and _sharded(args):
+            _recompute_activations(args)
         set_seed(args.seed)
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
@@ -295,6 +299,7 @@ class MPOTrainer(DPOTrainer):
             max_tokens_per_call=self._tokens_per_call(),
         )
         self._weigh_languages(self.train_dataset)
+        self._decide_checkpointing()
         self._sums = torch.zeros((len(self.languages), 8), device=self.accelerator.device)
         self._last_log: tuple[float, int] | None = None
         self._step_loss: Tensor | None = None
@@ -384,6 +389,45 @@ class MPOTrainer(DPOTrainer):
         if isinstance(data, Tensor):
             return data.to(self.accelerator.device, non_blocking=True)
         return super()._prepare_input(data)
+
+    def _decide_checkpointing(self) -> None:
+        """Recompute activations where memory asks for it, unless the user has said whether to."""
+        memory = device_memory(self.accelerator.device)
+        if not self.args.decide_checkpointing or memory is None or _sharded(self.args):
+            return
+        groups = np.sort(
+            group_tokens(
+                self.train_dataset, run_source=self.args.retain_weight > 0, layout=self._shape.layout
+            )
+        )
+        tokens = int(groups[-self._train_batch_size :].sum())
+        if self.args.max_tokens_per_batch is not None:
+            tokens = max(int(groups[-1]), min(self.args.max_tokens_per_batch, int(groups.sum())))
+        compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+        try:
+            needed = step_needs_checkpointing(
+                self.model,
+                tokens=min(tokens, self._tokens_per_call() or tokens),
+                max_tokens_per_row=self._shape.max_tokens_per_row,
+                compute=compute or self.model.dtype,
+                device_bytes=memory,
+            )
+        except (
+            Exception
+        ) as error:  # an estimate must not stop a run: the model may have parts that need real tensors
+            logger.warning(
+                f"The memory of a step cannot be estimated ({type(error).__name__}), so activations are kept. Set "
+                "`gradient_checkpointing: true` if it does not fit."
+            )
+            return
+        if needed:
+            logger.warning(
+                f"Activations are recomputed: a micro-batch of {tokens} tokens would not fit into {memory / 1e9:.0f} GB "
+                "otherwise. `gradient_checkpointing: false` insists on keeping them."
+            )
+            _recompute_activations(self.args)
+            if hasattr(self.model, "peft_config"):
+                self.model.enable_input_require_grads()
 
     def _tokens_per_call(self) -> int | None:
         wanted = self.args.max_tokens_per_call
@@ -1018,6 +1062,18 @@ class MPOTrainer(DPOTrainer):
 
 
 # ---- Parts of the constructor ---------------------------------------------------------------------------------------
+
+
+def _sharded(args: MPOConfig) -> bool:
+    """Whether DeepSpeed or FSDP divides the model over ranks."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    return bool(getattr(args, "deepspeed_plugin", None) or args.fsdp or fsdp)
+
+
+def _recompute_activations(args: MPOConfig) -> None:
+    args.gradient_checkpointing = True
+    if hasattr(args, "activation_checkpointing"):  # its name in later versions of transformers
+        args.activation_checkpointing = True
 
 
 @contextmanager

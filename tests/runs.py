@@ -41,7 +41,16 @@ def lora(**settings: Any) -> LoraConfig:
 
 def trainer(model: Any, folder: Path, rows: Any = None, **arguments: Any) -> MPOTrainer:
     """A trainer; arguments that it does not take itself are settings."""
-    own = ("ref_model", "eval_dataset", "processing_class", "callbacks", "peft_config", "optimizers", "kind")
+    own = (
+        "ref_model",
+        "eval_dataset",
+        "processing_class",
+        "callbacks",
+        "peft_config",
+        "quantization_config",
+        "optimizers",
+        "kind",
+    )
     given = {name: arguments.pop(name) for name in own if name in arguments}
     kind = given.pop("kind", MPOTrainer)
     return kind(

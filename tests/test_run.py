@@ -178,6 +178,11 @@ def test_adapter_modules_that_do_not_exist_are_named_with_those_that_do(make, no
     refused(make(**LORA, lora_modules_to_save=["lm_head"]), ConfigError, "lm_head")
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    for module in ("mpo.plan", "mpo.compute"):
+        monkeypatch.setattr(f"{module}.is_installed", answer)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -187,7 +192,10 @@ def test_adapter_modules_that_do_not_exist_are_named_with_those_that_do(make, no
         ),
         ({"load_in_8bit": True, **LORA}, "bitsandbytes"),
         ({"optim": "adamw_bnb_8bit"}, "`optim: adamw_bnb_8bit` needs the package bitsandbytes"),
-        ({"use_liger_kernel": True}, "needs the package liger-kernel"),
+        ({"optim": "paged_adamw_32bit"}, "needs the package bitsandbytes"),
+        ({"optim": "lion_8bit"}, "needs the package bitsandbytes"),
+        ({"optim": "adamw_torch_8bit"}, "needs the package torchao"),
+        ({"use_liger_kernel": True}, r"needs the package liger-kernel.*mpo-align\[liger\]"),
         ({"report_to": ["wandb"]}, "`report_to` names wandb, but wandb is not installed.*pip install wandb"),
         ({"report_to": ["trackio"]}, "trackio"),
     ],
@@ -196,23 +204,26 @@ def test_a_missing_optional_package_is_named_with_its_installation(
     make, no_weights: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
     recipe = make(**settings)
-    monkeypatch.setattr("mpo.plan._installed", lambda module: module == "matplotlib")
+    installed(monkeypatch, lambda module: module == "matplotlib")
     refused(recipe, DependencyError, message)
 
 
 def test_quantisation_without_a_gpu_is_refused(
     make, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpo.plan._installed", lambda module: True)
+    installed(monkeypatch, lambda module: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refused(make(load_in_4bit=True, **LORA), DependencyError, "needs bitsandbytes with a GPU")
+    refused(make(optim="paged_adamw_8bit"), DependencyError, "needs bitsandbytes with a GPU")
+    refused(make(use_liger_kernel=True), DependencyError, "needs liger-kernel with a GPU")
+    make_plan(make(optim="paged_adamw_8bit"), for_real=False)  # a plan may be for another machine
 
 
 def test_deepspeed_of_the_launcher_is_required(
     make, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make()
-    monkeypatch.setattr("mpo.plan._installed", lambda module: False)
+    installed(monkeypatch, lambda module: False)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     refused(recipe, DependencyError, "deepspeed")
 

@@ -43,7 +43,15 @@ from trl import DPOConfig
 from mpo import trainer as trainer_module
 from mpo.checkpoints import checkpoints, is_complete, last_complete_checkpoint
 from mpo.data import as_groups
-from mpo.errors import ConfigError, DataError, ModelError, MPOError, StorageError, TrainingError
+from mpo.errors import (
+    ConfigError,
+    DataError,
+    DependencyError,
+    ModelError,
+    MPOError,
+    StorageError,
+    TrainingError,
+)
 from mpo.loss import reward_gap
 from mpo.scoring import PairTensors, score_groups
 from mpo.trainer import MPOTrainer
@@ -700,24 +708,41 @@ def test_arguments_that_mean_nothing_here_are_refused(model: Path, rows: Any, tm
         MPOTrainer(loaded, args=settings, train_dataset=rows)
 
 
+def test_reference_values_keep_their_precision_under_deepspeed(
+    model: Path, rows: Any, tmp_path: Path
+) -> None:
+    # The library rounds what a model is given to DeepSpeed's dtype; ids and masks do not mind, these values do.
+    trainer = runs.trainer(model, tmp_path, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.is_deepspeed_enabled = True
+    prepared = trainer._prepare_inputs(batch)
+    for name in ("reference_gap", "reference_hidden", "weight"):
+        assert torch.equal(prepared[name], batch[name]) and prepared[name].dtype == torch.float32
+
+
 def test_offloading_activations_needs_an_accelerator(model: Path, rows: Any, tmp_path: Path) -> None:
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator")
     with pytest.raises(ConfigError, match="activation_offloading"):
-        runs.trainer(model, tmp_path, rows, activation_offloading=True, max_steps=1).train()
+        runs.trainer(model, tmp_path, rows, activation_offloading=True, max_steps=1)
 
 
 @pytest.mark.parametrize(
     ("package", "settings"),
-    [("liger_kernel", {"use_liger_kernel": True}), ("bitsandbytes", {"optim": "adamw_bnb_8bit"})],
+    [
+        ("liger_kernel", {"use_liger_kernel": True}),
+        ("bitsandbytes", {"optim": "adamw_bnb_8bit"}),
+        ("bitsandbytes", {"optim": "paged_adamw_8bit"}),
+        ("torchao", {"optim": "adamw_torch_4bit"}),
+    ],
 )
 def test_an_optional_package_that_is_missing_is_named(
     model: Path, rows: Any, tmp_path: Path, package: str, settings: dict[str, Any]
 ) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
-    with pytest.raises(MPOError, match="pip install"):
-        runs.trainer(model, tmp_path, rows, max_steps=1, **settings).train()
+    with pytest.raises(DependencyError, match="pip install"):  # when it is made, before the reference pass
+        runs.trainer(model, tmp_path, rows, max_steps=1, **settings)
 
 
 def remove(*patterns: str) -> Callable[[Path], None]:
@@ -890,6 +915,27 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert math.isclose(loss, compiled_loss, rel_tol=1e-5)
     assert relative(gradients, expected) < 1e-4
+
+
+def test_batches_of_ever_new_shapes_are_compiled_a_few_times_only(tmp_path: Path) -> None:
+    graphs: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = save_tiny("llama", tmp_path / "model", layers=1)
+    rows = random_groups(0, 14, (1, 4), words=(1, 30))
+    trainer = runs.trainer(
+        model, tmp_path, rows, torch_compile_backend="eager", max_tokens_per_row=128, callbacks=[Count()]
+    )
+    shapes = {tuple(batch["input_ids"].shape) for batch in trainer.get_train_dataloader()}
+    assert len(shapes) > 8
+    trainer.train()
+    assert 0 < graphs[-1] <= 6
+    assert graphs[6] == graphs[-1], "the second half compiled nothing"
 
 
 def test_a_compiled_model_is_saved_under_its_own_names(model: Path, rows: Any, tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""The step's loss and gradients on the device: against float64 on the CPU, between attentions, between layouts."""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpo.head import attach_reward_gap_head
+from mpo.loss import mpo_loss, retention_loss, reward_gap
+from mpo.trees import Tree, build_batch
+from tests.tiny import build_model
+
+pytestmark = pytest.mark.gpu
+
+# Rounding of the gradient, ||difference|| / ||gradient|| over all weights, and of a log-likelihood in nats.
+TOLERANCES = {torch.float32: (2e-4, 2e-4), torch.bfloat16: (0.1, 0.1)}
+ATTENTIONS = [
+    ("llama", "sdpa"),
+    ("llama", "eager"),
+    ("llama", "flex_attention"),
+    ("qwen2", "sdpa"),
+    ("gemma2", "eager"),
+    ("gemma2", "flex_attention"),
+]
+
+
+def trees(seed: int, count: int = 6) -> list[Tree]:
+    rng = random.Random(seed)
+
+    def part(most: int) -> list[int]:
+        return [rng.randrange(10, 500) for _ in range(rng.randint(1, most))]
+
+    return [Tree(part(20), part(30), part(30), score=True, pool=True) for _ in range(count)]
+
+
+@dataclass
+class Step:
+    loss: Tensor
+    logps: Tensor
+    pooled: Tensor
+    gradient: Tensor | None
+
+
+def step(model: Any, items: list[Tree], layout: str, *, row: int = 128, backward: bool = True) -> Step:
+    """One step on the model's device, with reference values that do not depend on it; the gradient as one vector."""
+    device, hidden_size = next(model.parameters()).device, model.config.hidden_size
+    batch = build_batch(items, layout=layout, max_tokens_per_row=row, pad_token_id=0, pooling="mean")
+    generator = torch.Generator().manual_seed(0)
+    reference_gap = torch.randn(len(items), generator=generator).to(device)
+    reference_hidden = torch.randn(len(items), 2, hidden_size, generator=generator).to(device)
+    model.zero_grad()
+    with torch.set_grad_enabled(backward):
+        output = model(reward_gap_head=True, **{name: tensor.to(device) for name, tensor in batch.items()})
+        gap = reward_gap(output.response_logps[:, 0], output.response_logps[:, 1])
+        loss = mpo_loss(gap, reference_gap, retention_loss(output.pooled, reference_hidden)).mean()
+        if backward:
+            loss.backward()
+    gradient = None
+    if backward:
+        gradient = torch.cat([p.grad.detach().double().cpu().flatten() for p in model.parameters()])
+    return Step(
+        loss.detach().double().cpu(),
+        output.response_logps.detach().double().cpu(),
+        output.pooled.detach().double().cpu(),
+        gradient,
+    )
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def built(family: str, attention: str, device: torch.device, dtype: torch.dtype) -> Any:
+    model = build_model(family, dtype=dtype, attn_implementation=attention, seed=3).to(device)
+    attach_reward_gap_head(model)
+    return model
+
+
+def exact(family: str, model: Any) -> Any:
+    """The same weights in float64 on the CPU, in eager attention."""
+    other = build_model(family, dtype=torch.float64, attn_implementation="eager", seed=3)
+    other.load_state_dict({name: tensor.double().cpu() for name, tensor in model.state_dict().items()})
+    attach_reward_gap_head(other)
+    return other
+
+
+def can_go_back(attention: str, device: torch.device) -> bool:
+    return attention != "flex_attention" or device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+@pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
+def test_loss_and_gradient_are_those_of_float64_on_the_cpu(
+    device: torch.device, family: str, attention: str, layout: str, dtype: torch.dtype
+) -> None:
+    if attention == "flex_attention" and device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("flex_attention on a CPU is for float32")
+    model = built(family, attention, device, dtype)
+    backward = can_go_back(attention, device)
+    items = trees(1)
+    found = step(model, items, layout, backward=backward)
+    expected = step(exact(family, model), items, "padded")
+    of_gradient, of_logps = TOLERANCES[dtype]
+    assert (found.logps - expected.logps).abs().max() <= of_logps
+    assert error(found.pooled, expected.pooled) <= of_gradient
+    assert abs(found.loss - expected.loss) <= 2 * of_logps * (1 + expected.loss)
+    if found.gradient is not None:
+        assert error(found.gradient, expected.gradient) <= of_gradient
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "qwen3"])
+def test_flex_attention_gives_what_eager_gives(device: torch.device, family: str) -> None:
+    eager = built(family, "eager", device, torch.float32)
+    flex = built(family, "flex_attention", device, torch.float32)
+    backward = can_go_back("flex_attention", device)
+    for seed, row in ((1, 128), (2, 300), (3, 64)):
+        items = trees(seed)
+        expected, found = (step(model, items, "tree", row=row, backward=backward) for model in (eager, flex))
+        assert (found.logps - expected.logps).abs().max() <= 1e-4
+        assert error(found.pooled, expected.pooled) <= 1e-4
+        if found.gradient is not None and expected.gradient is not None:
+            assert error(found.gradient, expected.gradient) <= 2e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("qwen2", "sdpa")])
+def test_packed_trees_give_what_padded_sequences_give(
+    device: torch.device, family: str, attention: str, dtype: torch.dtype
+) -> None:
+    model = built(family, attention, device, dtype)
+    for seed in range(3):
+        items = trees(10 + seed, count=1 + 4 * seed)
+        plain, packed = (step(copy.deepcopy(model), items, layout) for layout in ("padded", "tree"))
+        of_gradient, of_logps = TOLERANCES[dtype]
+        assert (packed.logps - plain.logps).abs().max() <= of_logps
+        assert packed.gradient is not None and plain.gradient is not None
+        assert error(packed.gradient, plain.gradient) <= 2 * of_gradient
