@@ -58,7 +58,7 @@ def step_needs_checkpointing(
     Args:
         model: the model that is trained, with its adapter; on any device.
         tokens: tokens of the largest micro-batch.
-        max_tokens_per_row: length of a packed row.
+        max_tokens_per_row: length of a packed row; with ``tree`` attention, of the longest tree.
         compute: dtype of the computation.
         device_bytes: memory of the device.
     """
@@ -74,6 +74,13 @@ def step_needs_checkpointing(
     return held + activations + _RESERVE > _USABLE * device_bytes
 
 
+def saves_attention_weights(config: PreTrainedConfig) -> bool:
+    """Whether attention keeps a matrix of weights for the backward pass, whose size is the square of a length."""
+    text = config.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return text._attn_implementation == "eager" or (text._attn_implementation == "tree" and capped)
+
+
 def activation_bytes(
     like: PreTrainedModel, *, rows: int, length: int, compute: torch.dtype, adapter: Any = None
 ) -> int:
@@ -81,8 +88,8 @@ def activation_bytes(
     Bytes that the layers of a model keep for the backward pass of packed rows, without recomputation.
 
     A model of the same kind runs once on tensors that have sizes but no memory, and what autograd saves is added up,
-    each storage once. ``sdpa`` and ``flex_attention`` are counted as saving their inputs and output, as their fused kernels
-    do; ``eager`` saves its matrices of weights.
+    each storage once. Attention is counted as saving its inputs and output, as fused kernels do; ``eager`` saves its
+    matrices of weights, and so does ``tree`` where it bounds the scores.
 
     Args:
         like: bare model, for its class, configuration (the attention implementation counts) and dtype.
@@ -90,7 +97,7 @@ def activation_bytes(
         compute: dtype of the computation; mixed precision where it is half and an adapter or the weights are not.
         adapter: ``peft.PeftConfig`` of an adapter, whose weights are float32; without one all weights are trained.
     """
-    eager = like.config._attn_implementation == "eager"
+    eager = saves_attention_weights(like.config)
     with torch.device("meta"):
         model: Any = type(like)._from_config(
             _with_attention(like.config, "eager" if eager else _COUNTED), dtype=like.dtype

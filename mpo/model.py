@@ -204,7 +204,7 @@ def adapter_settings(adapter: str, *, revision: str | None = None) -> dict[str, 
 
 
 def pick_attention(
-    config: PretrainedConfig, wanted: str | None, *, layout: str = "tree", gpu: bool
+    config: PretrainedConfig, wanted: str | None, *, layout: str = "tree", gpu: bool, compiled: bool = False
 ) -> str | None:
     """The attention implementation to load a model with.
 
@@ -216,15 +216,22 @@ def pick_attention(
         wanted: the user's choice, or None.
         layout: ``"tree"`` or ``"padded"``, see ``MPOConfig.batch_layout``.
         gpu: whether the model will run on a GPU (``flex_attention`` has no backward on a CPU).
+        compiled: whether it will be compiled. ``tree`` attention takes the trees' lengths as numbers, which compiled code
+            would have to be compiled for anew in every step.
 
     Returns:
-        The implementation, or None for the model's own default (padded rows).
+        The implementation, or None for the model's own default (padded rows, compiled models).
 
     Raises:
         ConfigError: the user's choice cannot work.
     """
     if wanted is None:
-        return default_attention(config, layout)
+        return default_attention(config, "padded" if compiled else layout)
+    if compiled and wanted == "tree":
+        raise ConfigError(
+            "`attn_implementation` is 'tree' with `torch_compile`, which would compile the model anew in every step. Set "
+            "`sdpa`, `eager` or `flex_attention`, or remove `torch_compile`."
+        )
     soft_capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     if soft_capped and wanted == "sdpa":
         raise ConfigError(

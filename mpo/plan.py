@@ -304,7 +304,13 @@ def _with_model_choices(recipe: Recipe, config: PretrainedConfig, for_real: bool
                 f"{model.model_name_or_path} is quantised, and quantised weights cannot be trained. Set "
                 "`use_peft: true`, or take the unquantised model."
             )
-    attention = pick_attention(config, model.attn_implementation, layout=training.batch_layout, gpu=gpu)
+    attention = pick_attention(
+        config,
+        model.attn_implementation,
+        layout=training.batch_layout,
+        gpu=gpu,
+        compiled=bool(training.torch_compile),
+    )
     return dataclasses.replace(
         recipe, model=dataclasses.replace(model, dtype=dtype, attn_implementation=attention)
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -205,6 +206,17 @@ def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tre
         columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
         counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
     return np.concatenate(counts)
+
+
+def longest_tree(groups: Dataset) -> int:
+    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
+    columns = [f"{side}_{part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
+    longest = 0
+    for table in groups.with_format("arrow").select_columns(columns).iter(batch_size=10_000):
+        sources = sum(_tokens_of_rows(table[name]) for name in columns[:3])
+        targets = sum(_tokens_of_rows(pc.list_flatten(table[name])) for name in columns[3:])
+        longest = max(longest, int(np.max(sources)), int(np.max(targets)))
+    return longest
 
 
 def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:

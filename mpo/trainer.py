@@ -81,6 +81,7 @@ from mpo.sampling import (
     TokenBudgetSampler,
     group_tokens,
     language_weights,
+    longest_tree,
 )
 from mpo.scoring import (
     PairTensors,
@@ -408,7 +409,11 @@ class MPOTrainer(DPOTrainer):
             needed = step_needs_checkpointing(
                 self.model,
                 tokens=min(tokens, self._tokens_per_call() or tokens),
-                max_tokens_per_row=self._shape.max_tokens_per_row,
+                max_tokens_per_row=(
+                    longest_tree(self.train_dataset)
+                    if self._text_config._attn_implementation == "tree"
+                    else self._shape.max_tokens_per_row
+                ),
                 compute=compute or self.model.dtype,
                 device_bytes=memory,
             )
@@ -1135,6 +1140,7 @@ def _load(name: str, args: MPOConfig, quantization_config: Any) -> PreTrainedMod
         given.get("attn_implementation"),
         layout=args.batch_layout,
         gpu=args.device.type != "cpu",
+        compiled=bool(args.torch_compile),
     )
     return load_model(
         source,

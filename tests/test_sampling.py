@@ -18,6 +18,7 @@ from mpo.sampling import (
     TokenBudgetSampler,
     group_tokens,
     language_weights,
+    longest_tree,
 )
 from mpo.tokenization import TOKENIZED_FEATURES
 
@@ -224,6 +225,17 @@ def test_the_tokens_of_a_group_are_those_that_are_run(
         copies = 1 if layout == "tree" else 2
         expected.append(sum(copies * len(p) + len(c) + len(r) for p, c, r in pairs))
     assert group_tokens(dataset, run_source=run_source, layout=layout).tolist() == expected
+    trees = [
+        len(p) + len(c) + len(r)
+        for row in rows
+        for p, c, r in zip(
+            [row["source_prompt"], *row["target_prompt"]],
+            [row["source_chosen"], *row["target_chosen"]],
+            [row["source_rejected"], *row["target_rejected"]],
+            strict=True,
+        )
+    ]
+    assert longest_tree(dataset) == max(trees)
 
 
 # ---- Weights -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mpo.head import attach_reward_gap_head
 from mpo.loss import mpo_loss, retention_loss, reward_gap
+from mpo.sampling import to_device
 from mpo.trees import Tree, build_batch
 from tests.tiny import build_model
 
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.gpu
 # Rounding of the gradient, ||difference|| / ||gradient|| over all weights, and of a log-likelihood in nats.
 TOLERANCES = {torch.float32: (2e-4, 2e-4), torch.bfloat16: (0.1, 0.1)}
 ATTENTIONS = [
+    ("llama", "tree"),
+    ("gemma2", "tree"),
     ("llama", "sdpa"),
     ("llama", "eager"),
     ("llama", "flex_attention"),
@@ -56,7 +59,7 @@ def step(model: Any, items: list[Tree], layout: str, *, row: int = 128, backward
     reference_hidden = torch.randn(len(items), 2, hidden_size, generator=generator).to(device)
     model.zero_grad()
     with torch.set_grad_enabled(backward):
-        output = model(reward_gap_head=True, **{name: tensor.to(device) for name, tensor in batch.items()})
+        output = model(reward_gap_head=True, **to_device(batch, device))
         gap = reward_gap(output.response_logps[:, 0], output.response_logps[:, 1])
         loss = mpo_loss(gap, reference_gap, retention_loss(output.pooled, reference_hidden)).mean()
         if backward:
@@ -130,7 +133,7 @@ def test_flex_attention_gives_what_eager_gives(device: torch.device, family: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("qwen2", "sdpa")])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "tree"), ("gemma2", "tree"), ("qwen2", "sdpa")])
 def test_packed_trees_give_what_padded_sequences_give(
     device: torch.device, family: str, attention: str, dtype: torch.dtype
 ) -> None:
