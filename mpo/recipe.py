@@ -493,7 +493,7 @@ def _coerce_list(value: list[Any], members: tuple[Any, ...]) -> Any:
 
 
 def _coerce_text(value: str, members: tuple[Any, ...]) -> Any:
-    text = str(value).strip() if isinstance(value, _Plain) else str(value)
+    text = str(value).strip(" \t\r\n") if isinstance(value, _Plain) else str(value)
     takes_text = str in members
     if isinstance(value, _Plain) and text[:1] in ("{", "["):
         wanted = _is_mapping if text[0] == "{" else _is_list
