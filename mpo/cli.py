@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mpo import __version__
-from mpo.commands import evaluate, report
+from mpo.commands import analyze, evaluate, report
 from mpo.commands.options import add_data_options, one_or_many, show_help
 from mpo.errors import MPOError
 
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate.register(commands)
     report.register(commands)
+    analyze.register(commands)
 
     merge = commands.add_parser("merge", help="fold an adapter into its base model", allow_abbrev=False)
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or Hub name of the adapter")

@@ -27,6 +27,7 @@ from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig
 
+from mpo.analysis.recipe import load_analysis_recipe
 from mpo.cli import _parser
 from mpo.config import _MEANINGLESS, MPOConfig
 from mpo.data import load_groups
@@ -336,6 +337,8 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
             parser, rest = subcommand(words)
             if parser.prog.endswith(" train"):
                 check_overrides(rest)
+            elif parser.prog.endswith(" hidden-space"):
+                load_analysis_recipe(ROOT / rest[0], rest[1:])
             else:
                 known = {option for action in parser._actions for option in action.option_strings}
                 assert {word for word in rest if word.startswith("--")} <= known

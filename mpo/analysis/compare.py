@@ -267,7 +267,8 @@ def _measure_state(
     state.full = full_moments(state.points, harmful, weights)
     for k in settings.components:
         moments = class_moments(coordinates[:, :k], harmful, weights)
-        out[f"explained_variance_{k}"] = moments.total / state.full.total
+        with np.errstate(invalid="ignore", divide="ignore"):  # all points the same
+            out[f"explained_variance_{k}"] = moments.total / state.full.total
         out[f"between_class_variance_{k}"] = between_class_variance(moments)
         out.update(_on_components(moments, f"_{k}"))
         out[f"silhouette_{k}"] = silhouette(coordinates[:, :k], harmful, weights)

@@ -42,7 +42,8 @@ class TextSource:
         language_column: column with the language, for files that hold several.
         parallel: row i of a class is the same text in every language. Bootstrap samples and folds then keep
             translations together.
-        limit: keep the first so many texts of each class and language.
+        limit: keep so many texts of each class and language, drawn at random once and for all: data sets are often sorted.
+            Classes with the same number of texts keep the same rows, so pairs and translations stay together.
     """
 
     dataset: str | None = None
@@ -162,16 +163,17 @@ def load_texts(source: TextSource, languages: Sequence[str], *, beside: Path | N
     for number, code in enumerate(codes):
         classes = reader.classes(code)
         for label in (True, False):
-            found = classes[label][: source.limit]
+            found = classes[label]
             if not found:
                 raise DataError(
                     f"There are no {'harmful' if label else 'harmless'} texts in {code}: {reader.seen(code)}",
                     file=source.name,
                 )
-            texts += found
-            language += [code] * len(found)
-            harmful += [label] * len(found)
-            own = range(len(found)) if source.harmful_text else range(label, 2 * len(found) + label, 2)
+            rows = _drawn(len(found), source.limit)
+            texts += [found[row] for row in rows]
+            language += [code] * len(rows)
+            harmful += [label] * len(rows)
+            own = rows if source.harmful_text else [2 * row + label for row in rows]
             unit += [place + (0 if source.parallel else number << 32) for place in own]
     _check_parallel(source, language, harmful)
     digest = xxhash.xxh3_128()
@@ -185,6 +187,13 @@ def load_texts(source: TextSource, languages: Sequence[str], *, beside: Path | N
         digest.hexdigest(),
         reader.left_out,
     )
+
+
+def _drawn(count: int, limit: int | None) -> list[int]:
+    """Rows to keep of so many, in order."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).permutation(count)[:limit].tolist())
 
 
 def _check_parallel(source: TextSource, language: Sequence[str], harmful: Sequence[bool]) -> None:

@@ -17,6 +17,7 @@ from mpo.evaluation.text_table import escape_markdown
 from mpo.report import charts
 from mpo.report.examples import examples_section
 from mpo.report.files import write_text
+from mpo.report.hidden_space import hidden_space_section
 from mpo.report.measurement import GAP, NONE, SHARE, Measurement, Row, number, p_text
 from mpo.report.measurements import GapAgainstAttack, gap_against_attack, measurements
 from mpo.report.redaction import redact, redact_text
@@ -27,7 +28,7 @@ from mpo.report.tables import finding, html_table, markdown_table
 PAGE = "report.html"
 TABLE = "report.md"
 
-_MORE_SECTIONS: tuple[Callable[[Path], Section | None], ...] = ()
+_MORE_SECTIONS: tuple[Callable[[Path], Section | None], ...] = (hidden_space_section,)
 """Sections that other parts of the package make from a result folder."""
 
 _READING = (

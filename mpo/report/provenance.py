@@ -39,6 +39,8 @@ _LIBRARIES = (
     "gguf",
     "py3langid",
     "matplotlib",
+    "scikit-learn",
+    "scipy",
 )
 
 

@@ -109,14 +109,26 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path, *, colours: int | None = None) -> Path:
     """Write the figure as PNG, atomically. The same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        path: Where to.
+        colours: Keep so many colours, at most 256: a third of the size where thousands of points overlap.
 
     Raises:
         StorageError: The disk is full, or the folder cannot be written.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    if colours is not None:
+        from PIL import Image  # matplotlib needs it, too
+
+        with Image.open(buffer) as picture:
+            fewer = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        fewer.save(buffer, format="png", optimize=True)
     return write_bytes(path, buffer.getvalue())
 
 

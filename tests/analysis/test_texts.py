@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ def test_a_labelled_set_is_sorted_by_language_and_class(labelled: Path) -> None:
     ]
     assert texts.left_out == 2
     assert len(set(texts.unit.tolist())) == 12  # nothing belongs together
-    fewer = load_texts(TextSource(**{**source.__dict__, "limit": 2}), ["en"])
-    assert [text for text, _ in shown(fewer, "en")] == ["en 1", "en 3", "en 0", "en 2"]
+    fewer = load_texts(TextSource(**{**source.__dict__, "limit": 2}), ["en", "de"])
+    kept = [text.split()[1] for text, _ in shown(fewer, "en")]
+    assert len(kept) == 4 and set(kept[:2]) <= {"1", "3", "5"} and set(kept[2:]) <= {"0", "2", "4"}
+    assert kept == [text.split()[1] for text, _ in shown(fewer, "de")]  # the same rows in both
     assert fewer.fingerprint != load_texts(source, ["en"]).fingerprint
 
 
@@ -86,6 +89,9 @@ def test_pairs_share_a_unit_within_a_language(tmp_path: Path) -> None:
     texts = load_texts(source, ["hi"])
     assert texts.texts == ("t0", "t1", "t2", "n0", "n1", "n2")
     assert texts.unit.tolist() == [0, 1, 2, 0, 1, 2]
+    two = load_texts(dataclasses.replace(source, limit=2), ["hi"])
+    assert [text[1] for text in two.texts[:2]] == [text[1] for text in two.texts[2:]]
+    assert two.unit.tolist() == [int(text[1]) for text in two.texts]
 
 
 def test_one_file_may_hold_all_languages(tmp_path: Path) -> None:
