@@ -10,7 +10,8 @@ On a CPU, a small shape and few groups:
 
 **What is timed.** One optimizer step on one group: forward, backward, ``AdamW``. All formulations work on one model in
 one process and take turns, step by step, so that what else the machine does hits them alike; a column of ratios
-compares medians. The reference pass of the trainer's formulations is made before; ``benchmarks.flops`` says what it costs.
+compares medians. On a machine that others use too, the ratio of the processor's time tells more than that of the
+clock's; on CUDA it says how busy the host is. The reference pass of the trainer's formulations is made before; ``benchmarks.flops`` says what it costs.
 On CUDA, time is between two events on the stream, and the step's inputs are built and copied within it.
 
 **Model-FLOP utilisation.** The operations that any exact step must do, over the time, over the rate of a large matrix
@@ -64,6 +65,7 @@ class Measured:
     """What was measured of one formulation."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     error: str | None = None
@@ -123,11 +125,10 @@ def peak(device: torch.device) -> int | None:
 # ---- Measuring -----------------------------------------------------------------------------------------------------
 
 
-def spread(groups: Sequence[GroupLengths], count: int) -> list[GroupLengths]:
-    """``count`` groups in equal steps through all of them by length, so that a few stand for the whole."""
+def spread(groups: Sequence[GroupLengths], quantiles: Sequence[float]) -> list[GroupLengths]:
+    """The groups at these quantiles (0 to 1) of all groups' numbers of tokens, so that a few stand for the whole."""
     order = sorted(groups, key=lambda group: sum(pair.tree for pair in group.trees))
-    count = min(count, len(order))
-    return [order[(2 * place + 1) * len(order) // (2 * count)] for place in range(count)]
+    return [order[min(int(quantile * len(order)), len(order) - 1)] for quantile in quantiles]
 
 
 def needed_operations(costs: flops.Costs, group: GroupLengths) -> int:
@@ -143,6 +144,7 @@ def measure(
     *,
     rounds: int,
     warmup: int,
+    keep_memory: bool = True,
     **options: Any,
 ) -> dict[str, Measured]:
     """
@@ -154,6 +156,8 @@ def measure(
         names: of :data:`benchmarks.formulations.NAMES`.
         rounds: times that all groups are run.
         warmup: steps of each formulation before, not counted.
+        keep_memory: on a CPU, keep freed memory once the peaks are known, as a run of the trainer does. It cannot be
+            undone, and no peak can be measured in the process afterwards.
         options: of :func:`benchmarks.formulations.prepare`.
 
     Returns:
@@ -184,7 +188,9 @@ def measure(
             optimizer.step()
 
         loss: list[torch.Tensor] = []
+        start = time.process_time()
         found[name].seconds.append(timed(whole, device))
+        found[name].cpu_seconds.append(time.process_time() - start)
         found[name].loss.append(float(loss[0]))
 
     def memory(name: str) -> None:
@@ -199,13 +205,13 @@ def measure(
 
         attempt(name, setup)
         attempt(name, lambda name=name: memory(name))
-    if device.type == "cpu":
+    if device.type == "cpu" and keep_memory:
         keep_freed_memory()
     for name in names:
         for _ in range(warmup):
             attempt(name, lambda name=name: one(name, groups[0]))
-        found[name].seconds.clear()
-        found[name].loss.clear()
+        for measured in (found[name].seconds, found[name].cpu_seconds, found[name].loss):
+            measured.clear()
     for _ in range(rounds):
         for group in groups:
             for name in names:
@@ -230,6 +236,7 @@ def table(
     pairs = sum(len(group.targets) for group in groups) / len(groups)
     rows, records = [], []
     times = {name: _mean_of_medians(entry.seconds, len(groups)) for name, entry in found.items()}
+    cpu_times = {name: _mean_of_medians(entry.cpu_seconds, len(groups)) for name, entry in found.items()}
     for name, entry in found.items():
         seconds = times[name]
         record: dict[str, Any] = {
@@ -237,6 +244,7 @@ def table(
             "error": entry.error,
             "peak_bytes": entry.peak_bytes,
             "seconds_of_steps": entry.seconds,
+            "cpu_seconds_of_steps": entry.cpu_seconds,
             "losses": entry.loss,
         }
         if seconds is not None:
@@ -246,6 +254,7 @@ def table(
                 "pairs_per_second": pairs / seconds,
                 "model_flop_utilisation": needed / seconds / rate,
                 "official_over_this": official / seconds if official else None,
+                "official_over_this_in_cpu_time": _ratio(cpu_times.get("official"), cpu_times[name]),
             }
         records.append(record)
         rows.append(
@@ -262,8 +271,26 @@ def table(
             )
         )
     errors = [f"{name}: {entry.error}" for name, entry in found.items() if entry.error]
-    header = ("Formulation", "s / step", "Pairs / s", "Peak GiB", "MFU", "Official / this", "Counted")
+    header = (
+        "Formulation",
+        "s / step",
+        "Pairs / s",
+        "Peak GiB",
+        "MFU",
+        "Official / this",
+        "In CPU time",
+        "Counted",
+    )
     return TextTable(title=title, header=header, rows=tuple(rows), notes=(note, *errors)), records
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
+
+
+def _shown_ratio(one: float | None, other: float | None) -> str:
+    ratio = _ratio(one, other)
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def _mean_of_medians(seconds: Sequence[float], groups: int) -> float | None:
@@ -299,6 +326,9 @@ def main() -> None:
     model.add_argument("--model", help="model folder, run with its own weights")
     lengths.add_options(parser)
     parser.add_argument("--groups", type=int, default=8, help="groups, spread over all lengths (8)")
+    parser.add_argument(
+        "--quantiles", type=float, nargs="+", help="groups at these quantiles of length instead"
+    )
     parser.add_argument("--targets", type=int, help="at most so many targets of a group")
     parser.add_argument("--formulations", nargs="+", choices=formulations.NAMES, help="all that can run")
     parser.add_argument(
@@ -329,7 +359,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     config: Any = shape_config(options.shape) if options.shape else load_config(ModelSource(options.model))
-    chosen = spread(lengths.from_options(options), options.groups)
+    quantiles = options.quantiles or [(place + 0.5) / options.groups for place in range(options.groups)]
+    if not all(0 <= quantile <= 1 for quantile in quantiles) or not quantiles:
+        raise ConfigError(
+            f"`--quantiles` are {options.quantiles}; expected numbers from 0 to 1, and a group at least."
+        )
+    chosen = spread(lengths.from_options(options), quantiles)
     if options.targets:
         chosen = [GroupLengths(group.source, group.targets[: options.targets]) for group in chosen]
     names = options.formulations or formulations.available(config, device)

@@ -274,6 +274,7 @@ def _run_pass(
     arrays = {array: np.load(partial / f"{array}.npy", mmap_mode="r+") for array in _ARRAYS}
 
     batches = list(_source_batches(dataset, first_group, shape.tokens_per_batch))
+    source_columns = dataset.select_columns(["source_prompt", "source_chosen", "source_rejected"])
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
     with forward() as call, torch.no_grad():
@@ -284,7 +285,7 @@ def _run_pass(
         ):
             mine = step * ranks.num_processes + ranks.process_index
             sources = batches[min(mine, len(batches) - 1)]
-            rows = dataset[[int(first_group[i]) for i in sources]]
+            rows = source_columns[[int(first_group[i]) for i in sources]]
             trees = [
                 Tree(*parts, score=True, pool=True)
                 for parts in zip(

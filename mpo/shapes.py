@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Gemma2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from mpo.errors import ModelError
 
@@ -41,6 +41,19 @@ def _gemma2(
         head_dim=head_dim,
         query_pre_attn_scalar=scalar,
         architectures=["Gemma2ForCausalLM"],
+    )
+
+
+def _gemma3(
+    hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int
+) -> PretrainedConfig:
+    return Gemma3TextConfig(
+        **_common(hidden, intermediate, layers, heads, key_value_heads=key_value_heads, vocab=262144),
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        sliding_window=512,
+        max_position_embeddings=32768,
+        architectures=["Gemma3ForCausalLM"],
     )
 
 
@@ -89,6 +102,7 @@ _BUILDERS: dict[str, Any] = {
     "gemma-2-2b": lambda: _gemma2(2304, 9216, 26, 8, 4, 256, 256),
     "gemma-2-9b": lambda: _gemma2(3584, 14336, 42, 16, 8, 256, 256),
     "gemma-2-27b": lambda: _gemma2(4608, 36864, 46, 32, 16, 128, 144),
+    "gemma-3-270m": lambda: _gemma3(640, 2048, 18, 4, 1),
     "qwen2.5-0.5b": lambda: _qwen2(896, 4864, 24, 14, 2, vocab=151936),
     "qwen2.5-1.5b": lambda: _qwen2(1536, 8960, 28, 12, 2, vocab=151936),
     "qwen2.5-3b": lambda: _qwen2(2048, 11008, 36, 16, 2, vocab=151936),

@@ -92,8 +92,8 @@ def even_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
         Rows of item indices, by ``sizes`` and ``max_tokens`` only.
     """
     # A row is as long as the longest item in any case, which makes room for others in the other rows.
-    most = max(max_tokens, *sizes)
-    rows = pack_rows(sizes, most)
+    rows = pack_rows(sizes, max(max_tokens, *sizes))
+    most = max(sum(sizes[i] for i in row) for row in rows)
     least = max(max(sizes), -(-sum(sizes) // len(rows)))
     while least < most:
         middle = (least + most) // 2

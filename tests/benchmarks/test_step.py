@@ -146,6 +146,12 @@ def test_a_formulation_that_runs_out_of_memory_is_reported_and_the_others_go_on(
     assert found["trees (tree)"].error is None
 
 
+def test_groups_are_taken_at_quantiles_of_their_tokens() -> None:
+    groups = [GroupLengths(PairLengths(1, 1, 1), (PairLengths(n, 1, 1),)) for n in (4, 1, 3, 2)]
+    assert [g.targets[0].prompt for g in step.spread(groups, [0, 0.5, 1])] == [1, 3, 4]
+    assert [g.targets[0].prompt for g in step.spread(groups, [0.125, 0.375, 0.625, 0.875])] == [1, 2, 3, 4]
+
+
 def test_times_are_means_over_groups_of_medians_over_rounds() -> None:
     assert step._mean_of_medians([1.0, 10.0, 2.0, 30.0, 9.0, 20.0], groups=2) == (2.0 + 20.0) / 2
     assert step._mean_of_medians([1.0, 10.0, 2.0], groups=2) == 5.5
