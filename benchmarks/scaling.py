@@ -226,8 +226,8 @@ def stand_in(**batch: Any) -> RewardGapOutput:
     )
 
 
-def measure_groups(count: int, folder: Path) -> list[dict[str, Any]]:
-    """All that is done with ``count`` groups on disk, in the order of a run."""
+def measure_groups(count: int, folder: Path, *, reference_pass: bool = True) -> list[dict[str, Any]]:
+    """All that is done with ``count`` groups on disk, in the order of a run; without the reference pass, up to there."""
     records: list[dict[str, Any]] = []
     groups = write_groups(folder / "groups.arrow", count)
     shape = BatchShape("tree", 1 << 20, 0, "mean", 32_768)
@@ -255,6 +255,8 @@ def measure_groups(count: int, folder: Path) -> list[dict[str, Any]]:
         first_batch(lambda: TokenBudgetSampler(indices, group_tokens(groups), 8192, seed=0))
     with watched(records, "unique sources found"):
         unique_sources(groups)
+    if not reference_pass:
+        return records
     with watched(records, "reference pass without the model"):
         reference()
     with watched(records, "reference opened from its cache"):
@@ -292,6 +294,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--values", type=int, nargs="+", help="sizes of a single part")
     parser.add_argument("--groups", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument(
+        "--no_reference", action="store_true", help="leave out the reference pass over the groups"
+    )
     parser.add_argument("--shape", help=f"a small model by default, or one of {', '.join(SHAPES)}")
     parser.add_argument("--lora", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -315,7 +320,7 @@ def main() -> None:
         result["groups"] = {}
         for count in options.groups:
             with tempfile.TemporaryDirectory() as folder:
-                records = measure_groups(count, Path(folder))
+                records = measure_groups(count, Path(folder), reference_pass=not options.no_reference)
                 size = (Path(folder) / "groups.arrow").stat().st_size
             result["groups"][str(count)] = {"file_bytes": size, "measured": records}
             show_groups(count, records, size)

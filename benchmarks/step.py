@@ -145,6 +145,7 @@ def measure(
     rounds: int,
     warmup: int,
     keep_memory: bool = True,
+    peaks: bool = True,
     **options: Any,
 ) -> dict[str, Measured]:
     """
@@ -158,6 +159,7 @@ def measure(
         warmup: steps of each formulation before, not counted.
         keep_memory: on a CPU, keep freed memory once the peaks are known, as a run of the trainer does. It cannot be
             undone, and no peak can be measured in the process afterwards.
+        peaks: run a step of each formulation first, to measure its memory.
         options: of :func:`benchmarks.formulations.prepare`.
 
     Returns:
@@ -204,7 +206,8 @@ def measure(
             steps[name] = formulations.prepare(name, setting, groups, **options)
 
         attempt(name, setup)
-        attempt(name, lambda name=name: memory(name))
+        if peaks:
+            attempt(name, lambda name=name: memory(name))
     if device.type == "cpu" and keep_memory:
         keep_freed_memory()
     for name in names:
@@ -217,6 +220,33 @@ def measure(
             for name in names:
                 attempt(name, lambda name=name, group=group: one(name, group))
     return found
+
+
+def profiled(
+    name: str, setting: Setting, groups: Sequence[Group], *, rows: int = 12, **options: Any
+) -> TextTable:
+    """Where one formulation's time goes: the operators that take the most of it, in one step on the first group."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run = formulations.prepare(name, setting, groups, **options)
+    on_gpu = setting.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        run(groups[:1])
+        if on_gpu:
+            torch.cuda.synchronize()
+    setting.policy.zero_grad(set_to_none=True)
+    field_name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field_name))
+    total = sum(getattr(event, field_name) for event in events) or 1
+    return TextTable(
+        title=f"{name}: where the time of a step goes",
+        header=("Operator", "Share", "Calls"),
+        rows=tuple(
+            (event.key[:60], f"{getattr(event, field_name) / total:.1%}", str(event.count))
+            for event in events[:rows]
+        ),
+    )
 
 
 # ---- The command ---------------------------------------------------------------------------------------------------
@@ -264,9 +294,8 @@ def table(
                 f"{pairs / seconds:.2f}" if seconds is not None else "-",
                 f"{entry.peak_bytes / 2**30:.2f}" if entry.peak_bytes else "-",
                 f"{needed / seconds / rate:.1%}" if seconds is not None and "DPO" not in name else "-",
-                f"{times['official'] / seconds:.2f}"
-                if seconds is not None and times.get("official")
-                else "-",
+                _shown_ratio(times.get("official"), seconds),
+                _shown_ratio(cpu_times.get("official"), cpu_times[name]),
                 f"{counted[name]:.2f}" if name in counted else "-",
             )
         )
@@ -346,6 +375,12 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3, help="times that all groups are run (3)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before, not counted (1)")
+    parser.add_argument(
+        "--no_memory", action="store_true", help="measure times alone, which saves a step each"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="show where the time goes instead of measuring it"
+    )
     parser.add_argument("--threads", type=int, help="threads of a CPU")
     parser.add_argument("--out", default="runs/benchmarks/step.json")
     options = parser.parse_args()
@@ -380,9 +415,21 @@ def main() -> None:
         autocast=mixed,
         checkpointing=options.gradient_checkpointing,
     )
+    groups = lengths.draw_tokens(chosen, config.get_text_config().vocab_size)
+    if options.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                profiled(
+                    name,
+                    setting,
+                    groups,
+                    folder=folder,
+                    row_tokens=options.row_tokens,
+                    call_tokens=options.call_tokens,
+                ).show()
+        return
     costs = flops.measure(config, options.lora)
     rate = matmul_rate(device, dtype)
-    groups = lengths.draw_tokens(chosen, config.get_text_config().vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(
             setting,
@@ -390,6 +437,7 @@ def main() -> None:
             names,
             rounds=options.rounds,
             warmup=options.warmup,
+            peaks=not options.no_memory,
             folder=folder,
             row_tokens=options.row_tokens,
             call_tokens=options.call_tokens,

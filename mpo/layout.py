@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from mpo.errors import ModelError
 from mpo.messages import get_logger
@@ -56,13 +56,17 @@ def default_attention(config: PreTrainedConfig, layout: str = "tree") -> str | N
     """
     Attention implementation for a model whose user chose none.
 
-    Packed trees get ``tree`` (:mod:`mpo.tree_attention`), which computes nothing that a mask would hide. For padded rows
-    it is ``eager`` where attention scores are soft-capped (Gemma-2; ``sdpa`` cannot), otherwise the library's own choice
-    (None).
+    Packed trees get ``tree`` (:mod:`mpo.tree_attention`), which computes nothing that a mask would hide, if the model's
+    attention is one that ``sdpa`` computes, with or without a soft-cap. Padded rows, and other models, get ``eager`` where
+    attention scores are soft-capped (Gemma-2; ``sdpa`` cannot), otherwise the library's own choice (None).
     """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if layout == "tree":
-        return IMPLEMENTATION
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        pluggable = getattr(architecture, "_supports_attention_backend", False)
+        if pluggable and (capped or getattr(architecture, "_supports_sdpa", False)):
+            return IMPLEMENTATION
+    return "eager" if capped else None
 
 
 def usable_layout(

@@ -57,8 +57,13 @@ def tree_attention(
         ``[R, S, heads, D]`` and None. Padding between trees is 0.
 
     Raises:
-        ModelError: the model gave the mask of trees but not ``tree_spans``.
+        ModelError: the model gave the mask of trees but not ``tree_spans``, or its attention has attention sinks.
     """
+    if kwargs.get("s_aux") is not None or not hasattr(module, "config"):
+        raise ModelError(
+            f"{type(module).__name__} attends in a way that `attn_implementation: {IMPLEMENTATION}` does not know. Set "
+            "`attn_implementation: eager`."
+        )
     if tree_spans is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
             raise ModelError(
@@ -82,13 +87,13 @@ def tree_attention(
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[n, heads, D]`` each, one causal sequence."""
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-        shared_heads = heads // key.shape[1]
-        # A GPU's kernels share key-value heads themselves; the CPU's is slow at it.
-        if shared_heads > 1 and (softcap is not None or not query.is_cuda):
-            key, value = repeat_kv(key, shared_heads), repeat_kv(value, shared_heads)
         size = query.shape[2]
         banded = window is not None and size > window
         mask = _causal(size, size, window, query.device) if banded or softcap is not None else None
+        shared_heads = heads // key.shape[1]
+        # A GPU's causal kernel shares key-value heads itself; the CPU's is slow at it.
+        if shared_heads > 1 and (mask is not None or not query.is_cuda):
+            key, value = repeat_kv(key, shared_heads), repeat_kv(value, shared_heads)
         if softcap is not None:
             assert mask is not None
             output = _capped(query, key, value, mask, scaling, dropout, softcap)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
+from transformers import GptOssConfig, PreTrainedModel
 
 from mpo.data import as_groups
 from mpo.errors import ModelError
@@ -71,6 +71,8 @@ def test_trees_default_to_their_own_attention_and_padded_rows_to_what_applies_a_
         expected = "eager" if family == "gemma2" else None
         assert default_attention(config, "padded") == expected, family
         assert default_attention(config, "tree") == "tree"
+    # Attention sinks are nothing that sdpa computes.
+    assert default_attention(GptOssConfig(), "tree") is None
 
 
 def test_with_attention_tree_by_tree_one_row_holds_a_whole_call() -> None:

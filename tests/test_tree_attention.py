@@ -128,6 +128,12 @@ def test_a_model_that_drops_the_spans_is_refused_instead_of_attending_everything
         model(reward_gap_head=True, **draw_batch(0))
 
 
+def test_attention_with_sinks_is_refused() -> None:
+    states = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ModelError, match="eager"):
+        tree_attention(layer(), states, states, states, None, s_aux=torch.zeros(2))
+
+
 def test_only_sliding_layers_have_a_window() -> None:
     kinds = ["sliding_attention", "full_attention"]
     assert [layer_window(layer(7, kinds).config, place) for place in (0, 1)] == [7, None]

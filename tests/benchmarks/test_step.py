@@ -158,6 +158,16 @@ def test_times_are_means_over_groups_of_medians_over_rounds() -> None:
     assert step._mean_of_medians([1.0], groups=2) is None
 
 
+def test_a_profile_names_the_operators_and_leaves_no_gradient(tmp_path: Path) -> None:
+    setting = build_setting(build_model("llama").config, device=CPU, dtype=torch.float32, lora=2)
+    groups = lengths.draw_tokens(LENGTHS, 500)
+    table = step.profiled("trees (tree)", setting, groups, folder=str(tmp_path))
+    assert any("mm" in row[0] for row in table.rows)
+    shares = [float(row[1].rstrip("%")) for row in table.rows]
+    assert shares == sorted(shares, reverse=True) and sum(shares) <= 100.5
+    assert all(parameter.grad is None for parameter in setting.policy.parameters())
+
+
 def test_the_command_prints_a_table_and_writes_what_made_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
