@@ -226,7 +226,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = Path(path)
     known = recipe_fields()
-    raw, places = _read_yaml(source)
+    raw, places = read_yaml(source)
     for key in raw:
         _require_known(key, known, places[key])
     for key, entry, value in _parse_overrides(overrides):
@@ -241,8 +241,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     given: dict[str, Any] = {}
     for key, value in raw.items():
-        given[key] = _typed(key, value, known[key], places[key])
-        _refuse_secret_value(key, given[key], places[key])
+        given[key] = typed(key, value, known[key], places[key])
+        refuse_secret_value(key, given[key], places[key])
     given.setdefault("output_dir", f"runs/{source.stem}")
     recipe = _build(given, source, places)
     recipe.overrides = tuple(overrides)
@@ -304,7 +304,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a YAML file, its scalars still text for :func:`typed`, and the place of each of its keys.
+
+    Raises:
+        ConfigError: The file cannot be read or is no such mapping; the message has the line.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -441,7 +446,12 @@ class _Mismatch(Exception):
     """A value does not have its field's type. ``args[0]`` may add what exactly is wrong."""
 
 
-def _typed(key: str, value: Any, known: RecipeField, place: str) -> Any:
+def typed(key: str, value: Any, known: RecipeField, place: str) -> Any:
+    """A value of :func:`read_yaml` in the type of its field.
+
+    Raises:
+        ConfigError: It does not have that type, or is none of the field's choices.
+    """
     if value is _FLAG:
         if bool not in _members(known.hint):
             raise ConfigError(f"{place}: `--{key}` needs a value: {_describe(known.hint)}.")
@@ -633,7 +643,7 @@ def _refuse_secret_key(key: str, place: str) -> None:
         )
 
 
-def _refuse_secret_value(key: str, value: Any, place: str) -> None:
+def refuse_secret_value(key: str, value: Any, place: str) -> None:
     if isinstance(value, Mapping):
         items: Iterable[Any] = value.values()
     elif isinstance(value, list):
@@ -646,7 +656,7 @@ def _refuse_secret_value(key: str, value: Any, place: str) -> None:
             )
         return
     for item in items:
-        _refuse_secret_value(key, item, place)
+        refuse_secret_value(key, item, place)
 
 
 def _require_known(key: str, known: Mapping[str, RecipeField], place: str) -> None:

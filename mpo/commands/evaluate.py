@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpo.commands import attack, reward_gap, utility
+from mpo.commands import attack, reward_gap, suite, utility
 from mpo.commands.options import show_help
 
-_MEASUREMENTS = (reward_gap, attack, utility)
+_MEASUREMENTS = (reward_gap, attack, utility, suite)
 
 
 def register(commands: Any) -> None:

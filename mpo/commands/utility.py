@@ -80,7 +80,8 @@ def _run_utility(arguments: argparse.Namespace) -> int:
     from mpo.progress import quiet_libraries
 
     quiet_libraries()
-    from mpo.evaluation.utility import PAPER_TASKS, measure_utility
+    from mpo.evaluation.suite_recipe import PAPER_TASKS
+    from mpo.evaluation.utility import measure_utility
 
     measure_utility(
         arguments.tasks or PAPER_TASKS,

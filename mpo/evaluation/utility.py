@@ -21,16 +21,6 @@ from mpo.report.provenance import collect
 RESULT = "utility.json"
 HARNESS = "lm_eval.json"
 
-PAPER_TASKS = tuple(
-    f"{family}_{code}"
-    for family, codes in (
-        ("mgsm_direct", ("en", "zh", "ja", "bn", "sw")),
-        ("global_mmlu", ("en", "zh", "ja", "ko", "ar", "bn", "sw")),
-    )
-    for code in codes
-)
-"""Reasoning and knowledge in English and the target languages of Zhao et al. (ACL 2025); MGSM has no Korean and Arabic."""
-
 
 def measure_utility(
     tasks: Sequence[str],
@@ -69,7 +59,7 @@ def measure_utility(
         DataError: The data of a task cannot be loaded.
         MPOError: Model or adapter cannot be used.
     """
-    simple_evaluate, wrapper = _harness()
+    simple_evaluate, wrapper = require_harness()
     if limit is not None and limit < 1:
         raise ConfigError(f"limit: expected at least 1, got {limit!r}.")
     if task_folder is not None and not os.path.isdir(task_folder):
@@ -119,8 +109,12 @@ def measure_utility(
     return result
 
 
-def _harness() -> tuple[Any, Any]:
-    """Entry point and model wrapper of lm-evaluation-harness, told to be as quiet as this package."""
+def require_harness() -> tuple[Any, Any]:
+    """Entry point and model wrapper of lm-evaluation-harness, told to be as quiet as this package.
+
+    Raises:
+        DependencyError: It is not installed.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mpo.cli import main
 from mpo.errors import DependencyError
 from mpo.evaluation.engines import ModelChoice
-from mpo.evaluation.utility import PAPER_TASKS, measure_utility, task_manager
+from mpo.evaluation.suite_recipe import PAPER_TASKS
+from mpo.evaluation.utility import measure_utility, task_manager
 from mpo.report.page import write_report
 from tests.evaluation.adapters import save_model_and_adapter
 from tests.tiny import random_text

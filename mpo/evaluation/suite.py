@@ -1,0 +1,294 @@
+"""Every measurement of a recipe on every model, into one folder, skipping what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpo.errors import MPOError
+from mpo.evaluation.answers import Framing
+from mpo.evaluation.engines import ModelChoice
+from mpo.evaluation.engines.identity import adapter_identity, model_identity
+from mpo.evaluation.perplexity import measure_perplexity, read_lines
+from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
+from mpo.evaluation.safety import measure_safety, model_folder
+from mpo.evaluation.suite_recipe import PromptSettings, SuiteRecipe
+from mpo.evaluation.tasks import TASKS
+from mpo.evaluation.utility import measure_utility, require_harness
+from mpo.measure import measure_reward_gap
+from mpo.model import ModelSource, adapter_settings, load_config
+from mpo.report.files import write_json
+from mpo.report.page import write_report
+from mpo.report.results import SUITE
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement of one model.
+
+    Attributes:
+        name: ``MODEL/MEASUREMENT``, with the prompt set for attack and over-refusal: the place of its files.
+        settings: What its result depends on, ready for JSON.
+        file: The file that its last step writes.
+        run: Does it.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    file: Path
+    run: Callable[[], Any]
+
+
+def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path] | None:
+    """Runs what is not done yet, then writes the report.
+
+    A measurement counts as done when its result is there and was made by the suite with the same settings, the same
+    model and adapter (by the content of their weights) and the same files. One that fails does not stop the others.
+
+    Args:
+        recipe: What to measure.
+        dry_run: Check the recipe and its files, print what would be measured, stop.
+
+    Returns:
+        The paths of the page and the table; None for a dry run.
+
+    Raises:
+        MPOError: A file of the recipe cannot be used, or measurements failed; the message names them.
+    """
+    out = Path(recipe.out)
+    prompts = {
+        (kind, name): _load_prompts(name, settings)
+        for kind in TASKS
+        for name, settings in getattr(recipe, kind).items()
+    }
+    _check_files(recipe)
+    jobs = list(_jobs(recipe, out, prompts))
+    done = _read_done(out)
+    left = [job for job in jobs if not _is_done(job, done)]
+    names = {job.name for job in left}
+    for job in jobs:
+        print(f"  {'to do' if job.name in names else 'done '}  {job.name}", flush=True)
+    if dry_run:
+        return None
+    failed = []
+    for number, job in enumerate(left, 1):
+        print(f"\n[{number}/{len(left)}] {job.name}", flush=True)
+        try:
+            job.run()
+        except MPOError as error:
+            print(f"Failed: {error}", flush=True)
+            failed.append((job.name, error))
+            continue
+        done[job.name] = _fingerprint(job.settings)
+        _write_done(out, recipe, done)
+    _write_done(out, recipe, done)
+    if len(failed) == len(jobs):
+        raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")
+    paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
+    print(f"\nReport: {paths[0]}, {paths[1]}")
+    if failed:
+        raise MPOError(
+            f"{len(failed)} of {len(jobs)} measurements failed, the others are in the report. "
+            + " ".join(f"{name}: {error}" for name, error in failed)
+            + " Run the same command again to make up for them."
+        )
+    return paths
+
+
+def _load_prompts(name: str, settings: PromptSettings) -> PromptSet:
+    return load_prompts(
+        settings.prompts,
+        name=name,
+        languages=settings.languages,
+        limit=settings.limit,
+        prompt_column=settings.prompt_column,
+        language_column=settings.language_column,
+        language=settings.prompt_language,
+        split=settings.dataset_split,
+        bad_rows=settings.bad_rows,
+    )
+
+
+def _check_files(recipe: SuiteRecipe) -> None:
+    """What would otherwise show only after hours."""
+    for name, model in recipe.models.items():
+        model_folder(model, name)
+    for settings in (*recipe.attack.values(), *recipe.over_refusal.values()):
+        if settings.template is not None:
+            load_template(settings.template)
+    if recipe.perplexity is not None:
+        for file in recipe.perplexity.texts.values():
+            read_lines(file)
+    if recipe.utility is not None:
+        require_harness()
+
+
+def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptSet]) -> Iterator[Job]:
+    for name, model in recipe.models.items():
+        identity = _identity(model)
+        if model.engine == "server":
+            if recipe.reward_gap or recipe.utility or recipe.perplexity:
+                print(
+                    f"{name} is behind a server: reward gap, utility and perplexity need its weights and are left out."
+                )
+        elif recipe.reward_gap is not None:
+            yield _reward_gap_job(recipe, out, name, model, identity)
+        for (kind, prompt_set), loaded in prompts.items():
+            yield _safety_job(recipe, out, name, model, identity, kind, prompt_set, loaded)
+        if model.engine != "server":
+            yield from _capability_jobs(recipe, out, name, replace(model, engine="transformers"), identity)
+
+
+def _identity(model: ModelChoice) -> dict[str, Any]:
+    """What tells the model from another, whatever its folder is called."""
+    if model.engine == "server":
+        return {"url": model.url, "model": model.model}
+    source = ModelSource(model.model, model.revision, model.trust_remote_code)
+    if model.adapter is not None:
+        adapter_settings(model.adapter, revision=model.adapter_revision)
+    return {
+        "model": model_identity(source, load_config(source)),
+        "adapter": adapter_identity(model.adapter, model.adapter_revision),
+    }
+
+
+def _reward_gap_job(
+    recipe: SuiteRecipe, out: Path, name: str, model: ModelChoice, identity: dict[str, Any]
+) -> Job:
+    settings = recipe.reward_gap
+    assert settings is not None
+
+    def run() -> None:
+        measure_reward_gap(
+            settings.data,
+            model=model.model,
+            adapter=model.adapter,
+            out=out / name,
+            beta=settings.beta,
+            confidence=recipe.confidence,
+            source_language=settings.source_language,
+            languages=settings.languages,
+            limit=settings.limit,
+            split=settings.dataset_split,
+            bad_rows=settings.bad_rows,
+            max_length=settings.max_length,
+            max_response_length=settings.max_response_length,
+            dtype=model.dtype,
+            device=model.device,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            chat_template=model.chat_template,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    depends = {
+        **asdict(settings),
+        "files": _contents(settings.data),
+        "model": identity,
+        "dtype": model.dtype,
+        "confidence": recipe.confidence,
+    }
+    return Job(f"{name}/reward_gap", depends, out / name / "reward_gap.json", run)
+
+
+def _safety_job(
+    recipe: SuiteRecipe,
+    out: Path,
+    name: str,
+    model: ModelChoice,
+    identity: dict[str, Any],
+    kind: str,
+    prompt_set: str,
+    prompts: PromptSet,
+) -> Job:
+    settings: PromptSettings = getattr(recipe, kind)[prompt_set]
+    template = None if settings.template is None else load_template(settings.template)
+    framing = Framing(template, settings.system_prompt)
+
+    def run() -> None:
+        measure_safety(
+            TASKS[kind],
+            prompts,
+            model=model,
+            out=out,
+            generation=recipe.generation,
+            judge=recipe.judge,
+            second_judge=recipe.second_judge,
+            framing=framing,
+            name=name,
+            confidence=recipe.confidence,
+        )
+
+    judges = [judge for judge in (recipe.judge, recipe.second_judge) if judge is not None]
+    depends = {
+        "prompts": prompts.fingerprint,
+        "framing": asdict(framing),
+        "generation": recipe.generation.settings(),
+        "judges": [asdict(judge) for judge in judges],
+        "files": _contents([judge.prompt for judge in judges if judge.prompt is not None]),
+        "model": identity,
+        "engine": [model.engine, model.dtype, model.batch_size],
+        "confidence": recipe.confidence,
+    }
+    return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / "result.json", run)
+
+
+def _capability_jobs(
+    recipe: SuiteRecipe, out: Path, name: str, model: ModelChoice, identity: dict[str, Any]
+) -> Iterator[Job]:
+    utility, perplexity = recipe.utility, recipe.perplexity
+    if utility is not None:
+        yield Job(
+            f"{name}/utility",
+            {**asdict(utility), "model": identity, "dtype": model.dtype},
+            out / name / "utility.json",
+            lambda: measure_utility(**asdict(utility), model=model, out=out, name=name),
+        )
+    if perplexity is not None:
+        yield Job(
+            f"{name}/perplexity",
+            {
+                **asdict(perplexity),
+                "files": _contents(perplexity.texts.values()),
+                "confidence": recipe.confidence,
+                "model": identity,
+                "dtype": model.dtype,
+            },
+            out / name / "perplexity.json",
+            lambda: measure_perplexity(
+                **asdict(perplexity), model=model, out=out, name=name, confidence=recipe.confidence
+            ),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- what is done
+
+
+def _contents(files: Any) -> list[str]:
+    """Hashes of the files among the names; a data set on the Hub has none."""
+    return [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if Path(f).is_file()]
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode("utf-8")).hexdigest()
+
+
+def _is_done(job: Job, done: dict[str, str]) -> bool:
+    return job.file.is_file() and done.get(job.name) == _fingerprint(job.settings)
+
+
+def _read_done(out: Path) -> dict[str, str]:
+    """What the suite has finished in this folder; nothing where its file is missing or damaged."""
+    try:
+        found = json.loads((out / SUITE).read_text(encoding="utf-8"))["done"]
+        return {str(name): str(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_done(out: Path, recipe: SuiteRecipe, done: dict[str, str]) -> None:
+    write_json(out / SUITE, {"models": list(recipe.models), "done": done})
