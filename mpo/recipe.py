@@ -644,6 +644,11 @@ def _refuse_secret_key(key: str, place: str) -> None:
 
 
 def refuse_secret_value(key: str, value: Any, place: str) -> None:
+    """Refuses a value that looks like a token or a password, wherever it stands in lists and mappings.
+
+    Raises:
+        ConfigError: It does; the message does not repeat it.
+    """
     if isinstance(value, Mapping):
         items: Iterable[Any] = value.values()
     elif isinstance(value, list):
