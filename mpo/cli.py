@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mpo import __version__
-from mpo.commands import analyze, evaluate, report
+from mpo.commands import analyze, evaluate, plan, report
 from mpo.commands.options import add_data_options, one_or_many, show_help
 from mpo.errors import MPOError
 
@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"] and (len(words) == 1 or words[1].startswith("--")):
         words = _recipe_first(words)
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest:
+        if not hasattr(arguments, "rest"):  # only `mpo plan` takes the keys of a recipe among its own options
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.rest = rest
     if not sys.stderr.isatty():
         # Read by tqdm when it is imported: bars belong on a terminal, a log file gets lines.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -108,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     train.set_defaults(run=_train, parser=train)
+
+    plan.register(commands)
 
     data = commands.add_parser("data", help="look at preference data")
     data.set_defaults(run=lambda _: show_help(data))

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from mpo.errors import ModelError
 from mpo.logprobs import FrozenHeadLogProbs
@@ -136,32 +136,51 @@ def _response_logps(
     if lengths.numel() == 0:
         return hidden.new_zeros((0, 2), dtype=torch.float32)
     head = model.get_output_embeddings()
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-        bias = bias.full_tensor() if bias is not None else None
     # With a model split over devices (`device_map`), the last layer may lie elsewhere than the head.
-    device = weight.device
-    scored = hidden.index_select(0, index).to(device)
-    tile_width = _TILE_WIDTH.get(device.type, _TILE_WIDTH_DEFAULT)
-    gathered = [weight] if bias is None else [weight, bias]
-    softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
-    with maybe_gather_lm_head_ctx(*gathered):
+    device = head.weight.device
+
+    def log_probs(scored: Tensor) -> Tensor:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if isinstance(weight, DTensor):
+            raise ModelError(
+                "the LM head is split over devices (tensor parallelism), which the reward-gap head does not read. Shard the "
+                "model with FSDP2 or DeepSpeed instead (recipes/accelerate)."
+            )
+        softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
+        values: Tensor
         if _is_frozen(weight, bias, scored):
-            log_probs = FrozenHeadLogProbs.apply(
-                scored,
-                weight,
-                bias,
-                labels.to(device),
-                softcap,
-                scale,
-                torch.is_grad_enabled() and scored.requires_grad,
+            needs_gradient = torch.is_grad_enabled() and scored.requires_grad
+            values = FrozenHeadLogProbs.apply(
+                scored, weight, bias, labels.to(device), softcap, scale, needs_gradient
             )
         else:
-            log_probs = ChunkedLogProbFunction.apply(
+            tile_width = _TILE_WIDTH.get(device.type, _TILE_WIDTH_DEFAULT)
+            values = ChunkedLogProbFunction.apply(
                 scored, weight, bias, labels.to(device), 1.0, tile_width, softcap, scale, ()
             )[0]
-    return segment_mean(log_probs, lengths.to(device)).unflatten(0, (-1, 2))
+        return values
+
+    scored = hidden.index_select(0, index).to(device)
+    return segment_mean(_call_as(head, log_probs, scored), lengths.to(device)).unflatten(0, (-1, 2))
+
+
+def _call_as(module: nn.Module, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """
+    Call a module with another function in place of its ``forward``.
+
+    FSDP2 and ZeRO-3 gather a module's weights, and later reduce their gradients, in hooks around its call. Whoever reads
+    a weight without that call finds a shard of it, and the gradient of each rank stays its own.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        result: Tensor = module(value)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+    return result
 
 
 def _is_frozen(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> bool:

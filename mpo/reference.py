@@ -45,6 +45,7 @@ _INDEX = "index.json"
 _CHUNK = 1 << 24
 _ARRAYS = ("logps", "hidden")
 _PARTIAL = ".partial"
+_VISIBLE_WITHIN = 60.0  # seconds after which a folder that another node has made must be seen
 _ABANDONED = 24 * 3600.0  # seconds without a write after which a partial folder is nobody's
 
 Forward = Callable[..., RewardGapOutput]
@@ -179,7 +180,8 @@ def fingerprint_module(module: nn.Module) -> str | None:
     Hash of a module's tensors, or None where they are partitioned over ranks (then no two hashes would agree).
     """
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(module.state_dict().items()):
+    # `keep_vars`, since a detached tensor no longer says that ZeRO-3 has divided it.
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         if not isinstance(tensor, torch.Tensor) or hasattr(tensor, "ds_id") or tensor.is_meta:
             return None
         if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "full_tensor"):
@@ -228,7 +230,6 @@ def build_or_load(
         "format": _FORMAT,
     }
     folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
-    # Each rank decides from the same file system; the main process alone verifies and removes what is damaged.
     if ranks.is_main_process and folder.exists():
         problem = _verify(folder)
         if problem is not None:
@@ -239,9 +240,13 @@ def build_or_load(
                     f"the reference cache '{folder}' is damaged ({problem}) and cannot be removed. Remove it, or set "
                     "`reference_cache_dir` to another folder."
                 )
-    ranks.wait_for_everyone()
-    if not folder.exists():
+    # One rank decides for all: on a network file system another node may see a new folder later.
+    known = [folder.exists()]
+    if ranks.num_processes > 1:
+        broadcast_object_list(known, from_process=0)
+    if not known[0]:
         _run_pass(dataset, first_group, forward, folder, full_key, shape, hidden_size, ranks, name)
+    _require_visible(folder, ranks)
     return SourceReference(ReferenceStore(folder), source_of_group)
 
 
@@ -261,30 +266,35 @@ def _run_pass(
     if ranks.num_processes > 1:
         broadcast_object_list(token, from_process=0)
     partial = folder.with_name(f"{folder.name}.{token[0]}{_PARTIAL}")
-    shapes = {"logps": (len(first_group), 2), "hidden": (len(first_group), 2, hidden_size)}
+    batches = list(_source_batches(dataset, first_group, shape.tokens_per_batch))
+    shares = [_share(batches, rank, ranks.num_processes) for rank in range(ranks.num_processes)]
+    mine = shares[ranks.process_index]
     if ranks.is_main_process:
         _remove_abandoned(folder)
-        _create(partial, shapes)
+        _check_space(partial.parent, _bytes_of(len(first_group), hidden_size) * (2 if len(shares) > 1 else 1))
+        _create(partial, len(first_group), hidden_size)
     ranks.wait_for_everyone()
-    if not partial.is_dir():
-        raise StorageError(
-            f"rank {ranks.process_index} does not see '{partial}', which rank 0 has just created. All ranks need one "
-            "shared folder: set `reference_cache_dir` to it."
-        )
-    arrays = {array: np.load(partial / f"{array}.npy", mmap_mode="r+") for array in _ARRAYS}
+    own = partial
+    if len(shares) > 1:
+        # Each rank writes files of its own, which the main process joins: two nodes that write to one file through a
+        # memory map overwrite each other's pages on a network file system.
+        _require_visible(partial, ranks)
+        own = partial / f"rank-{ranks.process_index}"
+        _create(own, len(mine), hidden_size)
+    arrays = _open_arrays(own)
 
-    batches = list(_source_batches(dataset, first_group, shape.tokens_per_batch))
     source_columns = dataset.select_columns(["source_prompt", "source_chosen", "source_rejected"])
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
+    written = 0
     with forward() as call, torch.no_grad():
         for step in tqdm(
             range(rounds),
             desc=f"Reference pass over {len(first_group)} {name} sources",
             disable=bool(os.environ.get("TQDM_DISABLE", "")),
         ):
-            mine = step * ranks.num_processes + ranks.process_index
-            sources = batches[min(mine, len(batches) - 1)]
+            number = step * ranks.num_processes + ranks.process_index
+            sources = batches[min(number, len(batches) - 1)]
             rows = source_columns[[int(first_group[i]) for i in sources]]
             trees = [
                 Tree(*parts, score=True, pool=True)
@@ -294,18 +304,69 @@ def _run_pass(
             ]
             output = call_on_trees(call, trees, shape, ranks.device)
             assert output.response_logps is not None and output.pooled is not None
-            arrays["logps"][sources] = output.response_logps.float().cpu().numpy()
-            arrays["hidden"][sources] = output.pooled.float().cpu().numpy()
-    try:
-        for array in arrays.values():
-            array.flush()
-    except OSError as error:
-        raise StorageError(f"the reference cache cannot be written to '{partial}': {error}") from error
+            if number >= len(batches):
+                continue
+            places = sources if own == partial else list(range(written, written + len(sources)))
+            written += len(sources)
+            arrays["logps"][places] = output.response_logps.float().cpu().numpy()
+            arrays["hidden"][places] = output.pooled.float().cpu().numpy()
+    _flush(arrays, own)
     del arrays
     ranks.wait_for_everyone()
     if ranks.is_main_process:
+        if len(shares) > 1:
+            _join(partial, shares)
         _complete(partial, folder, key)
     ranks.wait_for_everyone()
+
+
+def _share(batches: Sequence[list[int]], rank: int, num_ranks: int) -> list[int]:
+    """Sources that a rank computes, in the order it computes them."""
+    return [source for batch in batches[rank::num_ranks] for source in batch]
+
+
+def _join(partial: Path, shares: Sequence[Sequence[int]]) -> None:
+    """Put the ranks' results in their places."""
+    arrays = _open_arrays(partial)
+    for rank, sources in enumerate(shares):
+        own = partial / f"rank-{rank}"
+        for array, values in _open_arrays(own).items():
+            for start in range(0, len(sources), 1000):
+                arrays[array][sources[start : start + 1000]] = values[start : start + 1000]
+        shutil.rmtree(own, ignore_errors=True)
+    _flush(arrays, partial)
+
+
+def _open_arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {array: np.load(folder / f"{array}.npy", mmap_mode="r+") for array in _ARRAYS}
+
+
+def _flush(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    try:
+        for array in arrays.values():
+            if isinstance(array, np.memmap):  # an array of length 0 is none
+                array.flush()
+    except OSError as error:
+        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+
+
+def _require_visible(folder: Path, ranks: Ranks) -> None:
+    """
+    Wait until this rank sees a folder that the main process has made.
+
+    Raises:
+        StorageError: it does not, so the ranks do not share their file system.
+    """
+    deadline = time.monotonic() + _VISIBLE_WITHIN
+    while not folder.is_dir():
+        if ranks.is_main_process or time.monotonic() > deadline:
+            raise StorageError(
+                f"rank {ranks.process_index} does not see '{folder}', which rank 0 has just created. All ranks need one "
+                "shared folder: set `reference_cache_dir` to it."
+            )
+        time.sleep(0.2)
+        if folder.parent.is_dir():
+            os.listdir(folder.parent)  # asks the file server instead of this node's memory of it
 
 
 def call_on_trees(
@@ -350,38 +411,53 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove what killed passes with this key have left, but not what another run is writing now."""
     for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*{_PARTIAL}"):
         try:
-            written = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+            written = max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
         except OSError:
             continue
         if time.time() - written > _ABANDONED:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _create(partial: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    needed = sum(int(np.prod(shape)) * 4 for shape in shapes.values())
+def _bytes_of(sources: int, hidden_size: int) -> int:
+    return sources * 2 * (1 + hidden_size) * 4
+
+
+def _check_space(folder: Path, needed: int) -> None:
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise StorageError(
-                f"the reference cache needs {needed / 1e9:.1f} GB in '{partial.parent}', where {free / 1e9:.1f} GB are "
-                "free. Free some space, or set `reference_cache_dir`."
-            )
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    if free < needed:
+        raise StorageError(
+            f"the reference cache needs {needed / 1e9:.1f} GB in '{folder}', where {free / 1e9:.1f} GB are free. Free some "
+            "space, or set `reference_cache_dir`."
+        )
+
+
+def _create(folder: Path, sources: int, hidden_size: int) -> None:
+    shapes = {"logps": (sources, 2), "hidden": (sources, 2, hidden_size)}
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         for array, shape in shapes.items():
-            path = partial / f"{array}.npy"
+            path = folder / f"{array}.npy"
+            if not sources:
+                np.save(path, np.zeros(shape, dtype=np.float32))
+                continue
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
             # A memory map of a sparse file is killed when the disk fills up; reserved space cannot run out.
             if hasattr(os, "posix_fallocate"):  # macOS has none
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except StorageError:
-        raise
     except OSError as error:
-        raise StorageError(
-            f"the reference cache cannot be written to '{partial.parent}' ({error}). Set `reference_cache_dir` to a "
-            "folder that can."
-        ) from error
+        raise _not_writable(folder.parent, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"the reference cache cannot be written to '{folder}' ({error}). Set `reference_cache_dir` to a folder that can."
+    )
 
 
 def _complete(partial: Path, folder: Path, key: Mapping[str, Any]) -> None:

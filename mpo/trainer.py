@@ -92,6 +92,17 @@ from mpo.scoring import (
     run_model,
     score_loader,
 )
+from mpo.sharding import (
+    check_sharding,
+    deepspeed_inference_engine,
+    fsdp_reshard,
+    fsdp_shard,
+    fsdp_shard_reference,
+    fsdp_sharded_before,
+    is_fsdp_sharded,
+    local_part,
+    sharding_name,
+)
 from mpo.storage import is_full_disk
 from mpo.tokenization import TOKENIZED_FEATURES, set_chat_template, tokenize_groups
 
@@ -238,6 +249,8 @@ class MPOTrainer(DPOTrainer):
         continues_adapter = hasattr(model, "peft_config")
 
         self._explicit_reference = ref_model
+        self._reference_wrapped: Any = None
+        self._early_engine: Any = None
         self._reference_without_adapter = (
             peft_config is not None
             and getattr(peft_config, "init_lora_weights", True) in _NEUTRAL_ADAPTER_INITS
@@ -267,6 +280,7 @@ class MPOTrainer(DPOTrainer):
         if continues_adapter and "ref" in self.model.peft_config:
             # The reference pass runs before the adapter changes, so no frozen copy of it is needed, or saved.
             self.model.delete_adapter("ref")
+        check_sharding(self.accelerator)
         _check_master_weights(self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         bare = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         attach_reward_gap_head(bare)
@@ -353,6 +367,9 @@ class MPOTrainer(DPOTrainer):
         if self.model.training:
             self._accumulate(pairs, inputs["counts"])
             self._remember(loss.detach(), inputs)
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                # DeepSpeed takes the optimizer step at the end of this micro-batch's backward pass.
+                self._require_finite()
             # Gradients are averaged over ranks afterwards, while the step's mean is over all ranks' pairs.
             loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
@@ -629,7 +646,10 @@ class MPOTrainer(DPOTrainer):
                 "`min_source_gap: 0.0` drops them."
             )
         # The explicit reference has said all it will be asked.
-        self._explicit_reference = None
+        for engine in (self._early_engine, self._reference_wrapped):
+            if hasattr(engine, "destroy"):
+                engine.destroy()
+        self._explicit_reference = self._reference_wrapped = self._early_engine = None
 
     def _check_layout(self) -> None:
         if self._layout_checked:
@@ -655,24 +675,46 @@ class MPOTrainer(DPOTrainer):
     def _reference_forward(self) -> Iterator[Any]:
         """The reference model's forward: the explicit one, the base below a new adapter, or the policy at its start."""
         if self._explicit_reference is not None:
-            attach_reward_gap_head(self._explicit_reference)
-            model = self._explicit_reference.to(self.accelerator.device)
+            model = self._callable_reference()
             adapter_off: Any = nullcontext()
         else:
-            model = self._wrapped_model()
+            model = self._callable_model()
             adapter_off = self.model.disable_adapter() if self._reference_without_adapter else nullcontext()
         was_training = model.training
         model.eval()
         try:
-            with adapter_off, self.accelerator.autocast():
+            with adapter_off, self._autocast():
                 yield model
         finally:
             model.train(was_training)
 
-    def _wrapped_model(self) -> Any:
-        """What to call for a forward pass: sharded models need their wrapper, others do not."""
+    def _callable_model(self) -> Any:
+        """What to call for a forward pass. Before training, a model that will be sharded is sharded here."""
+        if self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            if self._early_engine is None:
+                self._early_engine = deepspeed_inference_engine(self.model, self.accelerator)
+            return self._early_engine
+        if self.is_fsdp_enabled and not is_fsdp_sharded(self.model):
+            self.model = self.model_wrapped = fsdp_shard(self.model, self.accelerator)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         return self.model_wrapped if sharded else self.model
+
+    def _callable_reference(self) -> Any:
+        if self._reference_wrapped is None:
+            model: Any = self._explicit_reference
+            attach_reward_gap_head(model)
+            if self.is_deepspeed_enabled:
+                self._reference_wrapped = deepspeed_inference_engine(model, self.accelerator)
+            elif self.is_fsdp_enabled:
+                self._reference_wrapped = fsdp_shard_reference(model, self.accelerator)
+            else:
+                self._reference_wrapped = model.to(self.accelerator.device)
+        return self._reference_wrapped
+
+    def _autocast(self) -> Any:
+        """Mixed precision of a forward pass, as in training: sharding engines cast the weights themselves."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return nullcontext() if sharded else self.accelerator.autocast()
 
     def _reference_key(self) -> dict[str, Any]:
         if self._fingerprint is None:
@@ -773,17 +815,45 @@ class MPOTrainer(DPOTrainer):
                 f"the checkpoint '{resume}' is not complete: its run ended while it was written, or files are missing. "
                 'Resume with "auto" or True, which takes the last complete one.'
             )
-        if not self.args.ignore_data_skip:
-            saved, now = saved_state(resume), self._order_state()
-            different = [name for name in now if name in saved and saved[name] != now[name]]
-            if different:
-                changes = ", ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in different)
-                raise ConfigError(
-                    f"'{resume}' was saved with another order of the data ({changes}), so resuming would repeat some "
-                    "groups and skip others. Restore the settings, or set `ignore_data_skip: true` to begin the epoch "
-                    "anew from the checkpoint's weights."
-                )
+        self._check_resumable(resume, saved_state(resume))
         return resume
+
+    def _check_resumable(self, checkpoint: str, saved: dict[str, Any]) -> None:
+        form, was = self._state_form(), saved.get("form")
+        if was is not None and was != form:
+            adapter = "adapter_name_or_path" if hasattr(self.model, "peft_config") else "model_name_or_path"
+            raise ConfigError(
+                f"the optimizer's states in '{checkpoint}' are kept as {was} needs them, and this run is {form}. Resume "
+                f"under the same Accelerate configuration, or start a new run from the weights (`{adapter}: {checkpoint}`), "
+                "with a fresh optimizer."
+            )
+        if self.args.ignore_data_skip:
+            return
+        now = self._order_state()
+        different = [name for name in now if name in saved and saved[name] != now[name]]
+        if different and not self._same_steps(different, saved):
+            changes = ", ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in different)
+            raise ConfigError(
+                f"'{checkpoint}' was saved with another order of the data ({changes}), so resuming would repeat some groups "
+                "and skip others. Restore the settings (on another number of ranks, groups per rank times ranks times "
+                "`gradient_accumulation_steps` must stay the same), or set `ignore_data_skip: true` to begin the epoch anew "
+                "from the checkpoint's weights."
+            )
+
+    def _same_steps(self, different: list[str], saved: dict[str, Any]) -> bool:
+        """Whether all optimizer steps have the same groups as before, only spread otherwise over ranks and micro-batches."""
+        factors = ("ranks", "groups_per_micro_batch", "gradient_accumulation_steps")
+        if not set(different) <= set(factors) or self.args.dataloader_drop_last:
+            return False
+        now = self._order_state()
+        return math.prod(saved.get(name, 0) for name in factors) == math.prod(now[name] for name in factors)
+
+    def _state_form(self) -> str:
+        """How the optimizer's states are kept in a checkpoint: whole, or divided as one engine and number of ranks needs."""
+        name = sharding_name(self.accelerator)
+        if self.is_deepspeed_enabled:
+            return f"{name} on {self.accelerator.num_processes} ranks"
+        return name if self.is_fsdp_enabled else "whole"
 
     def _order_state(self) -> dict[str, Any]:
         """What decides which groups have been seen after a number of steps."""
@@ -808,15 +878,28 @@ class MPOTrainer(DPOTrainer):
     def _rows_fingerprint(self) -> str:
         return fingerprint_rows(self.train_dataset)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        sharded_before: Any = nullcontext()
+        if is_fsdp_sharded(self.model):
+            fsdp_reshard(self.model)
+            sharded_before = fsdp_sharded_before(self.accelerator)
+        with sharded_before:
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            # ZeRO-1 and 2 take a step with a gradient that is not finite, unless told to look; then they skip it, as
+            # ZeRO-3 does, and `_get_grad_norm` stops the run.
+            self.model_wrapped.optimizer.check_grad_overflow = True
+        return prepared
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once per optimizer step, after the gradients are final and before the optimizer moves.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._require_finite(norm)
+        self._step_loss, self._step_groups = None, []
         return norm
 
-    def _require_finite(self, grad_norm: Any) -> None:
-        loss, groups = self._step_loss, self._step_groups
-        self._step_loss, self._step_groups = None, []
+    def _require_finite(self, grad_norm: Any = 0.0) -> None:
+        loss = self._step_loss
         device = self.accelerator.device
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=device)
         if hasattr(norm, "full_tensor"):
@@ -829,24 +912,27 @@ class MPOTrainer(DPOTrainer):
         if loss_finite and norm_finite:
             self._overflows = 0
             return
-        if loss_finite and self.accelerator.scaler is not None:
+        if loss_finite and self.accelerator.mixed_precision == "fp16":
             # Under fp16 an overflowing gradient is how the loss scale finds its level; the scaler skips the step.
             self._overflows += 1
             if self._overflows < _OVERFLOWS_BEFORE_STOP:
                 return
-        self._stop_at_non_finite(loss_finite, groups)
+        self._stop_at_non_finite(loss_finite)
 
-    def _stop_at_non_finite(self, loss_finite: bool, groups: list[tuple[str, list[int]]]) -> None:
+    def _stop_at_non_finite(self, loss_finite: bool) -> None:
+        groups = self._step_groups
         if self.accelerator.num_processes > 1:
             groups = gather_object(groups)
         self.model.zero_grad()
         step = self.state.global_step
         output = self.args.output_dir or "."
-        written = is_complete(Path(output) / f"checkpoint-{step}")
-        if step > 0 and self.args.save_strategy != "no" and not written and self._weights_are_finite():
+        # Saving is a collective, and a rank may see another state of the folder, or have all its own weights finite.
+        good = self._on_all_ranks(self._weights_are_finite())
+        written = self._as_main_sees(is_complete(Path(output) / f"checkpoint-{step}"))
+        if step > 0 and self.args.save_strategy != "no" and not written and good:
             # The optimizer has not moved, so the weights are still those of the last good step.
             self._save_checkpoint(self.model_wrapped, trial=None)
-        saved = last_complete_checkpoint(output)
+        saved = self._as_main_sees(last_complete_checkpoint(output))
         rows = "; ".join(f"{origin} rows {rows}" for origin, rows in groups[:8])
         more = f" and {len(groups) - 8} more groups" if len(groups) > 8 else ""
         raise TrainingError(
@@ -857,7 +943,20 @@ class MPOTrainer(DPOTrainer):
         )
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad)
+        return all(
+            bool(torch.isfinite(local_part(p)).all()) for p in self.model.parameters() if p.requires_grad
+        )
+
+    def _on_all_ranks(self, value: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return value
+        return all(gather_object([value]))
+
+    def _as_main_sees(self, value: Any) -> Any:
+        found = [value]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found, from_process=0)
+        return found[0]
 
     # ---- Logging -------------------------------------------------------------------------------------------------
 
@@ -998,11 +1097,11 @@ class MPOTrainer(DPOTrainer):
             num_ranks=ranks.num_processes,
             rank=ranks.process_index,
         )
-        model = self._wrapped_model()
+        model = self._callable_model()
         was_training = model.training
         model.eval()
         try:
-            with ranks.autocast():
+            with self._autocast():
                 return score_loader(
                     model,
                     loader,
@@ -1043,7 +1142,7 @@ class MPOTrainer(DPOTrainer):
         problem = next((p for p in problems if p), None)
         if main and problem is None:
             try:
-                mark_complete(folder, self._order_state())
+                mark_complete(folder, {**self._order_state(), "form": self._state_form()})
                 rotate(folder.parent, keep, self.state.best_model_checkpoint, newest=folder)
             except OSError as error:
                 problem = str(error)
@@ -1054,6 +1153,25 @@ class MPOTrainer(DPOTrainer):
                 f"The checkpoint of step {self.state.global_step} could not be saved ({problem}). Training goes on; the "
                 f"last complete checkpoint is {last or 'none'}. Free some space in '{folder.parent}' before the next one."
             )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save the model, or its adapter, whole: what is saved loads on one CPU, however many ranks have trained it.
+
+        All ranks call this; the main process writes.
+        """
+        if self.is_fsdp_enabled and not _internal_call:
+            # The base class saves nothing here where checkpoints are kept in shards (`SHARDED_STATE_DICT`).
+            state = self.accelerator.get_state_dict(self.model)
+            for tied in getattr(self.model, "all_tied_weights_keys", None) or {}:
+                state.pop(tied, None)
+            self._save(output_dir, state_dict=state)
+        elif self.is_deepspeed_enabled and sharding_name(self.accelerator) != "ZeRO-3":
+            # Weights are whole on each rank; the base class copies them, and saves tied ones twice.
+            self._save(output_dir)
+        else:
+            super().save_model(output_dir, _internal_call)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -512,6 +512,7 @@ def test_a_rank_that_does_not_see_the_folder_says_that_it_must_be_shared(
         num_processes, process_index, is_main_process = 2, 1, False
 
     monkeypatch.setattr(subject, "broadcast_object_list", lambda objects, from_process: objects)
+    monkeypatch.setattr(subject, "_VISIBLE_WITHIN", 0.1)
     with pytest.raises(StorageError, match="shared"):
         build(dataset, forbidden, tmp_path, ranks=SecondRank())
 
@@ -529,6 +530,7 @@ def test_ranks_divide_the_sources_and_agree_with_a_single_one(
             shared[:] = objects
         barrier.wait()
         objects[:] = shared
+        barrier.wait()
         return objects
 
     monkeypatch.setattr(subject, "broadcast_object_list", broadcast)

@@ -1,0 +1,159 @@
+"""Compares the memory that ``mpo plan`` counts with that of the tensors of real training steps on a CPU.
+
+    python -m benchmarks.plan_memory
+
+Every run takes two optimizer steps of a small random Llama in float32 with real tensors, all of which are counted while they
+live (:class:`mpo.live_memory.LiveMemory`); the second step, which has AdamW's states, is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from mpo.capacity import SHARDINGS, Memory, describe, memory
+from mpo.evaluation.text_table import TextTable
+from mpo.head import attach_reward_gap_head
+from mpo.live_memory import LiveMemory
+from mpo.trees import Tree, build_batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: an adapter or all weights, with activations kept or recomputed, in rows of ``length`` tokens."""
+
+    adapter: bool
+    recomputed: bool
+    length: int
+    rows: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.rows
+
+
+CASES = tuple(
+    Case(adapter, recomputed, length, rows)
+    for adapter in (False, True)
+    for recomputed in (False, True)
+    for length, rows in ((256, 1), (256, 4), (1024, 1))
+)
+
+
+def config(hidden: int = 256, layers: int = 6, vocab: int = 4096) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        attn_implementation="eager",
+    )
+
+
+def lora(case: Case) -> LoraConfig | None:
+    return (
+        LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if case.adapter
+        else None
+    )
+
+
+def counted(model_config: LlamaConfig, case: Case) -> Memory:
+    """What the plan says."""
+    adapter = lora(case)
+    training = describe(
+        model_config,
+        adapter=adapter,
+        half=False,
+        bits=32,
+        checkpointing=case.recomputed,
+        attention="eager",
+        reference_tokens=1,
+    )
+    return memory(training, SHARDINGS[0], 1, case.tokens, case.length, adapter, fused_tiles=False)
+
+
+def measured(model_config: LlamaConfig, case: Case) -> int:
+    """Peak bytes of the live tensors of the second of two real training steps."""
+    rng = random.Random(0)
+    third = (case.length - 16) // 2  # prompts are short, as in real data
+    trees = [
+        Tree(
+            *(
+                [rng.randrange(3, model_config.vocab_size) for _ in range(n)]
+                for n in (case.length - 2 * third, third, third)
+            )
+        )
+        for _ in range(case.rows)
+    ]
+    batch = build_batch(trees, layout="tree", max_tokens_per_row=case.length, pad_token_id=0, pooling="mean")
+    counter = LiveMemory()
+    with counter:
+        model: Any = AutoModelForCausalLM.from_config(
+            model_config, attn_implementation="eager", dtype=torch.float32
+        )
+        attach_reward_gap_head(model)
+        adapter = lora(case)
+        if adapter is not None:
+            model = get_peft_model(model, adapter)
+            model.enable_input_require_grads()
+        if case.recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=False
+        )
+        for _ in range(2):
+            counter.peak = counter.current
+            output = model(reward_gap_head=True, **batch)
+            (output.response_logps[:, 0] - output.response_logps[:, 1]).square().mean().backward()
+            del output
+            optimizer.step()
+            optimizer.zero_grad()
+    return counter.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=4096)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model_config = config(arguments.hidden, arguments.layers, arguments.vocab)
+    rows = []
+    for case in CASES:
+        plan, real = counted(model_config, case), measured(model_config, case)
+        rows.append(
+            (
+                "an adapter" if case.adapter else "all weights",
+                "recomputed" if case.recomputed else "kept",
+                f"{case.rows} x {case.length:,}",
+                f"{plan.tensors / 1e6:.1f}",
+                f"{real / 1e6:.1f}",
+                f"{plan.tensors / real - 1:+.1%}",
+            )
+        )
+    table = TextTable(
+        title="MB of live tensors in a training step on one CPU, float32, eager attention",
+        header=("Trained", "Activations", "Rows", "Counted", "Measured", "Deviation"),
+        rows=tuple(rows),
+    )
+    print(table.plain())
+
+
+if __name__ == "__main__":
+    main()

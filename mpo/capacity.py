@@ -1,0 +1,582 @@
+"""On which GPUs a recipe could run, and for how long: memory, time and communication, worked out without weights.
+
+:mod:`mpo.plan` says what a run will do on this machine; ``mpo plan``, which is built on this module, says what machine a run
+would need. Weights, gradients and optimizer states are counted from the model on torch's ``meta`` device. Activations are
+measured there: a few layers run a whole training step on tensors without memory, and the peak of what is alive at once
+(:class:`mpo.live_memory.LiveMemory`) grows by the same amount with every further layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mpo.live_memory import LiveMemory
+from mpo.model import ModelSource, empty_model
+
+GB = 1e9
+
+# Tokens and words of a tile of the LM head's logits on a GPU (mpo.head, trl.kernels.chunked_logprob).
+_TILE_TOKENS, _TILE_WORDS = 4096, 32768
+# Without Triton, operations on a tile of a trained head make copies of it: this many are alive at once.
+_TILES_UNFUSED = 14
+# The CUDA context, the communication library's buffers and libraries' workspaces, and what fragmentation loses.
+_FIXED_BYTES, _LOST_SHARE = 2.5 * GB, 0.05
+# DeepSpeed's buckets at their default sizes: 5e8 elements to reduce, 1e9 gathered weights alive at most.
+_REDUCE_BUCKET, _LIVE_WEIGHTS = 5e8, 1e9
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """
+    One way to divide a model over GPUs.
+
+    Attributes:
+        name: as in the literature.
+        config: its file in ``recipes/accelerate``.
+        engine: ``"torch"``, ``"deepspeed"`` or ``"fsdp2"``.
+        weights, gradients, optimizer: whether these are divided.
+        offload: whether weights and optimizer states wait in main memory.
+        one_gpu: whether it is for a single GPU.
+    """
+
+    name: str
+    config: str
+    engine: str
+    weights: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    offload: bool = False
+    one_gpu: bool = False
+
+
+# In the order in which a person would take them: what communicates less comes first.
+SHARDINGS = (
+    Sharding("one GPU", "single.yaml", "torch", one_gpu=True),
+    Sharding("DDP", "ddp.yaml", "torch"),
+    Sharding("ZeRO-1", "zero1.yaml", "deepspeed", optimizer=True),
+    Sharding("ZeRO-2", "zero2.yaml", "deepspeed", gradients=True, optimizer=True),
+    Sharding("FSDP2", "fsdp2.yaml", "fsdp2", weights=True, gradients=True, optimizer=True),
+    Sharding("ZeRO-3", "zero3.yaml", "deepspeed", weights=True, gradients=True, optimizer=True),
+    Sharding(
+        "FSDP2 offload",
+        "fsdp2_offload.yaml",
+        "fsdp2",
+        weights=True,
+        gradients=True,
+        optimizer=True,
+        offload=True,
+    ),
+    Sharding(
+        "ZeRO-3 offload",
+        "zero3_offload.yaml",
+        "deepspeed",
+        weights=True,
+        gradients=True,
+        optimizer=True,
+        offload=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    What decides a run's memory and time, besides the machine.
+
+    Attributes:
+        config: of the model.
+        parameters, trained: numbers of weights, and of those that are trained (an adapter's come on top).
+        layer_parameters: weights of one decoder layer.
+        head_parameters: weights of the LM head (of the embedding, where the two are tied).
+        adapter: whether an adapter is trained.
+        half: whether it computes in bf16 or fp16.
+        bits: of the frozen base's linear weights: 16 or 32, or 8 or 4 where it is quantised.
+        checkpointing: whether activations are recomputed.
+        attention: ``"sdpa"``, ``"eager"`` or ``"flex_attention"``.
+        reference_tokens: tokens of a batch of the reference pass.
+        accumulates: whether a step has several micro-batches, so that gradients are kept between them.
+    """
+
+    config: PretrainedConfig
+    parameters: int
+    trained: int
+    layer_parameters: int
+    head_parameters: int
+    adapter: bool
+    half: bool = True
+    bits: int = 16
+    checkpointing: bool = True
+    attention: str = "sdpa"
+    reference_tokens: int = 32768
+    accumulates: bool = False
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    Bytes that one GPU holds at its peak, by what they are: ``layer`` is what the layer at work takes besides the
+    ``activations`` that are kept. ``main_memory`` is what waits in the machine's memory for each GPU.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    layer: float
+    lm_head: float
+    reference: float
+    main_memory: float
+    accumulates: bool = False
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of the tensors alive at the peak: of the step or, if it takes more, of the reference pass before it."""
+        # The head is done before the layers' backward passes begin.
+        working = self.activations + max(self.layer, self.lm_head)
+        # Gradients come to be while activations go, unless those of an earlier micro-batch are there already.
+        backward = working + self.gradients if self.accumulates else max(working, self.gradients)
+        step = self.weights + self.optimizer + self.buffers + backward
+        return max(step, self.weights + self.buffers + self.reference)
+
+    @property
+    def total(self) -> float:
+        """What the GPU must have: the tensors, CUDA's own memory, and what fragmentation loses."""
+        return (self.tensors + _FIXED_BYTES) / (1 - _LOST_SHARE)
+
+
+def describe(
+    config: PretrainedConfig, *, adapter: Any = None, name: str = "the model", **settings: Any
+) -> Training:
+    """
+    Count a model's weights on the meta device.
+
+    Args:
+        config: of the model.
+        adapter: ``peft`` configuration of a new adapter, or None for full fine-tuning.
+        name: of the model, for errors.
+        settings: further fields of :class:`Training`.
+
+    Raises:
+        ModelError: the architecture is not a causal language model.
+    """
+    model = empty_model(config, ModelSource(name))
+    parameters = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in _layers(model)[0].parameters())
+    head = sum(p.numel() for p in model.get_output_embeddings().parameters())
+    trained = parameters
+    if adapter is not None:
+        trained = sum(p.numel() for p in _with_adapter(model, adapter).parameters() if p.requires_grad)
+    return Training(
+        config=config,
+        parameters=parameters,
+        trained=trained,
+        layer_parameters=layer,
+        head_parameters=head,
+        adapter=adapter is not None,
+        **settings,
+    )
+
+
+def memory(
+    training: Training,
+    sharding: Sharding,
+    gpus: int,
+    tokens: int,
+    row_tokens: int,
+    adapter: Any = None,
+    fused_tiles: bool = True,
+) -> Memory:
+    """
+    Memory of one GPU.
+
+    Args:
+        training: what is trained.
+        sharding: how it is divided.
+        gpus: number of GPUs.
+        tokens: of a micro-batch on each GPU.
+        row_tokens: longest packed row, see ``MPOConfig.max_tokens_per_row``.
+        adapter: ``peft`` configuration of the adapter, as given to :func:`describe`.
+        fused_tiles: whether a kernel works on the LM head's tiles in place, as on GPUs.
+    """
+    total, trained = training.parameters, training.trained
+    frozen = total if training.adapter else 0
+    compute = 2 if training.half else 4
+    share = {
+        part: (1 / gpus if getattr(sharding, part) else 1.0) for part in ("weights", "gradients", "optimizer")
+    }
+    base_bytes = _base_bytes(training, frozen, compute)
+    if sharding.engine == "deepspeed" and training.half:
+        # Everything in half precision; float32 master weights are among the optimizer's states.
+        weight_bytes, gradient_bytes, optimizer_bytes = (
+            base_bytes + compute * trained,
+            compute * trained,
+            12 * trained,
+        )
+    else:
+        weight_bytes, gradient_bytes, optimizer_bytes = base_bytes + 4 * trained, 4 * trained, 8 * trained
+    weights, gradients, optimizer = (
+        weight_bytes * share["weights"],
+        gradient_bytes * share["gradients"],
+        optimizer_bytes * share["optimizer"],
+    )
+    buffers = _buffers(training, sharding, gpus, compute)
+    kept_elsewhere = 0.0
+    if sharding.offload:
+        kept_elsewhere = weights + optimizer + gradients
+        weights = gradients = optimizer = 0.0
+    rows, length = _rows(tokens, row_tokens)
+    per_layer, fixed, masks = _activation_bytes(
+        _key(training, adapter), rows, length, training.checkpointing, True
+    )
+    reference_rows, reference_length = _rows(training.reference_tokens, row_tokens)
+    _, reference, reference_masks = _activation_bytes(
+        _key(training, adapter), reference_rows, reference_length, False, False
+    )
+    words = min(_TILE_WORDS, training.config.get_text_config().vocab_size)
+    # A tile of logits; the gradient of the states in float32, and cast.
+    tiles = 1 if fused_tiles or training.adapter else _TILES_UNFUSED
+    head = tiles * min(tokens, _TILE_TOKENS) * words * compute + tokens * training.hidden * (4 + compute)
+    if not training.adapter:
+        # The head's gradient is summed in float32, then cast.
+        head += training.head_parameters * (4 + compute)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        activations=per_layer * training.layers + masks,
+        layer=fixed,
+        lm_head=head,
+        reference=reference_masks
+        + reference
+        + tiles * min(training.reference_tokens, _TILE_TOKENS) * words * compute,
+        main_memory=kept_elsewhere,
+        accumulates=training.accumulates,
+    )
+
+
+def _base_bytes(training: Training, frozen: int, compute: int) -> float:
+    if not frozen:
+        return 0.0
+    if training.bits >= 16:
+        return frozen * training.bits / 8
+    # Embedding, head and norms stay in half precision; quantised blocks carry a scale of about an eighth of a bit.
+    linear = training.layer_parameters * training.layers
+    return linear * (training.bits + 0.125) / 8 + (frozen - linear) * compute
+
+
+def _buffers(training: Training, sharding: Sharding, gpus: int, compute: int) -> float:
+    """What an engine allocates to gather weights and to reduce gradients, and casts under autocast."""
+    trained = training.trained
+    if sharding.engine == "deepspeed":
+        # Two buckets, one filling while the other is reduced, and the float32 gradients of the partition in a step.
+        bucket = min(_REDUCE_BUCKET, trained) * compute * (2 if gpus > 1 else 1)
+        step = 0.0 if sharding.offload else min(4 * trained / (gpus if sharding.optimizer else 1), 4 * 1e9)
+        gathered = 0.0
+        if sharding.weights:
+            largest = max(training.layer_parameters, training.head_parameters)
+            gathered = compute * max(largest, min(_LIVE_WEIGHTS, training.parameters))
+        return bucket + step + gathered
+    if sharding.engine == "fsdp2":
+        # The layer at work and the next one, gathered; embedding and head; a layer's gradients, and their float32 sum.
+        gathered = compute * (2 * training.layer_parameters + 2 * training.head_parameters)
+        reduced = 0 if training.adapter else (compute + 4) * training.layer_parameters
+        return gathered + reduced
+    casts = compute * (trained if training.half else 0)
+    return casts + (4 * trained if gpus > 1 else 0)  # DDP reduces from buckets of its own
+
+
+# ---- Activations -----------------------------------------------------------------------------------------------------
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Takes and keeps the memory of torch's memory-efficient attention under a mask, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        output = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        # The kernel adds the mask in the type of the query, and keeps that form for the way back.
+        bias = None if mask is None else mask.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, sums, bias)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _fused_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **ignored: Any
+) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    if attention_mask is not None and groups > 1:  # as transformers does under a mask
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    output: Tensor = _FusedAttention.apply(query, key, value, attention_mask)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _key(training: Training, adapter: Any) -> Any:
+    return _Hashable((training.config, training.attention, training.half, training.adapter, adapter))
+
+
+class _Hashable:
+    """Configurations have no hash of their own; two that say the same are the same here."""
+
+    def __init__(self, value: tuple[Any, ...]) -> None:
+        self.value = value
+        config, *rest = value
+        self.text = f"{config.to_json_string(use_diff=False)} {rest}"
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self.text == other.text
+
+
+@lru_cache(maxsize=512)
+def _activation_bytes(
+    key: Any, rows: int, length: int, checkpointing: bool, backward: bool
+) -> tuple[float, float, float]:
+    """Bytes that each layer adds to the peak, that one layer takes while it works, and of the masks."""
+    config, attention, half, is_adapter, adapter = key.value
+    few, more = (
+        step_peak(
+            config,
+            layers,
+            rows,
+            length,
+            attention=attention,
+            dtype=torch.bfloat16 if half else torch.float32,
+            adapter=adapter if is_adapter else None,
+            checkpointing=checkpointing,
+            backward=backward,
+        )
+        for layers in (2, 4)
+    )
+    per_layer = (more - few) / 2
+    masks = rows * length * length * (1 if attention == "sdpa" else 2 if half else 4)
+    return per_layer, few - 2 * per_layer, 0.0 if attention == "flex_attention" else masks
+
+
+def step_peak(
+    config: PretrainedConfig,
+    layers: int,
+    rows: int,
+    length: int,
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.bfloat16,
+    adapter: Any = None,
+    checkpointing: bool = False,
+    backward: bool = True,
+) -> int:
+    """
+    Peak bytes of the activations of the first layers of a model, in one forward (and backward) pass on the meta device.
+
+    Weights and kept gradients do not count; the mask does not either.
+
+    Args:
+        config: of the model.
+        layers: how many layers to run.
+        rows, length: packed rows of the micro-batch and their length in tokens.
+        attention: implementation; all but ``"eager"`` keep what memory-efficient attention keeps.
+        dtype: of weights and activations.
+        adapter: ``peft`` configuration, or None to train all weights.
+        checkpointing: recompute activations.
+        backward: whether there is a backward pass.
+    """
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:layers]
+    model: Any = empty_model(small, ModelSource("the model"))
+    model.to(dtype)
+    if attention != "eager":
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("mpo_capacity", _fused_attention)
+        attention = "mpo_capacity"
+    model.set_attn_implementation(attention)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    model.train(backward)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Kept gradients are counted elsewhere; here they go as soon as they are made.
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    masks = _meta_masks(text, rows, length, attention, dtype)
+    body = model.get_base_model().base_model if adapter is not None else model.base_model
+    states = torch.empty((rows, length, text.hidden_size), dtype=dtype, device="meta", requires_grad=backward)
+    positions = torch.zeros((rows, length), dtype=torch.long, device="meta")
+    counter = LiveMemory()
+    with counter, torch.set_grad_enabled(backward):
+        output = body(
+            inputs_embeds=states, position_ids=positions, attention_mask=masks, use_cache=False
+        ).last_hidden_state
+        if backward:
+            output.backward(torch.empty_like(output))
+    return counter.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _meta_masks(text: Any, rows: int, length: int, attention: str, dtype: torch.dtype) -> Any:
+    shape = (rows, 1, length, length)
+    mask = torch.empty(shape, dtype=dtype if attention == "eager" else torch.bool, device="meta")
+    kinds = set(getattr(text, "layer_types", None) or [])
+    return dict.fromkeys(kinds, mask) if len(kinds) > 1 or "sliding_attention" in kinds else mask
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Any) -> Any:
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, copy.deepcopy(adapter), autocast_adapter_dtype=False)
+
+
+def _layers(model: PreTrainedModel) -> Any:
+    """The decoder's layers: its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def _rows(tokens: int, row_tokens: int) -> tuple[int, int]:
+    if tokens <= row_tokens:
+        return 1, tokens
+    return math.ceil(tokens / row_tokens), row_tokens
+
+
+# ---- What fits -------------------------------------------------------------------------------------------------------
+
+
+def token_budgets(row_tokens: int) -> list[int]:
+    """Token budgets that are tried: quarters and halves of a row, then whole rows."""
+    return [
+        row_tokens // 8,
+        row_tokens // 4,
+        row_tokens // 2,
+        *(row_tokens * n for n in (1, 2, 3, 4, 6, 8, 12, 16)),
+    ]
+
+
+def largest_budget(
+    training: Training, sharding: Sharding, gpus: int, gpu_bytes: float, row_tokens: int, adapter: Any = None
+) -> tuple[int, Memory]:
+    """The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least)."""
+    best = 0
+    budgets = token_budgets(row_tokens)
+    found = memory(training, sharding, gpus, budgets[0], row_tokens, adapter)
+    for tokens in budgets:
+        needed = memory(training, sharding, gpus, tokens, row_tokens, adapter)
+        if needed.total > gpu_bytes:
+            break
+        best, found = tokens, needed
+    return best, found
+
+
+def possible(sharding: Sharding, training: Training, gpus: int) -> bool:
+    """Whether a sharding is for that many GPUs and that model."""
+    if training.bits < 16 and (sharding.weights or sharding.engine == "deepspeed"):
+        return False  # quantised weights are not divided
+    if gpus == 1:
+        return sharding.one_gpu or sharding.offload
+    return not sharding.one_gpu
+
+
+# ---- Time and communication ------------------------------------------------------------------------------------------
+
+
+def step_flops(training: Training, tokens: float, context: float) -> float:
+    """
+    Floating-point operations of forward and backward over ``tokens`` tokens.
+
+    A multiplication by each weight costs 2 operations per token forward, 2 for the gradient of its input and, where the
+    weight itself is trained, 2 for its own; recomputing activations adds one forward pass (Kaplan et al., 2020, section
+    2.1). Attention adds ``4 * hidden * context`` per layer and token forward and twice that backward.
+
+    Args:
+        training: what is trained.
+        tokens: number of tokens.
+        context: tokens that a token attends to, on average.
+    """
+    text = training.config.get_text_config()
+    embedding = training.head_parameters  # looked up, not multiplied; a head of its own is multiplied
+    multiplied = training.parameters - (0 if getattr(text, "tie_word_embeddings", False) else embedding)
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or training.hidden // heads)
+    passes = 1 + (1 if training.adapter else 2) + (1 if training.checkpointing else 0)
+    attention = 4 * width * context * training.layers * (3 + (1 if training.checkpointing else 0))
+    return tokens * (2 * multiplied * passes + attention)
+
+
+def reference_flops(training: Training, tokens: float, context: float) -> float:
+    """Floating-point operations of a forward pass alone."""
+    return step_flops(replace(training, adapter=True, checkpointing=False), tokens, context) / 2
+
+
+def sent_per_step(training: Training, sharding: Sharding, gpus: int, micro_batches: int = 1) -> float:
+    """
+    Bytes that each GPU sends in an optimizer step, with ring collectives: (N - 1) / N of what is gathered or scattered.
+
+    Weights are gathered in each forward and each backward pass where they are divided; ZeRO-1 and 2 gather them once per
+    step, after the update. Gradients are summed once per step, but per micro-batch where they are divided.
+    """
+    ring = (gpus - 1) / gpus
+    half = 2 if training.half else 4
+    trained, total = training.trained, training.parameters + (training.trained if training.adapter else 0)
+    if sharding.engine == "torch":
+        return 2 * ring * 4 * trained
+    gradient = 4 if sharding.engine == "fsdp2" else half
+    reductions = micro_batches if sharding.gradients else 1
+    if sharding.weights:
+        return ring * (2 * half * total * micro_batches + gradient * trained * reductions)
+    return ring * (half * trained * reductions + half * trained)
+
+
+def efficiency(compute_seconds: float, sent_bytes: float, bytes_per_second: float, overlap: float) -> float:
+    """
+    Share of the time in which a GPU computes.
+
+    Args:
+        compute_seconds: of a step.
+        sent_bytes: of a step, see :func:`sent_per_step`.
+        bytes_per_second: of a GPU's slowest link on the ring.
+        overlap: share of the computing time behind which communication can hide.
+    """
+    communication = sent_bytes / bytes_per_second
+    return compute_seconds / (compute_seconds + max(0.0, communication - overlap * compute_seconds))
+
+
+def best(choices: Sequence[tuple[Sharding, int]], needed: int) -> Sharding | None:
+    """The first sharding whose token budget takes ``needed`` tokens, else the one with the largest budget."""
+    fitting = [(sharding, budget) for sharding, budget in choices if budget > 0]
+    for sharding, budget in fitting:
+        if budget >= needed:
+            return sharding
+    return max(fitting, key=lambda choice: choice[1])[0] if fitting else None

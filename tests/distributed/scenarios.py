@@ -1,0 +1,209 @@
+"""Runs that one process and two must make alike: the same groups in every optimizer step, however they are divided.
+
+The same code runs in the test's own process and in those that ``accelerate launch`` starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from mpo.checkpoints import checkpoints
+from mpo.config import MPOConfig
+from mpo.errors import TrainingError
+from mpo.scoring import PairTensors
+from mpo.trainer import MPOTrainer
+from tests.runs import lora
+from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
+
+GROUPS_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is trained, and how. ``tied``: the LM head is the embedding."""
+
+    family: str
+    adapter: bool
+    optimizer: str
+    tied: bool = False
+
+
+SCENARIOS = {
+    "full-sgd": Scenario("llama", adapter=False, optimizer="sgd"),
+    "tied-sgd": Scenario("gemma2", adapter=False, optimizer="sgd", tied=True),
+    "lora-sgd": Scenario("qwen2", adapter=True, optimizer="sgd"),
+    "full-adamw": Scenario("llama", adapter=False, optimizer="adamw_torch"),
+    "lora-adamw": Scenario("llama", adapter=True, optimizer="adamw_torch"),
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Eleven groups of one to four pairs: ranks have unequal numbers of pairs, and the last step has three groups."""
+    return random_groups(5, 11, (1, 4), words=(1, 6))
+
+
+def held_out() -> list[dict[str, Any]]:
+    return random_groups(6, 3, (1, 3), words=(1, 6))
+
+
+def settings(scenario: Scenario, folder: Path, shared: Path, ranks: int, **changes: Any) -> MPOConfig:
+    """Settings under which every optimizer step has the same groups, whatever the number of ranks."""
+    sgd = scenario.optimizer == "sgd"
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "reference_cache_dir": str(shared),
+        "use_cpu": ranks == 1,
+        "ddp_backend": "gloo" if ranks > 1 else None,
+        "report_to": [],
+        "disable_tqdm": True,
+        "optim": scenario.optimizer,
+        "learning_rate": 0.02 if sgd else 1e-3,
+        "max_grad_norm": 0.0 if sgd else 0.5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "num_train_epochs": 1,
+        "gradient_accumulation_steps": GROUPS_PER_STEP // ranks,
+        "reference_tokens_per_batch": 200,
+        "save_strategy": "no",
+        "ddp_find_unused_parameters": False,
+        "seed": 3,
+    }
+    return MPOConfig(**{**defaults, **changes})
+
+
+class Observer(TrainerCallback):
+    """Keeps the gradients of the first optimizer step, whole."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        engine = self.trainer.model_wrapped
+        if not self.trainer.is_deepspeed_enabled:
+            return
+        take_step = engine.step
+
+        def step(*given: Any, **named: Any) -> Any:
+            self._keep()
+            return take_step(*given, **named)
+
+        engine.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.is_deepspeed_enabled:
+            self._keep()
+
+    def _keep(self) -> None:
+        if self.gradients:
+            return
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = parameter.grad
+                if self.trainer.is_deepspeed_enabled:
+                    from deepspeed.utils import safe_get_full_grad
+
+                    gradient = safe_get_full_grad(parameter)
+                if hasattr(gradient, "full_tensor"):
+                    gradient = gradient.full_tensor()
+                assert gradient is not None, name
+                self.gradients[name] = gradient.detach().float().clone()
+
+
+def build(
+    name: str, folder: Path, shared: Path, ranks: int, kind: type = MPOTrainer, **changes: Any
+) -> MPOTrainer:
+    """The trainer of a scenario, with its observer as ``trainer.observer``."""
+    scenario = SCENARIOS[name]
+    model = shared / f"model-{scenario.family}"
+    observer = Observer()
+    trainer = kind(
+        model=str(model),
+        args=settings(scenario, folder, shared / "reference", ranks, **changes),
+        train_dataset=rows(),
+        eval_dataset=held_out(),
+        peft_config=lora(r=4) if scenario.adapter else None,
+        callbacks=[observer],
+    )
+    observer.trainer = trainer
+    trainer.observer = observer
+    return trainer
+
+
+def save_models(shared: Path) -> None:
+    """The starting models of all scenarios, below ``shared``."""
+    for scenario in SCENARIOS.values():
+        save_tiny(scenario.family, shared / f"model-{scenario.family}")
+
+
+def run(name: str, folder: Path, shared: Path, ranks: int, **changes: Any) -> dict[str, Any]:
+    """Train a scenario; all ranks get what it computed. The saved model is in ``folder / "saved"``."""
+    trainer = build(name, folder, shared, ranks, **changes)
+    before = trainer.score()
+    seen: list[tuple[list[int], int]] = []
+    collate = trainer.data_collator.__call__
+
+    class Recorder(type(trainer.data_collator)):  # type: ignore[misc]
+        def __call__(self, examples: Any) -> Any:
+            seen.append(
+                (
+                    [e["group"] for e in examples if not e["filler"]],
+                    sum(len(e["target_language"]) for e in examples),
+                )
+            )
+            return collate(examples)
+
+    trainer.data_collator.__class__ = Recorder
+    trainer.train()
+    after = trainer.score()
+    trainer.save_model(str(folder / "saved"))
+    reference = trainer._reference_of(trainer.train_dataset)
+    return {
+        "gradients": trainer.observer.gradients,
+        "reference_gap": torch.tensor(reference.gap.copy()),
+        "reference_hidden": torch.tensor(reference.store.hidden[:].copy()),
+        "before": _table(before),
+        "after": _table(after),
+        "retention": after.retention,
+        "history": [log for log in trainer.state.log_history if "loss" in log],
+        "groups": seen,
+        "evaluated": {k: v for k, v in trainer.evaluate().items() if "runtime" not in k},
+    }
+
+
+def _table(scores: Any) -> list[tuple[Any, ...]]:
+    return [(r.group, r.language, r.is_source, r.chosen, r.rejected, r.reference_gap) for r in scores.records]
+
+
+class Poisoned(MPOTrainer):
+    """Its third optimizer step has a loss, or a gradient, that is not finite, on the last rank only."""
+
+    poison = "gradient"
+
+    def pair_loss(self, pairs: PairTensors) -> Tensor:
+        loss = super().pair_loss(pairs)
+        if not self.model.training or self.state.global_step < 2 or self.accelerator.process_index == 0:
+            return loss
+        if self.poison == "loss":
+            return loss * float("nan")
+        # The value is finite, its derivative is not.
+        return loss + torch.sqrt(loss.detach() - loss + 0.0)
+
+
+def run_poisoned(poison: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """The error of a run whose third step is not finite, and the checkpoint it leaves."""
+    Poisoned.poison = poison
+    trainer = build("full-adamw", folder, shared, ranks, kind=Poisoned, save_strategy="steps", save_steps=100)
+    try:
+        trainer.train()
+    except TrainingError as error:
+        return {"error": str(error), "checkpoints": [path.name for path in checkpoints(folder)]}
+    return {"error": None}
+
+
+__all__ = ["SCENARIOS", "build", "build_model", "build_tokenizer", "run", "run_poisoned", "save_models"]

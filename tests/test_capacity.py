@@ -1,0 +1,181 @@
+"""What ``mpo plan`` counts is what tensors take, and its arithmetic is the arithmetic it says."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.plan_memory import Case, config, counted, measured
+from mpo.capacity import (
+    SHARDINGS,
+    Sharding,
+    best,
+    describe,
+    efficiency,
+    largest_budget,
+    memory,
+    possible,
+    sent_per_step,
+    step_flops,
+)
+from mpo.cli import main
+from mpo.live_memory import LiveMemory
+from mpo.shapes import shape_config
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[1]
+BY_NAME = {sharding.name: sharding for sharding in SHARDINGS}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_count_while_they_live_and_views_do_not(device: str) -> None:
+    before = torch.zeros(1000, device=device)
+    with LiveMemory() as counter:
+        first = before + 1
+        view = first.view(10, 100)[2:]
+        assert counter.current == counter.peak == 4000
+        second = view * 2
+        assert counter.current == 4000 + 3200
+        del first, view
+        gc.collect()
+        assert counter.current == 3200
+        del second
+        gc.collect()
+        assert counter.current == 0
+        assert counter.peak == 7200
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_the_count_is_within_15_percent_of_the_tensors_of_a_real_step(
+    adapter: bool, recomputed: bool
+) -> None:
+    model = config(hidden=128, layers=4, vocab=1024)
+    case = Case(adapter, recomputed, length=512, rows=2)
+    assert counted(model, case).tensors == pytest.approx(measured(model, case), rel=0.15)
+
+
+def test_sixteen_bytes_per_weight_are_divided_as_each_sharding_divides_them() -> None:
+    training = describe(shape_config("llama-3.1-8b"))
+    parameters, gpus = 8_030_261_248, 8
+
+    def state(name: str) -> tuple[float, float, float]:
+        found = memory(training, BY_NAME[name], gpus, 1024, 1024)
+        return found.weights, found.gradients, found.optimizer
+
+    assert state("DDP") == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert state("ZeRO-1") == (2 * parameters, 2 * parameters, 12 * parameters / gpus)
+    assert state("ZeRO-2") == (2 * parameters, 2 * parameters / gpus, 12 * parameters / gpus)
+    assert state("ZeRO-3") == (2 * parameters / gpus, 2 * parameters / gpus, 12 * parameters / gpus)
+    assert state("FSDP2") == (4 * parameters / gpus, 4 * parameters / gpus, 8 * parameters / gpus)
+    assert state("ZeRO-3 offload") == (0, 0, 0)
+
+
+def test_the_largest_budget_fits_and_the_next_does_not() -> None:
+    training = describe(shape_config("llama-3.2-1b"))
+    sharding = BY_NAME["ZeRO-2"]
+    tokens, needed = largest_budget(training, sharding, 8, 24e9, 2048)
+    assert tokens > 0 and needed.total <= 24e9
+    assert memory(training, sharding, 8, 2 * tokens, 2048).total > 24e9
+    assert largest_budget(training, sharding, 8, 1e9, 2048)[0] == 0
+
+
+def test_operations_are_six_per_weight_and_token_and_eight_when_recomputed() -> None:
+    config_ = shape_config("llama-3.1-8b")
+    multiplied = 8_030_261_248 - 128256 * 4096
+    kept = describe(config_, checkpointing=False)
+    assert step_flops(kept, 10, 0) == 10 * 6 * multiplied
+    assert step_flops(describe(config_, checkpointing=True), 10, 0) == 10 * 8 * multiplied
+    # Attention: scores and their sum over values, 2 operations each, three passes.
+    assert step_flops(kept, 1, 100) - step_flops(kept, 1, 0) == 3 * 4 * 4096 * 100 * 32
+
+
+def test_what_is_sent_is_counted_as_on_paper() -> None:
+    training = describe(shape_config("llama-3.1-8b"))
+    size, ring = 8_030_261_248, 7 / 8
+    assert sent_per_step(training, BY_NAME["DDP"], 8) == 2 * ring * 4 * size
+    assert sent_per_step(training, BY_NAME["ZeRO-2"], 8) == ring * 4 * size
+    assert sent_per_step(training, BY_NAME["ZeRO-3"], 8) == ring * 6 * size
+    assert sent_per_step(training, BY_NAME["FSDP2"], 8) == ring * 8 * size
+    # Three calls gather the weights three times.
+    assert sent_per_step(training, BY_NAME["ZeRO-3"], 8, 3) == 3 * sent_per_step(
+        training, BY_NAME["ZeRO-3"], 8
+    )
+    assert efficiency(1.0, 10.0, 10.0, 0.0) == 0.5
+    assert efficiency(1.0, 10.0, 10.0, 1.0) == 1.0
+
+
+def test_the_first_sharding_that_takes_a_group_is_the_best() -> None:
+    one, two, three = (Sharding(name, "", "torch") for name in "abc")
+    assert best([(one, 0), (two, 512), (three, 4096)], 400) is two
+    assert best([(one, 0), (two, 512), (three, 4096)], 9999) is three
+    assert best([(one, 0)], 1) is None
+
+
+def test_quantised_weights_are_not_divided_and_one_gpu_is_for_one() -> None:
+    training = describe(shape_config("llama-3.2-1b"), bits=4)
+    assert [s.name for s in SHARDINGS if possible(s, training, 8)] == ["DDP"]
+    assert [s.name for s in SHARDINGS if possible(s, describe(shape_config("llama-3.2-1b")), 1)] == [
+        "one GPU",
+        "FSDP2 offload",
+        "ZeRO-3 offload",
+    ]
+
+
+def test_every_sharding_has_its_accelerate_configuration() -> None:
+    for sharding in SHARDINGS:
+        assert (ROOT / "recipes" / "accelerate" / sharding.config).is_file()
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_folder_needs_nothing_but_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = save_tiny("qwen2", tmp_path / "whole")
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    shutil.copy(whole / "config.json", folder)
+    recipe = str(ROOT / "recipes" / "qwen_full.yaml")
+    printed = plan(capsys, recipe, "--gpus", "8", "--gpu-memory", "24", "--model", str(folder))
+    assert "ZeRO-2" in printed and "accelerate launch --config_file recipes/accelerate/" in printed
+
+
+def test_the_data_are_counted_where_they_are_at_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    recipe = str(ROOT / "recipes" / "smoke.yaml")
+    printed = plan(capsys, recipe, "--gpus", "2", "--gpu_memory", "24", "--model_name_or_path", str(folder))
+    assert "pairs.jsonl: 6 groups, 36 pairs" in printed
+    assert "3 optimizer steps" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "`--gpus` is 0"),
+        (["--utilisation", "2"], "`--utilisation` is 2"),
+        (["--gpus", "12"], "not a multiple of the 8 GPUs"),
+        (["--lerning_rate", "1"], "lerning_rate"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(ROOT / "recipes" / "llama_full.yaml"), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_the_plan_takes_keys_of_a_recipe_among_its_options(capsys: pytest.CaptureFixture[Any]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "adapter", "--out", "folder", "--learning_rate", "1"])
+    assert "unrecognized arguments: --learning_rate 1" in capsys.readouterr().err
