@@ -49,8 +49,7 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
     """
     require_packages()
     texts = load_texts(recipe.data, recipe.languages, beside=recipe.source_path.parent)
-    if recipe.source_language not in texts.languages:
-        check_texts(texts.by_language(), recipe.measuring)
+    check_texts(texts.by_language(), recipe.measuring)
     settings = _embedding_settings(recipe)
     folder = Path(recipe.out) / MEASUREMENT
     result = HiddenSpace(
@@ -60,7 +59,6 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
         _settings(recipe),
         provenance=_provenance(texts),
     )
-    check_texts(texts.by_language(), recipe.measuring)
     for entry in recipe.models:
         stores, is_main = _embed(entry, recipe, settings, texts)
         if not is_main:
@@ -102,16 +100,16 @@ def _embed(
         embedder = Embedder(
             source(entry.reference, entry.reference_revision), settings, adapter=entry.adapter
         )
-        print(f"Embedding {len(texts.texts)} texts with {entry.reference}", flush=True)
+        _say(embedder, f"Embedding {len(texts.texts)} texts with {entry.reference}")
         stores[BEFORE] = embedder.embed(texts, place / f"{entry.name}.{BEFORE}")
         if entry.adapter is not None:
-            print(f"Embedding them with the adapter {entry.adapter}", flush=True)
+            _say(embedder, f"Embedding them with the adapter {entry.adapter}")
             stores[AFTER] = embedder.embed(texts, place / f"{entry.name}.{AFTER}", with_adapter=True)
         is_main = embedder.ranks.is_main_process
         embedder.release()
     if entry.aligned is not None:
         embedder = Embedder(source(entry.aligned, entry.aligned_revision), settings)
-        print(f"Embedding {len(texts.texts)} texts with {entry.aligned}", flush=True)
+        _say(embedder, f"Embedding {len(texts.texts)} texts with {entry.aligned}")
         stores[AFTER] = embedder.embed(texts, place / f"{entry.name}.{AFTER}")
         is_main = embedder.ranks.is_main_process
         embedder.release()
@@ -122,6 +120,11 @@ def _embed(
             "`layers: [norm]`."
         )
     return stores, is_main
+
+
+def _say(embedder: Embedder, text: str) -> None:
+    if embedder.ranks.is_main_process:
+        print(text, flush=True)
 
 
 def _measure(
