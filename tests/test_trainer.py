@@ -1419,6 +1419,7 @@ def collapsing(model: Path, folder: Path, **settings: Any) -> MPOTrainer:
         lr_scheduler_type="constant",
         save_strategy="steps",
         save_steps=100,
+        collapse_window=6,
         **settings,
     )
 
