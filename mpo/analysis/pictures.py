@@ -219,7 +219,7 @@ def _class_legend(figure: Figure) -> None:
     figure.legend(
         handles=handles,
         loc="upper right",
-        bbox_to_anchor=(1 - 0.1 / _WIDTH, 1 - 0.3 / figure.get_figheight()),
+        bbox_to_anchor=(1 - 0.1 / _WIDTH, 1 - 0.04 / figure.get_figheight()),
         ncols=2,
         handlelength=2.2,
     )
@@ -405,7 +405,7 @@ def _heat_axes(axes: Axes, columns: list[str], rows: list[str]) -> None:
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelsize=8.5)
+    axes.tick_params(length=0, labelsize=8)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -76,16 +76,18 @@ class ModelResult:
         ]
         header = ["Language", "Ratio on 2 PCs"]
         if self.is_comparison:
-            header.append(f"Change [{100 * confidence:g} %]")
-        header += ["Silhouette", "Probe", "Transfer", "Cosine"]
-        if self.is_comparison:
-            header += ["Drift"]
+            header += [f"Change [{100 * confidence:g} %]", "In one plane"]
+        header += ["Probe", "Transfer"]
         notes = [
-            "Ratio, Silhouette: on the first two principal components; how much of the variance lies between the classes.",
+            "Ratio: part of the variance on the first two principal components that lies between the classes.",
             "Probe, Transfer: AUROC of a linear probe trained in the language, and in the source language.",
-            "Cosine: of the language's harm direction with the source language's.",
         ]
         if self.is_comparison:
+            header.append("Drift")
+            notes[0] = (
+                "Ratio: part of the variance on the first two principal components that lies between the classes, each "
+                "model\non its own components; its change on these, and in one plane that both models share."
+            )
             notes.append(
                 "Drift: mean distance that harmless texts moved, in units of the spread of all texts before."
             )
@@ -104,20 +106,21 @@ class ModelResult:
             values = [state[measure].value for state in states if measure in state]
             return " -> ".join(f"{value:.{digits}f}" for value in values) or "-"
 
-        change = one.change.get("between_class_ratio_2")
-        return [
-            both("between_class_ratio_2", 3),
-            *([] if change is None else [f"{signed(change.value)} {interval(change.low, change.high, 2)}"]),
-            both("silhouette_2"),
-            both("probe_auroc"),
-            both("transfer_auroc"),
-            both("source_cosine"),
-            *(
-                [f"{one.between['harmless_drift'].value:.2f}" if "harmless_drift" in one.between else "-"]
-                if self.is_comparison
-                else []
-            ),
-        ]
+        def moved(measure: str) -> str:
+            if measure not in one.change:
+                return "-"
+            change = one.change[measure]
+            return f"{signed(change.value)} {interval(change.low, change.high)}"
+
+        ratio = "between_class_ratio_2"
+        cells = [both(ratio, 3)]
+        if self.is_comparison:
+            cells += [moved(ratio), moved(f"{ratio}_shared")]
+        cells += [both("probe_auroc"), both("transfer_auroc")]
+        if self.is_comparison:
+            moved_by = one.between.get("harmless_drift")
+            cells.append("-" if moved_by is None else f"{moved_by.value:.2f}")
+        return cells
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an estimate is ``[value, low, high]``, with the p-value behind it where there is one."""

@@ -65,13 +65,14 @@ def _findings(model: ModelResult) -> str:
         return ""
     clear = []
     for code, one in model.shown.languages.items():
-        change = one.change["between_class_ratio_2"]
+        change = one.change.get("between_class_ratio_2_shared") or one.change["between_class_ratio_2"]
         if change.low is not None and change.high is not None and (change.low > 0 or change.high < 0):
             clear.append(f"{language_name(code)} ({change.value:+.3f})")
+    what = "The share of variance that lies between harmful and harmless texts, on the two components that both models share,"
     text = (
-        f"The share of variance between harmful and harmless texts on two components changed clearly in {', '.join(clear)}."
+        f"{what} changed clearly in {', '.join(clear)}."
         if clear
-        else "In no language did the share of variance between harmful and harmless texts on two components change clearly."
+        else f"{what} changed clearly in no language."
     )
     return f"<p>{escape(text)}</p>"
 
