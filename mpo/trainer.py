@@ -210,6 +210,11 @@ class MPOTrainer(DPOTrainer):
                 "`ref_model` is the model itself. Leave it out: the reference is the starting policy."
             )
 
+        if quantization_config is not None and not isinstance(model, str):
+            raise ConfigError(
+                "`quantization_config` was given with a loaded model; quantization happens while loading. Pass the "
+                "model's name or folder instead."
+            )
         check_compute_options(
             args,
             load_in_4bit=getattr(quantization_config, "load_in_4bit", False),
@@ -223,11 +228,6 @@ class MPOTrainer(DPOTrainer):
             if processing_class is None:
                 processing_class = load_tokenizer(_source(model, args), args.chat_template)
             model = _load(model, args, quantization_config)
-        elif quantization_config is not None:
-            raise ConfigError(
-                "`quantization_config` was given with a loaded model; quantization happens while loading. Pass the "
-                "model's name or folder instead."
-            )
         if processing_class is None:
             name = get_config_model_id(model.config)
             if not name:
@@ -878,13 +878,17 @@ class MPOTrainer(DPOTrainer):
     def _rows_fingerprint(self) -> str:
         return fingerprint_rows(self.train_dataset)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> tuple[Any, Any]:
         sharded_before: Any = nullcontext()
         if is_fsdp_sharded(self.model):
             fsdp_reshard(self.model)
             sharded_before = fsdp_sharded_before(self.accelerator)
         with sharded_before:
-            prepared = super()._prepare_for_training(*args, **kwargs)
+            prepared: tuple[Any, Any] = super()._prepare_for_training(
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
         if self.is_deepspeed_enabled:
             # ZeRO-1 and 2 take a step with a gradient that is not finite, unless told to look; then they skip it, as
             # ZeRO-3 does, and `_get_grad_norm` stops the run.

@@ -68,6 +68,13 @@ OVERRIDDEN: dict[str, tuple[type, list[str], tuple[type, str]]] = {
         ["model", "inputs", "return_outputs", "num_items_in_batch"],
         (Trainer, "training_step"),
     ),
+    "_prepare_for_training": (
+        Trainer,
+        ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+        (Trainer, "_inner_training_loop"),
+    ),
+    "save_model": (Trainer, ["output_dir", "_internal_call"], (Trainer, "_save_checkpoint")),
+    "_prepare_input": (Trainer, ["data"], (Trainer, "_prepare_inputs")),
     "get_train_dataloader": (Trainer, [], (Trainer, "_inner_training_loop")),
     "log": (DPOTrainer, ["logs", "start_time"], (Trainer, "_maybe_log_save_evaluate")),
     "evaluate": (
@@ -326,7 +333,9 @@ def test_a_run_goes_through_every_overridden_method(folder: Path, tmp_path: Path
         gradient_accumulation_steps=2,
     )
     trainer.train()
-    # Columns are only asked for by a loader of the library's own, and a micro-batch may be several model calls.
+    # Columns are only asked for by a loader of the library's own, a micro-batch may be several model calls, and its
+    # tensors are placed one by one.
+    assert calls.pop("_prepare_input") > 0
     for name in ("_set_signature_columns_if_needed", "compute_loss"):
         calls.pop(name, None)
     assert calls == {
@@ -335,6 +344,8 @@ def test_a_run_goes_through_every_overridden_method(folder: Path, tmp_path: Path
         "_get_grad_norm": 2,
         "_save_checkpoint": 2,
         "_save": 2,
+        "save_model": 2,
+        "_prepare_for_training": 1,
         "_send_telemetry": 1,
         "training_step": 4,
         "get_train_dataloader": 1,
