@@ -19,10 +19,12 @@ from peft import get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mpo.head import attach_reward_gap_head
-from tests.distributed.fsdp_cases import CASES, Case, losses_of_rank, make_model
+from tests.distributed.fsdp_cases import CASES, Case, batch_of_rank, losses_of_rank, make_model
+from tests.distributed.launching import end_after_limit
 from tests.runs import lora
 
 torch.set_num_threads(1)
+end_after_limit()
 
 
 def divide(model: Any, case: Case) -> None:
@@ -69,8 +71,6 @@ def rounded(rank: int) -> torch.Tensor:
     model: Any = make_model(Case("root", False))
     attach_reward_gap_head(model)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
-    from tests.distributed.fsdp_cases import batch_of_rank
-
     output: torch.Tensor = model(reward_gap_head=True, **batch_of_rank(rank)).response_logps
     return output.detach()
 

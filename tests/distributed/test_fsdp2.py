@@ -5,8 +5,6 @@ Accelerate does not run FSDP on a CPU, so ``fully_shard`` is called directly, on
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from peft import get_peft_model
 
 from mpo.head import attach_reward_gap_head
 from tests.distributed.fsdp_cases import CASES, Case, batch_of_rank, losses_of_rank, make_model
-from tests.distributed.launching import ROOT, environment
+from tests.distributed.launching import environment, run
 from tests.plain import assert_same_tensors
 from tests.runs import lora
 
@@ -41,23 +39,9 @@ def expected(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_each_way_to_wrap_the_head_gives_the_gradient_of_all_ranks(
     tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(WORKER),
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    status, written = run([*launcher, WORKER, tmp_path], environment(), limit=180)
+    assert status == 0, written[-8000:]
     ranks = [torch.load(tmp_path / f"found.{rank}.pt", weights_only=False) for rank in (0, 1)]
     for case in CASES:
         with subtests.test(f"{case}"):

@@ -5,7 +5,6 @@ accelerate launch ... tests/distributed/worker.py OUT SHARED JOB...
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import os
 import signal
@@ -19,6 +18,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_P
 import torch
 
 from tests.distributed import scenarios
+from tests.distributed.launching import end_after_limit
 
 torch.set_num_threads(1)
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
@@ -39,8 +39,7 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
 
     PartialState.__init__ = as_if_on_gpus
 
-faulthandler.enable()
-faulthandler.dump_traceback_later(float(os.environ.get("MPO_TRACE_AFTER", "240")), repeat=True)
+end_after_limit()
 
 
 def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
