@@ -410,7 +410,9 @@ def step_peak(
     text = small.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = list(text.layer_types)[:layers]
+        # A model with fewer layers than are asked for goes on with its own kinds of layers.
+        kinds = list(text.layer_types)
+        text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     model: Any = empty_model(small, ModelSource("the model"))
     model.to(dtype)
     if attention != "eager":

@@ -221,7 +221,13 @@ class MPOTrainer(DPOTrainer):
             load_in_8bit=getattr(quantization_config, "load_in_8bit", False),
         )
         if args.decide_checkpointing and _sharded(args):
-            _recompute_activations(args)
+            _set_checkpointing(args, "", True)
+        plugin = getattr(args, "deepspeed_plugin", None)
+        if args.gradient_checkpointing and plugin is not None and plugin.zero_stage == 3:
+            # A layer that is recomputed gathers its weights again, which the other form takes for a change of shape.
+            _set_checkpointing(
+                args, "_kwargs", {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+            )
         set_seed(args.seed)
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
@@ -447,7 +453,7 @@ class MPOTrainer(DPOTrainer):
                 f"Activations are recomputed: a micro-batch of {tokens} tokens would not fit into {memory / 1e9:.0f} GB "
                 "otherwise. `gradient_checkpointing: false` insists on keeping them."
             )
-            _recompute_activations(self.args)
+            _set_checkpointing(self.args, "", True)
             if hasattr(self.model, "peft_config"):
                 self.model.enable_input_require_grads()
 
@@ -1197,10 +1203,11 @@ def _sharded(args: MPOConfig) -> bool:
     return bool(getattr(args, "deepspeed_plugin", None) or args.fsdp or fsdp)
 
 
-def _recompute_activations(args: MPOConfig) -> None:
-    args.gradient_checkpointing = True
-    if hasattr(args, "activation_checkpointing"):  # its name in later versions of transformers
-        args.activation_checkpointing = True
+def _set_checkpointing(args: MPOConfig, ending: str, value: Any) -> None:
+    """Set ``gradient_checkpointing`` or, with its ending, ``gradient_checkpointing_kwargs``."""
+    setattr(args, f"gradient_checkpointing{ending}", value)
+    if hasattr(args, f"activation_checkpointing{ending}"):  # its name in later versions of transformers
+        setattr(args, f"activation_checkpointing{ending}", value)
 
 
 @contextmanager

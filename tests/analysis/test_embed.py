@@ -301,10 +301,20 @@ def test_a_damaged_store_is_refused(adapted: tuple[Path, Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_ranks_give_what_one_gives(adapted: tuple[Path, Path], tmp_path: Path, count: int) -> None:
+def test_several_ranks_give_what_one_gives(
+    adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     texts, small = texts_of(11), dataclasses.replace(EVERYTHING, tokens_per_batch=40)
     source = ModelSource(str(adapted[0]))
     expected = Embedder(source, EVERYTHING, ranks=alone()).embed(texts, tmp_path / "one")
+    # transformers switches the tying of weights off for everyone while it loads: one at a time, or it stays off.
+    load, one_at_a_time = module.load_model, threading.Lock()
+
+    def load_alone(*args: Any, **kwargs: Any) -> Any:
+        with one_at_a_time:
+            return load(*args, **kwargs)
+
+    monkeypatch.setattr(module, "load_model", load_alone)
     barrier, found = threading.Barrier(count, timeout=60), {}
 
     def work(index: int) -> None:
