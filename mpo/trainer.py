@@ -225,9 +225,8 @@ class MPOTrainer(DPOTrainer):
         plugin = getattr(args, "deepspeed_plugin", None)
         if args.gradient_checkpointing and plugin is not None and plugin.zero_stage == 3:
             # A layer that is recomputed gathers its weights again, which the other form takes for a change of shape.
-            _set_checkpointing(
-                args, "_kwargs", {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
-            )
+            kwargs: Any = args.gradient_checkpointing_kwargs or {}
+            _set_checkpointing(args, "_kwargs", {**kwargs, "use_reentrant": True})
         set_seed(args.seed)
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
