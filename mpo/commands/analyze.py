@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpo.commands.options import show_help
+from mpo.commands.options import add_loading_options, show_help
 
 _HIDDEN_SPACE_EPILOG = """\
 Any key of the recipe can be changed after it:
@@ -52,7 +52,6 @@ def register(commands: Any) -> None:
 def _add_embed_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub name of the model")
     parser.add_argument("--adapter", help="folder or Hub name of an adapter to switch on")
-    parser.add_argument("--revision", help="revision of the model on the Hub")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the embeddings")
     parser.add_argument(
         "--languages", nargs="+", required=True, metavar="CODE", help="languages of the texts"
@@ -87,15 +86,7 @@ def _add_embed_options(parser: argparse.ArgumentParser) -> None:
     states.add_argument("--template", default="chat", help="chat (default) or raw")
     states.add_argument("--max_length", type=int, default=512, help="longest text in tokens (default 512)")
     states.add_argument("--tokens_per_batch", type=int, help="tokens of a model call, padding included")
-    states.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
-    )
-    states.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    states.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
-    states.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
-    )
-    states.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
+    add_loading_options(states)
 
 
 def _hidden_space(arguments: argparse.Namespace) -> int:

@@ -7,13 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo.commands.options import one_or_many
+from mpo.commands.options import add_loading_options, chosen_model, one_or_many
 from mpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpo.evaluation.judges import JudgeChoice
-
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def register(measurements: Any) -> None:
@@ -108,15 +106,7 @@ def _add_engine_options(group: Any) -> None:
         "--timeout", type=float, default=600.0, help="seconds to wait for a server (default 600)"
     )
     group.add_argument("--batch_size", type=int, default=16, help="prompts per batch (default 16)")
-    group.add_argument("--dtype", choices=_DTYPES, help="type of the loaded weights")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    group.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
-    group.add_argument("--revision", help="revision of the model on the Hub")
-    group.add_argument("--adapter_revision", help="revision of the adapter on the Hub")
-    group.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
-    )
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
+    add_loading_options(group, adapter_revision=True)
 
 
 def _add_judge_options(group: Any, prefix: str, default: str | None) -> None:
@@ -148,7 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     from mpo.evaluation.answers import Framing
-    from mpo.evaluation.engines import Generation, ModelChoice
+    from mpo.evaluation.engines import Generation
     from mpo.evaluation.prompts import load_prompts, load_template
     from mpo.evaluation.safety import measure_safety
     from mpo.evaluation.tasks import TASKS
@@ -172,22 +162,13 @@ def _run(arguments: argparse.Namespace) -> int:
     measure_safety(
         TASKS[arguments.task],
         prompts,
-        model=ModelChoice(
-            arguments.model,
-            adapter=arguments.adapter,
+        model=chosen_model(
+            arguments,
             engine=arguments.engine or ("transformers" if arguments.url is None else "server"),
             url=arguments.url,
             key_variable=arguments.key_variable,
             concurrency=arguments.concurrency,
             timeout=arguments.timeout,
-            batch_size=arguments.batch_size,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            attn_implementation=arguments.attn_implementation,
-            revision=arguments.revision,
-            adapter_revision=arguments.adapter_revision,
-            chat_template=arguments.chat_template,
-            trust_remote_code=arguments.trust_remote_code,
         ),
         out=Path(arguments.out),
         generation=Generation(

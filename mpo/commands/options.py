@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpo.evaluation.engines import ModelChoice
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +19,41 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--max_length", type=int, default=1024, help="longest prompt plus response, in tokens"
     )
     parser.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
+
+
+def add_loading_options(parser: Any, *, adapter_revision: bool = False) -> None:
+    """Options of the commands that load a model: where, in which type, at which revision. A group will do as parser."""
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
+    parser.add_argument("--revision", help="revision of the model on the Hub")
+    if adapter_revision:
+        parser.add_argument("--adapter_revision", help="revision of the adapter on the Hub")
+    parser.add_argument(
+        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
+
+
+def chosen_model(arguments: argparse.Namespace, **engine: Any) -> ModelChoice:
+    """The model that the options name, with the adapter on it; ``engine`` is what a command lets be chosen besides."""
+    from mpo.evaluation.engines import ModelChoice
+
+    return ModelChoice(
+        arguments.model,
+        adapter=arguments.adapter,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        attn_implementation=arguments.attn_implementation,
+        revision=arguments.revision,
+        adapter_revision=arguments.adapter_revision,
+        chat_template=arguments.chat_template,
+        trust_remote_code=arguments.trust_remote_code,
+        **engine,
+    )
 
 
 def one_or_many(names: Sequence[str]) -> str | list[str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpo.commands.options import add_data_options, one_or_many
+from mpo.commands.options import add_data_options, add_loading_options, one_or_many
 
 
 def register(measurements: Any) -> None:
@@ -31,19 +31,10 @@ def register(measurements: Any) -> None:
     gap.add_argument(
         "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
     )
-    gap.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
-    )
-    gap.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    add_loading_options(gap)
     gap.add_argument("--max_response_length", type=int, help="cut every response to so many tokens")
-    gap.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
     gap.add_argument("--batch_layout", choices=("tree", "padded"), default="tree", help=argparse.SUPPRESS)
     gap.add_argument("--max_tokens_per_row", type=int, help="tokens of a packed row; less needs less memory")
-    gap.add_argument("--revision", help="revision of the model on the Hub")
-    gap.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
-    )
-    gap.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     gap.add_argument(
         "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
     )

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mpo.commands.options import add_loading_options, chosen_model
 from mpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mpo.evaluation.engines import ModelChoice
-
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def register(measurements: Any) -> None:
@@ -65,15 +61,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="what the model's folder is called (default: from its name)")
     parser.add_argument("--batch_size", type=int, default=8, help="texts per batch (default 8)")
-    parser.add_argument("--dtype", choices=_DTYPES, help="type of the loaded weights")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
-    parser.add_argument("--revision", help="revision of the model on the Hub")
-    parser.add_argument("--adapter_revision", help="revision of the adapter on the Hub")
-    parser.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
+    add_loading_options(parser, adapter_revision=True)
 
 
 def _run_utility(arguments: argparse.Namespace) -> int:
@@ -85,7 +73,7 @@ def _run_utility(arguments: argparse.Namespace) -> int:
 
     measure_utility(
         arguments.tasks or PAPER_TASKS,
-        model=_model(arguments),
+        model=chosen_model(arguments),
         out=Path(arguments.out),
         name=arguments.name,
         task_folder=arguments.task_folder,
@@ -105,7 +93,7 @@ def _run_perplexity(arguments: argparse.Namespace) -> int:
 
     measure_perplexity(
         _texts(arguments.texts),
-        model=_model(arguments),
+        model=chosen_model(arguments),
         out=Path(arguments.out),
         name=arguments.name,
         max_length=arguments.max_length,
@@ -113,23 +101,6 @@ def _run_perplexity(arguments: argparse.Namespace) -> int:
         confidence=arguments.confidence,
     )
     return 0
-
-
-def _model(arguments: argparse.Namespace) -> ModelChoice:
-    from mpo.evaluation.engines import ModelChoice
-
-    return ModelChoice(
-        arguments.model,
-        adapter=arguments.adapter,
-        batch_size=arguments.batch_size,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        attn_implementation=arguments.attn_implementation,
-        revision=arguments.revision,
-        adapter_revision=arguments.adapter_revision,
-        chat_template=arguments.chat_template,
-        trust_remote_code=arguments.trust_remote_code,
-    )
 
 
 def _texts(words: list[str]) -> dict[str, str]:
