@@ -2,10 +2,11 @@
 
     python -m benchmarks.alignment --data FILE --harmless FILE --seeds 42 43 44 --retain_weights 1 0
 
-For every seed and retention weight the model is trained on the first ``--train_sources`` sources and scored on the next
-``--held_out_sources``, before and after: the mean squared distance ``(beta * RG - RG_ref)^2`` of the target pairs,
-the reward gap and share of positive pairs per language, the source language's gap, the retention term, and the
-perplexity of harmless texts in the source language, as they stand and as a user's turn in the model's chat template.
+For every seed and retention weight the model is trained on the first ``--train_sources`` sources (after ``--skip_sources``)
+and scored on the next ``--held_out_sources``, before and after: the mean squared distance ``(beta * RG - RG_ref)^2`` of
+the target pairs, the reward gap and share of positive pairs per language, the source language's gap, the retention term,
+and the perplexity of harmless texts in the source language, as they stand and as a user's turn in the model's chat
+template.
 Prints a table per run and writes ``--out`` as JSON with the versions of all libraries.
 
 The settings are those of a laptop: SmolLM2-135M-Instruct (unpacked by ``python -m mpo.demo``), LoRA of rank 16 on all
@@ -58,10 +59,10 @@ def perplexities(trainer: MPOTrainer, texts: list[str]) -> dict[str, float]:
 
 def run(options: argparse.Namespace, seed: int, retain_weight: float, texts: list[str]) -> dict[str, Any]:
     """Train once and measure before and after."""
-    total = options.train_sources + options.held_out_sources
-    groups = load_groups(options.data, limit=total).groups
-    train = groups.select(range(options.train_sources))
-    held_out = groups.select(range(options.train_sources, total))
+    split = options.skip_sources + options.train_sources
+    groups = load_groups(options.data, limit=split + options.held_out_sources).groups
+    train = groups.select(range(options.skip_sources, split))
+    held_out = groups.select(range(split, len(groups)))
     with tempfile.TemporaryDirectory() as folder:
         trainer = MPOTrainer(
             model=str(prepare_demo_model(Path(options.model))),
@@ -133,6 +134,12 @@ def main() -> None:
     )
     parser.add_argument("--train_sources", type=int, default=36)
     parser.add_argument("--held_out_sources", type=int, default=12)
+    parser.add_argument(
+        "--skip_sources",
+        type=int,
+        default=0,
+        help="leave out the first sources of the file: a setting chosen on them is confirmed on others",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--retain_weights", type=float, nargs="+", default=[1.0])
     parser.add_argument("--beta", type=float, default=1.0)

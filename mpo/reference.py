@@ -125,13 +125,16 @@ def unique_sources(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
     total = xxhash.xxh3_128()
     start = 0
     for table in dataset.with_format("arrow").select_columns(list(columns)).iter(batch_size=1000):
-        values = [table[column] for column in columns]
+        fields = []
+        for column in columns:
+            lists = table[column].combine_chunks()
+            tokens = np.ascontiguousarray(lists.flatten(), dtype=np.int32)
+            fields.append((np.concatenate([[0], np.cumsum(pc.list_value_length(lists))]).tolist(), tokens))
         for row in range(len(table)):
             digest = xxhash.xxh3_128()
-            for column in values:
-                ids = column[row].values
-                digest.update(len(ids).to_bytes(8, "little"))
-                digest.update(np.ascontiguousarray(ids.to_numpy(), dtype=np.int32).tobytes())
+            for ends, tokens in fields:
+                digest.update((ends[row + 1] - ends[row]).to_bytes(8, "little"))
+                digest.update(tokens[ends[row] : ends[row + 1]])
             key = digest.digest()
             if key not in seen:
                 seen[key] = len(first_group)
