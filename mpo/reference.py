@@ -128,7 +128,7 @@ def unique_sources(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
         fields = []
         for column in columns:
             lists = table[column].combine_chunks()
-            tokens = np.ascontiguousarray(lists.flatten(), dtype=np.int32)
+            tokens = np.ascontiguousarray(lists.flatten(), dtype=np.int32).data
             fields.append((np.concatenate([[0], np.cumsum(pc.list_value_length(lists))]).tolist(), tokens))
         for row in range(len(table)):
             digest = xxhash.xxh3_128()
