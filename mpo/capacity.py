@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mpo.live_memory import LiveMemory
 from mpo.model import ModelSource, empty_model
+from mpo.tree_attention import IMPLEMENTATION as TREE
+from mpo.tree_attention import tree_attention
 
 GB = 1e9
 
 # Tokens and words of a tile of the LM head's logits on a GPU (mpo.head, trl.kernels.chunked_logprob).
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
-# Without Triton, operations on a tile of a trained head make copies of it: this many are alive at once.
-_TILES_UNFUSED = 14
 # The CUDA context, the communication library's buffers and libraries' workspaces, and what fragmentation loses.
 _FIXED_BYTES, _LOST_SHARE = 2.5 * GB, 0.05
 # DeepSpeed's buckets at their default sizes: 5e8 elements to reduce, 1e9 gathered weights alive at most.
@@ -101,7 +101,8 @@ class Training:
         half: whether it computes in bf16 or fp16.
         bits: of the frozen base's linear weights: 16 or 32, or 8 or 4 where it is quantised.
         checkpointing: whether activations are recomputed.
-        attention: ``"sdpa"``, ``"eager"`` or ``"flex_attention"``.
+        attention: ``"tree"``, ``"sdpa"``, ``"eager"`` or ``"flex_attention"``.
+        tree_tokens: of a tree, on average.
         reference_tokens: tokens of a batch of the reference pass.
         accumulates: whether a step has several micro-batches, so that gradients are kept between them.
     """
@@ -116,7 +117,8 @@ class Training:
     bits: int = 16
     checkpointing: bool = True
     attention: str = "sdpa"
-    reference_tokens: int = 32768
+    tree_tokens: int = 650
+    reference_tokens: int = 8192
     accumulates: bool = False
 
     @property
@@ -162,6 +164,25 @@ class Memory:
         return (self.tensors + _FIXED_BYTES) / (1 - _LOST_SHARE)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """
+    A way to run: what is trained under which sharding.
+
+    Attributes:
+        sharding, training: of the run.
+        row: longest packed row.
+        tokens: the most that a micro-batch can have on each GPU, 0 if the run does not fit.
+        memory: of a GPU with that many tokens.
+    """
+
+    sharding: Sharding
+    training: Training
+    row: int
+    tokens: int
+    memory: Memory
+
+
 def describe(
     config: PretrainedConfig, *, adapter: Any = None, name: str = "the model", **settings: Any
 ) -> Training:
@@ -202,7 +223,6 @@ def memory(
     tokens: int,
     row_tokens: int,
     adapter: Any = None,
-    fused_tiles: bool = True,
 ) -> Memory:
     """
     Memory of one GPU.
@@ -212,9 +232,8 @@ def memory(
         sharding: how it is divided.
         gpus: number of GPUs.
         tokens: of a micro-batch on each GPU.
-        row_tokens: longest packed row, see ``MPOConfig.max_tokens_per_row``.
+        row_tokens: longest packed row, see ``MPOConfig.max_tokens_per_row``; ``tree`` attention has one row for all.
         adapter: ``peft`` configuration of the adapter, as given to :func:`describe`.
-        fused_tiles: whether a kernel works on the LM head's tiles in place, as on GPUs.
     """
     total, trained = training.parameters, training.trained
     frozen = total if training.adapter else 0
@@ -242,18 +261,15 @@ def memory(
     if sharding.offload:
         kept_elsewhere = weights + optimizer + gradients
         weights = gradients = optimizer = 0.0
-    rows, length = _rows(tokens, row_tokens)
-    per_layer, fixed, masks = _activation_bytes(
-        _key(training, adapter), rows, length, training.checkpointing, True
-    )
-    reference_rows, reference_length = _rows(training.reference_tokens, row_tokens)
+    key = _key(training, adapter)
+    row = max(tokens, training.reference_tokens) if training.attention == TREE else row_tokens
+    per_layer, fixed, masks = _activation_bytes(key, *_rows(tokens, row), training.checkpointing, True)
     _, reference, reference_masks = _activation_bytes(
-        _key(training, adapter), reference_rows, reference_length, False, False
+        key, *_rows(training.reference_tokens, row), False, False
     )
     words = min(_TILE_WORDS, training.config.get_text_config().vocab_size)
-    # A tile of logits; the gradient of the states in float32, and cast.
-    tiles = 1 if fused_tiles or training.adapter else _TILES_UNFUSED
-    head = tiles * min(tokens, _TILE_TOKENS) * words * compute + tokens * training.hidden * (4 + compute)
+    # A tile of logits, on which kernels work in place; the gradient of the states in float32, and cast.
+    head = min(tokens, _TILE_TOKENS) * words * compute + tokens * training.hidden * (4 + compute)
     if not training.adapter:
         # The head's gradient is summed in float32, then cast.
         head += training.head_parameters * (4 + compute)
@@ -267,7 +283,7 @@ def memory(
         lm_head=head,
         reference=reference_masks
         + reference
-        + tiles * min(training.reference_tokens, _TILE_TOKENS) * words * compute,
+        + min(training.reference_tokens, _TILE_TOKENS) * words * compute,
         main_memory=kept_elsewhere,
         accumulates=training.accumulates,
     )
@@ -335,8 +351,25 @@ def _fused_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _fused_branch(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, **ignored: Any
+) -> Tensor:
+    """The same for one branch under ``tree`` attention, whose keys and values are repeated already where they must be."""
+    output: Tensor = _FusedAttention.apply(query, key, value, attn_mask)
+    return output
+
+
 def _key(training: Training, adapter: Any) -> Any:
-    return _Hashable((training.config, training.attention, training.half, training.adapter, adapter))
+    return _Hashable(
+        (
+            training.config,
+            training.attention,
+            training.half,
+            training.adapter,
+            training.tree_tokens,
+            adapter,
+        )
+    )
 
 
 class _Hashable:
@@ -359,7 +392,7 @@ def _activation_bytes(
     key: Any, rows: int, length: int, checkpointing: bool, backward: bool
 ) -> tuple[float, float, float]:
     """Bytes that each layer adds to the peak, that one layer takes while it works, and of the masks."""
-    config, attention, half, is_adapter, adapter = key.value
+    config, attention, half, is_adapter, tree_tokens, adapter = key.value
     few, more = (
         step_peak(
             config,
@@ -367,6 +400,7 @@ def _activation_bytes(
             rows,
             length,
             attention=attention,
+            tree_tokens=tree_tokens,
             dtype=torch.bfloat16 if half else torch.float32,
             adapter=adapter if is_adapter else None,
             checkpointing=checkpointing,
@@ -376,7 +410,7 @@ def _activation_bytes(
     )
     per_layer = (more - few) / 2
     masks = rows * length * length * (1 if attention == "sdpa" else 2 if half else 4)
-    return per_layer, few - 2 * per_layer, 0.0 if attention == "flex_attention" else masks
+    return per_layer, few - 2 * per_layer, 0.0 if attention in (TREE, "flex_attention") else masks
 
 
 def step_peak(
@@ -386,6 +420,7 @@ def step_peak(
     length: int,
     *,
     attention: str = "sdpa",
+    tree_tokens: int = 650,
     dtype: torch.dtype = torch.bfloat16,
     adapter: Any = None,
     checkpointing: bool = False,
@@ -401,6 +436,7 @@ def step_peak(
         layers: how many layers to run.
         rows, length: packed rows of the micro-batch and their length in tokens.
         attention: implementation; all but ``"eager"`` keep what memory-efficient attention keeps.
+        tree_tokens: length of the trees that ``"tree"`` attention divides the rows into; an eighth of each is its prompt.
         dtype: of weights and activations.
         adapter: ``peft`` configuration, or None to train all weights.
         checkpointing: recompute activations.
@@ -415,12 +451,15 @@ def step_peak(
         text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
     model: Any = empty_model(small, ModelSource("the model"))
     model.to(dtype)
-    if attention != "eager":
-        from transformers import AttentionInterface
+    from transformers import AttentionInterface
 
+    spans: dict[str, Any] = {}
+    if attention == TREE:
+        AttentionInterface.register("mpo_capacity", partial(tree_attention, kernel=_fused_branch))
+        spans = {"tree_spans": _spans(rows * length, tree_tokens)}
+    else:
         AttentionInterface.register("mpo_capacity", _fused_attention)
-        attention = "mpo_capacity"
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager" if attention == "eager" else "mpo_capacity")
     if adapter is not None:
         model = _with_adapter(model, adapter)
     model.train(backward)
@@ -437,7 +476,7 @@ def step_peak(
     counter = LiveMemory()
     with counter, torch.set_grad_enabled(backward):
         output = body(
-            inputs_embeds=states, position_ids=positions, attention_mask=masks, use_cache=False
+            inputs_embeds=states, position_ids=positions, attention_mask=masks, use_cache=False, **spans
         ).last_hidden_state
         if backward:
             output.backward(torch.empty_like(output))
@@ -448,8 +487,20 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _spans(tokens: int, tree_tokens: int) -> tuple[int, ...]:
+    """``tree_spans`` of trees of equal length, the last one with what is over."""
+    trees = max(1, tokens // tree_tokens)
+    sizes = [tokens // trees] * (trees - 1)
+    sizes.append(tokens - sum(sizes))
+    return tuple(
+        n
+        for size in sizes
+        for n in (size // 8, (size - size // 8) // 2, size - size // 8 - (size - size // 8) // 2, 0)
+    )
+
+
 def _meta_masks(text: Any, rows: int, length: int, attention: str, dtype: torch.dtype) -> Any:
-    shape = (rows, 1, length, length)
+    shape = (1, 1, 1, 1) if attention == TREE else (rows, 1, length, length)
     mask = torch.empty(shape, dtype=dtype if attention == "eager" else torch.bool, device="meta")
     kinds = set(getattr(text, "layer_types", None) or [])
     return dict.fromkeys(kinds, mask) if len(kinds) > 1 or "sliding_attention" in kinds else mask
@@ -477,14 +528,7 @@ def _rows(tokens: int, row_tokens: int) -> tuple[int, int]:
 # ---- What fits -------------------------------------------------------------------------------------------------------
 
 
-def token_budgets(row_tokens: int) -> list[int]:
-    """Token budgets that are tried: quarters and halves of a row, then whole rows."""
-    return [
-        row_tokens // 8,
-        row_tokens // 4,
-        row_tokens // 2,
-        *(row_tokens * n for n in (1, 2, 3, 4, 6, 8, 12, 16)),
-    ]
+TOKEN_BUDGETS = tuple(1024 * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128))
 
 
 def largest_budget(
@@ -492,9 +536,8 @@ def largest_budget(
 ) -> tuple[int, Memory]:
     """The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least)."""
     best = 0
-    budgets = token_budgets(row_tokens)
-    found = memory(training, sharding, gpus, budgets[0], row_tokens, adapter)
-    for tokens in budgets:
+    found = memory(training, sharding, gpus, TOKEN_BUDGETS[0], row_tokens, adapter)
+    for tokens in TOKEN_BUDGETS:
         needed = memory(training, sharding, gpus, tokens, row_tokens, adapter)
         if needed.total > gpu_bytes:
             break
@@ -575,10 +618,15 @@ def efficiency(compute_seconds: float, sent_bytes: float, bytes_per_second: floa
     return compute_seconds / (compute_seconds + max(0.0, communication - overlap * compute_seconds))
 
 
-def best(choices: Sequence[tuple[Sharding, int]], needed: int) -> Sharding | None:
-    """The first sharding whose token budget takes ``needed`` tokens, else the one with the largest budget."""
-    fitting = [(sharding, budget) for sharding, budget in choices if budget > 0]
-    for sharding, budget in fitting:
-        if budget >= needed:
-            return sharding
-    return max(fitting, key=lambda choice: choice[1])[0] if fitting else None
+def best(choices: Sequence[Choice], needed: int) -> Choice | None:
+    """
+    The first choice that takes ``needed`` tokens, else the one that takes most; None if nothing fits.
+
+    Weights wait in main memory only where nothing fits otherwise: smaller groups cost less time than moving weights.
+    """
+    fitting = [choice for choice in choices if choice.tokens > 0]
+    fitting = [choice for choice in fitting if not choice.sharding.offload] or fitting
+    for choice in fitting:
+        if choice.tokens >= needed:
+            return choice
+    return max(fitting, key=lambda choice: choice.tokens, default=None)

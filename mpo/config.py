@@ -135,7 +135,7 @@ class MPOConfig(DPOConfig):
             Folder of the reference cache, shared by all ranks and nodes. Defaults to `mpo/reference` below the
             Hugging Face cache (`HF_HOME`).
         reference_tokens_per_batch (`int`, *optional*):
-            Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 32768 on an accelerator.
+            Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 8192 on an accelerator.
 
     > [!NOTE]
     > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` by need (on), `bf16` on only where

@@ -19,11 +19,11 @@ logger = get_logger(__name__)
 
 # On a CPU large rows lose more to page faults and dense attention than they gain; a GPU wants them long.
 _ROW_TOKENS = {"cpu": 512}
-_ROW_TOKENS_DEFAULT = 8192
+ROW_TOKENS_DEFAULT = 8192
 # Attention tree by tree does not care how long a row is: one row holds all trees of a call, and no padding.
-_ROW_TOKENS_TREE_ATTENTION = 1 << 20
+ROW_TOKENS_TREE_ATTENTION = 1 << 20
 _BATCH_TOKENS = {"cpu": 2048}
-_BATCH_TOKENS_DEFAULT = 32768
+BATCH_TOKENS_DEFAULT = 8192  # enough to fill a GPU; more would need memory that training does not
 
 # On a CPU the activations of one call are kept to what its memory takes; an accelerator makes one call.
 CALL_TOKENS = {"cpu": 1024}
@@ -44,11 +44,11 @@ def batch_shape(
 ) -> BatchShape:
     """The shape of batches for a device; budgets that are None get the default of device and attention implementation."""
     row = max_tokens_per_row or (
-        _ROW_TOKENS_TREE_ATTENTION
+        ROW_TOKENS_TREE_ATTENTION
         if attention == IMPLEMENTATION
-        else _ROW_TOKENS.get(device.type, _ROW_TOKENS_DEFAULT)
+        else _ROW_TOKENS.get(device.type, ROW_TOKENS_DEFAULT)
     )
-    batch = tokens_per_batch or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_DEFAULT)
+    batch = tokens_per_batch or _BATCH_TOKENS.get(device.type, BATCH_TOKENS_DEFAULT)
     return BatchShape(layout, row, pad_token_id, pooling, batch)
 
 

@@ -9,7 +9,7 @@ only its attention scores are computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def tree_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     tree_spans: Sequence[int] | None = None,
+    kernel: Callable[..., Tensor] = scaled_dot_product_attention,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
@@ -52,6 +53,7 @@ def tree_attention(
         softcap: bound of the scores (Gemma-2).
         tree_spans: how the ``R * S`` places are divided among trees, see :func:`mpo.trees.build_batch`. None for calls
             without trees, such as generation.
+        kernel: attends one branch, in the form of torch's function.
 
     Returns:
         ``[R, S, heads, D]`` and None. Padding between trees is 0.
@@ -92,13 +94,13 @@ def tree_attention(
         mask = _causal(size, size, window, query.device) if banded or softcap is not None else None
         shared_heads = heads // key.shape[1]
         # A GPU's causal kernel shares key-value heads itself; the CPU's is slow at it.
-        if shared_heads > 1 and (mask is not None or not query.is_cuda):
+        if shared_heads > 1 and (mask is not None or query.is_cpu):
             key, value = repeat_kv(key, shared_heads), repeat_kv(value, shared_heads)
         if softcap is not None:
             assert mask is not None
             output = _capped(query, key, value, mask, scaling, dropout, softcap)
         else:
-            output = scaled_dot_product_attention(
+            output = kernel(
                 query,
                 key,
                 value,

@@ -13,6 +13,7 @@ import torch
 from benchmarks.plan_memory import Case, config, counted, measured
 from mpo.capacity import (
     SHARDINGS,
+    Choice,
     Sharding,
     best,
     describe,
@@ -52,12 +53,29 @@ def test_tensors_count_while_they_live_and_views_do_not(device: str) -> None:
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_the_count_is_within_15_percent_of_the_tensors_of_a_real_step(
-    adapter: bool, recomputed: bool
+@pytest.mark.parametrize("attention", ["tree", "eager"])
+def test_the_count_is_within_5_percent_of_the_tensors_of_a_real_step(
+    adapter: bool, recomputed: bool, attention: str
 ) -> None:
     model = config(hidden=128, layers=4, vocab=1024)
-    case = Case(adapter, recomputed, length=512, rows=2)
-    assert counted(model, case).tensors == pytest.approx(measured(model, case), rel=0.15)
+    case = Case(adapter, recomputed, length=512, trees=2, attention=attention)
+    assert counted(model, case).tensors == pytest.approx(measured(model, case), rel=0.05)
+
+
+def test_bounded_scores_are_kept_and_plain_ones_are_not() -> None:
+    config_ = shape_config("gemma-2-9b")
+    config_.num_hidden_layers = 4
+    config_.layer_types = ["full_attention"] * 4
+
+    def activations(tree_tokens: int) -> float:
+        described = describe(
+            config_, adapter=None, attention="tree", checkpointing=False, tree_tokens=tree_tokens
+        )
+        return memory(described, BY_NAME["one GPU"], 1, 4096, 4096).activations
+
+    capped = activations(1024) - activations(512)
+    config_.attn_logit_softcapping = None
+    assert abs(activations(1024) - activations(512)) < 0.01 * capped
 
 
 def test_sixteen_bytes_per_weight_are_divided_as_each_sharding_divides_them() -> None:
@@ -111,10 +129,17 @@ def test_what_is_sent_is_counted_as_on_paper() -> None:
 
 
 def test_the_first_sharding_that_takes_a_group_is_the_best() -> None:
-    one, two, three = (Sharding(name, "", "torch") for name in "abc")
-    assert best([(one, 0), (two, 512), (three, 4096)], 400) is two
-    assert best([(one, 0), (two, 512), (three, 4096)], 9999) is three
-    assert best([(one, 0)], 1) is None
+    training = describe(shape_config("llama-3.2-1b"))
+    needed = memory(training, BY_NAME["DDP"], 2, 1024, 1024)
+
+    def choice(tokens: int, offload: bool = False) -> Choice:
+        return Choice(Sharding("", "", "torch", offload=offload), training, 1024, tokens, needed)
+
+    one, two, three, offloaded = choice(0), choice(512), choice(4096), choice(65536, offload=True)
+    assert best([one, two, three, offloaded], 400) is two
+    assert best([one, two, three, offloaded], 9999) is three
+    assert best([one, offloaded], 400) is offloaded
+    assert best([one], 1) is None
 
 
 def test_quantised_weights_are_not_divided_and_one_gpu_is_for_one() -> None:
@@ -157,6 +182,25 @@ def test_the_data_are_counted_where_they_are_at_hand(
     printed = plan(capsys, recipe, "--gpus", "2", "--gpu_memory", "24", "--model_name_or_path", str(folder))
     assert "pairs.jsonl: 6 groups, 36 pairs" in printed
     assert "3 optimizer steps" in printed
+
+
+def recomputed(printed: str) -> dict[str, str]:
+    return {
+        line.split("  ")[0]: "yes" if " yes " in line else "no"
+        for line in printed.splitlines()
+        if line.split("  ")[0] in BY_NAME
+    }
+
+
+def test_activations_are_recomputed_where_the_trainer_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(ROOT / "recipes" / "llama.yaml"), "--gpus", "8", "--model", "llama-3.2-1b"]
+    ample = recomputed(plan(capsys, *words, "--gpu_memory", "80"))
+    assert ample["DDP"] == "no" and ample["ZeRO-3"] == "yes"
+    assert recomputed(plan(capsys, *words, "--gpu_memory", "10"))["DDP"] == "yes"
+    insisting = plan(capsys, *words, "--gpu_memory", "10", "--gradient_checkpointing", "false")
+    assert set(recomputed(insisting).values()) == {"no"}
 
 
 @pytest.mark.parametrize(

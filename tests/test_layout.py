@@ -49,7 +49,7 @@ def test_a_cpu_gets_short_rows_and_an_accelerator_long_ones() -> None:
     cpu = batch_shape(CPU, layout="tree", pad_token_id=3, pooling="last")
     gpu = batch_shape(torch.device("cuda"), layout="tree", pad_token_id=3, pooling="last")
     assert cpu == BatchShape("tree", 512, 3, "last", 2048)
-    assert gpu == BatchShape("tree", 8192, 3, "last", 32768)
+    assert gpu == BatchShape("tree", 8192, 3, "last", 8192)
 
 
 def test_a_budget_of_the_user_is_kept_on_every_device() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,10 @@ from mpo.errors import ConfigError, DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from mpo.capacity import Memory, Sharding, Training
+    from mpo.capacity import Choice, Sharding, Training
     from mpo.recipe import Recipe
 
-_ROW_TOKENS, _SMALLEST_ROW = 8192, 512
-_REFERENCE_TOKENS, _SMALLEST_REFERENCE = 32768, 2048
+_SMALLEST_ROW = 512
 
 
 def register(commands: Any) -> None:
@@ -98,28 +97,29 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
     """The whole text of the command."""
-    from mpo.capacity import GB, SHARDINGS, best, largest_budget, possible
+    from mpo.capacity import GB, SHARDINGS, Choice, best, largest_budget, possible
     from mpo.evaluation.text_table import TextTable
 
-    training, adapter, name = _describe(recipe, arguments.model)
     data = _data(recipe, arguments)
+    training, adapter, name = _describe(recipe, arguments.model, data)
     gpus = arguments.gpus
     nodes = math.ceil(gpus / arguments.gpus_per_node)
-    rows: list[tuple[str, ...]] = []
-    choices: list[tuple[Sharding, int]] = []
-    lengths: dict[str, int] = {}
-    memories: dict[str, Memory] = {}
+    needed = data.group_tokens * max(1, recipe.training.per_device_train_batch_size)
+    choices = []
     for sharding in (s for s in SHARDINGS if possible(s, training, gpus)):
-        found: tuple[int, int, Memory] | None = None
-        for row in _row_lengths(recipe):
-            budget, needed = largest_budget(training, sharding, gpus, arguments.gpu_memory * GB, row, adapter)
-            if found is None or budget > found[0]:
-                found = budget, row, needed
+        found: Choice | None = None
+        for recomputes in _recomputations(recipe, sharding):
+            if found is not None and found.tokens >= needed:
+                break
+            variant = replace(training, checkpointing=recomputes)
+            for row in _row_lengths(recipe, training.attention):
+                tokens, held = largest_budget(
+                    variant, sharding, gpus, arguments.gpu_memory * GB, row, adapter
+                )
+                if found is None or tokens > found.tokens:
+                    found = Choice(sharding, variant, row, tokens, held)
         assert found is not None
-        budget, lengths[sharding.name], needed = found
-        memories[sharding.name] = needed
-        choices.append((sharding, budget))
-        rows.append(_row(sharding, budget, needed))
+        choices.append(found)
     table = TextTable(
         title=f"GB on each of {gpus} GPU{'s' if gpus > 1 else ''} of {arguments.gpu_memory:g} GB, with the largest "
         "micro-batch that fits",
@@ -130,19 +130,20 @@ def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
             "Optimizer",
             "Buffers",
             "Activations",
+            "Recomputed",
             "LM head",
             "Reference",
             "Total",
             "Main memory",
             "Tokens",
         ),
-        rows=tuple(rows),
+        rows=tuple(map(_row, choices)),
         notes=(
             "Total: the larger of the step and the reference pass, with 2.5 GB for CUDA and 5 % lost to fragmentation.",
             "Main memory: GB per GPU that wait there. Tokens: of a micro-batch on each GPU; 0 does not fit.",
         ),
     )
-    chosen = best(choices, data.group_tokens)
+    chosen = best(choices, needed)
     facts = {
         "Model": f"{name} ({training.parameters / 1e9:.2f}B parameters)",
         "Training": _kind(training),
@@ -156,12 +157,9 @@ def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
             "Nothing fits. More GPUs, larger ones, an adapter (`--use_peft true`) or a smaller model would."
         )
         return "\n\n".join(parts)
-    budget = next(tokens for sharding, tokens in choices if sharding is chosen)
-    parts.append(
-        _lines(_outcome(recipe, training, chosen, budget, lengths[chosen.name], data, arguments, nodes))
-    )
+    parts.append(_lines(_outcome(recipe, chosen, data, arguments, nodes)))
     if arguments.scaling:
-        parts.append(_scaling(training, chosen, data, recipe, arguments).plain())
+        parts.append(_scaling(chosen, data, recipe, arguments).plain())
     return "\n\n".join(parts)
 
 
@@ -170,26 +168,37 @@ def _lines(facts: dict[str, str]) -> str:
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in facts.items())
 
 
-def _row(sharding: Sharding, budget: int, needed: Memory) -> tuple[str, ...]:
-    values = (
-        needed.weights,
-        needed.gradients,
-        needed.optimizer,
-        needed.buffers,
-        needed.activations + needed.layer,
-        needed.lm_head,
-        needed.reference,
-        needed.total,
-        needed.main_memory,
+def _row(choice: Choice) -> tuple[str, ...]:
+    held = choice.memory
+    before = (held.weights, held.gradients, held.optimizer, held.buffers, held.activations + held.layer)
+    after = (held.lm_head, held.reference, held.total, held.main_memory)
+    return (
+        choice.sharding.name,
+        *(f"{value / 1e9:.1f}" for value in before),
+        "yes" if choice.training.checkpointing else "no",
+        *(f"{value / 1e9:.1f}" for value in after),
+        f"{choice.tokens:,}" if choice.tokens else "0",
     )
-    return (sharding.name, *(f"{value / 1e9:.1f}" for value in values), f"{budget:,}" if budget else "0")
 
 
-def _row_lengths(recipe: Recipe) -> list[int]:
+def _recomputations(recipe: Recipe, sharding: Sharding) -> list[bool]:
+    """Whether activations are recomputed: as the recipe says, else as the trainer decides."""
+    given = recipe.given.get("gradient_checkpointing")
+    if given is not None:
+        return [bool(given)]
+    return [False, True] if sharding.engine == "torch" else [True]
+
+
+def _row_lengths(recipe: Recipe, attention: str) -> list[int]:
+    from mpo.layout import ROW_TOKENS_DEFAULT, ROW_TOKENS_TREE_ATTENTION
+    from mpo.tree_attention import IMPLEMENTATION
+
     given = recipe.training.max_tokens_per_row
     if given is not None:
         return [given]
-    lengths = [_ROW_TOKENS]
+    if attention == IMPLEMENTATION:
+        return [ROW_TOKENS_TREE_ATTENTION]
+    lengths = [ROW_TOKENS_DEFAULT]
     while lengths[-1] > _SMALLEST_ROW:
         lengths.append(lengths[-1] // 2)
     return lengths
@@ -198,8 +207,9 @@ def _row_lengths(recipe: Recipe) -> list[int]:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def _describe(recipe: Recipe, other: str | None) -> tuple[Training, Any, str]:
+def _describe(recipe: Recipe, other: str | None, data: _Data) -> tuple[Training, Any, str]:
     from mpo.capacity import describe
+    from mpo.layout import BATCH_TOKENS_DEFAULT
     from mpo.model import pick_attention
     from mpo.plan import new_adapter_config
 
@@ -216,9 +226,9 @@ def _describe(recipe: Recipe, other: str | None) -> tuple[Training, Any, str]:
         name=name,
         half=half,
         bits=bits,
-        checkpointing=bool(recipe.given.get("gradient_checkpointing")),
         attention=attention or "sdpa",
-        reference_tokens=training.reference_tokens_per_batch or _REFERENCE_TOKENS,
+        tree_tokens=max(1, round(data.tree_tokens)),
+        reference_tokens=training.reference_tokens_per_batch or BATCH_TOKENS_DEFAULT,
         accumulates=training.gradient_accumulation_steps > 1,
     )
     return described, adapter, name
@@ -247,8 +257,7 @@ def _kind(training: Training) -> str:
     what = f"an adapter of {training.trained / 1e6:.1f}M" if training.adapter else "all weights"
     precision = "bf16" if training.half else "float32"
     base = f", base in {training.bits} bits" if training.bits < 16 else ""
-    recomputed = "recomputed" if training.checkpointing else "kept"
-    return f"{what}, {precision}{base}, activations {recomputed}, attention {training.attention}"
+    return f"{what}, {precision}{base}, attention {training.attention}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -353,17 +362,11 @@ def _counted(recipe: Recipe) -> _Data | None:
 
 
 def _outcome(
-    recipe: Recipe,
-    training: Training,
-    sharding: Sharding,
-    budget: int,
-    row: int,
-    data: _Data,
-    arguments: argparse.Namespace,
-    nodes: int,
+    recipe: Recipe, choice: Choice, data: _Data, arguments: argparse.Namespace, nodes: int
 ) -> dict[str, str]:
     from mpo.capacity import reference_flops, sent_per_step, step_flops
 
+    sharding, training, budget = choice.sharding, choice.training, choice.tokens
     settings = recipe.training
     gpus = arguments.gpus
     micro = max(1, settings.per_device_train_batch_size)
@@ -374,7 +377,9 @@ def _outcome(
     work = step_flops(training, tokens, context) + reference_flops(training, data.source_tokens, context)
     needed = data.group_tokens * micro
     facts = {
-        "Best": f"{sharding.name}: a micro-batch of {budget:,} tokens on each GPU, in rows of {min(row, budget):,}"
+        "Best": f"{sharding.name}: a micro-batch of {budget:,} tokens on each GPU"
+        + (f", in rows of {choice.row:,}" if choice.row < budget else "")
+        + (", activations recomputed" if training.checkpointing else ", activations kept")
     }
     if needed > budget:
         facts["Note"] = (
@@ -397,7 +402,7 @@ def _outcome(
         if gpus > 1
         else "nothing"
     )
-    facts["Launch"] = _launch(recipe, sharding, row, gpus, nodes)
+    facts["Launch"] = _launch(recipe, choice, gpus, nodes)
     return facts
 
 
@@ -410,7 +415,8 @@ def _steps(recipe: Recipe, data: _Data, gpus: int) -> tuple[int, float]:
     return math.ceil(settings.num_train_epochs * each), settings.num_train_epochs
 
 
-def _launch(recipe: Recipe, sharding: Sharding, row: int, gpus: int, nodes: int) -> str:
+def _launch(recipe: Recipe, choice: Choice, gpus: int, nodes: int) -> str:
+    sharding = choice.sharding
     words = ["accelerate launch"]
     if nodes == 1:
         words += [f"--config_file recipes/accelerate/{sharding.config}", f"--num_processes {gpus}"]
@@ -424,8 +430,8 @@ def _launch(recipe: Recipe, sharding: Sharding, row: int, gpus: int, nodes: int)
         ]
         words += ["--machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"]
     words += ["scripts/train.py", str(recipe.source_path)]
-    if row != (recipe.training.max_tokens_per_row or _ROW_TOKENS):
-        words.append(f"--max_tokens_per_row {row}")
+    if choice.row != _row_lengths(recipe, choice.training.attention)[0]:
+        words.append(f"--max_tokens_per_row {choice.row}")
     return " ".join([*words, *recipe.overrides])
 
 
@@ -437,12 +443,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
-def _scaling(
-    training: Training, sharding: Sharding, data: _Data, recipe: Recipe, arguments: argparse.Namespace
-) -> Any:
+def _scaling(choice: Choice, data: _Data, recipe: Recipe, arguments: argparse.Namespace) -> Any:
     from mpo.capacity import efficiency, sent_per_step, step_flops
     from mpo.evaluation.text_table import TextTable
 
+    sharding, training = choice.sharding, choice.training
     tokens = data.tokens / data.groups * max(1, recipe.training.per_device_train_batch_size)
     seconds = step_flops(training, tokens, data.tree_tokens / 2) / (
         arguments.peak_tflops * 1e12 * arguments.utilisation
