@@ -30,6 +30,8 @@ GB = 1e9
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 # The CUDA context, the communication library's buffers and libraries' workspaces, and what fragmentation loses.
 _FIXED_BYTES, _LOST_SHARE = 2.5 * GB, 0.05
+# Trees that are run to measure what any number of them takes.
+_TREES_MEASURED = 8
 # DeepSpeed's buckets at their default sizes: 5e8 elements to reduce, 1e9 gathered weights alive at most.
 _REDUCE_BUCKET, _LIVE_WEIGHTS = 5e8, 1e9
 
@@ -359,7 +361,7 @@ def _fused_branch(
     return output
 
 
-def _key(training: Training, adapter: Any) -> Any:
+def _key(training: Training, adapter: Any) -> _Hashable:
     return _Hashable(
         (
             training.config,
@@ -387,11 +389,25 @@ class _Hashable:
         return isinstance(other, _Hashable) and self.text == other.text
 
 
-@lru_cache(maxsize=512)
 def _activation_bytes(
-    key: Any, rows: int, length: int, checkpointing: bool, backward: bool
+    key: _Hashable, rows: int, length: int, checkpointing: bool, backward: bool
 ) -> tuple[float, float, float]:
     """Bytes that each layer adds to the peak, that one layer takes while it works, and of the masks."""
+    _, attention, half, _, tree_tokens, _ = key.value
+    if attention == TREE:
+        # No token sees another tree, so everything grows with their number.
+        few_trees = min(length, _TREES_MEASURED * tree_tokens)
+        per_layer, fixed = _measured_bytes(key, rows, few_trees, checkpointing, backward)
+        return per_layer * length / few_trees, fixed * length / few_trees, 0.0
+    masks = rows * length * length * (1 if attention == "sdpa" else 2 if half else 4)
+    per_layer, fixed = _measured_bytes(key, rows, length, checkpointing, backward)
+    return per_layer, fixed, 0.0 if attention == "flex_attention" else masks
+
+
+@lru_cache(maxsize=512)
+def _measured_bytes(
+    key: _Hashable, rows: int, length: int, checkpointing: bool, backward: bool
+) -> tuple[float, float]:
     config, attention, half, is_adapter, tree_tokens, adapter = key.value
     few, more = (
         step_peak(
@@ -409,8 +425,7 @@ def _activation_bytes(
         for layers in (2, 4)
     )
     per_layer = (more - few) / 2
-    masks = rows * length * length * (1 if attention == "sdpa" else 2 if half else 4)
-    return per_layer, few - 2 * per_layer, 0.0 if attention in (TREE, "flex_attention") else masks
+    return per_layer, few - 2 * per_layer
 
 
 def step_peak(
@@ -532,12 +547,22 @@ TOKEN_BUDGETS = tuple(1024 * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 6
 
 
 def largest_budget(
-    training: Training, sharding: Sharding, gpus: int, gpu_bytes: float, row_tokens: int, adapter: Any = None
+    training: Training,
+    sharding: Sharding,
+    gpus: int,
+    gpu_bytes: float,
+    row_tokens: int,
+    adapter: Any = None,
+    wanted: int = TOKEN_BUDGETS[0],
 ) -> tuple[int, Memory]:
-    """The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least)."""
+    """
+    The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least).
+
+    Tried are :data:`TOKEN_BUDGETS` and the number that is ``wanted``.
+    """
     best = 0
     found = memory(training, sharding, gpus, TOKEN_BUDGETS[0], row_tokens, adapter)
-    for tokens in TOKEN_BUDGETS:
+    for tokens in sorted({*TOKEN_BUDGETS, wanted}):
         needed = memory(training, sharding, gpus, tokens, row_tokens, adapter)
         if needed.total > gpu_bytes:
             break

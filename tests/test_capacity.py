@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -203,9 +204,21 @@ def test_activations_are_recomputed_where_the_trainer_would(
     assert set(recomputed(insisting).values()) == {"no"}
 
 
+def test_machines_are_compared_by_their_best_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(ROOT / "recipes" / "llama_full.yaml"), "--model", "llama-3.2-1b"]
+    printed = plan(capsys, *words, "--machines", "1x2", "1x24", "8x24")
+    rows = dict(re.findall(r"^(\d x \d+ GB) +(\S+ \S+|\S+) ", printed, re.MULTILINE))
+    assert list(rows) == ["1 x 2 GB", "1 x 24 GB", "8 x 24 GB"]
+    assert rows["1 x 2 GB"] == "nothing fits"
+    alone = plan(capsys, *words, "--gpus", "8", "--gpu_memory", "24")
+    assert f"Best    {rows['8 x 24 GB']}: " in alone
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--machines", "8x80", "80"], "`--machines` has '80'; expected"),
+        (["--machines", "12x80"], "not a multiple of the 8 GPUs"),
         (["--gpus", "0"], "`--gpus` is 0"),
         (["--utilisation", "2"], "`--utilisation` is 2"),
         (["--gpus", "12"], "not a multiple of the 8 GPUs"),

@@ -44,6 +44,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 KEYS = recipe_fields()
+FAMILIES = ("llama", "gemma", "qwen")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^<!-- output of: (.+?) -->\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -285,10 +286,13 @@ def test_a_shown_output_is_what_the_command_prints(
     assert not change, f"{change}\nTo write it anew: python -m tests.test_docs"
 
 
-def test_the_pages_show_the_data_check_and_the_dry_run() -> None:
+def test_the_pages_show_the_data_check_the_dry_run_and_the_plans() -> None:
+    machines = "--machines 1x24 1x80 8x80 64x80"
     assert {command for _, command, _ in OUTPUTS} == {
         "mpo data check recipes/demo/pairs.jsonl",
         "mpo train recipes/demo.yaml --dry_run",
+        "mpo plan recipes/llama_full.yaml --gpus 8 --gpu_memory 80",
+        *(f"mpo plan recipes/{name}{full}.yaml {machines}" for name in FAMILIES for full in ("", "_full")),
     }
 
 

@@ -27,12 +27,18 @@ def register(commands: Any) -> None:
         help="which GPUs a recipe fits on, how to launch it there, and how long it takes",
         description="Work out, without weights, what each GPU would hold under every way to divide the model, the largest "
         "micro-batch that fits, and the time. Keys of the recipe can be changed behind it, as with `mpo train`.",
-        usage="mpo plan RECIPE --gpus N --gpu_memory GB [options] [--key value ...]",
+        usage="mpo plan RECIPE (--gpus N --gpu_memory GB | --machines NxGB ...) [options] [--key value ...]",
         allow_abbrev=False,
     )
     plan.add_argument("recipe", metavar="RECIPE", help="YAML file, for example recipes/llama_full.yaml")
     plan.add_argument("--gpus", type=int, default=8, help="GPUs over all machines (default 8)")
     plan.add_argument("--gpu_memory", "--gpu-memory", type=float, default=80, help="GB of each (default 80)")
+    plan.add_argument(
+        "--machines",
+        nargs="+",
+        metavar="NxGB",
+        help="compare these instead, a line each: 1x24 8x80 is one GPU of 24 GB and eight of 80 GB",
+    )
     plan.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of a machine (default 8)")
     plan.add_argument(
         "--model", help="other model: folder with a config.json, or a known size such as llama-3.1-70b"
@@ -74,10 +80,23 @@ def _run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from mpo.recipe import load_recipe
 
-    _check(arguments)
+    machines = [_machine(text) for text in arguments.machines or []]
+    for gpus, gpu_memory in machines or [(arguments.gpus, arguments.gpu_memory)]:
+        arguments.gpus, arguments.gpu_memory = gpus, gpu_memory
+        _check(arguments)
     recipe = load_recipe(arguments.recipe, arguments.rest)
-    print(report(recipe, arguments))
+    print(compare(recipe, machines, arguments) if machines else report(recipe, arguments))
     return 0
+
+
+def _machine(text: str) -> tuple[int, float]:
+    gpus, _, gpu_memory = text.lower().partition("x")
+    try:
+        return int(gpus), float(gpu_memory)
+    except ValueError:
+        raise ConfigError(
+            f"`--machines` has '{text}'; expected a number of GPUs and the GB of each, such as 8x80."
+        ) from None
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -95,31 +114,58 @@ def _check(arguments: argparse.Namespace) -> None:
         )
 
 
-def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
-    """The whole text of the command."""
-    from mpo.capacity import GB, SHARDINGS, Choice, best, largest_budget, possible
+def compare(recipe: Recipe, machines: list[tuple[int, float]], arguments: argparse.Namespace) -> str:
+    """The text of the command for several machines: the best way to run on each."""
+    from mpo.capacity import GB, best
     from mpo.evaluation.text_table import TextTable
 
     data = _data(recipe, arguments)
-    training, adapter, name = _describe(recipe, arguments.model, data)
+    described = _describe(recipe, arguments.model, data)
+    rows = []
+    for gpus, gpu_memory in machines:
+        found = _choices(recipe, described, data, gpus, gpu_memory)
+        chosen = best(found, _needed(recipe, data))
+        machine = f"{gpus} x {gpu_memory:g} GB"
+        if chosen is None:
+            rows.append((machine, "nothing fits", *["-"] * 6))
+            continue
+        steps, _ = _steps(recipe, data, gpus)
+        rows.append(
+            (
+                machine,
+                chosen.sharding.name,
+                "yes" if chosen.training.checkpointing else "no",
+                f"{chosen.memory.total / GB:.1f}",
+                f"{chosen.memory.main_memory / GB:.1f}",
+                f"{chosen.tokens:,}",
+                f"{steps:,}",
+                _duration(_seconds(recipe, chosen.training, data, gpus, arguments)),
+            )
+        )
+    training, _, name = described
+    table = TextTable(
+        title="The best way to run on each machine, with the largest micro-batch that fits",
+        header=("Machine", "Divided by", "Recomputed", "GB", "Main memory", "Tokens", "Steps", "Time"),
+        rows=tuple(rows),
+        notes=(
+            "GB: of each GPU. Main memory: GB per GPU that wait there. Tokens: of a micro-batch on each GPU.",
+            f"Time: at {arguments.utilisation:.0%} of {arguments.peak_tflops:g} TFLOP/s per GPU; longer with weights in "
+            "main memory.",
+        ),
+    )
+    return f"{_lines(_facts(name, training, data))}\n\n{table.plain()}"
+
+
+def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
+    """The text of the command for one machine: every way to run there."""
+    from mpo.capacity import best
+    from mpo.evaluation.text_table import TextTable
+
+    data = _data(recipe, arguments)
+    training, _, name = described = _describe(recipe, arguments.model, data)
     gpus = arguments.gpus
     nodes = math.ceil(gpus / arguments.gpus_per_node)
-    needed = data.group_tokens * max(1, recipe.training.per_device_train_batch_size)
-    choices = []
-    for sharding in (s for s in SHARDINGS if possible(s, training, gpus)):
-        found: Choice | None = None
-        for recomputes in _recomputations(recipe, sharding):
-            if found is not None and found.tokens >= needed:
-                break
-            variant = replace(training, checkpointing=recomputes)
-            for row in _row_lengths(recipe, training.attention):
-                tokens, held = largest_budget(
-                    variant, sharding, gpus, arguments.gpu_memory * GB, row, adapter
-                )
-                if found is None or tokens > found.tokens:
-                    found = Choice(sharding, variant, row, tokens, held)
-        assert found is not None
-        choices.append(found)
+    choices = _choices(recipe, described, data, gpus, arguments.gpu_memory)
     table = TextTable(
         title=f"GB on each of {gpus} GPU{'s' if gpus > 1 else ''} of {arguments.gpu_memory:g} GB, with the largest "
         "micro-batch that fits",
@@ -143,15 +189,12 @@ def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
             "Main memory: GB per GPU that wait there. Tokens: of a micro-batch on each GPU; 0 does not fit.",
         ),
     )
-    chosen = best(choices, needed)
-    facts = {
-        "Model": f"{name} ({training.parameters / 1e9:.2f}B parameters)",
-        "Training": _kind(training),
+    facts = _facts(name, training, data) | {
         "Machine" if nodes == 1 else "Machines": f"{gpus} x {arguments.gpu_memory:g} GB"
-        + (f" on {nodes} nodes" if nodes > 1 else ""),
-        "Data": data.text,
+        + (f" on {nodes} nodes" if nodes > 1 else "")
     }
     parts = [_lines(facts), table.plain()]
+    chosen = best(choices, _needed(recipe, data))
     if chosen is None:
         parts.append(
             "Nothing fits. More GPUs, larger ones, an adapter (`--use_peft true`) or a smaller model would."
@@ -161,6 +204,43 @@ def report(recipe: Recipe, arguments: argparse.Namespace) -> str:
     if arguments.scaling:
         parts.append(_scaling(chosen, data, recipe, arguments).plain())
     return "\n\n".join(parts)
+
+
+def _facts(name: str, training: Training, data: _Data) -> dict[str, str]:
+    return {
+        "Model": f"{name} ({training.parameters / 1e9:.2f}B parameters)",
+        "Training": _kind(training),
+        "Data": data.text,
+    }
+
+
+def _needed(recipe: Recipe, data: _Data) -> int:
+    """Tokens of the largest micro-batch."""
+    return data.group_tokens * max(1, recipe.training.per_device_train_batch_size)
+
+
+def _choices(
+    recipe: Recipe, described: tuple[Training, Any, str], data: _Data, gpus: int, gpu_memory: float
+) -> list[Choice]:
+    """Under each sharding, the row length, and whether to recompute activations, with which the most tokens fit."""
+    from mpo.capacity import GB, SHARDINGS, Choice, largest_budget, possible
+
+    training, adapter, _ = described
+    needed = _needed(recipe, data)
+    choices = []
+    for sharding in (s for s in SHARDINGS if possible(s, training, gpus)):
+        found: Choice | None = None
+        for recomputes in _recomputations(recipe, sharding):
+            if found is not None and found.tokens >= needed:
+                break
+            variant = replace(training, checkpointing=recomputes)
+            for row in _row_lengths(recipe, training.attention):
+                tokens, held = largest_budget(variant, sharding, gpus, gpu_memory * GB, row, adapter, needed)
+                if found is None or tokens > found.tokens:
+                    found = Choice(sharding, variant, row, tokens, held)
+        assert found is not None
+        choices.append(found)
+    return choices
 
 
 def _lines(facts: dict[str, str]) -> str:
@@ -364,18 +444,14 @@ def _counted(recipe: Recipe) -> _Data | None:
 def _outcome(
     recipe: Recipe, choice: Choice, data: _Data, arguments: argparse.Namespace, nodes: int
 ) -> dict[str, str]:
-    from mpo.capacity import reference_flops, sent_per_step, step_flops
+    from mpo.capacity import sent_per_step
 
     sharding, training, budget = choice.sharding, choice.training, choice.tokens
     settings = recipe.training
     gpus = arguments.gpus
     micro = max(1, settings.per_device_train_batch_size)
     steps, epochs = _steps(recipe, data, gpus)
-    tokens = data.tokens * epochs
-    context = data.tree_tokens / 2
-    speed = gpus * arguments.peak_tflops * 1e12 * arguments.utilisation
-    work = step_flops(training, tokens, context) + reference_flops(training, data.source_tokens, context)
-    needed = data.group_tokens * micro
+    needed = _needed(recipe, data)
     facts = {
         "Best": f"{sharding.name}: a micro-batch of {budget:,} tokens on each GPU"
         + (f", in rows of {choice.row:,}" if choice.row < budget else "")
@@ -391,9 +467,9 @@ def _outcome(
         facts["Room"] = (
             f"for `per_device_train_batch_size: {budget // data.group_tokens}`, which makes steps fewer and larger"
         )
-    facts["Steps"] = f"{steps:,} optimizer steps, {tokens:,.0f} tokens in {epochs:g} epochs"
+    facts["Steps"] = f"{steps:,} optimizer steps, {data.tokens * epochs:,.0f} tokens in {epochs:g} epochs"
     facts["Time"] = (
-        f"{_duration(work / speed)} at {arguments.utilisation:.0%} of {arguments.peak_tflops:g} TFLOP/s per GPU"
+        f"{_duration(_seconds(recipe, training, data, gpus, arguments))} at {arguments.utilisation:.0%} of {arguments.peak_tflops:g} TFLOP/s per GPU"
         + (", longer with weights in main memory" if sharding.offload else "")
     )
     facts["Sent"] = (
@@ -413,6 +489,19 @@ def _steps(recipe: Recipe, data: _Data, gpus: int) -> tuple[int, float]:
     if settings.max_steps > 0:
         return settings.max_steps, settings.max_steps / each
     return math.ceil(settings.num_train_epochs * each), settings.num_train_epochs
+
+
+def _seconds(
+    recipe: Recipe, training: Training, data: _Data, gpus: int, arguments: argparse.Namespace
+) -> float:
+    from mpo.capacity import reference_flops, step_flops
+
+    _, epochs = _steps(recipe, data, gpus)
+    context = data.tree_tokens / 2
+    work = step_flops(training, data.tokens * epochs, context) + reference_flops(
+        training, data.source_tokens, context
+    )
+    return work / (gpus * arguments.peak_tflops * 1e12 * arguments.utilisation)
 
 
 def _launch(recipe: Recipe, choice: Choice, gpus: int, nodes: int) -> str:
