@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from mpo.adapters import spare_input_copies
 from mpo.masks import attention_mask
 
 # What is not counted: the CUDA context, the LM head's tiles, buffers of kernels and of communication, fragmentation.
@@ -107,6 +108,7 @@ def activation_bytes(
             from peft import get_peft_model
 
             wrapped = get_peft_model(model, copy.deepcopy(adapter))
+            spare_input_copies(wrapped)
     seen: dict[int, Any] = {}
     total = 0
 

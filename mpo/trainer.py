@@ -36,6 +36,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from mpo.adapters import spare_input_copies
 from mpo.checkpoints import (
     is_complete,
     last_complete_checkpoint,
@@ -289,6 +290,7 @@ class MPOTrainer(DPOTrainer):
         _check_master_weights(self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         bare = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         attach_reward_gap_head(bare)
+        spare_input_copies(self.model)
         self._text_config = bare.config.get_text_config()
 
         datasets = [self.train_dataset, *_datasets(self.eval_dataset)]

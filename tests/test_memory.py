@@ -13,6 +13,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from mpo import trainer as trainer_module
+from mpo.adapters import spare_input_copies
 from mpo.masks import attention_mask
 from mpo.memory import activation_bytes, step_needs_checkpointing
 from tests import runs
@@ -84,6 +85,7 @@ def test_the_activations_of_a_step_are_counted_without_memory(
     bare = build_model(family, layers=3, hidden=64, attn_implementation=attention, dtype=dtype)
     adapter = runs.lora() if lora else None
     model = get_peft_model(bare, adapter) if lora else bare
+    spare_input_copies(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = activation_bytes(bare, rows=2, length=96, compute=compute, adapter=adapter)
     assert runs.differing(before, model.state_dict()) == []
