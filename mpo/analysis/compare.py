@@ -105,6 +105,8 @@ class Settings:
             )
         if self.folds < 2:
             raise ConfigError(f"`folds` is {self.folds}; expected at least 2.")
+        if self.seed < 0:
+            raise ConfigError(f"`seed` is {self.seed}; expected a whole number from 0.")
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,19 @@ class LanguageTexts:
         harmful: ``[n]`` booleans.
         unit: ``[n]`` which texts belong together: the two of a pair, or, in languages that are translations of one
             another, the same text in each.
+        kin: ``[n]`` which texts no fold of a probe may part: those of a unit, and those with the same words. Unset: the
+            units.
     """
 
     harmful: Array
     unit: Array
+    kin: Array | None = None
+
+    def folds(self, settings: Settings) -> Array:
+        """``[n]`` the fold that each text is held out in."""
+        return folds_of(
+            self.unit if self.kin is None else self.kin, self.harmful, settings.folds, settings.seed
+        )
 
 
 @dataclass
@@ -236,10 +247,12 @@ def check_texts(texts: Mapping[str, LanguageTexts], settings: Settings) -> None:
             "to `languages`, or set `source_language` to one of them."
         )
     for language, some in texts.items():
-        for name, count in (("harmful", some.harmful.sum()), ("harmless", (~some.harmful).sum())):
+        kin = some.unit if some.kin is None else some.kin
+        for name, rows in (("harmful", some.harmful), ("harmless", ~some.harmful)):
+            count = len(np.unique(kin[rows]))
             if count < 2 * settings.folds:
                 raise DataError(
-                    f"{language} has {count} {name} texts; expected at least {2 * settings.folds}, two for each of the "
+                    f"{language} has {count} {name} texts that differ; expected at least {2 * settings.folds}, two for each of the "
                     f"{settings.folds} folds of the probe. Check the labels and their columns."
                 )
 
@@ -274,7 +287,7 @@ def _measure_state(
         out[f"silhouette_{k}"] = silhouette(coordinates[:, :k], harmful, weights)
     out["between_class_ratio"] = state.full.ratio
     out["silhouette"] = silhouette(state.points, harmful, weights)
-    fold = folds_of(texts.unit, harmful, settings.folds, settings.seed)
+    fold = texts.folds(settings)
     state.probe = train_probe(state.points, harmful, fold)
     for name, probe in (("probe_auroc", state.probe), ("transfer_auroc", source_probe)):
         if probe is not None:
@@ -331,7 +344,7 @@ def _score_tests(
 ) -> dict[str, float | None]:
     """Permutation tests of the probes: the ranks that the two models give a text are exchanged (Bandos, Rockette and
     Gur, 2005, *Statistics in Medicine* 24(18))."""
-    fold = folds_of(texts.unit, texts.harmful, settings.folds, settings.seed)
+    fold = texts.folds(settings)
     out: dict[str, float | None] = {}
     for name in measured[BEFORE].scores:
         ranks = np.concatenate([fold_ranks(measured[state].scores[name], fold) for state in (BEFORE, AFTER)])

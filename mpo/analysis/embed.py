@@ -14,6 +14,7 @@ Texts are padded on the right and batched by length. Nothing is generated and th
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import xxhash
 from accelerate import PartialState
-from accelerate.utils import tqdm
+from accelerate.utils import parse_flag_from_env, tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -55,13 +56,12 @@ _COMMIT_EVERY = 10.0  # seconds of work that a kill may cost
 
 
 @dataclass(frozen=True)
-class EmbeddingSettings:
+class ReadingSettings:
     """
-    How to embed.
+    How a model reads texts.
 
     Attributes:
         layers: ``("all",)``, or numbers of layers and ``norm``; negative numbers count from the last block.
-        poolings: of ``last`` and ``mean``.
         template: ``chat`` renders each text as a user's turn, up to where the answer would begin; ``raw`` reads it as it is.
         max_length: longest text in tokens; longer ones are cut at their end, with the template kept whole.
         tokens_per_batch: tokens of a model call, padding included. Unset: 16,384 on a GPU, 2,048 on a CPU.
@@ -73,7 +73,6 @@ class EmbeddingSettings:
     """
 
     layers: tuple[str, ...] = (NORM,)
-    poolings: tuple[str, ...] = ("last",)
     template: str = "chat"
     max_length: int = 512
     tokens_per_batch: int | None = None
@@ -84,12 +83,27 @@ class EmbeddingSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        if not self.poolings or set(self.poolings) - set(POOLINGS):
-            raise ConfigError(f"`pooling` is {list(self.poolings)}; expected one or both of last, mean.")
         if self.template not in TEMPLATES:
             raise ConfigError(f"`template` is {self.template!r}; expected chat or raw.")
         if self.max_length < 1 or (self.tokens_per_batch is not None and self.tokens_per_batch < 1):
             raise ConfigError("`max_length` and `tokens_per_batch` are numbers of tokens of at least 1.")
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings(ReadingSettings):
+    """
+    How to embed.
+
+    Attributes:
+        poolings: of ``last`` and ``mean``.
+    """
+
+    poolings: tuple[str, ...] = ("last",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.poolings or set(self.poolings) - set(POOLINGS):
+            raise ConfigError(f"`pooling` is {list(self.poolings)}; expected one or both of last, mean.")
 
 
 def resolve_layers(wanted: Sequence[str], blocks: int) -> list[str]:
@@ -262,12 +276,16 @@ def _render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, render: Any, max_length: int) -> list[int]:
-    """The rendering of the longest beginning of the text that fits."""
-    own: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    low, high = 0, len(own)
+    """
+    The rendering of the longest beginning of the text that fits.
+
+    Cut in characters, not in tokens: tokens decoded again are at times other text, above all at the end, where a
+    character of several tokens would be left in halves.
+    """
+    low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        if len(render(tokenizer, tokenizer.decode(own[:middle]))) <= max_length:
+        if len(render(tokenizer, text[:middle])) <= max_length:
             low = middle
         else:
             high = middle - 1
@@ -275,7 +293,7 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, render: Any, max_l
         raise DataError(
             f"the chat template alone fills `max_length` = {max_length} tokens. Raise `max_length`."
         )
-    ids: list[int] = render(tokenizer, tokenizer.decode(own[:low]))
+    ids: list[int] = render(tokenizer, text[:low])
     return ids
 
 
@@ -292,6 +310,19 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[lis
 
 
 # ----------------------------------------------------------------------------------------------------------- the pass
+
+
+def process_group(device: torch.device) -> PartialState:
+    """
+    The processes that a launcher has started, or this one alone.
+
+    Accelerate joins processes on CPUs only when it is told that they are on CPUs; otherwise each takes itself for the only
+    one.
+
+    Args:
+        device: that a process alone would use.
+    """
+    return PartialState(cpu=device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Embedder:
@@ -322,9 +353,9 @@ class Embedder:
         self.tokenizer = load_tokenizer(
             source, settings.chat_template, needs_template=settings.template == "chat"
         )
-        self.ranks: Ranks = PartialState() if ranks is None else ranks
-        several = self.ranks.num_processes > 1
-        self.device = self.ranks.device if several else pick_device(settings.device)
+        device = pick_device(settings.device)
+        self.ranks: Ranks = process_group(device) if ranks is None else ranks
+        self.device = self.ranks.device if self.ranks.num_processes > 1 else device
         self.dtype = settings.dtype or pick_dtype(self.device)
         self._model: Any = None
 
@@ -332,6 +363,15 @@ class Embedder:
     def text_config(self) -> Any:
         """Configuration of the language model, also where it is part of a larger one."""
         return self.config.get_text_config()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that are embedded, in order.
+
+        Raises:
+            ConfigError: the model lacks one of them.
+        """
+        return resolve_layers(self.settings.layers, self.text_config.num_hidden_layers)
 
     def embed(self, texts: TextSet, folder: str | Path, *, with_adapter: bool = False) -> EmbeddingStore:
         """
@@ -350,7 +390,7 @@ class Embedder:
         if with_adapter and self.adapter is None:
             raise ConfigError(f"{self.source.name} is to be embedded with an adapter, but none is given.")
         tokens, cut = tokenize(texts.texts, self.tokenizer, self.settings.template, self.settings.max_length)
-        identity = self._identity(tokens, with_adapter)
+        identity = self._identity(texts, tokens, with_adapter)
         complete = is_complete(folder, identity)
         self.ranks.wait_for_everyone()  # before any rank makes or renames anything
         if complete:
@@ -383,16 +423,23 @@ class Embedder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _identity(self, tokens: Sequence[Sequence[int]], with_adapter: bool) -> dict[str, Any]:
+    def _identity(
+        self, texts: TextSet, tokens: Sequence[Sequence[int]], with_adapter: bool
+    ) -> dict[str, Any]:
         digest = xxhash.xxh3_128()
         for ids in tokens:
             digest.update(np.asarray([len(ids), *ids], dtype="<i4").tobytes())
         return {
-            "weights": _fingerprint(self.source.name, getattr(self.config, "_commit_hash", None)),
-            "adapter": _fingerprint(self.adapter, None) if with_adapter and self.adapter else None,
+            "weights": _fingerprint(
+                self.source.name, "config.json", getattr(self.config, "_commit_hash", None)
+            ),
+            "adapter": _fingerprint(self.adapter, "adapter_config.json")
+            if with_adapter and self.adapter
+            else None,
+            "rows": texts.fingerprint,
             "token_ids": digest.hexdigest(),
             "texts": len(tokens),
-            "layers": resolve_layers(self.settings.layers, self.text_config.num_hidden_layers),
+            "layers": self.layers,
             "poolings": [name for name in POOLINGS if name in self.settings.poolings],
             "hidden_size": self.text_config.hidden_size,
             "dtype": self.dtype,
@@ -469,11 +516,34 @@ def pad(
     return input_ids.to(device), mask.to(device)
 
 
-def _fingerprint(name: str, commit: str | None) -> str:
-    """What identifies a model's or an adapter's weights: their files' content, or the commit on the Hub."""
-    if os.path.isdir(name):
-        return f"files:{fingerprint_folder(Path(name))}"
-    return f"hub:{name}@{commit or _hub_commit(name)}"
+_INERT = {
+    "_name_or_path",
+    "architectures",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Entries of a config.json or adapter_config.json that change no hidden state of weights whose type is known."""
+
+
+def _fingerprint(name: str, settings_file: str, commit: str | None = None) -> str:
+    """
+    What identifies a model or an adapter: the content of its weights and settings, or the commit on the Hub.
+
+    The settings belong to it: the same tensors are another adapter with another `lora_alpha`, and another model with other
+    rotary frequencies.
+    """
+    if not os.path.isdir(name):
+        return f"hub:{name}@{commit or _hub_commit(name)}"
+    settings = json.loads((Path(name) / settings_file).read_text(encoding="utf-8"))
+    kept = json.dumps({key: settings[key] for key in settings.keys() - _INERT}, sort_keys=True)
+    return f"files:{fingerprint_folder(Path(name))}:{xxhash.xxh3_64_hexdigest(kept.encode())}"
 
 
 def _hub_commit(name: str) -> str:

@@ -42,8 +42,8 @@ def pair_measures(harmful: Array, harmless: Array, weights: Array | None = None)
 
         - ``pair_distance_ratio``: mean distance within a pair over the mean distance of a harmful text to the harmless
           texts of *other* pairs. 1 is chance; the smaller, the less the rewrite changes the representation.
-        - ``pair_nearest``: part of harmful texts whose nearest harmless text is their own rewrite. Chance is one in the
-          number of pairs. In a bootstrap sample the candidates stay those of the data.
+        - ``pair_nearest``: part of harmful texts whose nearest harmless text is their own rewrite, one of m that are as
+          near counting 1/m. Chance is one in the number of pairs. In a bootstrap sample the candidates stay those of the data.
         - ``pair_consistency``: length of the mean of the unit vectors from each harmless text to its harmful one. 1 if
           all pairs differ in the same direction, near 0 if each differs in its own. It is corrected for the number of
           pairs, so that unrelated directions give 0.
@@ -59,7 +59,8 @@ def pair_measures(harmful: Array, harmless: Array, weights: Array | None = None)
         distance = distances(harmful[rows], harmless, squares[0][rows], squares[1])
         own = distance[rows - start, rows]
         within[rows] = own
-        nearest[rows] = own <= distance.min(axis=1)
+        closest = distance <= distance.min(axis=1, keepdims=True)
+        nearest[rows] = closest[rows - start, rows] / closest.sum(axis=1)
         distance[rows - start, rows] = 0
         across += np.einsum("rb,rb->r", weights[:, rows], weights @ distance.T.astype(np.float64))
     total = weights.sum(axis=1)

@@ -138,8 +138,8 @@ def _cluster_column(
     reach = reach or 1.0
     found = model.shown.languages[language]
     for axes, state in zip(panels, states, strict=True):
-        measure = "between_class_ratio_2_shared"
-        shown = found.state(state).get(measure) or found.state(state)["between_class_ratio_2"]
+        measures = found.state(state)
+        shown = measures.get("between_class_ratio_2_shared") or measures.get("between_class_ratio_2")
         _scatter(axes, coordinates[state], texts.harmful)
         axes.set_xlim(-reach, reach)
         axes.set_ylim(-reach, reach)
@@ -149,10 +149,11 @@ def _cluster_column(
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(True)
-        axes.text(
-            0.04, 0.96, f"ratio {shown.value:.3f}", transform=axes.transAxes, va="top", fontsize=8.5,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
-        )  # fmt: skip
+        if shown is not None:
+            axes.text(
+                0.04, 0.96, f"ratio {shown.value:.3f}", transform=axes.transAxes, va="top", fontsize=8.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+            )  # fmt: skip
         if is_first and len(states) == 2:
             axes.set_ylabel(state, fontsize=10, fontweight="bold", labelpad=6)
     panels[0].set_title(_name(language), fontsize=10, fontweight="bold", pad=5)

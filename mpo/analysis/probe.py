@@ -13,12 +13,12 @@ STRENGTH = 0.01
 dimensions as texts."""
 
 
-def folds_of(unit: Array, harmful: Array, folds: int, seed: int) -> Array:
+def folds_of(kin: Array, harmful: Array, folds: int, seed: int) -> Array:
     """
-    Which fold a text is held out in, ``[n]``. Texts of one unit share their fold, also across languages with the same
-    units: no probe is tested on a text whose pair or translation it was trained on. Classes are spread evenly.
+    Which fold a text is held out in, ``[n]``. Kin share their fold, also across languages with the same kin: no probe is
+    tested on a text whose pair, translation or duplicate it was trained on. Classes are spread evenly.
     """
-    names, first, index = np.unique(unit, return_index=True, return_inverse=True)
+    names, first, index = np.unique(kin, return_index=True, return_inverse=True)
     fold = np.empty(len(names), dtype=np.int64)
     random = np.random.default_rng([seed, 2])
     for label in (False, True):

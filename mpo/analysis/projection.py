@@ -52,9 +52,10 @@ def principal_plane(points: Array, components: int) -> Plane:
 
     smaller = min(points.shape)
     components = min(components, smaller)
+    if not points.any():  # all points the same, which has no direction for an iteration to start in
+        return Plane(np.eye(components, points.shape[1], dtype=points.dtype), np.full(components, np.nan))
     solver = "arpack" if smaller > _SMALL and components < smaller else "full"
-    with np.errstate(invalid="ignore", divide="ignore"):  # all points the same
-        found = PCA(n_components=components, svd_solver=solver, random_state=0).fit(points)
+    found = PCA(n_components=components, svd_solver=solver, random_state=0).fit(points)
     return Plane(found.components_, np.asarray(found.explained_variance_ratio_, dtype=np.float64))
 
 

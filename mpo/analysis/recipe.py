@@ -14,7 +14,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from mpo.analysis.compare import Settings
+from mpo.analysis.embed import EmbeddingSettings, ReadingSettings
 from mpo.analysis.texts import TextSource
+from mpo.data.languages import normalize_language_setting
 from mpo.errors import ConfigError
 
 
@@ -49,20 +51,16 @@ class ModelEntry:
             raise ConfigError(f"Model {self.name}: an `adapter` needs its base model as `reference`.")
 
 
-@dataclass(frozen=True)
-class AnalysisRecipe:
+@dataclass(frozen=True, kw_only=True)
+class AnalysisRecipe(ReadingSettings, Settings):
     """
-    An analysis.
+    An analysis: what is compared on what, besides how it is read and measured.
 
     Attributes:
         models: what to compare.
         data: the harmful and harmless texts.
         languages: their codes, in the order of tables and pictures.
         out: folder of the results; a subfolder ``hidden_space`` is made in it.
-        source_language, components, confidence, resamples, permutations, folds, seed: see
-            :class:`~mpo.analysis.compare.Settings`.
-        layers, template, max_length, tokens_per_batch, dtype, device, attn_implementation, chat_template,
-            trust_remote_code: see :class:`~mpo.analysis.embed.EmbeddingSettings`.
         pooling: ``last`` or ``mean``.
         shown_layer: layer of tables and pictures; by default the last of `layers`.
         embeddings: folder for the embeddings, which are kept; by default beside the results.
@@ -73,24 +71,8 @@ class AnalysisRecipe:
     data: TextSource
     languages: tuple[str, ...]
     out: str
-    source_language: str = "en"
-    layers: tuple[str, ...] = ("norm",)
     pooling: str = "last"
-    template: str = "chat"
-    max_length: int = 512
-    tokens_per_batch: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    attn_implementation: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
     shown_layer: str | None = None
-    components: tuple[int, ...] = (2, 10)
-    confidence: float = 0.95
-    resamples: int = 1000
-    permutations: int = 1000
-    folds: int = 5
-    seed: int = 0
     embeddings: str | None = None
     source_path: Path = Path("recipe.yaml")
 
@@ -98,12 +80,16 @@ class AnalysisRecipe:
         names = [entry.name for entry in self.models]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"`models` has the names {names}; expected at least one, and each once.")
-        self.measuring  # noqa: B018 - its values are checked when it is made
+        Settings.__post_init__(self)
+        self.embedding  # noqa: B018 - its values are checked when it is made
+        code = normalize_language_setting(self.source_language, "source_language")
+        object.__setattr__(self, "source_language", code)
 
     @property
-    def measuring(self) -> Settings:
-        """How to measure."""
-        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
+    def embedding(self) -> EmbeddingSettings:
+        """How to embed."""
+        reading = {f.name: getattr(self, f.name) for f in dataclasses.fields(ReadingSettings)}
+        return EmbeddingSettings(poolings=(self.pooling,), **reading)
 
 
 def load_analysis_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnalysisRecipe:

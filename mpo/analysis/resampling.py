@@ -8,6 +8,7 @@ bootstrap sample gives each text the number of times it was drawn; a permuted be
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def bootstrap_weights(unit: Array, harmful: Array, resamples: int, seed: int) ->
     What is drawn is the unit, with all its texts: the two texts of a pair, or a single text. Units are drawn within
     their class (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.2), so that a sample
     has as many harmful and harmless texts as the data. The draws depend on the seed and on the units alone: languages
-    that share their units share their draws, which keeps what their texts have in common.
+    that share their units share their draws, which keeps what their texts have in common; others have their own.
 
     Args:
         unit: ``[n]`` which unit a text belongs to.
@@ -70,7 +71,7 @@ def bootstrap_weights(unit: Array, harmful: Array, resamples: int, seed: int) ->
     counts = np.zeros((resamples, len(names)), dtype=np.float32)
     for kind in np.unique(stratum):
         (members,) = np.nonzero(stratum == kind)
-        random = np.random.default_rng([seed, int(kind)])
+        random = np.random.default_rng([seed, int(kind), zlib.crc32(names[members].tobytes())])
         counts[:, members] = random.multinomial(
             len(members), np.full(len(members), 1 / len(members)), resamples
         )

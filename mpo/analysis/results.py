@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,13 @@ class ModelResult:
         return self.reference is not None
 
     @property
+    def components(self) -> int:
+        """The smallest number of principal components that was measured on."""
+        (one, *_) = self.shown.languages.values()
+        found = (re.fullmatch(r"between_class_ratio_(\d+)", measure) for measure in one.after)
+        return min(int(match[1]) for match in found if match)
+
+    @property
     def shown(self) -> LayerResult:
         """Estimates of the shown layer."""
         return self.layers[self.shown_layer]
@@ -74,18 +82,22 @@ class ModelResult:
             (printable_name(language_name(code)), *self._cells(one))
             for code, one in self.shown.languages.items()
         ]
-        header = ["Language", "Ratio on 2 PCs"]
+        on = f"{self.components} PC{'s' if self.components > 1 else ''}"
+        principal = {1: "principal component", 2: "two principal components"}.get(
+            self.components, f"{self.components} principal components"
+        )
+        header = ["Language", f"Ratio on {on}"]
         if self.is_comparison:
             header += [f"Change [{100 * confidence:g} %]", "In one plane"]
         header += ["Probe", "Transfer"]
         notes = [
-            "Ratio: part of the variance on the first two principal components that lies between the classes.",
+            f"Ratio: part of the variance on the first {principal} that lies between the classes.",
             "Probe, Transfer: AUROC of a linear probe trained in the language, and in the source language.",
         ]
         if self.is_comparison:
             header.append("Drift")
             notes[0] = (
-                "Ratio: part of the variance on the first two principal components that lies between the classes, each "
+                f"Ratio: part of the variance on the first {principal} that lies between the classes, each "
                 "model\non its own components; its change on these, and in one plane that both models share."
             )
             notes.append(
@@ -112,7 +124,7 @@ class ModelResult:
             change = one.change[measure]
             return f"{signed(change.value)} {interval(change.low, change.high)}"
 
-        ratio = "between_class_ratio_2"
+        ratio = f"between_class_ratio_{self.components}"
         cells = [both(ratio, 3)]
         if self.is_comparison:
             cells += [moved(ratio), moved(f"{ratio}_shared")]

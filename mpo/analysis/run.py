@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.analysis.compare import AFTER, BEFORE, check_texts, measure_layer
-from mpo.analysis.embed import Embedder, EmbeddingSettings
+from mpo.analysis.embed import Embedder
 from mpo.analysis.recipe import AnalysisRecipe, ModelEntry
 from mpo.analysis.resampling import Array
 from mpo.analysis.results import FILE, MEASUREMENT, HiddenSpace, ModelResult
@@ -49,8 +49,9 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
     """
     require_packages()
     texts = load_texts(recipe.data, recipe.languages, beside=recipe.source_path.parent)
-    check_texts(texts.by_language(), recipe.measuring)
-    settings = _embedding_settings(recipe)
+    check_texts(texts.by_language(), recipe)
+    for entry in recipe.models:
+        _check_layers(entry, recipe)
     folder = Path(recipe.out) / MEASUREMENT
     result = HiddenSpace(
         recipe.data.name,
@@ -59,10 +60,12 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
         _settings(recipe),
         provenance=_provenance(texts),
     )
-    for entry in recipe.models:
-        stores, is_main = _embed(entry, recipe, settings, texts)
+    # Everything is embedded before anything is measured: no rank waits for the one that measures, at the next model, for
+    # longer than a process group has patience.
+    embedded = [_embed(entry, recipe, texts) for entry in recipe.models]
+    for entry, (stores, is_main) in zip(recipe.models, embedded, strict=True):
         if not is_main:
-            continue
+            break
         result.models[entry.name] = _measure(entry, recipe, stores, texts)
         table = result.models[entry.name].text_table(recipe.confidence)
         print()
@@ -76,72 +79,67 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
     return folder
 
 
-def _embedding_settings(recipe: AnalysisRecipe) -> EmbeddingSettings:
-    shared = {f.name for f in dataclasses.fields(EmbeddingSettings)} & {
-        f.name for f in dataclasses.fields(recipe)
-    }
-    return EmbeddingSettings(
-        poolings=(recipe.pooling,), **{name: getattr(recipe, name) for name in sorted(shared)}
-    )
+def _embedders(entry: ModelEntry, recipe: AnalysisRecipe) -> dict[str, Embedder]:
+    """What embeds before and after. They are one where an adapter makes the difference; no weights are loaded yet."""
+
+    def embedder(name: str, revision: str | None, adapter: str | None = None) -> Embedder:
+        source = ModelSource(name, revision, recipe.trust_remote_code)
+        return Embedder(source, recipe.embedding, adapter=adapter)
+
+    found: dict[str, Embedder] = {}
+    if entry.reference is not None:
+        found[BEFORE] = embedder(entry.reference, entry.reference_revision, entry.adapter)
+    if entry.aligned is not None:
+        found[AFTER] = embedder(entry.aligned, entry.aligned_revision)
+    else:
+        found[AFTER] = found[BEFORE]
+    return found
+
+
+def _check_layers(entry: ModelEntry, recipe: AnalysisRecipe) -> None:
+    """Refuse a model that is not there and layers that cannot be compared or shown, before hours of embedding."""
+    layers = {state: embedder.layers for state, embedder in _embedders(entry, recipe).items()}
+    after = layers[AFTER]
+    before = layers.get(BEFORE, after)
+    if before != after:
+        raise ConfigError(
+            f"Model {entry.name}: the reference has the layers {', '.join(before)}, the aligned model {', '.join(after)}. "
+            "Only models of the same depth can be compared layer by layer; set `layers: [norm]`."
+        )
+    if recipe.shown_layer is not None and recipe.shown_layer not in after:
+        raise ConfigError(
+            f"`shown_layer` is {recipe.shown_layer}; expected one of the embedded layers {', '.join(after)}."
+        )
 
 
 def _embed(
-    entry: ModelEntry, recipe: AnalysisRecipe, settings: EmbeddingSettings, texts: TextSet
+    entry: ModelEntry, recipe: AnalysisRecipe, texts: TextSet
 ) -> tuple[dict[str, EmbeddingStore], bool]:
     """The stores before and after, and whether this is the rank that measures."""
     place = Path(recipe.embeddings) if recipe.embeddings else Path(recipe.out) / MEASUREMENT / "embeddings"
     stores: dict[str, EmbeddingStore] = {}
-
-    def source(name: str, revision: str | None) -> ModelSource:
-        return ModelSource(name, revision, recipe.trust_remote_code)
-
-    is_main = True
-    if entry.reference is not None:
-        embedder = Embedder(
-            source(entry.reference, entry.reference_revision), settings, adapter=entry.adapter
-        )
-        _say(embedder, f"Embedding {len(texts.texts)} texts with {entry.reference}")
-        stores[BEFORE] = embedder.embed(texts, place / f"{entry.name}.{BEFORE}")
-        if entry.adapter is not None:
-            _say(embedder, f"Embedding them with the adapter {entry.adapter}")
-            stores[AFTER] = embedder.embed(texts, place / f"{entry.name}.{AFTER}", with_adapter=True)
-        is_main = embedder.ranks.is_main_process
-        embedder.release()
-    if entry.aligned is not None:
-        embedder = Embedder(source(entry.aligned, entry.aligned_revision), settings)
-        _say(embedder, f"Embedding {len(texts.texts)} texts with {entry.aligned}")
-        stores[AFTER] = embedder.embed(texts, place / f"{entry.name}.{AFTER}")
-        is_main = embedder.ranks.is_main_process
-        embedder.release()
-    if len(stores) == 2 and stores[BEFORE].layers != stores[AFTER].layers:
-        raise ConfigError(
-            f"Model {entry.name}: the reference has the layers {', '.join(stores[BEFORE].layers)}, the aligned model "
-            f"{', '.join(stores[AFTER].layers)}. Only models of the same depth can be compared layer by layer; set "
-            "`layers: [norm]`."
-        )
-    return stores, is_main
-
-
-def _say(embedder: Embedder, text: str) -> None:
-    if embedder.ranks.is_main_process:
-        print(text, flush=True)
+    embedders = _embedders(entry, recipe)
+    for state, embedder in embedders.items():
+        with_adapter = state == AFTER and entry.adapter is not None
+        name = f"the adapter {entry.adapter}" if with_adapter else embedder.source.name
+        if embedder.ranks.is_main_process:
+            print(f"Embedding {len(texts.texts)} texts with {name}", flush=True)
+        stores[state] = embedder.embed(texts, place / f"{entry.name}.{state}", with_adapter=with_adapter)
+        if embedder is not embedders[AFTER] or state == AFTER:
+            embedder.release()
+    return stores, embedders[AFTER].ranks.is_main_process
 
 
 def _measure(
     entry: ModelEntry, recipe: AnalysisRecipe, stores: Mapping[str, EmbeddingStore], texts: TextSet
 ) -> ModelResult:
     layers = stores[AFTER].layers
-    shown = layers[-1] if recipe.shown_layer is None else recipe.shown_layer
-    if shown not in layers:
-        raise ConfigError(
-            f"`shown_layer` is {shown}; expected one of the embedded layers {', '.join(layers)}."
-        )
     result = ModelResult(
         entry.name,
         _shown_name(entry.reference),
         _shown_name(entry.aligned),
         _shown_name(entry.adapter),
-        shown,
+        recipe.shown_layer or layers[-1],
     )
     started = time.monotonic()
     for number, layer in enumerate(layers, start=1):
@@ -150,7 +148,7 @@ def _measure(
             lambda state, language, layer=layer: _cloud(
                 stores[state], recipe.pooling, layer, texts, language
             ),  # type: ignore[misc]
-            recipe.measuring,
+            recipe,
             states=tuple(stores),
         )
         passed = time.monotonic() - started

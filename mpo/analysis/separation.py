@@ -123,7 +123,8 @@ def between_class_ratio(moments: Moments) -> Array:
 def fisher_ratio(moments: Moments) -> Array:
     """Fisher's ratio along the best direction, ``(mu1 - mu0)^T S_W^-1 (mu1 - mu0)``: squared distance of the class
     means in within-class standard deviations, what linear discriminant analysis maximises (Fisher, 1936, *Annals of
-    Eugenics* 7(2)). No linear map of the space changes it.
+    Eugenics* 7(2)). No linear map of the space changes it. NaN where the classes together
+    have too few texts for the number of dimensions.
     """
     solved = _solve(moments.within, moments.difference)
     ratio: Array = np.einsum("rd,rd->r", moments.difference, solved)
@@ -151,14 +152,10 @@ def bhattacharyya(moments: Moments) -> Array:
 
 
 def _solve(matrices: Array, vectors: Array) -> Array:
-    """``[R, d]`` solutions; NaN where a matrix is singular."""
-    try:
-        solved: Array = np.linalg.solve(matrices, vectors[..., None])[..., 0]
-    except np.linalg.LinAlgError:
-        solved = np.full(vectors.shape, np.nan)
-        for row, (matrix, vector) in enumerate(zip(matrices, vectors, strict=True)):
-            if np.linalg.matrix_rank(matrix) == len(matrix):
-                solved[row] = np.linalg.solve(matrix, vector)
+    """``[R, d]`` solutions; NaN where a matrix is singular up to rounding, as with fewer texts than dimensions."""
+    solved: Array = np.full(vectors.shape, np.nan)
+    regular = np.linalg.matrix_rank(np.nan_to_num(matrices), hermitian=True) == matrices.shape[-1]
+    solved[regular] = np.linalg.solve(matrices[regular], vectors[regular][..., None])[..., 0]
     return solved
 
 

@@ -185,7 +185,7 @@ class EmbeddingWriter:
                 path = self.partial / f"{pooling}.npy"
                 self._offset = np.load(path, mmap_mode="r").offset
                 self._files[pooling] = os.open(path, os.O_RDWR)
-            journal = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            journal = os.O_WRONLY | os.O_CREAT
             self._files["journal"] = os.open(self.partial / f"done.{self.rank}", journal, 0o666)
             fcntl.flock(self._files["journal"], fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A record that was cut off in the middle must not shift those that follow.
@@ -232,11 +232,12 @@ class EmbeddingWriter:
             for layer_number in range(len(data)):
                 for place, row in enumerate(rows):
                     at = self._offset + 4 * hidden * (layer_number * texts + row)
-                    self._write_all(self._files[pooling], data[layer_number, place], at)
+                    self._write_all(self._files[pooling], data[layer_number, place].tobytes(), at)
         self._uncommitted += rows
 
-    def _write_all(self, file: int, vector: Array, at: int) -> None:
-        left = memoryview(vector.tobytes())
+    def _write_all(self, file: int, content: bytes, at: int) -> None:
+        """Write to a place of a file. A system call may take a part only, as when the disk is nearly full."""
+        left = memoryview(content)
         try:
             while left:
                 written = os.pwrite(file, left, at)
@@ -254,7 +255,8 @@ class EmbeddingWriter:
             for name, file in self._files.items():
                 if name != "journal":
                     os.fsync(file)
-            os.write(self._files["journal"], np.asarray(self._uncommitted, dtype="<i8").tobytes())
+            end = os.fstat(self._files["journal"]).st_size
+            self._write_all(self._files["journal"], np.asarray(self._uncommitted, dtype="<i8").tobytes(), end)
             os.fsync(self._files["journal"])
         except OSError as error:
             raise StorageError(f"The embeddings cannot be written to {self.partial}: {error}") from error
@@ -270,7 +272,7 @@ class EmbeddingWriter:
         Raises:
             StorageError: rows are missing, or the folder cannot be renamed.
         """
-        missing = self.identity["texts"] - len(self.done())
+        missing = len(set(range(self.identity["texts"])) - self.done())
         if missing:
             raise StorageError(
                 f"{missing} of {self.identity['texts']} texts have no embedding in {self.partial}."
@@ -283,12 +285,13 @@ class EmbeddingWriter:
                 "provenance": dict(provenance),
             },
         )
-        for leftover in [*self.partial.glob("done.*"), self.partial / _IDENTITY]:
-            leftover.unlink()
         try:
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
             os.replace(self.partial, self.folder)
+            # Only now: without them, what a kill before the renaming leaves behind would be embedded again.
+            for leftover in [*self.folder.glob("done.*"), self.folder / _IDENTITY]:
+                leftover.unlink()
         except OSError as error:
             raise StorageError(f"{self.partial} cannot be renamed to {self.folder}: {error}") from error
         return EmbeddingStore(self.folder)

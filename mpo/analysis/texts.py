@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ class TextSource:
                 f"The data are described by {', '.join(f'`{name}`' for name in settings) or 'nothing'}; expected the settings "
                 f"of exactly one of: {'; '.join(forms)}."
             )
+        if not self.text:
+            raise ConfigError("`text` is empty; expected the column(s) with the text.")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"`limit` is {self.limit}; expected a number of texts of at least 1.")
         if set(self.harmful_values) & set(self.harmless_values):
@@ -106,7 +109,7 @@ class TextSet:
         texts: ``[n]``.
         language: ``[n]`` code of each.
         harmful: ``[n]`` booleans.
-        unit: ``[n]``, see :class:`~mpo.analysis.compare.LanguageTexts`.
+        unit, kin: ``[n]``, see :class:`~mpo.analysis.compare.LanguageTexts`.
         fingerprint: hash of all of it.
         left_out: rows with a label that is neither harmful nor harmless.
     """
@@ -117,6 +120,24 @@ class TextSet:
     unit: Array
     fingerprint: str
     left_out: int = 0
+
+    @cached_property
+    def kin(self) -> Array:
+        """Number of the family of each text: units that hold a text with the same words, up to spaces, are one."""
+        family: dict[int, int] = {}
+
+        def head(unit: int) -> int:
+            while (above := family.setdefault(unit, unit)) != unit:
+                family[unit] = family[above]
+                unit = above
+            return unit
+
+        first: dict[str, int] = {}
+        units = self.unit.tolist()
+        for text, unit in zip(self.texts, units, strict=True):
+            one, other = head(first.setdefault(" ".join(text.split()), unit)), head(unit)
+            family[max(one, other)] = min(one, other)
+        return np.asarray([head(unit) for unit in units], dtype=np.int64)
 
     @property
     def languages(self) -> list[str]:
@@ -131,8 +152,9 @@ class TextSet:
     def by_language(self) -> dict[str, LanguageTexts]:
         """What the measures need to know of the texts."""
         return {
-            code: LanguageTexts(self.harmful[self.rows(code)], self.unit[self.rows(code)])
+            code: LanguageTexts(self.harmful[rows], self.unit[rows], self.kin[rows])
             for code in self.languages
+            for rows in (self.rows(code),)
         }
 
 
@@ -155,13 +177,16 @@ def load_texts(source: TextSource, languages: Sequence[str], *, beside: Path | N
         raise ConfigError(
             f"`languages` is {list(languages)}; expected each language once, such as [en, de, zh]."
         )
+    _check_languages(source, codes)
     reader = _Reader(source, beside)
     texts: list[str] = []
     language: list[str] = []
     harmful: list[bool] = []
     unit: list[int] = []
+    counts: dict[str, tuple[int, int]] = {}
     for number, code in enumerate(codes):
         classes = reader.classes(code)
+        counts[code] = len(classes[True]), len(classes[False])
         for label in (True, False):
             found = classes[label]
             if not found:
@@ -175,7 +200,7 @@ def load_texts(source: TextSource, languages: Sequence[str], *, beside: Path | N
             harmful += [label] * len(rows)
             own = rows if source.harmful_text else [2 * row + label for row in rows]
             unit += [place + (0 if source.parallel else number << 32) for place in own]
-    _check_parallel(source, language, harmful)
+    _check_parallel(source, counts)
     digest = xxhash.xxh3_128()
     for text, code, label, place in zip(texts, language, harmful, unit, strict=True):
         digest.update(f"{code} {int(label)} {place} {len(text)} {text}".encode("utf-8", "surrogatepass"))
@@ -196,17 +221,21 @@ def _drawn(count: int, limit: int | None) -> list[int]:
     return sorted(np.random.default_rng(0).permutation(count)[:limit].tolist())
 
 
-def _check_parallel(source: TextSource, language: Sequence[str], harmful: Sequence[bool]) -> None:
-    if not source.parallel:
-        return
-    counts = {
-        code: (
-            sum(h for c, h in zip(language, harmful, strict=True) if c == code),
-            sum(not h for c, h in zip(language, harmful, strict=True) if c == code),
-        )
-        for code in dict.fromkeys(language)
-    }
-    if len(set(counts.values())) > 1:
+def _check_languages(source: TextSource, codes: Sequence[str]) -> None:
+    """Refuse to read the texts of one language as those of several."""
+    names = [name for name in (source.dataset, source.harmful_dataset, source.harmless_dataset) if name]
+    if len(codes) > 1 and source.language_column is None and _PLACE not in source.split:
+        for name in names:
+            if _PLACE not in name:
+                raise ConfigError(
+                    f"{name} would be read for each of {', '.join(codes)}. Put {_PLACE} where its name or `split` differs "
+                    "between languages, or name the `language_column`."
+                )
+
+
+def _check_parallel(source: TextSource, counts: Mapping[str, tuple[int, int]]) -> None:
+    """Rows are the same text in every language only if there are equally many, before `limit` draws from them."""
+    if source.parallel and len(set(counts.values())) > 1:
         listed = ", ".join(f"{code} {bad} and {good}" for code, (bad, good) in counts.items())
         raise DataError(
             f"`parallel` is set, but the languages have different numbers of harmful and harmless texts: {listed}. Without "

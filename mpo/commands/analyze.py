@@ -61,7 +61,7 @@ def _add_embed_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--harmful_dataset", metavar="FILE_OR_NAME", help="harmful texts")
     data.add_argument("--harmless_dataset", metavar="FILE_OR_NAME", help="harmless texts")
     data.add_argument("--folder", help="folder that relative file names count from")
-    data.add_argument("--split", default="train", help="split of a Hub dataset (default train)")
+    data.add_argument("--split", help="split of a Hub dataset (default train)")
     data.add_argument("--text", nargs="+", metavar="COLUMN", help="column(s) with the text (default text)")
     data.add_argument("--label", metavar="COLUMN", help="column with the label of labelled texts")
     data.add_argument(
@@ -79,12 +79,11 @@ def _add_embed_options(parser: argparse.ArgumentParser) -> None:
     states.add_argument(
         "--layers",
         nargs="+",
-        default=["norm"],
         help="all, or numbers (0 is the embeddings) and norm (after the final norm, the default)",
     )
-    states.add_argument("--poolings", nargs="+", default=["last"], help="last (default) and mean")
-    states.add_argument("--template", default="chat", help="chat (default) or raw")
-    states.add_argument("--max_length", type=int, default=512, help="longest text in tokens (default 512)")
+    states.add_argument("--poolings", nargs="+", help="last (default) and mean")
+    states.add_argument("--template", help="chat (default) or raw")
+    states.add_argument("--max_length", type=int, help="longest text in tokens (default 512)")
     states.add_argument("--tokens_per_batch", type=int, help="tokens of a model call, padding included")
     add_loading_options(states)
 
@@ -117,11 +116,12 @@ def _embed(arguments: argparse.Namespace) -> int:
         adapter=arguments.adapter,
     )
     store = embedder.embed(texts, Path(arguments.out), with_adapter=arguments.adapter is not None)
-    count, hidden = store.shape
-    print(
-        f"{count} texts, {', '.join(store.poolings)} of layers {', '.join(store.layers)}, {hidden} dimensions: "
-        f"{store.folder}"
-    )
+    if embedder.ranks.is_main_process:
+        count, hidden = store.shape
+        print(
+            f"{count} texts, {', '.join(store.poolings)} of layers {', '.join(store.layers)}, {hidden} dimensions: "
+            f"{store.folder}"
+        )
     return 0
 
 

@@ -64,11 +64,18 @@ def _findings(model: ModelResult) -> str:
     if not model.is_comparison:
         return ""
     clear = []
+    measure = f"between_class_ratio_{model.components}"
+    is_shared = any(f"{measure}_shared" in one.change for one in model.shown.languages.values())
     for code, one in model.shown.languages.items():
-        change = one.change.get("between_class_ratio_2_shared") or one.change["between_class_ratio_2"]
+        change = one.change[f"{measure}_shared" if is_shared else measure]
         if change.low is not None and change.high is not None and (change.low > 0 or change.high < 0):
             clear.append(f"{language_name(code)} ({change.value:+.3f})")
-    what = "The share of variance that lies between harmful and harmless texts, on the two components that both models share,"
+    number = {1: "component", 2: "two components"}.get(model.components, f"{model.components} components")
+    what = (
+        f"The share of variance that lies between harmful and harmless texts, on the {number} that both models share,"
+        if is_shared
+        else f"The share of variance that lies between harmful and harmless texts, on each model's first {number},"
+    )
     text = (
         f"{what} changed clearly in {', '.join(clear)}."
         if clear

@@ -204,6 +204,30 @@ def test_pairs_are_measured_where_there_are_pairs() -> None:
     assert found.before["pair_distance_ratio"].p_value == 0.01
 
 
+def test_no_probe_is_tested_on_a_duplicate_of_a_text_that_it_was_trained_on() -> None:
+    """Labels without any meaning, on texts that all occur five times: only a probe that has seen them knows them."""
+    rng = np.random.default_rng(0)
+    harmful = np.tile(labels(30, 30), 5)
+    points = np.tile(rng.standard_normal((60, 200)), (5, 1))
+    kin, unit = np.tile(np.arange(60), 5), np.arange(300)
+    settings = Settings(resamples=100, permutations=0)
+    found = {
+        name: measure_layer({"en": texts}, lambda *_: points, settings, states=("after",))
+        .languages["en"]
+        .after["probe_auroc"]
+        .value
+        for name, texts in (
+            ("parted", LanguageTexts(harmful, unit)),
+            ("together", LanguageTexts(harmful, unit, kin)),
+        )
+    }
+    assert found["parted"] > 0.95
+    assert 0.3 < found["together"] < 0.7
+    with pytest.raises(DataError, match="5 harmful texts that differ"):
+        alike = LanguageTexts(harmful, unit, np.where(harmful, kin % 5, kin))
+        measure_layer({"en": alike}, lambda *_: points, settings, states=("after",))
+
+
 def test_models_of_different_width_are_compared_where_that_means_something() -> None:
     clouds = planted(1)
     narrow = {key: cloud[:, :10] if key[0] == "before" else cloud for key, cloud in clouds.items()}
@@ -223,6 +247,6 @@ def test_unusable_texts_and_embeddings_are_refused() -> None:
         measure_layer(english, lambda *_: np.zeros((39, 3)), FAST)
     with pytest.raises(DataError, match="not finite"):
         measure_layer(english, lambda *_: np.full((40, 3), np.inf), FAST)
-    for wrong in ({"components": ()}, {"components": (0,)}, {"folds": 1}):
+    for wrong in ({"components": ()}, {"components": (0,)}, {"folds": 1}, {"seed": -1}):
         with pytest.raises(ConfigError):
             Settings(**wrong)  # type: ignore[arg-type]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from mpo.analysis import embed as module
+from mpo.analysis import store as store_module
 from mpo.analysis.embed import (
     Embedder,
     EmbeddingSettings,
@@ -32,7 +35,7 @@ from mpo.analysis.embed import (
     resolve_layers,
     tokenize,
 )
-from mpo.analysis.store import EmbeddingStore, EmbeddingWriter
+from mpo.analysis.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.analysis.texts import TextSet
 from mpo.errors import ConfigError, DataError, ModelError, StorageError
 from mpo.model import ModelSource
@@ -193,6 +196,20 @@ def test_long_texts_are_cut_at_their_end_and_the_template_kept(template: str) ->
     assert tokens[0][: 3 if template == "raw" else 8] == tokens[1][: 3 if template == "raw" else 8]
 
 
+@pytest.mark.parametrize("template", ["chat", "raw"])
+def test_a_cut_text_is_the_longest_beginning_that_fits(template: str) -> None:
+    tokenizer = build_tokenizer("qwen")
+    tokenizer.clean_up_tokenization_spaces = True  # as many have it: decoding would take spaces away
+    text = "river , \U00010348 \u0928\u0926\u0940 ! " * 30  # characters of several tokens each
+    render = {"chat": module._render_chat, "raw": module._render_raw}[template]
+    beginnings = {tuple(render(tokenizer, text[:n])): n for n in range(1, len(text) + 1)}
+    for room in range(60, 76):
+        (ids,), cut = tokenize([text], tokenizer, template, room)
+        assert cut == 1 and len(ids) <= room
+        length = beginnings[tuple(ids)]
+        assert len(render(tokenizer, text[: length + 1])) > room
+
+
 def test_a_template_that_leaves_no_room_is_refused() -> None:
     with pytest.raises(DataError, match="Raise `max_length`"):
         tokenize(["river window"], build_tokenizer("qwen"), "chat", 8)
@@ -286,10 +303,42 @@ def test_other_texts_settings_or_weights_are_never_mistaken_for_these(
     other = Embedder(source, EVERYTHING, adapter=str(adapter), ranks=alone())
     with pytest.raises(StorageError, match="adapter differ"):
         other.embed(texts, tmp_path / "store", with_adapter=True)
+    relabelled = dataclasses.replace(texts, unit=texts.unit + 1, fingerprint="of other units")
+    with pytest.raises(StorageError, match="other embeddings: rows differ"):
+        Embedder(source, EVERYTHING, ranks=alone()).embed(relabelled, tmp_path / "store")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(StorageError, match="in the way"):
         other.embed(texts, tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "changed"),
+    [
+        ("adapter", "adapter_config.json", {"lora_alpha": 1}),
+        ("weights", "config.json", {"rms_norm_eps": 0.1}),
+    ],
+)
+def test_the_same_tensors_with_other_settings_are_another_model(
+    adapted: tuple[Path, Path], tmp_path: Path, part: str, file: str, changed: dict[str, Any]
+) -> None:
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in adapted]
+    path = next(folder / file for folder in folders if (folder / file).is_file())
+
+    def embed() -> EmbeddingStore:
+        embedder = Embedder(ModelSource(str(folders[0])), EVERYTHING, adapter=str(folders[1]), ranks=alone())
+        return embedder.embed(texts_of(3), tmp_path / "store", with_adapter=True)
+
+    first = embed()
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps({**values, "transformers_version": "1", "peft_version": "1"}), encoding="utf-8"
+    )
+    assert embed().identity == first.identity  # who wrote it changes nothing
+    assert values[next(iter(changed))] != next(iter(changed.values()))
+    path.write_text(json.dumps({**values, **changed}), encoding="utf-8")
+    with pytest.raises(StorageError, match=f"other embeddings: {part} differ"):
+        embed()
 
 
 def test_a_damaged_store_is_refused(adapted: tuple[Path, Path], tmp_path: Path) -> None:
@@ -411,6 +460,114 @@ def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     first.close()
     second.open()
     second.close()
+
+
+TWO_LAYERS = {"layers": ["0", "norm"], "poolings": ["last"], "texts": 6, "hidden_size": 3}
+
+
+def opened(folder: Path) -> EmbeddingWriter:
+    writer = EmbeddingWriter(folder, TWO_LAYERS)
+    writer.prepare()
+    writer.open()
+    return writer
+
+
+def rows_of(*rows: int) -> dict[str, np.ndarray]:
+    return {"last": np.asarray(rows, dtype=np.float32)[None, :, None] + np.zeros((2, 1, 3), np.float32)}
+
+
+def test_a_journal_that_was_cut_anywhere_claims_only_what_is_whole(tmp_path: Path) -> None:
+    rows = [4, 0, 5]
+    for length in range(8 * len(rows) + 1):
+        writer = opened(tmp_path / str(length))
+        writer.write(rows, rows_of(*rows))
+        writer.commit()
+        writer.close()
+        os.truncate(writer.partial / "done.0", length)
+        again = opened(tmp_path / str(length))
+        assert again.done() == set(rows[: length // 8])
+        again.write([2], rows_of(2))
+        again.commit()
+        assert again.done() == {*rows[: length // 8], 2}
+        again.close()
+
+
+def test_a_disk_that_takes_a_few_bytes_at_a_time_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, write = os.pwrite, os.write
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, bytes(data)[:5], at))
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, bytes(data)[:5]))
+    writer = opened(tmp_path / "store")
+    for rows in ([3, 1], [0, 5], [4, 2]):
+        writer.write(rows, rows_of(*rows))
+        writer.commit()
+    assert writer.done() == set(range(6))
+    writer.close()
+    store = writer.finish({}, {})
+    for layer in store.layers:
+        assert store.array("last", layer)[:, 2].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_disk_that_is_full_ends_with_a_message_and_nothing_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = opened(tmp_path / "store")
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match="No space left"):
+            writer.write([1], rows_of(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        writer.write([1], rows_of(1))
+        with pytest.raises(StorageError, match="No space left"):
+            writer.commit()
+    writer.close()
+    again = opened(tmp_path / "store")
+    assert again.done() == set()
+    again.close()
+
+
+@pytest.mark.parametrize("step", ["write_json", "replace", "unlink"])
+def test_a_kill_at_any_step_of_finishing_costs_no_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    writer = opened(tmp_path / "store")
+    writer.write(list(range(6)), rows_of(*range(6)))
+    writer.commit()
+    writer.close()
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    owner: Any = {"write_json": store_module, "replace": os, "unlink": Path}[step]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish({}, {})
+    if is_complete(tmp_path / "store", TWO_LAYERS):
+        store = EmbeddingStore(tmp_path / "store")
+    else:
+        again = opened(tmp_path / "store")
+        assert again.done() == set(range(6))
+        again.close()
+        store = again.finish({}, {})
+    assert store.array("last", "norm")[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_rows_that_are_no_texts_fill_no_gap(tmp_path: Path) -> None:
+    writer = opened(tmp_path / "store")
+    writer.write([0, 1, 2, 3, 4], rows_of(0, 1, 2, 3, 4))
+    writer.commit()
+    with open(writer.partial / "done.7", "wb") as file:
+        file.write(np.asarray([99], dtype="<i8").tobytes())
+    writer.close()
+    with pytest.raises(StorageError, match="1 of 6 texts"):
+        writer.finish({}, {})
 
 
 def test_values_that_are_not_finite_are_named_and_not_kept(tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ def test_more_components_than_there_are_gives_those_there_are() -> None:
     assert principal_plane(points, 10).axes.shape == (3, 3)
 
 
+@pytest.mark.parametrize("shape", [(20, 3), (700, 650)])
+def test_points_without_variance_have_axes_that_explain_nothing(shape: tuple[int, int]) -> None:
+    points = np.full(shape, 7.3, dtype=np.float32)
+    plane = principal_plane(centred(points), 2)
+    assert plane.axes @ plane.axes.T == pytest.approx(np.eye(2))
+    assert np.isnan(plane.explained).all()
+    assert (plane.project(centred(points)) == 0).all()
+
+
 def test_a_shift_and_a_scale_between_two_models_take_no_axis_of_the_shared_plane() -> None:
     rng = np.random.default_rng(0)
     before = rng.standard_normal((200, 8)).astype(np.float32) * np.float32([9, 5, 1, 1, 1, 1, 1, 1])

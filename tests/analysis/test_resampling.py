@@ -44,6 +44,10 @@ def test_languages_with_the_same_units_share_their_draws() -> None:
     again = bootstrap_weights(order, harmful[order], 30, 7)
     assert (again == weights[:, order]).all()
     assert not (bootstrap_weights(np.arange(20), harmful, 30, 8) == weights).all()
+    # Texts of another language that are no translations are drawn on their own.
+    others = bootstrap_weights(np.arange(20) + (1 << 32), harmful, 2000, 7)[1:]
+    these = bootstrap_weights(np.arange(20), harmful, 2000, 7)[1:]
+    assert abs(np.corrcoef(these[:, 0], others[:, 0])[0, 1]) < 0.1
 
 
 def test_the_interval_covers_a_mean_as_often_as_it_says() -> None:

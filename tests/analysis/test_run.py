@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -14,12 +15,16 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
-from mpo.analysis.compare import LanguageTexts
+from mpo.analysis import run as module
+from mpo.analysis.compare import LanguageTexts, Settings
+from mpo.analysis.embed import EmbeddingSettings, ReadingSettings
 from mpo.analysis.pictures import draw_all
-from mpo.analysis.recipe import load_analysis_recipe
+from mpo.analysis.recipe import AnalysisRecipe, load_analysis_recipe
 from mpo.analysis.results import HiddenSpace
 from mpo.analysis.store import EmbeddingStore
-from mpo.cli import main
+from mpo.analysis.texts import TextSource
+from mpo.cli import _parser, main
+from mpo.commands.analyze import _fields
 from mpo.errors import ConfigError, StorageError
 from mpo.report.fonts import drawable, families_for
 from mpo.report.hidden_space import hidden_space_section
@@ -29,10 +34,8 @@ from tests.tiny import build_model, random_text, save_tiny
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "hidden_space").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_place(folder: Path) -> Path:
     """A folder with a tiny model, an adapter, texts in two languages and a recipe."""
-    folder = tmp_path_factory.mktemp("analysis")
     save_tiny("llama", folder / "model")
     torch.manual_seed(0)
     peft = get_peft_model(build_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
@@ -60,6 +63,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("analysis"))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,40 @@ def test_a_second_run_embeds_nothing_and_finds_the_same(
     assert main(["analyze", "hidden-space", str(place / "recipe.yaml")]) == 0
     assert json.loads((analysed / "hidden_space.json").read_text(encoding="utf-8"))["models"] == before
     assert {path.name: path.read_bytes() for path in analysed.glob("*.png")} == pictures
+
+
+def test_other_numbers_of_components_give_the_same_tables_and_pictures(
+    analysed: Path, place: Path, tmp_path: Path
+) -> None:
+    words = ["--components", "3", "--out", str(tmp_path), "--embeddings", str(analysed / "embeddings")]
+    assert main(["analyze", "hidden-space", str(place / "recipe.yaml"), *words, "--layers", "all"]) == 0
+    result = HiddenSpace.read(tmp_path / "hidden_space")
+    one = result.models["tiny"].shown.languages["en"]
+    assert "between_class_ratio_3" in one.after and "between_class_ratio_2" not in one.after
+    text = (tmp_path / "hidden_space" / "tiny.txt").read_text(encoding="utf-8")
+    assert "Ratio on 3 PCs" in text and "first 3 principal components" in text
+    assert f"{one.before['between_class_ratio_3'].value:.3f} -> " in text
+    assert len(list((tmp_path / "hidden_space").glob("*.png"))) == 8
+    section = hidden_space_section(tmp_path)
+    assert section is not None and "on the 3 components that both models share" in section.html
+
+
+def test_everything_is_checked_then_embedded_before_anything_is_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else ranks would wait for the one that measures, and a wrong name would be found after hours."""
+    seen: list[str] = []
+    embed, measure = module._embed, module._measure
+    monkeypatch.setattr(module, "_embed", lambda entry, *a: seen.append("embed") or embed(entry, *a))
+    monkeypatch.setattr(module, "_measure", lambda entry, *a: seen.append("measure") or measure(entry, *a))
+    recipe = str(place / "recipe.yaml")
+    for words in (["--models.1.aligned", "nowhere/at/all/x"], ["--shown_layer", "9"]):
+        assert main(["analyze", "hidden-space", recipe, "--out", str(tmp_path), *words]) == 2
+        assert not seen
+    words = ["--layers", "norm", "--permutations", "0", "--out", str(tmp_path)]
+    assert main(["analyze", "hidden-space", recipe, *words]) == 0
+    assert seen == ["embed", "embed", "measure", "measure"]
+    capsys.readouterr()
 
 
 def test_results_survive_json(analysed: Path, tmp_path: Path) -> None:
@@ -209,9 +251,25 @@ def test_values_take_the_type_of_their_key(tmp_path: Path) -> None:
     assert recipe.layers == ("1", "norm") and recipe.confidence == 0.9 and recipe.data.limit == 5
 
 
+def test_settings_and_their_defaults_have_one_source(tmp_path: Path) -> None:
+    recipe = load_analysis_recipe(written(tmp_path, MINIMAL))
+    assert recipe.embedding == EmbeddingSettings()
+    assert all(getattr(recipe, f.name) == f.default for f in dataclasses.fields(Settings))
+    own = vars(AnalysisRecipe)["__annotations__"]
+    assert not set(own) & {f.name for kind in (Settings, ReadingSettings) for f in dataclasses.fields(kind)}
+    words = ["--model", "m", "--out", "o", "--languages", "en", "--dataset", "d", "--label", "l"]
+    options = _parser().parse_args(["analyze", "embed", *words])
+    assert _fields(EmbeddingSettings, options) == EmbeddingSettings()
+    assert _fields(TextSource, options) == TextSource(dataset="d", label="l")
+    assert load_analysis_recipe(written(tmp_path, MINIMAL), ["--source_language", "English"]) == recipe
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("seed: -1", "`seed` is -1"),
+        ("pooling: first", "`pooling` is"),
+        ("template: plain", "`template` is"),
         ("out: runs/b", "set twice"),
         ("colour: red", "unknown key `colour`"),
         ("folds: [1, 2]", "expected one value"),

@@ -203,6 +203,17 @@ def test_a_class_with_fewer_texts_than_dimensions_is_shrunk_as_ledoit_and_wolf_d
     assert on(points, harmful, bhattacharyya) == pytest.approx(expected)
 
 
+def test_fishers_ratio_is_undefined_with_too_few_texts_for_the_dimensions() -> None:
+    rng = np.random.default_rng(0)
+    points, harmful = rng.standard_normal((8, 50)), labels(4, 4)
+    points -= points.mean(axis=0)
+    coordinates = points @ np.linalg.svd(points, full_matrices=False)[2][:8].T
+    # Eight texts less the two means leave six dimensions of variance within the classes.
+    assert np.isnan(on(coordinates, harmful, fisher_ratio))
+    assert np.isfinite(on(coordinates[:, :5], harmful, fisher_ratio))
+    assert np.isfinite(on(coordinates, harmful, bhattacharyya))  # its covariances are shrunk
+
+
 def test_points_without_variance_have_no_distance_instead_of_an_error() -> None:
     points, harmful = np.ones((20, 3)), labels(10, 10)
     for measure in MEASURES:

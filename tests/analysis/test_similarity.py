@@ -131,6 +131,13 @@ def test_pair_measures_are_plain_means_also_under_weights() -> None:
         assert weighted[name][1] == pytest.approx(without[name][0], rel=1e-5)
 
 
+def test_rewrites_that_are_all_as_near_are_found_by_chance() -> None:
+    same = np.ones((20, 4), dtype=np.float32)
+    assert pair_measures(same, same)["pair_nearest"][0] == pytest.approx(1 / 20)
+    harmless = np.repeat(np.arange(10.0), 2)[:, None]  # each text twice
+    assert pair_measures(harmless + 0.1, harmless)["pair_nearest"][0] == pytest.approx(1 / 2)
+
+
 def test_pairs_that_have_nothing_in_common_are_at_chance() -> None:
     rng = np.random.default_rng(0)
     found = pair_measures(rng.standard_normal((300, 20)), rng.standard_normal((300, 20)))

@@ -79,8 +79,35 @@ def test_two_parallel_sets_share_their_units_over_languages(tmp_path: Path) -> N
     alone = load_texts(TextSource(**settings), ["en", "de"])
     assert not set(alone.unit[alone.rows("en")]) & set(alone.unit[alone.rows("de")])
     write(tmp_path / "bad_de.jsonl", [{"own": "böse"}])
-    with pytest.raises(DataError, match="en 3 and 2, de 1 and 2"):
-        load_texts(TextSource(**settings, parallel=True), ["en", "de"])
+    for limit in (None, 1):  # which would take different rows from files of different lengths
+        with pytest.raises(DataError, match="en 3 and 2, de 1 and 2"):
+            load_texts(TextSource(**settings, parallel=True, limit=limit), ["en", "de"])
+
+
+def test_units_with_the_same_text_are_kin_in_every_language(tmp_path: Path) -> None:
+    bad = {"en": ["a", "b", "c", "d"], "de": ["A", "B", " C\n", "C"]}  # two that differ in English only
+    bad["en"][1] = "a"
+    for code, found in bad.items():
+        write(tmp_path / f"bad_{code}.jsonl", [{"text": text} for text in found])
+        write(tmp_path / f"good_{code}.jsonl", [{"text": f"{code} {i}"} for i in range(2)])
+    source = TextSource(
+        harmful_dataset="bad_{language}.jsonl",
+        harmless_dataset="good_{language}.jsonl",
+        folder=str(tmp_path),
+        parallel=True,
+    )
+    texts = load_texts(source, ["en", "de"])
+    for found in texts.by_language().values():
+        assert found.unit.tolist() == [1, 3, 5, 7, 0, 2]
+        assert found.kin is not None and found.kin.tolist() == [1, 1, 5, 5, 0, 2]
+
+
+def test_one_file_is_not_read_as_several_languages(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"text": "a", "toxic": 1}, {"text": "b", "toxic": 0}])
+    source = TextSource(dataset=str(tmp_path / "a.jsonl"), label="toxic")
+    assert load_texts(source, ["en"]).languages == ["en"]
+    with pytest.raises(ConfigError, match="read for each of en, de"):
+        load_texts(source, ["en", "de"])
 
 
 def test_pairs_share_a_unit_within_a_language(tmp_path: Path) -> None:
@@ -147,6 +174,7 @@ def test_labels_that_never_occur_are_told_from_those_that_do(labelled: Path) -> 
         {"dataset": "a.jsonl", "label": "b", "harmful_text": "a"},
         {"harmful_dataset": "a.jsonl"},
         {"dataset": "a.jsonl", "label": "x", "limit": 0},
+        {"dataset": "a.jsonl", "label": "x", "text": ()},
         {"dataset": "a.jsonl", "label": "x", "harmful_values": ("1",), "harmless_values": ("1", "0")},
     ],
 )
