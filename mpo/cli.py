@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mpo import __version__
 from mpo.commands import analyze, evaluate, plan, report
 from mpo.commands.options import add_data_options, one_or_many, show_help
-from mpo.errors import MPOError
+from mpo.errors import MPOError, ProcessLostError
 
 if TYPE_CHECKING:
     from mpo.recipe import Recipe
@@ -78,7 +78,9 @@ def _report(error: MPOError) -> int:
         traceback.print_exc()
         return EXIT_ERROR
     rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:
+    # Who has lost another process speaks at once: the first may be the lost one, and the launcher ends the rest.
+    speaks = isinstance(error, ProcessLostError) and int(os.environ.get("LOCAL_RANK", "0")) < 2
+    if rank > 0 and not speaks:
         # The launcher ends all ranks as soon as one has gone. Mostly all fail alike: let the first say it, in full.
         time.sleep(3)
     print(f"{f'[rank {rank}] ' if rank else ''}Error: {error}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from trl import DPOConfig
 
 from mpo.errors import ConfigError
 from mpo.report.redaction import is_secret_name
+from mpo.sharding import deepspeed_backend
 
 RETAIN_POOLINGS = ("mean", "last")
 BATCH_LAYOUTS = ("tree", "padded")
@@ -248,6 +249,7 @@ class MPOConfig(DPOConfig):
                 self.activation_checkpointing = self.gradient_checkpointing
         elif self.gradient_checkpointing is None:
             self.gradient_checkpointing = False
+        self.ddp_backend = self.ddp_backend or deepspeed_backend(self.use_cpu)
         super().__post_init__()
         # Trainer pads nothing for us; every device keeps its own groups, whatever their number.
         if getattr(self.accelerator_config, "split_batches", False):

@@ -57,5 +57,9 @@ class TrainingError(MPOError, RuntimeError):
     """Training was stopped on purpose: a value that is not finite, or a collapse that the user asked to stop at."""
 
 
+class ProcessLostError(TrainingError):
+    """Another process of a run on several has died or cannot be reached."""
+
+
 class ServerError(MPOError, ConnectionError):
     """A model server cannot be reached, refuses a request, or sends nothing that can be used."""

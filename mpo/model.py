@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -280,7 +281,9 @@ def empty_model(config: PretrainedConfig, source: ModelSource) -> PreTrainedMode
     import transformers
 
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
+    # Under ZeRO-3 transformers divides every new model over the ranks and draws its weights, which here are none.
+    undivided = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", return_value=False)
+    with undivided, torch.device("meta"):
         if architecture is not None and hasattr(architecture, "_from_config"):
             model = architecture._from_config(config)
         else:

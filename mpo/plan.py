@@ -34,6 +34,7 @@ from mpo.model import (
 )
 from mpo.recipe import DATA_SUFFIXES, Recipe
 from mpo.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, group_tokens
+from mpo.sharding import launched_with
 from mpo.tokenization import tokenize_groups
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def check_packages(recipe: Recipe, *, for_real: bool = True) -> None:
     check_compute_options(
         training, load_in_4bit=model.load_in_4bit, load_in_8bit=model.load_in_8bit, for_real=for_real
     )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+    if launched_with("DEEPSPEED"):
         require_package("deepspeed", "the Accelerate configuration", "deepspeed")
     for tracker in training.report_to or []:
         packages = _TRACKER_PACKAGES.get(str(tracker))
@@ -289,9 +290,7 @@ def _with_model_choices(recipe: Recipe, config: PretrainedConfig, for_real: bool
         dtype = half if half is not None and model.trains_adapter else "float32"
     if not model.trains_adapter:
         loaded = str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
-        keeps_masters = (
-            os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true") or training.deepspeed
-        )
+        keeps_masters = launched_with("DEEPSPEED") or training.deepspeed
         if loaded in ("bfloat16", "float16") and not (keeps_masters and loaded == "bfloat16" and bf16):
             raise ConfigError(
                 f"`dtype` loads the weights as {loaded} and all of them are trained: a step of learning rate "
@@ -628,10 +627,10 @@ def _sharding(recipe: Recipe) -> str:
     world = training.world_size
     device = training.device.type
     where = f"{world} {'process' if world == 1 else 'processes'} on {device}"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true") or training.deepspeed:
+    if launched_with("DEEPSPEED") or training.deepspeed:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         return f"{where}, DeepSpeed ZeRO{'-' + stage if stage else ''}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+    if launched_with("FSDP"):
         return f"{where}, FSDP"
     return where if world == 1 else f"{where}, the model on each (DDP)"
 

@@ -10,6 +10,7 @@ string, ``no`` (Norwegian) is false and ``1:30`` is ninety.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 import types
@@ -19,6 +20,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
+from unittest import mock
 
 import torch
 import yaml
@@ -181,13 +183,13 @@ class Recipe:
         resolved["output_dir"] = str(self.training.output_dir)
         # bf16 depends on the machine unless it is set, so a resolved recipe always says which it was.
         resolved.setdefault("bf16", bool(self.training.bf16))
-        defaults = (ModelSettings(), DataSettings(), MPOConfig(output_dir=self.training.output_dir))
+        defaults = (ModelSettings(), DataSettings(), _default_training(self.training.output_dir))
         settings: tuple[Any, ...] = (self.model, self.data, self.training)
         for current, default in zip(settings, defaults, strict=True):
             for option in fields(current):
                 value = getattr(current, option.name)
-                # Filled in by a run from settings of their own.
-                if option.name == "model_init_kwargs":
+                # Filled in by a run, from settings of their own and for this machine.
+                if option.name in ("model_init_kwargs", "ddp_backend"):
                     continue
                 if (
                     option.name in resolved
@@ -209,6 +211,20 @@ class Recipe:
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; :func:`load_recipe` reads it back to the same settings."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Defaults(MPOConfig):
+    """Settings alone: a second ``MPOConfig`` would set up the device and the process group anew, without the run's own."""
+
+    _setup_devices = torch.device("cpu")
+    _n_gpu = 0
+    distributed_state = None
+
+
+def _default_training(output_dir: str | None) -> MPOConfig:
+    # A DeepSpeed configuration would take the place of the run's own, and end with these settings.
+    with mock.patch.dict(os.environ, ACCELERATE_USE_DEEPSPEED="false"):
+        return _Defaults(output_dir=output_dir)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

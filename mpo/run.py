@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpo.errors import DependencyError, ModelError, MPOError, StorageError, TrainingError
+from mpo.checkpoints import last_complete_checkpoint
+from mpo.errors import (
+    DependencyError,
+    ModelError,
+    MPOError,
+    ProcessLostError,
+    StorageError,
+    TrainingError,
+)
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
 from mpo.memory import keep_freed_memory
 from mpo.model import ModelSource, load_adapter, load_model
@@ -18,6 +26,7 @@ from mpo.plan import Plan, make_plan, precision
 from mpo.progress import TrainingProgress, duration, quiet_libraries
 from mpo.recipe import Recipe, settings_in_effect
 from mpo.report.files import write_json, write_text
+from mpo.sharding import launched_with
 from mpo.storage import is_full_disk
 
 if TYPE_CHECKING:
@@ -98,7 +107,8 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
         say(f"\n{_listing(folder)}")
         if plan.recipe.model.trains_adapter:
             say(f"\nFold the adapter into its base with: mpo merge {folder} --out {folder}-merged")
-    trainer.accelerator.wait_for_everyone()
+    with _explaining(plan):
+        trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
     return folder
@@ -127,7 +137,7 @@ def _build_trainer(plan: Plan) -> MPOTrainer:
     recipe = plan.recipe
     model, training = recipe.model, recipe.training
     given: dict[str, Any] = dict(training.model_init_kwargs or {})  # type: ignore[arg-type]
-    if training.world_size == 1 and training.device.type == "cuda":
+    if _is_alone(training) and training.device.type == "cuda":
         # The library's "auto" spreads a model over devices and the CPU, which does not train.
         given.setdefault("device_map", {"": str(training.device)})  # text, since trackers store it as JSON
     if training.ddp_find_unused_parameters is None and not hasattr(
@@ -181,7 +191,12 @@ def _build_trainer(plan: Plan) -> MPOTrainer:
 
 def _placement(training: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a model that is loaded here and not by the trainer."""
-    return {**given, "device_map": None} if training.world_size > 1 else given
+    return given if _is_alone(training) else {**given, "device_map": None}
+
+
+def _is_alone(training: Any) -> bool:
+    """Whether the whole model goes to one device. An engine places it otherwise even there, in main memory."""
+    return training.world_size == 1 and not (launched_with("DEEPSPEED") or launched_with("FSDP"))
 
 
 def _resume(plan: Plan) -> str | bool | None:
@@ -338,7 +353,7 @@ def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
 
 @contextmanager
 def _explaining(plan: Plan) -> Iterator[None]:
-    """Turns what goes wrong for want of memory or disk into an error that says what to change."""
+    """Turns what goes wrong for want of memory, disk or another process into an error that says what to do."""
     training = plan.recipe.training
     try:
         yield
@@ -363,8 +378,31 @@ def _explaining(plan: Plan) -> Iterator[None]:
                 f"The disk of {training.output_dir} is full. Make room and go on with the last complete checkpoint: "
                 f"{plan.recipe.command(resume_from_checkpoint='auto')}"
             ) from error
+        if training.world_size > 1 and is_lost_process(error):
+            raise process_lost(error, str(training.output_dir)) from error
         if isinstance(error, OSError) and not os.path.isdir(str(training.output_dir)):
             raise StorageError(f"The output folder {training.output_dir} is gone: {error}") from error
         if "out of memory" in str(error).lower():
             raise ModelError(f"There is not enough memory: {str(error).splitlines()[0]}") from error
         raise
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether a collective operation failed because of another process, as gloo and NCCL report it."""
+    failed = isinstance(error, torch.distributed.DistError)
+    return failed or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def process_lost(error: Exception, output_dir: str) -> ProcessLostError:
+    """The error of a process that is left without another, with the checkpoint that the run resumes from."""
+    last = last_complete_checkpoint(output_dir)
+    resume = (
+        f"The last complete checkpoint is {last}: run the same command again with `--resume_from_checkpoint auto`."
+        if last is not None
+        else f"No checkpoint in {output_dir} is complete yet, so the run begins anew (`save_strategy: epoch` keeps some)."
+    )
+    reported = str(error).splitlines()[0].partition(". ")[0]
+    return ProcessLostError(
+        f"Another process of this run was lost, or can no longer be reached ({reported}). Its own last "
+        f"lines, on its machine, and the launcher's list of failures (root cause) say why. {resume}"
+    )

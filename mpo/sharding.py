@@ -7,6 +7,7 @@ division.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,45 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from mpo.compute import is_installed
 from mpo.errors import ConfigError
+
+
+def launched_with(engine: str) -> bool:
+    """Whether ``accelerate launch`` was given a configuration of ``"DEEPSPEED"`` or ``"FSDP"``."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true")
+
+
+def deepspeed_backend(use_cpu: bool) -> str | None:
+    """
+    What DeepSpeed's processes communicate with where it has to be said, before they begin to.
+
+    Without an accelerator that is gloo: left to themselves, Accelerate takes the processes for single ones. DeepSpeed's own
+    sum over shared memory, which it compiles for a minute or more on its first start, is left out.
+
+    Args:
+        use_cpu: whether the settings ask for the CPU.
+
+    Returns:
+        A backend of torch, or None to leave it to Accelerate.
+
+    Raises:
+        ConfigError: the CPU is asked for, where Accelerate sets DeepSpeed aside.
+    """
+    if not launched_with("DEEPSPEED"):
+        return None
+    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        raise ConfigError(
+            "the Accelerate configuration asks for DeepSpeed, which Accelerate sets aside under `use_cpu` "
+            "(ACCELERATE_USE_CPU). Remove that: without a GPU, DeepSpeed takes the CPU by itself."
+        )
+    if torch.accelerator.is_available():
+        return None
+    if is_installed("deepspeed"):  # where it is not, its absence is reported later
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return "gloo"
 
 
 def sharding_name(accelerator: Accelerator) -> str:
@@ -35,8 +74,13 @@ def check_sharding(accelerator: Accelerator) -> None:
     Refuse Accelerate configurations under which a run could not keep its promises, and mend what can be mended.
 
     Raises:
-        ConfigError: FSDP1; or ZeRO-3 that would save a model nobody can load.
+        ConfigError: FSDP on a CPU; FSDP1; or ZeRO-3 that would save a model nobody can load.
     """
+    if launched_with("FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(
+            "the Accelerate configuration asks for FSDP, which Accelerate sets aside without GPUs: each process would hold "
+            "the whole model. Take recipes/accelerate/ddp.yaml, or zero3.yaml, which divides it on CPUs, too."
+        )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
@@ -57,6 +101,18 @@ def check_sharding(accelerator: Accelerator) -> None:
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None
             )
+
+
+def cast_adapter_like_base(model: Any) -> None:
+    """
+    Give the weights of a PEFT model's adapter the type of its base's, for ZeRO-3, which gathers both in one buffer.
+
+    Adapters are read in float32. The float32 weights that the updates need are among the optimizer's states.
+    """
+    dtype = model.get_base_model().dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def deepspeed_inference_engine(model: nn.Module, accelerator: Accelerator) -> Any:

@@ -94,6 +94,7 @@ from mpo.scoring import (
     score_loader,
 )
 from mpo.sharding import (
+    cast_adapter_like_base,
     check_sharding,
     deepspeed_inference_engine,
     fsdp_reshard,
@@ -101,6 +102,7 @@ from mpo.sharding import (
     fsdp_shard_reference,
     fsdp_sharded_before,
     is_fsdp_sharded,
+    launched_with,
     local_part,
     sharding_name,
 )
@@ -253,6 +255,8 @@ class MPOTrainer(DPOTrainer):
             peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         )
         continues_adapter = hasattr(model, "peft_config")
+        if continues_adapter and plugin is not None and plugin.zero_stage == 3:
+            cast_adapter_like_base(model)
 
         self._explicit_reference = ref_model
         self._reference_wrapped: Any = None
@@ -808,7 +812,8 @@ class MPOTrainer(DPOTrainer):
         folder = self.args.output_dir
         assert folder is not None
         if resume is True or resume == "auto":
-            found = last_complete_checkpoint(folder)
+            # One rank decides for all: on a network file system another may see a new checkpoint later.
+            found = self._as_main_sees(last_complete_checkpoint(folder))
             if found is None and resume is True:
                 raise StorageError(f"there is no complete checkpoint in '{folder}' to resume from.")
             if found is None:
@@ -852,6 +857,8 @@ class MPOTrainer(DPOTrainer):
         factors = ("ranks", "groups_per_micro_batch", "gradient_accumulation_steps")
         if not set(different) <= set(factors) or self.args.dataloader_drop_last:
             return False
+        if self.args.max_tokens_per_batch is not None:
+            return False  # the groups of a micro-batch are chosen for the number of ranks
         now = self._order_state()
         return math.prod(saved.get(name, 0) for name in factors) == math.prod(now[name] for name in factors)
 
@@ -1200,8 +1207,7 @@ class MPOTrainer(DPOTrainer):
 
 def _sharded(args: MPOConfig) -> bool:
     """Whether DeepSpeed or FSDP divides the model over ranks."""
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    return bool(getattr(args, "deepspeed_plugin", None) or args.fsdp or fsdp)
+    return bool(getattr(args, "deepspeed_plugin", None) or args.fsdp or launched_with("FSDP"))
 
 
 def _set_checkpointing(args: MPOConfig, ending: str, value: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import mpo
 from mpo import cli
-from mpo.errors import TrainingError
+from mpo.errors import ProcessLostError, TrainingError
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +161,10 @@ def test_other_ranks_leave_the_message_to_the_first(
     assert cli._report(TrainingError("x")) == 2
     assert slept and slept[0] > 0
     assert capsys.readouterr().err == "[rank 1] Error: x\n"
+    # A rank that has lost another one has no time: the launcher ends it, too.
+    slept.clear()
+    assert cli._report(ProcessLostError("gone")) == 2
+    assert not slept and capsys.readouterr().err == "[rank 1] Error: gone\n"
 
 
 def test_one_process_keeps_to_one_gpu(

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 from trl import DPOConfig
 
 from mpo.config import _MEANINGLESS, MPOConfig
 from mpo.errors import ConfigError, MPOError
+from mpo.sharding import deepspeed_backend
 
 # A value for every refused option that is not its default.
 _SET = {
@@ -280,3 +282,19 @@ def test_the_reference_cache_lies_where_the_user_says_or_below_the_hub_cache(tmp
     assert config().reference_folder() == str(Path(HF_HOME) / "mpo" / "reference")
     assert config(reference_cache_dir=str(tmp_path)).reference_folder() == str(tmp_path)
     assert config(reference_cache_dir="~/somewhere").reference_folder() == str(Path.home() / "somewhere")
+
+
+def test_deepspeed_without_a_gpu_gets_a_backend_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = pytest.importorskip("deepspeed.ops")
+    monkeypatch.setattr(operations, "__compatible_ops__", {"deepspeed_shm_comm": True}, raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert deepspeed_backend(False) is None
+    assert operations.__compatible_ops__ == {"deepspeed_shm_comm": True}
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert deepspeed_backend(False) == "gloo"
+    assert operations.__compatible_ops__ == {"deepspeed_shm_comm": False}
+    with pytest.raises(ConfigError, match="sets aside under `use_cpu`"):
+        MPOConfig(use_cpu=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert deepspeed_backend(False) is None

@@ -184,6 +184,17 @@ def test_an_empty_model_has_the_parameters_of_the_real_one_and_no_memory(family:
     assert linear_layer_names(empty) == linear_layer_names(real)
 
 
+def test_an_empty_model_stays_whole_under_zero3(saved: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    source = ModelSource(str(saved))
+    empty = empty_model(load_config(source), source)
+    assert is_deepspeed_zero3_enabled() and settings.is_zero3()
+    assert all(p.is_meta and not hasattr(p, "ds_id") and p.numel() for p in empty.parameters())
+
+
 def test_a_loaded_model_has_the_type_and_attention_asked_for(saved: Path) -> None:
     model = load_model(ModelSource(str(saved)), dtype="bfloat16", attn_implementation="eager")
     assert model.dtype == torch.bfloat16

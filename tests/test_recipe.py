@@ -316,6 +316,22 @@ def test_a_resolved_recipe_is_read_back_to_the_same_settings(
     assert before["run_name"] == name and before["learning_rate"] == rate
 
 
+def test_writing_a_recipe_leaves_the_process_group_and_its_engine_alone(
+    load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    from accelerate import PartialState
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    recipe = load()
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    recipe.to_yaml()
+    assert PartialState().num_processes == 2
+    assert is_deepspeed_zero3_enabled() and settings.is_zero3()
+
+
 # ---------------------------------------------------------------------------------------------------------- overrides
 
 

@@ -6,6 +6,7 @@ both count. Seven groups in micro-batches of one and accumulation of two give fo
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -110,6 +111,12 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert losses == unbroken[kind].losses
 
 
+def saved_by_two_ranks(marker: str) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(marker)["state"]
+    assert state["ranks"] == 1
+    return {**state, "ranks": 2}
+
+
 def test_a_run_with_a_token_budget_resumes_in_the_middle_of_an_epoch(model: Path, tmp_path: Path) -> None:
     settings = {"max_tokens_per_batch": 150, "gradient_accumulation_steps": 1}
     whole = trainer(model, tmp_path / "whole", "lora", **settings)
@@ -121,6 +128,14 @@ def test_a_run_with_a_token_budget_resumes_in_the_middle_of_an_epoch(model: Path
     shutil.copytree(tmp_path / "whole" / "out" / name, folder / "out" / name)
     with pytest.raises(ConfigError, match="max_tokens_per_batch: 150 then, 160 now"):
         trainer(model, folder, "lora", **{**settings, "max_tokens_per_batch": 160}).resolve_checkpoint(True)
+    # As many groups in a step as two ranks would have, but not the same ones: batches are made for a number of ranks.
+    marker = folder / "out" / name / "complete.json"
+    written = marker.read_text()
+    marker.write_text(json.dumps({**json.loads(written), "state": saved_by_two_ranks(written)}))
+    twice = {**settings, "gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigError, match="ranks: 2 then, 1 now"):
+        trainer(model, folder, "lora", **twice).resolve_checkpoint(True)
+    marker.write_text(written)
     again = trainer(model, folder, "lora", **settings)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == steps

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter, namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mpo.checkpoints import mark_complete
 from mpo.data import load_groups
 from mpo.errors import (
     ConfigError,
@@ -29,7 +31,7 @@ from mpo.evaluation import summarize
 from mpo.measure import measure_reward_gap
 from mpo.plan import Plan, make_plan
 from mpo.recipe import Recipe, load_recipe
-from mpo.run import _explaining, train
+from mpo.run import _explaining, _placement, train
 from tests.tiny import random_groups, save_tiny
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3}
@@ -552,6 +554,38 @@ def test_want_of_memory_and_disk_is_explained(make) -> None:
         "[enforce fail at x.cc:595] . unexpected pos 64 vs 0",
     ):
         assert explained(plan, RuntimeError(words)).startswith("StorageError")
+
+
+def test_a_lost_process_is_explained(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(make(output_dir=str(tmp_path), **LORA))
+    closed = RuntimeError(
+        "[/x/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:30812\nmore"
+    )
+    with pytest.raises(RuntimeError, match="Connection closed"), _explaining(plan):
+        raise closed  # with one process there is no other
+    monkeypatch.setattr(type(plan.recipe.training), "world_size", 2)
+    text = explained(plan, closed)
+    assert text.startswith("ProcessLostError: Another process of this run was lost")
+    assert "Connection closed by peer [127.0.0.1]:30812)" in text and "No checkpoint in" in text
+    for step in (4, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        mark_complete(folder, {})
+    text = explained(plan, torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."))
+    assert "checkpoint-12: run the same command again with `--resume_from_checkpoint auto`" in text
+
+
+def test_weights_wait_in_main_memory_for_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SimpleNamespace(world_size=1)
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"device_map": {"": "cuda:0"}}
+    assert _placement(one, given) == given
+    assert _placement(SimpleNamespace(world_size=2), given) == {"device_map": None}
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "true")
+        assert _placement(one, given) == {"device_map": None}
+        monkeypatch.delenv(name)
 
 
 def test_other_errors_pass_unchanged(make) -> None:

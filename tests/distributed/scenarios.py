@@ -59,7 +59,6 @@ def settings(scenario: Scenario, folder: Path, shared: Path, ranks: int, **chang
         "output_dir": str(folder),
         "reference_cache_dir": str(shared),
         "use_cpu": ranks == 1,
-        "ddp_backend": "gloo" if ranks > 1 else None,
         "report_to": [],
         "disable_tqdm": True,
         "optim": scenario.optimizer,

@@ -5,7 +5,6 @@ accelerate launch ... tests/distributed/worker.py OUT SHARED JOB...
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -21,10 +20,6 @@ from tests.distributed import scenarios
 from tests.distributed.launching import end_after_limit
 
 torch.set_num_threads(1)
-if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    # The shared-memory sum is compiled on first use, for minutes; gloo sums as well.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
