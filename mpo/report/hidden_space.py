@@ -32,6 +32,11 @@ _READING = (
 )
 
 
+def has_hidden_space(folder: Path) -> bool:
+    """Whether a result folder has an analysis of the hidden space."""
+    return (folder / MEASUREMENT / FILE).is_file()
+
+
 def hidden_space_section(folder: Path) -> Section | None:
     """
     The section of a result folder, or None where there was no such analysis.
@@ -39,9 +44,9 @@ def hidden_space_section(folder: Path) -> Section | None:
     Raises:
         StorageError: the analysis is damaged.
     """
-    place = folder / MEASUREMENT
-    if not (place / FILE).is_file():
+    if not has_hidden_space(folder):
         return None
+    place = folder / MEASUREMENT
     result = HiddenSpace.read(place)
     parts = [f"<p>{escape(_LEAD)}</p>"]
     markdown = []
@@ -65,7 +70,9 @@ def _findings(model: ModelResult) -> str:
         return ""
     clear = []
     for code, one in model.shown.languages.items():
-        change = one.change.get("between_class_ratio_2_shared") or one.change["between_class_ratio_2"]
+        change = one.change.get("between_class_ratio_2_shared") or one.change.get("between_class_ratio_2")
+        if change is None:
+            continue
         if change.low is not None and change.high is not None and (change.low > 0 or change.high < 0):
             clear.append(f"{language_name(code)} ({change.value:+.3f})")
     what = "The share of variance that lies between harmful and harmless texts, on the two components that both models share,"

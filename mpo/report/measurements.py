@@ -155,10 +155,11 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
         cells = tuple(column.get(code) for column in columns)
         if code is None and len(codes) < 2:
             continue
-        if any(cell is not None for cell in cells):
+        counts = [_count(result, code) for result in found if result is not None]
+        # A language without a single readable verdict has no rate, and is shown all the same.
+        if max(counts):
             label = "Mean of languages" if code is None else shown_language(code)
             detail = tuple(_verdict_shares(found, code, verdict) for verdict in verdicts)
-            counts = [_count(result, code) for result in found if result is not None]
             rows.append(Row(label, cells, max(counts), code is None, detail))
     attack = kind == "attack"
     name = printable_name(prompt_set, 40)
@@ -431,10 +432,13 @@ def perplexity(results: Results) -> Measurement | None:
     codes = in_order({code for languages in found for code in languages}, results.dominant)
     if not codes:
         return None
+    confidence = next(float(m.perplexity.get("confidence", 0.95)) for m in results.models if m.perplexity)
     rows = []
     for code in codes:
         entries = [languages.get(code) for languages in found]
-        cells = tuple(_perplexity_cell(entry, entries[0] if n else None) for n, entry in enumerate(entries))
+        cells = tuple(
+            _perplexity_cell(entry, entries[0] if n else None, confidence) for n, entry in enumerate(entries)
+        )
         rows.append(Row(shown_language(code), cells, max(int(e["texts"]) for e in entries if e)))
     return Measurement(
         anchor="perplexity",
@@ -449,17 +453,22 @@ def perplexity(results: Results) -> Measurement | None:
             "the model some of its language. Languages cannot be compared with each other: their texts and tokens differ."
         ),
         notes=("Changes are relative and paired by text; intervals resample texts.",),
+        confidence=confidence,
     )
 
 
-def _perplexity_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> Cell | None:
+def _perplexity_cell(
+    entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None, confidence: float
+) -> Cell | None:
     if entry is None:
         return None
     low, high = entry.get("interval") or (None, None)
-    return Cell(Value(float(entry["perplexity"]), low, high), _perplexity_change(base, entry))
+    return Cell(Value(float(entry["perplexity"]), low, high), _perplexity_change(base, entry, confidence))
 
 
-def _perplexity_change(base: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> Change | None:
+def _perplexity_change(
+    base: Mapping[str, Any] | None, entry: Mapping[str, Any], confidence: float
+) -> Change | None:
     """None where the two read other texts, or cut them into other tokens."""
     if (
         base is None
@@ -469,7 +478,7 @@ def _perplexity_change(base: Mapping[str, Any] | None, entry: Mapping[str, Any])
         return None
     tokens = entry["tokens_per_text"]
     change = [b - a for a, b in zip(base["nats_per_text"], entry["nats_per_text"], strict=True)]
-    low, high = ratio_interval(change, tokens) or (None, None)
+    low, high = ratio_interval(change, tokens, confidence=confidence) or (None, None)
     return Change(
         math.expm1(math.fsum(change) / sum(tokens)),
         None if low is None else math.expm1(low),
