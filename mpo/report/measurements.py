@@ -17,6 +17,7 @@ from mpo.evaluation.statistics import (
     holm,
     paired_difference,
 )
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED
 from mpo.evaluation.text_table import printable_name
 from mpo.report.measurement import (
     GAP,
@@ -31,7 +32,7 @@ from mpo.report.measurement import (
     listed,
     shown_language,
 )
-from mpo.report.results import UNPARSED, ModelResults, Results, SafetyResult
+from mpo.report.results import ModelResults, Results, SafetyResult
 
 _ATTACK_LEAD = (
     "The share of harmful prompts that the model answers in an unsafe way, by the verdict of the judge. "
@@ -149,7 +150,8 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
     )
     base = found[0]
     columns = [_rate_cells(result, base if n else None, codes) for n, result in enumerate(found)]
-    verdicts = [v for v in ("safe", "unsafe", "invalid", "answer", "refusal", UNPARSED) if _occurs(found, v)]
+    names = ("safe", "unsafe", "invalid", "answer", "refusal", *NO_VERDICT)
+    verdicts = [name for name in names if _occurs(found, name)]
     rows = []
     for code in [*codes, None]:
         cells = tuple(column.get(code) for column in columns)
@@ -300,10 +302,16 @@ def _safety_warnings(found: Sequence[SafetyResult | None], results: Results) -> 
         rows = result.result["languages"].values()
         total = sum(int(row["count"]) for row in rows)
         unread = sum(row["verdicts"].get(UNPARSED, 0) for row in rows)
+        blocked = sum(row["verdicts"].get(BLOCKED, 0) for row in rows)
         cut = sum(int(row.get("cut_off", 0)) for row in rows)
         if unread:
             out.append(
                 f"{model.name}: {unread} of {total} replies of the judge name no verdict; they are in no rate."
+            )
+        if blocked:
+            out.append(
+                f"{model.name}: its server blocked {blocked} of {total} prompts. That is no refusal of the model's; they are in "
+                "no rate."
             )
         if total and cut > total / 2:
             out.append(f"{model.name}: {cut} of {total} answers were cut off at the greatest length.")
@@ -349,7 +357,9 @@ def _utility(
         if any(cells):
             several = sum(other == task for other, _ in keys) > 1
             label = f"{task}, {metric.removesuffix(',none')}" if several else task
-            rows.append(Row(label, cells, max(int(e["count"] or 0) for e in entries if e)))
+            rows.append(
+                Row(printable_name(label, 80), cells, max(int(e["count"] or 0) for e in entries if e))
+            )
     if not rows:
         return None
     shares = all(0 <= c.value.value <= 1 for row in rows for c in row.cells if c) and better == "higher"

@@ -25,11 +25,11 @@ from typing import Any
 from mpo.errors import ConfigError, DataError, StorageError
 from mpo.evaluation.journal import read_rows
 from mpo.evaluation.reward_gap import RewardGapTable
+from mpo.evaluation.tasks import NO_VERDICT
 from mpo.report.hidden_space import has_hidden_space
 
 SAFETY = ("attack", "over_refusal")
 SUITE = "suite.json"
-UNPARSED = "unparsed"
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class SafetyResult:
         return str(self.result["judge"]["name"])
 
     def outcomes(self) -> dict[str, dict[str, float]]:
-        """``{language: {prompt id: 1 or 0}}``; replies that name no verdict are left out."""
+        """``{language: {prompt id: 1 or 0}}``; what has no verdict is left out."""
         return {
-            language: {p: float(v == self.counted) for p, v in rows.items() if v != UNPARSED}
+            language: {p: float(v == self.counted) for p, v in rows.items() if v not in NO_VERDICT}
             for language, rows in self.verdicts.items()
         }
 

@@ -77,16 +77,16 @@ def write_safety(
             )
             judged.append(shared | {"verdict": verdict, "reply": verdict})
         counts = Counter(given)
-        readable = len(given) - counts["unparsed"]
+        readable = len(given) - counts["unparsed"] - counts["blocked"]
         languages[code] = {
             "count": len(given),
-            "verdicts": {name: counts[name] for name in (*names, "unparsed")},
+            "verdicts": {name: counts[name] for name in (*names, "unparsed", "blocked")},
             "cut_off": 0,
             "rate": counts[counted] / readable if readable else None,
             "interval": list(wilson_interval(counts[counted], readable)) if readable else None,
         }
     outcomes = {
-        code: {p: float(v == counted) for p, v in enumerate(given) if v != "unparsed"}
+        code: {p: float(v == counted) for p, v in enumerate(given) if v not in ("unparsed", "blocked")}
         for code, given in verdicts.items()
     }
     average = language_average(outcomes, resamples=500)

@@ -94,6 +94,35 @@ def test_every_text_is_escaped_and_every_prompt_folded_away(hostile_page: Path) 
     assert parsed.open_text.count("<script>document.title") == 2  # <title> and <h1>
 
 
+def test_codes_judges_ids_and_verdicts_are_inert_wherever_they_are_shown(tmp_path: Path) -> None:
+    write_results(tmp_path, prompts=6)
+    code, judge, name = "<script>sw\x1b[2J\u202e</script>", "<script>judge", "<img src=x onerror=alert(1)>"
+    swaps = {
+        '"sw"': json.dumps(code),
+        '"refusal-phrases"': json.dumps(judge),
+        '"prompt_id": "0"': f'"prompt_id": {json.dumps(name)}',
+        '"invalid"': json.dumps(name),
+        "exact_match,remove_whitespace": "<script>metric,x",
+        '"torch"': json.dumps(name),
+        '"org/model"': json.dumps(name),
+    }
+    for file in (*tmp_path.rglob("*.json"), *tmp_path.rglob("*.jsonl")):
+        text = file.read_text(encoding="utf-8")
+        for old, new in swaps.items():
+            text = text.replace(old, new)
+        file.write_text(text, encoding="utf-8")
+        if file.name.startswith("verdicts."):
+            file.rename(file.with_name(f"verdicts.{judge}.jsonl"))
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path, title=f"T {code}"))
+    parsed = _Tags(page)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img"})
+    assert not any(key.startswith("on") for _, attrs in parsed.tags for key in attrs)
+    assert page.count("&lt;script&gt;sw") > 5 and "&lt;script&gt;judge" in page and "&lt;img src=x" in page
+    assert '<text class="point"' in page  # the chart that writes codes is there
+    assert "&lt;script&gt;sw" in table
+    assert not any(sign in table for sign in ("<script", "<img", "\x1b", "\u202e"))
+
+
 def test_the_page_names_no_other_address_and_forbids_all(folder: Path) -> None:
     html = write_report(folder)[0].read_text(encoding="utf-8")
     addresses = [
