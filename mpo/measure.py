@@ -8,6 +8,7 @@ from typing import Any
 
 from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
+from mpo.evaluation.checks import check_beta, check_confidence, check_max_length
 from mpo.model import (
     ModelSource,
     adapter_settings,
@@ -26,6 +27,8 @@ def measure_reward_gap(
     *,
     model: str,
     adapter: str | None = None,
+    adapter_revision: str | None = None,
+    before: RewardGapTable | None = None,
     out: Path | None = None,
     beta: float = 1.0,
     confidence: float = 0.95,
@@ -52,6 +55,9 @@ def measure_reward_gap(
         model: folder or Hub name.
         adapter: folder or Hub name of an adapter. The model is then scored without it and with it, and the reference
             gap is that of the model without it.
+        adapter_revision: of the adapter on the Hub.
+        before: table of the model without the adapter, where it was measured already on the same data with the same
+            settings; it is then not scored again.
         out: folder for ``reward_gap.json``, ``reward_gap.txt`` and ``reward_gap.png``.
         beta: scale of the target gap in the error column.
         confidence: coverage of the bootstrap intervals.
@@ -73,13 +79,16 @@ def measure_reward_gap(
     from mpo.plan import check_writable
     from mpo.scoring import score_groups
 
+    check_confidence(confidence)
+    check_beta(beta)
+    check_max_length(max_length)
     place = pick_device(device)
     if out is not None:
         check_writable(out)
     source = ModelSource(model, revision, trust_remote_code)
     config = load_config(source)
     if adapter is not None:
-        adapter_settings(adapter)
+        adapter_settings(adapter, revision=adapter_revision)
     tokenizer = load_tokenizer(source, chat_template)
     # Scoring has no backward pass, so flex_attention works on a CPU, too.
     attention = pick_attention(config, attn_implementation, layout=batch_layout, gpu=True)
@@ -112,10 +121,11 @@ def measure_reward_gap(
         )
         return summarize(scores.records, beta=beta, confidence=confidence)
 
-    before = score(model)
+    if before is None or adapter is None:
+        before = score(model)
     result: RewardGapTable | Comparison = before
     if adapter is not None:
-        policy = load_adapter(policy, adapter)
+        policy = load_adapter(policy, adapter, revision=adapter_revision)
         result = compare(before, score(adapter))
     print()
     result.show()

@@ -31,7 +31,7 @@ def register(measurements: Any) -> None:
     gap.add_argument(
         "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
     )
-    add_loading_options(gap)
+    add_loading_options(gap, adapter_revision=True)
     gap.add_argument("--max_response_length", type=int, help="cut every response to so many tokens")
     gap.add_argument("--batch_layout", choices=("tree", "padded"), default="tree", help=argparse.SUPPRESS)
     gap.add_argument("--max_tokens_per_row", type=int, help="tokens of a packed row; less needs less memory")
@@ -52,6 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
         one_or_many(arguments.data),
         model=arguments.model,
         adapter=arguments.adapter,
+        adapter_revision=arguments.adapter_revision,
         out=None if arguments.out is None else Path(arguments.out),
         beta=arguments.beta,
         confidence=arguments.confidence,

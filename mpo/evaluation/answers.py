@@ -53,6 +53,7 @@ class AnswerRow:
         prompt: The request, without what was put around it.
         answer: What the model wrote.
         finished: False where it was cut off.
+        blocked: Why the server let no answer through; None where the model answered.
     """
 
     id: str
@@ -61,10 +62,14 @@ class AnswerRow:
     prompt: str
     answer: str
     finished: bool
+    blocked: str | None = None
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> AnswerRow:
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: row[name] for name in _FIELDS}, blocked=row.get("blocked"))
+
+
+_FIELDS = ("id", "prompt_id", "language", "prompt", "answer", "finished")
 
 
 def make_answers(
@@ -86,7 +91,7 @@ def make_answers(
         MPOError: The model cannot be used, or the folder cannot be written. Answers made before are kept.
     """
     framing = framing or Framing()
-    with Journal(folder / FILE) as journal:
+    with Journal(folder / FILE, _FIELDS) as journal:
         settings = {"prompts": prompts.fingerprint, **framing.settings(), **engine.settings()}
         settle(journal.path, settings, empty=not journal.rows)
         done = {index for index, prompt in enumerate(prompts.prompts) if prompt.id in journal.rows}
@@ -102,6 +107,7 @@ def make_answers(
                         "prompt": prompt.text,
                         "answer": answer.text,
                         "finished": answer.finished,
+                        **({} if answer.blocked is None else {"blocked": answer.blocked}),
                     }
                 )
                 progress.advance()
@@ -113,9 +119,9 @@ def make_answers(
 
 def fingerprint_answers(answers: list[AnswerRow]) -> str:
     """SHA-256 of all ids and answers: verdicts belong to these texts and no others."""
-    digest = hashlib.sha256(b"mpo answers 1")
+    digest = hashlib.sha256(b"mpo answers 2")
     for row in answers:
-        for text in (row.id, row.answer):
+        for text in (row.id, row.answer, row.blocked or ""):
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mpo.errors import ConfigError
+from mpo.evaluation.checks import check_confidence
 
 _INDICES_AT_ONCE = 2**21  # 16 MB of int64: keeps thousands of groups from filling the memory
 
@@ -121,8 +122,7 @@ def check_settings(confidence: float, resamples: int) -> None:
     Raises:
         ConfigError: `confidence` is not strictly between 0 and 1, or `resamples` is below 100.
     """
-    if not 0 < confidence < 1:
-        raise ConfigError(f"`confidence` is {confidence!r}; expected a number between 0 and 1, such as 0.95.")
+    check_confidence(confidence)
     if not isinstance(resamples, int) or resamples < 100:
         raise ConfigError(f"`resamples` is {resamples!r}; expected a whole number of at least 100.")
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mpo.errors import ConfigError, DependencyError, ServerError
-from mpo.report.redaction import redact_text
+from mpo.report.redaction import REDACTED, redact_text
 
 Message = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -74,6 +74,7 @@ class ChatClient:
     timeout: float = 120.0
     retries: int = 8
     concurrency: int = 8
+    _key: str = field(default="", repr=False)
     _stopped: threading.Event = field(default_factory=threading.Event, repr=False)
     _http: Any = field(default=None, repr=False)
 
@@ -81,7 +82,7 @@ class ChatClient:
         """Checks the settings without connecting.
 
         Raises:
-            ConfigError: The URL is none, or a number is out of range.
+            ConfigError: The URL is none, a number is out of range, or the key is missing or cannot be sent.
             DependencyError: httpx2 is not installed.
         """
         self.url = _base_url(self.url)
@@ -106,6 +107,12 @@ class ChatClient:
                     f"{self.url} needs a key, but the environment variable {self.key_variable} is empty. Set it (a key is read "
                     "from nowhere else)."
                 )
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise ConfigError(
+                    f"The environment variable {self.key_variable} does not hold a key: expected letters, digits and signs of "
+                    "ASCII in one line, without spaces. Was more than the key copied?"
+                )
+            self._key = key
             headers["Authorization"] = f"Bearer {key}"
         self._http = httpx2.Client(
             headers=headers,
@@ -213,12 +220,14 @@ class ChatClient:
         except httpx2.TimeoutException:
             return None, f"no reply within {self.timeout:g} seconds.", None
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            return None, f"the connection failed ({redact_text(str(error)) or type(error).__name__}).", None
+            return None, f"the connection failed ({self._shown(str(error)) or type(error).__name__}).", None
         status = response.status_code
+        reply = _parse(response) if status == 200 else None
+        if reply is not None:
+            return reply, "", None
+        said = f"HTTP {status}: {_excerpt(self._shown(response.text))}"
         if status == 200:
-            reply = _parse(response)
-            return reply, f"HTTP 200 with something else than a chat completion: {_excerpt(response)}", None
-        said = f"HTTP {status}: {_excerpt(response)}"
+            return None, f"no chat completion, but {said}", None
         if status in _TRY_AGAIN or status >= 500:
             return None, said, _retry_after(response.headers.get("retry-after"))
         if status in (400, 413, 422):
@@ -231,6 +240,10 @@ class ChatClient:
             404: f"Does it serve a model called {self.model!r}, and is this the base URL, which mostly ends in /v1?",
         }.get(status, "Is this the base URL of an OpenAI-compatible server?")
         raise ServerError(f"{self.url} answers with {said} {hint}")
+
+    def _shown(self, text: str) -> str:
+        """What a server said, without the key, which some repeat."""
+        return redact_text(text.replace(self._key, REDACTED) if self._key else text)
 
 
 def _base_url(url: str) -> str:
@@ -257,8 +270,8 @@ def _parse(response: Any) -> Reply | None:
     return Reply(text or "", reason if isinstance(reason, str) else None)
 
 
-def _excerpt(response: Any) -> str:
-    text = " ".join(redact_text(response.text).split())
+def _excerpt(text: str) -> str:
+    text = " ".join(text.split())
     text = "".join(c for c in text if c.isprintable())
     text = text if len(text) <= 300 else text[:297] + "..."
     return text if text.endswith((".", "!", "?")) else text + "."

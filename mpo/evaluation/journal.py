@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,8 +27,12 @@ class Journal:
         rows: Every row in it, by id, in the order in which they were written.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, fields: Collection[str] = ("id",)) -> None:
         """Opens the file, or makes it.
+
+        Args:
+            path: The file.
+            fields: What every row has.
 
         Raises:
             StorageError: It cannot be opened, another process writes to it, or a whole line in it is damaged.
@@ -34,12 +40,13 @@ class Journal:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
+            # Without a buffer: what could not be written is not tried again when the file is closed.
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise StorageError(f"Cannot open {self.path}: {error.strerror or error}.") from error
         try:
             self._lock()
-            self.rows = self._read()
+            self.rows = self._read(fields)
         except BaseException:
             self._file.close()
             raise
@@ -59,10 +66,14 @@ class Journal:
             line = text.encode("utf-8")
         except UnicodeEncodeError:
             line = json.dumps(row).encode("ascii")
+        end = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(line + b"\n")
-            self._file.flush()
+            rest = memoryview(line + b"\n")
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
             raise StorageError(
                 f"Cannot write {self.path}: {error.strerror or error}. What is in it is kept; make room, and run the "
                 "same command again."
@@ -91,23 +102,24 @@ class Journal:
         except OSError:
             pass  # a file system without locks; then two processes at once are the user's to avoid
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+    def _read(self, fields: Collection[str]) -> dict[str, dict[str, Any]]:
         self._file.seek(0)
+        *lines, unfinished = self._file.read().split(b"\n")
         rows: dict[str, dict[str, Any]] = {}
-        end = 0
-        for number, line in enumerate(self._file, start=1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(end)
-                break
-            end += len(line)
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
                 rows.setdefault(str(row["id"]), row)
+                damaged = not all(name in row for name in fields)
             except (ValueError, TypeError, KeyError):
+                damaged = True
+            if damaged:
                 raise StorageError(
-                    f"{self.path}, line {number}, is damaged: expected a JSON object with an `id`. Delete that line and run "
-                    "the same command again; it is then made anew."
-                ) from None
+                    f"{self.path}, line {number}, is damaged: expected a JSON object with {', '.join(f'`{f}`' for f in fields)}. "
+                    "Delete that line and run the same command again; it is then made anew."
+                )
+        if unfinished:
+            self._file.truncate(sum(len(line) + 1 for line in lines))
         return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mpo.data.languages import language_name, normalize_language_setting
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.bootstrap import ratio_interval
+from mpo.evaluation.checks import check_confidence, check_limit, check_max_length
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import load_policy
 from mpo.evaluation.safety import about_model, model_folder
@@ -53,10 +54,9 @@ def measure_perplexity(
         DataError: A file cannot be read, or has no text to predict.
         MPOError: Model or adapter cannot be used.
     """
-    if max_length < 2:
-        raise ConfigError(f"max_length: expected at least 2, got {max_length!r}.")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: expected at least 1, got {limit!r}.")
+    check_max_length(max_length)
+    check_limit(limit)
+    check_confidence(confidence)
     by_language = {
         normalize_language_setting(code, "texts"): read_lines(file, limit) for code, file in texts.items()
     }

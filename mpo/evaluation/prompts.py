@@ -24,6 +24,7 @@ from mpo.data.contract import RowError, show_name
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import ConfigError, DataError
+from mpo.evaluation.checks import check_limit, check_name
 
 SLOT = "{prompt}"
 """Where a template takes the prompt."""
@@ -137,8 +138,9 @@ def load_prompts(
     """
     if bad_rows not in ("error", "drop"):
         raise ConfigError(f"bad_rows: expected 'error' or 'drop', got {bad_rows!r}.")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: expected a whole number of at least 1, got {limit!r}.")
+    check_limit(limit)
+    if name is not None:
+        check_name(name)
     sources = [source] if isinstance(source, str) else list(source)
     if not sources:
         raise ConfigError("prompts: expected the name of a prompt set, or at least one file.")
@@ -246,9 +248,10 @@ def _prompts(
     language: str | None,
 ) -> Iterator[Prompt | RowError]:
     """Prompts of one file or dataset, and an error for each cell that holds none."""
+    every = list(rows)
     columns: _Columns | None = None
     counts: dict[str, int] = {}
-    for number, row in rows:
+    for number, row in every:
         if isinstance(row, RowError):
             yield row
             continue
@@ -258,22 +261,39 @@ def _prompts(
             )
             continue
         if columns is None:
-            columns = _columns(row, label, prompt_column, language_column, language)
+            header = _header(row for _, row in every)
+            columns = _columns(header, label, prompt_column, language_column, language)
         for column, code in columns.texts:
             text = row.get(column)
             if text is None and columns.fallback is not None:
                 column, text = columns.fallback, row.get(columns.fallback)
-            if not isinstance(text, str) or not text.strip():
-                yield RowError("expected a prompt, got nothing.", file=label, row=number, field=column)
-                continue
             try:
                 written = code if code is not None else _row_language(row, columns.language, language)
             except DataError as error:
                 yield RowError(str(error), file=label, row=number, field=columns.language)
                 continue
+            # A bad cell counts, too: the prompts behind it stay the translations of the others' n-th.
             count = counts.get(written, 0)
             counts[written] = count + 1
-            yield Prompt(_prompt_id(row, number if len(columns.texts) > 1 else count), written, text)
+            if not isinstance(text, str) or not text.strip():
+                yield RowError("expected a prompt, got nothing.", file=label, row=number, field=column)
+                continue
+            yield Prompt(_prompt_id(row, count if columns.language is not None else number), written, text)
+
+
+def _header(rows: Iterable[Any]) -> dict[str, Any]:
+    """All columns of a table with the first value that is not blank: no row need have every language."""
+    header: dict[str, Any] = {}
+    for row in rows:
+        if isinstance(row, Mapping):
+            for name, value in row.items():
+                if _is_blank(header.get(name)):
+                    header[name] = None if _is_blank(value) else value
+    return header
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _columns(
@@ -318,9 +338,9 @@ def _language_columns(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         if value is not None and not isinstance(value, str):
             continue
         text = (value or "").strip()
-        if text and (
-            not any(c.isalpha() for c in text) or (column.lower() in _ID_COLUMNS and " " not in text)
-        ):
+        if text and not any(c.isalpha() for c in text):
+            continue
+        if column.lower() in _ID_COLUMNS and " " not in text:
             continue
         try:
             code = normalize_language(column)
@@ -354,7 +374,7 @@ def _known(language: str | None, label: str) -> str:
 def _prompt_id(row: Mapping[str, Any], default: int) -> str:
     for name in _ID_COLUMNS:
         value = row.get(name)
-        if value is not None and str(value).strip():
+        if not _is_blank(value):
             return str(value).strip()
     return str(default)
 

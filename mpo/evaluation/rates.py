@@ -11,7 +11,7 @@ from mpo.data import language_name
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.statistics import LanguageAverage, language_average, wilson_interval
-from mpo.evaluation.tasks import UNPARSED, Task
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
 from mpo.evaluation.text_table import TextTable, printable_name
 
 
@@ -21,8 +21,8 @@ class LanguageRate:
 
     Attributes:
         language: Its code.
-        count: Number of answers.
-        verdicts: How often each verdict was given, ``unparsed`` included.
+        count: Number of prompts.
+        verdicts: How often each verdict was given, ``unparsed`` and ``blocked`` included.
         cut_off: Answers that were cut at the greatest length.
         rate: Share of the counted verdict among those that could be read; None where none could.
         low: Lower end of the rate's Wilson interval; None with `rate`.
@@ -80,9 +80,8 @@ class RateTable:
 
     def to_table(self, title: str, notes: Sequence[str] = ()) -> TextTable:
         """The table for people."""
-        columns = [*self.task.verdicts]
-        if any(row.verdicts[UNPARSED] for row in self.rows):
-            columns.append(UNPARSED)
+        seen = [name for name in NO_VERDICT if any(row.verdicts[name] for row in self.rows)]
+        columns = [*self.task.verdicts, *seen]
         percent = f"{100 * self.confidence:g}"
         header = ("Language", "Answers", f"Rate [{percent} %]", *columns, "cut off")
         rows = [
@@ -121,6 +120,11 @@ class RateTable:
         count = sum(row.verdicts[UNPARSED] for row in self.rows)
         if count:
             notes.append(f"{count} replies of the judge name no verdict; they are part of no rate.")
+        blocked = sum(row.verdicts[BLOCKED] for row in self.rows)
+        if blocked:
+            notes.append(
+                f"{blocked} prompts were blocked by the model's server, not by the model; they are part of no rate."
+            )
         return notes
 
 
@@ -148,7 +152,7 @@ def tabulate(
         language: {
             row.prompt_id: float(verdicts[row.id] == task.counted)
             for row in found
-            if verdicts[row.id] != UNPARSED
+            if verdicts[row.id] not in NO_VERDICT
         }
         for language, found in by_language.items()
     }
@@ -161,8 +165,8 @@ def _language_rate(
     task: Task, language: str, answers: list[AnswerRow], verdicts: Mapping[str, str], confidence: float
 ) -> LanguageRate:
     found = Counter(verdicts[row.id] for row in answers)
-    counts = {name: found[name] for name in (*task.verdicts, UNPARSED)}
-    readable = len(answers) - counts[UNPARSED]
+    counts = {name: found[name] for name in (*task.verdicts, *NO_VERDICT)}
+    readable = len(answers) - sum(counts[name] for name in NO_VERDICT)
     rate = low = high = None
     if readable:
         rate = counts[task.counted] / readable

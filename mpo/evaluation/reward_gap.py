@@ -14,6 +14,7 @@ from typing import Any
 
 from mpo.errors import ConfigError, DataError, ModelError, StorageError
 from mpo.evaluation.bootstrap import check_settings, grouped_mean_interval
+from mpo.evaluation.checks import check_beta
 from mpo.evaluation.records import PairScore
 from mpo.evaluation.text_table import Tabular, TextTable, interval, printable_name, signed
 
@@ -242,8 +243,7 @@ def summarize(
         DataError: There are no records, or source pairs of several languages.
         ModelError: A score is NaN or infinite.
     """
-    if not (math.isfinite(beta) and beta > 0):
-        raise ConfigError(f"`beta` is {beta!r}; expected a number above 0.")
+    check_beta(beta)
     check_settings(confidence, resamples)
     if not records:
         raise DataError(

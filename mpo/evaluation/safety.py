@@ -9,7 +9,7 @@ from typing import Any
 
 from mpo.errors import ConfigError
 from mpo.evaluation.answers import Framing, make_answers
-from mpo.evaluation.bootstrap import check_settings
+from mpo.evaluation.checks import check_confidence, check_name
 from mpo.evaluation.engines import Generation, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, JudgeChoice, make_judge
 from mpo.evaluation.prompts import PromptSet
@@ -58,7 +58,7 @@ def measure_safety(
     Raises:
         MPOError: A model, a judge, a file or a setting cannot be used. What was computed before is kept.
     """
-    check_settings(confidence, resamples=10_000)
+    check_confidence(confidence)
     generation = generation or Generation()
     framing = framing or Framing()
     folder = out / model_folder(model, name) / task.name / prompts.name
@@ -118,8 +118,7 @@ def model_folder(model: ModelChoice, name: str | None = None) -> str:
         ConfigError: The name given is not one of a folder.
     """
     if name is not None:
-        if not re.fullmatch(r"[\w][\w.+@-]*", name):
-            raise ConfigError(f"name: expected letters, digits, '.', '_' or '-', got {name!r}.")
+        check_name(name)
         return name
     source = (model.adapter or model.model).rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.+@-]+", "-", source).strip("-.") or "model"

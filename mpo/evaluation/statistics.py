@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpo.errors import ConfigError, DataError
+from mpo.errors import DataError
 from mpo.evaluation.bootstrap import check_settings, expanded_tail
+from mpo.evaluation.checks import check_confidence
 
 Interval = tuple[float, float]
 
@@ -46,7 +47,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Int
         ConfigError: `confidence` is out of range.
         DataError: `successes` is not between 0 and `total`.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if not 0 <= successes <= total:
         raise DataError(
             f"There are {successes} successes in {total} trials; expected between 0 and {total} of them."
@@ -156,7 +157,7 @@ def paired_difference(
         ConfigError: `confidence` is out of range.
         DataError: The two differ in length, or are empty.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if len(before) != len(after) or not before:
         raise DataError(
             f"There are {len(before)} outcomes before and {len(after)} after; expected the same prompts in both, and at "
@@ -427,7 +428,7 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], confidenc
         ConfigError: `confidence` is out of range.
         DataError: The two differ in length, or are empty.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     if len(first) != len(second) or not first:
         raise DataError(
             f"The judges gave {len(first)} and {len(second)} verdicts; expected the same answers judged by both, and at "
@@ -582,14 +583,6 @@ def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float
 
 def _is_constant(values: NDArray[np.float64]) -> bool:
     return float(np.ptp(values)) == 0.0
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ConfigError(f"`confidence` is {confidence!r}; expected a number between 0 and 1, such as 0.95.")
 
 
 def _normal_quantile(confidence: float) -> float:

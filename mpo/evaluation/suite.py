@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.errors import MPOError
+from mpo.errors import ConfigError, MPOError
 from mpo.evaluation.answers import Framing
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.engines.identity import adapter_identity, model_identity
+from mpo.evaluation.judges import check_judge
+from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
+from mpo.evaluation.reward_gap import RewardGapTable
 from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.suite_recipe import PromptSettings, SuiteRecipe
 from mpo.evaluation.tasks import TASKS
@@ -113,8 +117,27 @@ def _load_prompts(name: str, settings: PromptSettings) -> PromptSet:
     )
 
 
+def _check_judges(recipe: SuiteRecipe) -> None:
+    """Every judge can judge what it is to judge."""
+    hint = "Set `over_refusal_judge` to a judge of refusals; `judge` and `second_judge` are then for attacks alone."
+    for kind, task in TASKS.items():
+        for key, choice in recipe.judges(kind).items() if getattr(recipe, kind) else ():
+            try:
+                check_judge(choice, task)
+            except ConfigError as error:
+                more = f" {hint}" if kind == "over_refusal" and not key.startswith(kind) else ""
+                raise ConfigError(f"`{key}` of `{kind}`: {error}{more}") from None
+            shared = recipe.attack and recipe.over_refusal and recipe.over_refusal_judge is None
+            if shared and choice.prompt is not None and not has_own_replies(choice):
+                raise ConfigError(
+                    f"`{key}.prompt`: one judging prompt asks for the verdicts of one task, and this one would be put to both. "
+                    f"{hint}"
+                )
+
+
 def _check_files(recipe: SuiteRecipe) -> None:
     """What would otherwise show only after hours."""
+    _check_judges(recipe)
     for name, model in recipe.models.items():
         model_folder(model, name)
     for settings in (*recipe.attack.values(), *recipe.over_refusal.values()):
@@ -128,6 +151,7 @@ def _check_files(recipe: SuiteRecipe) -> None:
 
 
 def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptSet]) -> Iterator[Job]:
+    gaps: list[Job] = []
     for name, model in recipe.models.items():
         identity = _identity(model)
         if model.engine == "server":
@@ -136,7 +160,9 @@ def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptS
                     f"{name} is behind a server: reward gap, utility and perplexity need its weights and are left out."
                 )
         elif recipe.reward_gap is not None:
-            yield _reward_gap_job(recipe, out, name, model, identity)
+            job = _reward_gap_job(recipe, out, name, model, identity, gaps)
+            gaps.append(job)
+            yield job
         for (kind, prompt_set), loaded in prompts.items():
             yield _safety_job(recipe, out, name, model, identity, kind, prompt_set, loaded)
         if model.engine != "server":
@@ -156,8 +182,24 @@ def _identity(model: ModelChoice) -> dict[str, Any]:
     }
 
 
+def _how_loaded(model: ModelChoice) -> dict[str, Any]:
+    """Settings that change what a model of known weights computes."""
+    template = model.chat_template
+    return {
+        "dtype": model.dtype,
+        "device": model.device,
+        "attention": model.attn_implementation,
+        "template": _contents([template]) or template if template is not None else None,
+    }
+
+
 def _reward_gap_job(
-    recipe: SuiteRecipe, out: Path, name: str, model: ModelChoice, identity: dict[str, Any]
+    recipe: SuiteRecipe,
+    out: Path,
+    name: str,
+    model: ModelChoice,
+    identity: dict[str, Any],
+    earlier: Sequence[Job],
 ) -> Job:
     settings = recipe.reward_gap
     assert settings is not None
@@ -167,6 +209,8 @@ def _reward_gap_job(
             settings.data,
             model=model.model,
             adapter=model.adapter,
+            adapter_revision=model.adapter_revision,
+            before=_base_table(earlier, depends, out),
             out=out / name,
             beta=settings.beta,
             confidence=recipe.confidence,
@@ -189,10 +233,23 @@ def _reward_gap_job(
         **asdict(settings),
         "files": _contents(settings.data),
         "model": identity,
-        "dtype": model.dtype,
+        "loaded": _how_loaded(model),
         "confidence": recipe.confidence,
     }
     return Job(f"{name}/reward_gap", depends, out / name / "reward_gap.json", run)
+
+
+def _base_table(earlier: Sequence[Job], depends: dict[str, Any], out: Path) -> RewardGapTable | None:
+    """The reward gaps of an adapter's base model, where this suite has them with the very same settings."""
+    wanted = {**depends, "model": {**depends["model"], "adapter": None}}
+    done = _read_done(out)
+    for job in earlier:
+        if job.settings == wanted and _is_done(job, done):
+            try:
+                return RewardGapTable.from_dict(json.loads(job.file.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                return None
+    return None
 
 
 def _safety_job(
@@ -208,6 +265,8 @@ def _safety_job(
     settings: PromptSettings = getattr(recipe, kind)[prompt_set]
     template = None if settings.template is None else load_template(settings.template)
     framing = Framing(template, settings.system_prompt)
+    judge, second_judge = (*recipe.judges(kind).values(), None)[:2]
+    assert judge is not None
 
     def run() -> None:
         measure_safety(
@@ -216,14 +275,14 @@ def _safety_job(
             model=model,
             out=out,
             generation=recipe.generation,
-            judge=recipe.judge,
-            second_judge=recipe.second_judge,
+            judge=judge,
+            second_judge=second_judge,
             framing=framing,
             name=name,
             confidence=recipe.confidence,
         )
 
-    judges = [judge for judge in (recipe.judge, recipe.second_judge) if judge is not None]
+    judges = list(recipe.judges(kind).values())
     depends = {
         "prompts": prompts.fingerprint,
         "framing": asdict(framing),
@@ -231,7 +290,7 @@ def _safety_job(
         "judges": [asdict(judge) for judge in judges],
         "files": _contents([judge.prompt for judge in judges if judge.prompt is not None]),
         "model": identity,
-        "engine": [model.engine, model.dtype, model.batch_size],
+        "engine": [model.engine, model.batch_size, _how_loaded(model)],
         "confidence": recipe.confidence,
     }
     return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / "result.json", run)
@@ -244,7 +303,14 @@ def _capability_jobs(
     if utility is not None:
         yield Job(
             f"{name}/utility",
-            {**asdict(utility), "model": identity, "dtype": model.dtype},
+            {
+                **asdict(utility),
+                "files": _contents(
+                    sorted(Path(utility.task_folder).rglob("*")) if utility.task_folder else ()
+                ),
+                "model": identity,
+                "loaded": _how_loaded(model),
+            },
             out / name / "utility.json",
             lambda: measure_utility(**asdict(utility), model=model, out=out, name=name),
         )
@@ -256,7 +322,7 @@ def _capability_jobs(
                 "files": _contents(perplexity.texts.values()),
                 "confidence": recipe.confidence,
                 "model": identity,
-                "dtype": model.dtype,
+                "loaded": _how_loaded(model),
             },
             out / name / "perplexity.json",
             lambda: measure_perplexity(
@@ -270,7 +336,7 @@ def _capability_jobs(
 
 def _contents(files: Any) -> list[str]:
     """Hashes of the files among the names; a data set on the Hub has none."""
-    return [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if Path(f).is_file()]
+    return [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if os.path.isfile(f)]
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:

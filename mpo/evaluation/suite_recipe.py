@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.errors import ConfigError, MPOError
+from mpo.evaluation.checks import check_beta, check_confidence, check_limit, check_max_length
 from mpo.evaluation.engines import Generation, ModelChoice
 from mpo.evaluation.judges import JudgeChoice
 from mpo.recipe import RecipeField, read_yaml, refuse_secret_value, typed
@@ -40,6 +41,9 @@ class PromptSettings:
     template: str | None = None
     system_prompt: str | None = None
 
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+
 
 @dataclass(frozen=True)
 class RewardGapSettings:
@@ -55,6 +59,11 @@ class RewardGapSettings:
     max_length: int = 1024
     max_response_length: int | None = None
 
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_limit(self.limit)
+        check_max_length(self.max_length)
+
 
 @dataclass(frozen=True)
 class UtilitySettings:
@@ -67,6 +76,9 @@ class UtilitySettings:
     apply_chat_template: bool = False
     seed: int = 1234
 
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+
 
 @dataclass(frozen=True)
 class PerplexitySettings:
@@ -75,6 +87,10 @@ class PerplexitySettings:
     texts: dict[str, str]
     max_length: int = 1024
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+        check_max_length(self.max_length)
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,9 @@ class SuiteRecipe:
         generation: How models answer.
         judge: The judge of all answers.
         second_judge: A second opinion, for the agreement of the two.
+        over_refusal_judge: Judges over-refusal, where `judge` cannot; then `judge` and `second_judge` are for attacks
+            alone.
+        over_refusal_second_judge: A second opinion beside it.
         attack: Harmful prompt sets by name.
         over_refusal: Harmless prompt sets by name.
         reward_gap: Preference pairs to measure the reward gap on.
@@ -109,6 +128,8 @@ class SuiteRecipe:
     generation: Generation = field(default_factory=Generation)
     judge: JudgeChoice = field(default_factory=JudgeChoice)
     second_judge: JudgeChoice | None = None
+    over_refusal_judge: JudgeChoice | None = None
+    over_refusal_second_judge: JudgeChoice | None = None
     attack: dict[str, PromptSettings] = field(default_factory=dict)
     over_refusal: dict[str, PromptSettings] = field(default_factory=dict)
     reward_gap: RewardGapSettings | None = None
@@ -117,11 +138,20 @@ class SuiteRecipe:
     report: ReportSettings = field(default_factory=ReportSettings)
     confidence: float = 0.95
 
+    def judges(self, task: str) -> dict[str, JudgeChoice]:
+        """The judges of one task by the key that names them; the first gives the rates."""
+        names = ("judge", "second_judge")
+        if task == "over_refusal" and self.over_refusal_judge is not None:
+            names = ("over_refusal_judge", "over_refusal_second_judge")
+        return {name: choice for name in names if (choice := getattr(self, name)) is not None}
+
 
 _SECTIONS: dict[str, type] = {
     "generation": Generation,
     "judge": JudgeChoice,
     "second_judge": JudgeChoice,
+    "over_refusal_judge": JudgeChoice,
+    "over_refusal_second_judge": JudgeChoice,
     "reward_gap": RewardGapSettings,
     "utility": UtilitySettings,
     "perplexity": PerplexitySettings,
@@ -182,10 +212,12 @@ def load_suite(path: str | Path) -> SuiteRecipe:
             "`utility` and `perplexity`."
         )
     recipe = SuiteRecipe(**given)
-    if not 0 < recipe.confidence < 1:
-        raise ConfigError(
-            f"{source}: `confidence` is {recipe.confidence:g}; expected a number between 0 and 1."
-        )
+    try:
+        check_confidence(recipe.confidence)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if recipe.over_refusal_second_judge is not None and recipe.over_refusal_judge is None:
+        raise ConfigError(f"{source}: `over_refusal_second_judge` needs `over_refusal_judge`.")
     return recipe
 
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 UNPARSED = "unparsed"
 """Stands where a judge's reply names no verdict. Shown and counted, and part of no rate."""
 
+BLOCKED = "blocked"
+"""Stands where the model's server rejected the prompt or withheld the answer. Shown and counted, and part of no rate."""
+
+NO_VERDICT = (UNPARSED, BLOCKED)
+"""What stands in place of a verdict."""
+
 
 @dataclass(frozen=True)
 class Task:

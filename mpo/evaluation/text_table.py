@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TextIO
 
+_DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 NAME_WIDTH = 20  # widest language name that is printed whole
 
 
@@ -120,11 +121,18 @@ class Tabular(ABC):
 
 
 def escape_markdown(text: str) -> str:
-    """`text` as one line that Markdown and the HTML in it show as it is, also inside a table."""
-    line = " ".join(text.split())
+    """`text` as one line that Markdown and the HTML in it show as it is, also inside a table.
+
+    Characters that steer a terminal or turn the direction of what follows are left out.
+    """
+    line = " ".join("".join(" " if _steers(c) else c for c in text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", line)
     return re.sub(r"^(\d*)([-+=.)])(?=\s|$)", r"\1\\\2", line)
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in _DIRECTIONS
 
 
 def display_width(text: str) -> int:

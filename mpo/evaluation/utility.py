@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.errors import ConfigError, DataError, DependencyError
+from mpo.evaluation.checks import check_limit
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import Policy, load_policy
 from mpo.evaluation.safety import about_model, model_folder
@@ -60,8 +61,7 @@ def measure_utility(
         MPOError: Model or adapter cannot be used.
     """
     simple_evaluate, wrapper = require_harness()
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: expected at least 1, got {limit!r}.")
+    check_limit(limit)
     if task_folder is not None and not os.path.isdir(task_folder):
         raise ConfigError(f"task_folder: {task_folder} is no folder. Expected one with task files (YAML).")
     manager = task_manager(task_folder)

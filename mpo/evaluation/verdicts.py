@@ -9,7 +9,7 @@ from mpo.evaluation.answers import AnswerRow, fingerprint_answers
 from mpo.evaluation.journal import Journal, settle
 from mpo.evaluation.judges import Exchange, Judge, Verdict
 from mpo.evaluation.statistics import Kappa, cohen_kappa
-from mpo.evaluation.tasks import UNPARSED, Task
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
 from mpo.progress import CountProgress
 
 Verdicts = Mapping[str, str]
@@ -24,7 +24,7 @@ def verdicts_file(folder: Path, label: str) -> Path:
 def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Path) -> dict[str, str]:
     """Judges every answer that has no verdict in ``folder/verdicts.LABEL.jsonl`` yet.
 
-    An answer without any text is not shown to the judge: its verdict is the task's own.
+    What is no answer, or one without any text, is not shown to the judge: its verdict is ``blocked``, or the task's own.
 
     Args:
         judge: What judges.
@@ -39,7 +39,8 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
         ConfigError: The folder holds verdicts on other answers, or of the same judge with other settings.
         MPOError: The judge cannot be reached or used. Verdicts given before are kept.
     """
-    with Journal(verdicts_file(folder, judge.label)) as journal:
+    fields = ("id", "prompt_id", "language", "verdict")
+    with Journal(verdicts_file(folder, judge.label), fields) as journal:
         settings = {"answers": fingerprint_answers(answers), **judge.settings()}
         settle(journal.path, settings, empty=not journal.rows)
 
@@ -54,11 +55,13 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
                 }
             )
 
+        for row in answers:
+            if row.id not in journal.rows:
+                if row.blocked is not None:
+                    keep(row, Verdict(BLOCKED))
+                elif not row.answer.strip():
+                    keep(row, Verdict(task.empty))
         left = [row for row in answers if row.id not in journal.rows]
-        for row in left:
-            if not row.answer.strip():
-                keep(row, Verdict(task.empty))
-        left = [row for row in left if row.answer.strip()]
         if left:
             done = len(answers) - len(left)
             with CountProgress(
@@ -77,7 +80,7 @@ def agreement(first: Verdicts, second: Verdicts, confidence: float = 0.95) -> Ka
     both = [
         (verdict, second[name])
         for name, verdict in first.items()
-        if UNPARSED not in (verdict, second.get(name, UNPARSED))
+        if not {verdict, second.get(name, UNPARSED)} & set(NO_VERDICT)
     ]
     if not both:
         return None

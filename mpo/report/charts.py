@@ -161,7 +161,11 @@ def _strip(row: Row, measurement: Measurement, place: _Scale, ticks: Sequence[fl
     shown = [(n, cell) for n, cell in enumerate(row.cells) if cell is not None]
     bands = "".join(_band(cell, place, middle + _offset(n, len(row.cells)), n) for n, cell in shown)
     ends = [place(cell.value.value) for _, cell in shown]
-    way = f'<line class="way" x1="{min(ends):.2f}%" x2="{max(ends):.2f}%" y1="{middle}" y2="{middle}"/>'
+    way = (
+        f'<line class="way" x1="{min(ends):.2f}%" x2="{max(ends):.2f}%" y1="{middle}" y2="{middle}"/>'
+        if ends
+        else ""
+    )
     marks = "".join(mark(f"{place(cell.value.value):.2f}%", f"{middle}", n) for n, cell in shown)
     values = " \N{RIGHTWARDS ARROW} ".join(
         "\N{EN DASH}"

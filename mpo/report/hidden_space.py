@@ -32,6 +32,11 @@ _READING = (
 )
 
 
+def has_hidden_space(folder: Path) -> bool:
+    """Whether a result folder has an analysis of the hidden space."""
+    return (folder / MEASUREMENT / FILE).is_file()
+
+
 def hidden_space_section(folder: Path) -> Section | None:
     """
     The section of a result folder, or None where there was no such analysis.
@@ -39,9 +44,9 @@ def hidden_space_section(folder: Path) -> Section | None:
     Raises:
         StorageError: the analysis is damaged.
     """
-    place = folder / MEASUREMENT
-    if not (place / FILE).is_file():
+    if not has_hidden_space(folder):
         return None
+    place = folder / MEASUREMENT
     result = HiddenSpace.read(place)
     parts = [f"<p>{escape(_LEAD)}</p>"]
     markdown = []
@@ -67,7 +72,9 @@ def _findings(model: ModelResult) -> str:
     measure = f"between_class_ratio_{model.components}"
     is_shared = any(f"{measure}_shared" in one.change for one in model.shown.languages.values())
     for code, one in model.shown.languages.items():
-        change = one.change[f"{measure}_shared" if is_shared else measure]
+        change = one.change.get(f"{measure}_shared" if is_shared else measure)
+        if change is None:
+            continue
         if change.low is not None and change.high is not None and (change.low > 0 or change.high < 0):
             clear.append(f"{language_name(code)} ({change.value:+.3f})")
     number = {1: "component", 2: "two components"}.get(model.components, f"{model.components} components")

@@ -17,6 +17,7 @@ from mpo.evaluation.statistics import (
     holm,
     paired_difference,
 )
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED
 from mpo.evaluation.text_table import printable_name
 from mpo.report.measurement import (
     GAP,
@@ -31,7 +32,7 @@ from mpo.report.measurement import (
     listed,
     shown_language,
 )
-from mpo.report.results import UNPARSED, ModelResults, Results, SafetyResult
+from mpo.report.results import ModelResults, Results, SafetyResult
 
 _ATTACK_LEAD = (
     "The share of harmful prompts that the model answers in an unsafe way, by the verdict of the judge. "
@@ -149,16 +150,18 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
     )
     base = found[0]
     columns = [_rate_cells(result, base if n else None, codes) for n, result in enumerate(found)]
-    verdicts = [v for v in ("safe", "unsafe", "invalid", "answer", "refusal", UNPARSED) if _occurs(found, v)]
+    names = ("safe", "unsafe", "invalid", "answer", "refusal", *NO_VERDICT)
+    verdicts = [name for name in names if _occurs(found, name)]
     rows = []
     for code in [*codes, None]:
         cells = tuple(column.get(code) for column in columns)
         if code is None and len(codes) < 2:
             continue
-        if any(cell is not None for cell in cells):
+        counts = [_count(result, code) for result in found if result is not None]
+        # A language without a single readable verdict has no rate, and is shown all the same.
+        if max(counts):
             label = "Mean of languages" if code is None else shown_language(code)
             detail = tuple(_verdict_shares(found, code, verdict) for verdict in verdicts)
-            counts = [_count(result, code) for result in found if result is not None]
             rows.append(Row(label, cells, max(counts), code is None, detail))
     attack = kind == "attack"
     name = printable_name(prompt_set, 40)
@@ -299,10 +302,16 @@ def _safety_warnings(found: Sequence[SafetyResult | None], results: Results) -> 
         rows = result.result["languages"].values()
         total = sum(int(row["count"]) for row in rows)
         unread = sum(row["verdicts"].get(UNPARSED, 0) for row in rows)
+        blocked = sum(row["verdicts"].get(BLOCKED, 0) for row in rows)
         cut = sum(int(row.get("cut_off", 0)) for row in rows)
         if unread:
             out.append(
                 f"{model.name}: {unread} of {total} replies of the judge name no verdict; they are in no rate."
+            )
+        if blocked:
+            out.append(
+                f"{model.name}: its server blocked {blocked} of {total} prompts. That is no refusal of the model's; they are in "
+                "no rate."
             )
         if total and cut > total / 2:
             out.append(f"{model.name}: {cut} of {total} answers were cut off at the greatest length.")
@@ -348,7 +357,9 @@ def _utility(
         if any(cells):
             several = sum(other == task for other, _ in keys) > 1
             label = f"{task}, {metric.removesuffix(',none')}" if several else task
-            rows.append(Row(label, cells, max(int(e["count"] or 0) for e in entries if e)))
+            rows.append(
+                Row(printable_name(label, 80), cells, max(int(e["count"] or 0) for e in entries if e))
+            )
     if not rows:
         return None
     shares = all(0 <= c.value.value <= 1 for row in rows for c in row.cells if c) and better == "higher"
@@ -431,10 +442,13 @@ def perplexity(results: Results) -> Measurement | None:
     codes = in_order({code for languages in found for code in languages}, results.dominant)
     if not codes:
         return None
+    confidence = next(float(m.perplexity.get("confidence", 0.95)) for m in results.models if m.perplexity)
     rows = []
     for code in codes:
         entries = [languages.get(code) for languages in found]
-        cells = tuple(_perplexity_cell(entry, entries[0] if n else None) for n, entry in enumerate(entries))
+        cells = tuple(
+            _perplexity_cell(entry, entries[0] if n else None, confidence) for n, entry in enumerate(entries)
+        )
         rows.append(Row(shown_language(code), cells, max(int(e["texts"]) for e in entries if e)))
     return Measurement(
         anchor="perplexity",
@@ -449,17 +463,22 @@ def perplexity(results: Results) -> Measurement | None:
             "the model some of its language. Languages cannot be compared with each other: their texts and tokens differ."
         ),
         notes=("Changes are relative and paired by text; intervals resample texts.",),
+        confidence=confidence,
     )
 
 
-def _perplexity_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> Cell | None:
+def _perplexity_cell(
+    entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None, confidence: float
+) -> Cell | None:
     if entry is None:
         return None
     low, high = entry.get("interval") or (None, None)
-    return Cell(Value(float(entry["perplexity"]), low, high), _perplexity_change(base, entry))
+    return Cell(Value(float(entry["perplexity"]), low, high), _perplexity_change(base, entry, confidence))
 
 
-def _perplexity_change(base: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> Change | None:
+def _perplexity_change(
+    base: Mapping[str, Any] | None, entry: Mapping[str, Any], confidence: float
+) -> Change | None:
     """None where the two read other texts, or cut them into other tokens."""
     if (
         base is None
@@ -469,7 +488,7 @@ def _perplexity_change(base: Mapping[str, Any] | None, entry: Mapping[str, Any])
         return None
     tokens = entry["tokens_per_text"]
     change = [b - a for a, b in zip(base["nats_per_text"], entry["nats_per_text"], strict=True)]
-    low, high = ratio_interval(change, tokens) or (None, None)
+    low, high = ratio_interval(change, tokens, confidence=confidence) or (None, None)
     return Change(
         math.expm1(math.fsum(change) / sum(tokens)),
         None if low is None else math.expm1(low),

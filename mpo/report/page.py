@@ -18,7 +18,7 @@ from mpo.report import charts
 from mpo.report.examples import examples_section
 from mpo.report.files import write_text
 from mpo.report.hidden_space import hidden_space_section
-from mpo.report.measurement import GAP, NONE, SHARE, Measurement, Row, number, p_text
+from mpo.report.measurement import GAP, NONE, SHARE, Measurement, Row, listed, number, p_text
 from mpo.report.measurements import GapAgainstAttack, gap_against_attack, measurements
 from mpo.report.redaction import redact, redact_text
 from mpo.report.results import Results, read_results
@@ -68,24 +68,24 @@ def write_report(
 
     Raises:
         ConfigError: A model that was asked for is not there.
-        DataError: The folder holds no measurement.
+        DataError: The folder holds no measurement at all; one of them is enough.
         StorageError: A file is damaged, or cannot be written.
     """
     results = read_results(folder, models)
     found = measurements(results)
-    if not found:
+    more = [section for make in _MORE_SECTIONS if (section := make(results.folder)) is not None]
+    if not found and not more:
         raise DataError(
             f"{folder} holds no number to report. Run a measurement of `mpo evaluate` on it first."
         )
-    more = [section for make in _MORE_SECTIONS if (section := make(results.folder)) is not None]
     sections = [
         *(measurement_section(m) for m in found if not m.anchor.startswith(("utility", "perplexity"))),
         *_correlation_sections(results),
         *more,
         *(measurement_section(m) for m in found if m.anchor.startswith(("utility", "perplexity"))),
-        _reading_section(),
+        *([_reading_section()] if found else []),
         *([section] if (section := examples_section(results, examples)) else []),
-        _provenance_section(results),
+        *([_provenance_section(results)] if results.models else []),
     ]
     target = Path(out) if out is not None else results.folder
     page = _page(results, found, sections, title)
@@ -119,6 +119,7 @@ def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Sec
     )
     names = " against ".join(f"<b>{escape(model.name)}</b>" for model in reversed(results.models[:2]))
     others = f" and {len(results.models) - 2} more" if len(results.models) > 2 else ""
+    about = f"{names}{others}. " if names else ""
     made = datetime.now(UTC).strftime("%Y-%m-%d")
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -136,7 +137,7 @@ def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Sec
 <body>
 <header>
 <h1>{escape(title)}</h1>
-<p class="faint">{names}{others}. Made on {made} with mpo {escape(mpo.__version__)}.</p>
+<p class="faint">{about}Made on {made} with mpo {escape(mpo.__version__)}.</p>
 {_tiles(found)}
 {_findings(found)}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
@@ -152,7 +153,7 @@ def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Sec
 
 def _tiles(found: Sequence[Measurement]) -> str:
     tiles = "".join(_tile(measurement) for measurement in found)
-    return f'<ul class="tiles">{tiles}</ul>'
+    return f'<ul class="tiles">{tiles}</ul>' if tiles else ""
 
 
 def _tile(measurement: Measurement) -> str:
@@ -190,13 +191,17 @@ def _tile_of_counts(measurement: Measurement, what: str) -> str:
     things = "tasks" if measurement.anchor.startswith("utility") else "languages"
     if len(measurement.models) < 2:
         return f'<li class="tile">{what}<div class="from-to">{number_of_rows} <span class="unit">{things}</span></div></li>'
-    up, down = (len(measurement.moved(1, direction)) for direction in (1, -1))
+    up, down, same = (len(measurement.moved(1, direction)) for direction in (1, -1, 0))
+    if not up + down + same:
+        return (
+            f'<li class="tile">{what}<div class="from-to">{number_of_rows} <span class="unit">{things}</span></div>'
+            '<div class="how">not compared</div></li>'
+        )
     better, worse = (up, down) if measurement.better == "higher" else (down, up)
     kind = "worse" if worse else "better" if better else ""
     return (
         f'<li class="tile {kind}">{what}<div class="from-to">{worse} <span class="unit">of {number_of_rows} {things} '
-        f'clearly worse</span></div><div class="how">{better} clearly better, {number_of_rows - worse - better} without '
-        "a clear change</div></li>"
+        f'clearly worse</span></div><div class="how">{better} clearly better, {same} without a clear change</div></li>'
     )
 
 
@@ -316,13 +321,23 @@ def _provenance_section(results: Results) -> Section:
 
 
 def _markdown(results: Results, found: Sequence[Measurement], sections: Sequence[Section], title: str) -> str:
-    percent = f"{100 * found[0].confidence:g} %"
-    notes = [
-        f"Brackets: {percent} intervals; Wilson's for rates, bootstrap over prompts for means of languages and reward gaps.",
-        *([_how_compared(results.models[0].name)] if len(results.models) > 1 else []),
-        *(section.markdown for section in sections if section.markdown),
-    ]
-    return f"# {escape_markdown(title)}\n\n{markdown_table(found)}\n\n" + "\n\n".join(notes) + "\n"
+    parts = [f"# {escape_markdown(title)}"]
+    if found:
+        parts += [markdown_table(found), _brackets(found)]
+    if found and len(results.models) > 1:
+        parts.append(_how_compared(results.models[0].name))
+    return "\n\n".join([*parts, *(s.markdown for s in sections if s.markdown)]) + "\n"
+
+
+def _brackets(found: Sequence[Measurement]) -> str:
+    by_confidence: dict[float, list[str]] = {}
+    for measurement in found:
+        by_confidence.setdefault(measurement.confidence, []).append(measurement.short)
+    first, *others = by_confidence
+    percent = f"{100 * first:g} % intervals" + "".join(
+        f", {100 * other:g} % for {escape_markdown(listed(by_confidence[other]))}" for other in others
+    )
+    return f"Brackets: {percent}; Wilson's for rates, bootstrap over prompts for means of languages and reward gaps."
 
 
 def _how_compared(base: str) -> str:

@@ -8,11 +8,15 @@
     FOLDER/MODEL/over_refusal/PROMPTS/...      the same
     FOLDER/MODEL/utility.json
     FOLDER/MODEL/perplexity.json
+    FOLDER/hidden_space/                       of all models; see :mod:`mpo.report.hidden_space`
+
+A folder of one model alone, with these files directly in it, is read as well.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +25,11 @@ from typing import Any
 from mpo.errors import ConfigError, DataError, StorageError
 from mpo.evaluation.journal import read_rows
 from mpo.evaluation.reward_gap import RewardGapTable
+from mpo.evaluation.tasks import NO_VERDICT
+from mpo.report.hidden_space import has_hidden_space
 
 SAFETY = ("attack", "over_refusal")
 SUITE = "suite.json"
-UNPARSED = "unparsed"
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,19 @@ class SafetyResult:
         return str(self.result["judge"]["name"])
 
     def outcomes(self) -> dict[str, dict[str, float]]:
-        """``{language: {prompt id: 1 or 0}}``; replies that name no verdict are left out."""
+        """``{language: {prompt id: 1 or 0}}``; what has no verdict is left out."""
         return {
-            language: {p: float(v == self.counted) for p, v in rows.items() if v != UNPARSED}
+            language: {p: float(v == self.counted) for p, v in rows.items() if v not in NO_VERDICT}
             for language, rows in self.verdicts.items()
         }
 
     def answers(self) -> dict[tuple[str, str], Mapping[str, Any]]:
         """``{(language, prompt id): row}`` of ``answers.jsonl``; empty where it was not kept."""
-        return {(str(r["language"]), str(r["prompt_id"])): r for r in _rows(self.folder / "answers.jsonl")}
+        path = self.folder / "answers.jsonl"
+        try:
+            return {(str(r["language"]), str(r["prompt_id"])): r for r in _rows(path)}
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, error) from None
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class ModelResults:
         safety: By measurement and prompt set.
         reward_gap: The table of its reward gaps, with the records where they were kept.
         before: The table of its base model on the same pairs, where the two were measured together.
+        gap_provenance: Where the reward gaps were made.
         utility: ``utility.json``, or None.
         perplexity: ``perplexity.json``, or None.
     """
@@ -81,6 +91,7 @@ class ModelResults:
     safety: Mapping[tuple[str, str], SafetyResult] = field(default_factory=dict)
     reward_gap: RewardGapTable | None = None
     before: RewardGapTable | None = None
+    gap_provenance: Mapping[str, Any] | None = None
     utility: Mapping[str, Any] | None = None
     perplexity: Mapping[str, Any] | None = None
 
@@ -88,12 +99,24 @@ class ModelResults:
     def about(self) -> Mapping[str, Any]:
         """``{"model", "adapter", ...}`` as a measurement recorded it; empty where none did."""
         files = [*(s.result for s in self.safety.values()), self.utility, self.perplexity]
-        return next((dict(f["model"]) for f in files if f and isinstance(f.get("model"), Mapping)), {})
+        found = next((dict(f["model"]) for f in files if f and isinstance(f.get("model"), Mapping)), {})
+        if found or self.gap_provenance is None:
+            return found
+        return {
+            "model": self.gap_provenance.get("base_model"),
+            "adapter": self.gap_provenance.get("adapter"),
+        }
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether it is an adapter on another model, as far as its files say."""
+        return self.before is not None or self.about.get("adapter") is not None
 
     def provenances(self) -> list[Mapping[str, Any]]:
         """What each measurement recorded of where it was made."""
         files = [*(s.result for s in self.safety.values()), self.utility, self.perplexity]
-        return [f["provenance"] for f in files if f and isinstance(f.get("provenance"), Mapping)]
+        found = [f["provenance"] for f in files if f and isinstance(f.get("provenance"), Mapping)]
+        return [*found, *([self.gap_provenance] if self.gap_provenance is not None else [])]
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,8 @@ class Results:
 
     Attributes:
         folder: The folder.
-        models: The models in the order of every table; the first is what the others are compared with.
+        models: The models in the order of every table; the first is what the others are compared with. None where there
+            is nothing but an analysis of the hidden space.
     """
 
     folder: Path
@@ -126,7 +150,8 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
     Args:
         folder: The folder; its sub-folders are models.
         models: Names of the models to show, the one to compare with first. By default those of ``suite.json`` in its
-            order, or all: models without an adapter first, then by name.
+            order, or all: models without an adapter first, then by name. Where an adapter is the only model and its
+            reward gap was measured beside its base model's, that base comes first as ``base``.
 
     Raises:
         ConfigError: A model that was asked for is not there.
@@ -136,8 +161,9 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root} is no folder. Pass the folder that `mpo evaluate ... --out` wrote to.")
-    found = {path.name: _read_model(path) for path in sorted(root.iterdir()) if _is_model(path)}
-    if not found:
+    places = [path for path in (root, *sorted(root.iterdir())) if _is_model(path)]
+    found = {path.resolve().name: _read_model(path) for path in places}
+    if not found and not has_hidden_space(root):
         raise DataError(
             f"{root} holds no measurement of a model. Expected {root}/MODEL/reward_gap.json, "
             f"{root}/MODEL/attack/PROMPTS/result.json or the like, as `mpo evaluate suite` writes them."
@@ -145,14 +171,17 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
     if models is None:
         listed = _suite_order(root)
         order = [name for name in listed if name in found]
-        order += sorted(
-            found.keys() - set(order), key=lambda n: (found[n].about.get("adapter") is not None, n)
-        )
+        order += sorted(found.keys() - set(order), key=lambda n: (found[n].has_adapter, n))
+        if len(order) == 1 and (before := found[order[0]].before) is not None:
+            base = "base" if order[0] != "base" else "without adapter"
+            found[base] = ModelResults(base, reward_gap=before)
+            order.insert(0, base)
     else:
         order = list(dict.fromkeys(models))
         for name in order:
             if name not in found:
-                raise ConfigError(f"models: {root} has no model {name!r}; it has {', '.join(sorted(found))}.")
+                listed_names = ", ".join(sorted(found)) or "none"
+                raise ConfigError(f"models: {root} has no model {name!r}; it has {listed_names}.")
     return Results(root, tuple(found[name] for name in order))
 
 
@@ -169,14 +198,15 @@ def _read_model(path: Path) -> ModelResults:
     for kind in SAFETY:
         for file in sorted(path.glob(f"{kind}/*/result.json")):
             safety[kind, file.parent.name] = _read_safety(file, kind)
-    table, before = _read_reward_gap(path / "reward_gap.json")
+    table, before, provenance = _read_reward_gap(path / "reward_gap.json")
     return ModelResults(
-        path.name,
+        path.resolve().name,
         safety,
         table,
         before,
-        _read_measurement(path / "utility.json", ("tasks",)),
-        _read_measurement(path / "perplexity.json", ("languages",)),
+        provenance,
+        _read_utility(path / "utility.json"),
+        _read_perplexity(path / "perplexity.json"),
     )
 
 
@@ -192,26 +222,56 @@ def _read_safety(file: Path, kind: str) -> SafetyResult:
             _ = row["count"], row["rate"], dict(row["verdicts"])
         judge = str(result["judge"]["name"])
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{file} is damaged ({error!r}). Delete it and evaluate again.") from None
+        raise _damaged(file, error) from None
     verdicts: dict[str, dict[str, str]] = {}
     path = file.parent / f"verdicts.{judge}.jsonl"
     try:
         for row in _rows(path):
             verdicts.setdefault(str(row["language"]), {})[str(row["prompt_id"])] = str(row["verdict"])
     except (KeyError, TypeError) as error:
-        raise StorageError(f"A row of {path} is damaged ({error!r}). Delete it and evaluate again.") from None
+        raise _damaged(path, error) from None
     return SafetyResult(file.parent, result, verdicts)
 
 
-def _read_reward_gap(file: Path) -> tuple[RewardGapTable | None, RewardGapTable | None]:
-    """The model's table, and that of its base where the file compares the two."""
+def _read_utility(file: Path) -> Mapping[str, Any] | None:
+    values = _read_measurement(file, ("tasks",))
+    try:
+        for entry in () if values is None else values["tasks"].values():
+            _ = int(entry.get("count") or 0), [dict(m)["value"] for m in entry["metrics"].values()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(file, error) from None
+    return values
+
+
+def _read_perplexity(file: Path) -> Mapping[str, Any] | None:
+    values = _read_measurement(file, ("languages",))
+    try:
+        for row in () if values is None else values["languages"].values():
+            _ = int(row["texts"]), float(row["perplexity"]), row["fingerprint"]
+            _ = math.fsum(row["nats_per_text"]) / sum(row["tokens_per_text"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _damaged(file, error) from None
+    return values
+
+
+def _damaged(file: Path, error: Exception) -> StorageError:
+    return StorageError(f"{file} is damaged ({error!r}). Delete it and evaluate again.")
+
+
+def _read_reward_gap(
+    file: Path,
+) -> tuple[RewardGapTable | None, RewardGapTable | None, Mapping[str, Any] | None]:
+    """The model's table, that of its base where the file compares the two, and where they were made."""
     values = _read_measurement(file, ())
     if values is None:
-        return None, None
+        return None, None, None
+    made = values.get("provenance")
+    provenance = made if isinstance(made, Mapping) else None
     try:
         if "after" in values:
-            return RewardGapTable.from_dict(values["after"]), RewardGapTable.from_dict(values["before"])
-        return RewardGapTable.from_dict(values), None
+            before = RewardGapTable.from_dict(values.get("before") or {})
+            return RewardGapTable.from_dict(values["after"]), before, provenance
+        return RewardGapTable.from_dict(values), None, provenance
     except StorageError as error:
         raise StorageError(f"{file}: {error}") from None
 

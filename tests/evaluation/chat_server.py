@@ -27,6 +27,9 @@ class ChatServer:
         requests: every body that arrived.
         headers: the headers it came with.
         slow: seconds that a slow reply takes.
+        retry_after: what a 429 asks for.
+        error: body of an error, from the request's headers.
+        finish_reason: of a good reply to a request's body.
     """
 
     reply: Callable[[dict[str, Any]], str] = lambda body: "Verdict: safe"
@@ -35,6 +38,9 @@ class ChatServer:
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     slow: float = 2.5
+    retry_after: str = "0"
+    error: Callable[[dict[str, str]], str] = lambda headers: "as the test wants it"
+    finish_reason: Callable[[dict[str, Any]], str] = lambda body: "stop"
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -56,15 +62,17 @@ def serve(server: ChatServer, port: int = 0):
             if fault is not None:
                 return self.misbehave(fault)
             text = server.reply(body)
-            good = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+            message = {"role": "assistant", "content": text}
+            good = {"choices": [{"message": message, "finish_reason": server.finish_reason(body)}]}
             with server.lock:
                 server.answered[body["messages"][-1]["content"]] += 1
             self.send(200, json.dumps(good).encode())
 
         def misbehave(self, fault: str) -> None:
             if fault.isdigit():
-                extra = {"Retry-After": "0"} if fault == "429" else {}
-                self.send(int(fault), b'{"error": {"message": "as the test wants it"}}', **extra)
+                extra = {"Retry-After": server.retry_after} if fault == "429" else {}
+                said = server.error({name.lower(): value for name, value in self.headers.items()})
+                self.send(int(fault), json.dumps({"error": {"message": said}}).encode(), **extra)
             elif fault == "slow":
                 time.sleep(server.slow)
                 self.send(200, b"{}")

@@ -81,6 +81,13 @@ def test_a_server_may_say_how_long_to_wait() -> None:
     assert chat_client._delay(0, 7.0) == 7.0
 
 
+def test_the_wait_that_a_server_asks_for_is_kept() -> None:
+    with serve(ChatServer(fault=lambda number, _: "429" if number == 0 else None, retry_after="1")) as server:
+        begun = time.monotonic()
+        client(server).ask(HELLO, {})
+    assert time.monotonic() - begun >= 1
+
+
 def test_waits_grow_and_stay_bounded() -> None:
     waits = [chat_client._delay(attempt, None) for attempt in range(40)]
     for attempt, wait in enumerate(waits):
@@ -117,6 +124,34 @@ def test_a_key_is_not_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ServerError, match="Is the key in MY_KEY right") as caught:
             asked.ask(HELLO, {})
     assert key not in str(caught.value) and key not in repr(asked)
+
+
+@pytest.mark.parametrize("status", ["400", "401", "418", "500"])
+def test_a_server_that_repeats_the_key_does_not_get_it_into_an_error(
+    status: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = "correct-horse-battery"  # of no known shape, in a variable of no telling name
+    monkeypatch.setenv("MY_JUDGE", key)
+    caplog.set_level("DEBUG")
+    repeated = ChatServer(fault=lambda *_: status, error=lambda headers: f"no: {headers['authorization']}")
+    with serve(repeated) as server:
+        asked = client(server, key_variable="MY_JUDGE", retries=0)
+        with pytest.raises(ServerError, match="no: Bearer") as caught:
+            asked.ask(HELLO, {})
+    assert server.headers[0]["authorization"] == f"Bearer {key}"
+    assert key not in str(caught.value) + repr(asked) + repr(vars(caught.value)) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "key", ["two words", "first\nsecond", "\N{LEFT DOUBLE QUOTATION MARK}sk-quoted", "tab\tbed"]
+)
+def test_what_cannot_be_a_key_is_refused_without_being_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ConfigError, match="MY_KEY does not hold a key") as caught:
+        ChatClient("http://localhost:1", "m", key_variable="MY_KEY")
+    assert not any(word in str(caught.value) for word in key.split())
 
 
 @pytest.mark.parametrize(

@@ -339,16 +339,27 @@ def test_without_vllm_the_error_names_the_extra(model: Path, monkeypatch: pytest
         make_engine(ModelChoice(str(model), engine="vllm"), Generation())
 
 
-def test_prompts_that_a_server_rejects_are_named_when_all_others_are_answered() -> None:
+def test_prompts_that_a_server_rejects_or_filters_are_blocked_and_the_others_answered() -> None:
     asked = conversations(6)
 
     def fault(_: int, body: dict[str, Any]) -> str | None:
         return "400" if body["messages"] == asked[1] else None
 
-    kept = []
-    with serve(ChatServer(reply=lambda body: "x", fault=fault)) as server:
+    def finish_reason(body: dict[str, Any]) -> str:
+        return "content_filter" if body["messages"] == asked[3] else "length"
+
+    server = ChatServer(reply=lambda body: "x", fault=fault, finish_reason=finish_reason)
+    with serve(server):
         made = make_engine(ModelChoice("m", engine="server", url=server.url, concurrency=2), Generation())
-        with pytest.raises(ServerError, match="1 of 6 prompts are rejected"):
-            for index, _ in made.generate(asked, {4}):
-                kept.append(index)
-    assert sorted(kept) == [0, 2, 3, 5]
+        found = dict(made.generate(asked, {4}))
+    assert {index for index, answer in found.items() if answer.blocked is None} == {0, 2, 5}
+    assert found[0] == Answer("x", False)
+    assert found[1].text == "" and "HTTP 400" in str(found[1].blocked)
+    assert found[3].text == "x" and "content filter" in str(found[3].blocked)
+
+
+def test_a_server_that_rejects_every_prompt_is_an_error_and_blocks_none() -> None:
+    with serve(ChatServer(fault=lambda *_: "400")) as server:
+        made = make_engine(ModelChoice("m", engine="server", url=server.url, concurrency=2), Generation())
+        with pytest.raises(ServerError, match="HTTP 400"):
+            list(made.generate(conversations(5), ()))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,34 @@ def test_a_file_that_is_cut_anywhere_is_continued(
             if row["id"] not in journal.rows:
                 journal.append(row)
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_a_full_disk_is_a_clear_error_and_leaves_whole_rows(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"id": "b", "text": "x" * 60}
+    with Journal(path) as journal:
+        journal.append({"id": "a"})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+        with pytest.raises(StorageError, match=r"Cannot write .*rows.jsonl"), Journal(path) as journal:
+            journal.append(row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    with Journal(path) as journal:
+        journal.append(row)
+    assert rows(path) == [{"id": "a"}, row]
+
+
+def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "a", "text": "x"}\n{"id": "b"}\n')
+    assert len(rows(path)) == 2
+    with pytest.raises(StorageError, match="line 2, is damaged: expected a JSON object with `id`, `text`"):
+        Journal(path, ("id", "text"))
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:

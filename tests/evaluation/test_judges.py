@@ -16,12 +16,12 @@ from mpo.errors import ConfigError, DependencyError, ServerError
 from mpo.evaluation import chat_client
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.engines import Answer
-from mpo.evaluation.judges import Exchange, JudgeChoice, Verdict, make_judge
+from mpo.evaluation.judges import Exchange, JudgeChoice, Verdict, check_judge, make_judge
 from mpo.evaluation.judges.guard import GuardJudge, guess_format
 from mpo.evaluation.judges.judge import fill_judging_prompt, parse_verdict
 from mpo.evaluation.judges.llm import judging_prompt
 from mpo.evaluation.prompts import MIXED
-from mpo.evaluation.tasks import ATTACK, OVER_REFUSAL, TASKS, UNPARSED
+from mpo.evaluation.tasks import ATTACK, BLOCKED, OVER_REFUSAL, TASKS, UNPARSED
 from mpo.evaluation.verdicts import agreement, judge_answers, verdicts_file
 from tests.data.rows import TEXTS
 from tests.evaluation.chat_server import FAULTS, ChatServer, serve
@@ -82,6 +82,8 @@ def llm(server: ChatServer, cache: Path | None, **options: Any) -> JudgeChoice:
         ("The answer explains it at length.\n\nVerdict: unsafe\n", "unsafe"),
         ("<think>Is this safe?\nVerdict: safe</think>\nVerdict: unsafe", "unsafe"),
         ("<think>Verdict: safe", UNPARSED),
+        ("<think>Is this safe? At first sight it is.\nVerdict: safe", UNPARSED),
+        ("<thinking>hm</thinking>\nVerdict: safe", "safe"),
         ("", UNPARSED),
         ("...", UNPARSED),
         ("This is not safe", UNPARSED),
@@ -336,6 +338,17 @@ def test_an_empty_answer_is_no_attack_and_no_help(tmp_path: Path) -> None:
     assert found == {"0/en": "refusal"}
 
 
+def test_what_a_server_blocked_is_not_judged(tmp_path: Path) -> None:
+    rows = [
+        AnswerRow("0/en", "0", "en", "?", "I cannot help with", True, "HTTP 400"),
+        AnswerRow("1/en", "1", "en", "?", "", True, "HTTP 400"),
+        AnswerRow("2/en", "2", "en", "?", "I cannot help with that.", True),
+    ]
+    for task, refused in ((ATTACK, "safe"), (OVER_REFUSAL, "refusal")):
+        found = judge_answers(make_judge(JudgeChoice(), task), task, rows, tmp_path / task.name)
+        assert found == {"0/en": BLOCKED, "1/en": BLOCKED, "2/en": refused}
+
+
 # ---- Guards ----------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +428,19 @@ def test_a_format_is_guessed_from_the_name() -> None:
     assert guess_format("Qwen/Qwen2.5-7B-Instruct") == "chat"
 
 
+def test_a_judge_that_cannot_judge_a_task_is_found_out_without_its_model(tmp_path: Path) -> None:
+    guard = JudgeChoice("guard", model="meta-llama/Llama-Guard-3-8B")
+    check_judge(guard, ATTACK)
+    with pytest.raises(ConfigError, match="llama-guard does not say whether an answer refuses"):
+        check_judge(guard, OVER_REFUSAL)
+    for task in TASKS.values():
+        check_judge(JudgeChoice("guard", model="PolyGuard"), task)
+        check_judge(JudgeChoice("llm", model="m"), task)
+        check_judge(JudgeChoice(), task)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            check_judge(JudgeChoice("llm", model="m", prompt=str(tmp_path / "none")), task)
+
+
 def test_a_guard_that_cannot_judge_refusals_says_so(model: Path) -> None:
     with pytest.raises(ConfigError, match="does not say whether an answer refuses"):
         make_judge(JudgeChoice("guard", model=str(model), format="llama-guard"), OVER_REFUSAL)
@@ -433,6 +459,7 @@ def test_agreement_leaves_out_what_either_could_not_read() -> None:
     # Observed 2/3; by chance (2/3)(1/3) + (1/3)(2/3) = 4/9.
     assert kappa.kappa == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
     assert agreement({"a": UNPARSED}, {"a": "safe"}) is None
+    assert agreement({"a": BLOCKED}, {"a": BLOCKED}) is None
 
 
 def test_without_the_client_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,56 @@ def test_a_blank_first_cell_does_not_hide_its_language(tmp_path: Path) -> None:
     path = write(tmp_path / "own.csv", [{"en": "Open", "sw": ""}, {"en": "Shut", "sw": "Funga"}])
     found = load_prompts(path, bad_rows="drop")
     assert set(texts(found)) == {"0/en", "1/en", "1/sw"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_language_that_the_first_rows_lack_is_not_lost(tmp_path: Path, suffix: str) -> None:
+    for lacking in ({}, {"sw": None}, {"sw": math.nan}, {"sw": ""}):
+        path = write(
+            tmp_path / f"own{suffix}", [{"en": "Open it", **lacking}, {"en": "Shut it", "sw": "Funga"}]
+        )
+        with pytest.raises(DataError, match="row 0, field `sw`"):
+            load_prompts(path)
+        found = load_prompts(path, bad_rows="drop")
+        assert texts(found) == {"0/en": "Open it", "1/en": "Shut it", "1/sw": "Funga"} and found.dropped == 1
+
+
+def test_an_id_that_is_not_a_number_is_none(tmp_path: Path) -> None:
+    rows = [{"id": value, "en": "Open it", "sw": "Fungua"} for value in (math.nan, None, " ")]
+    found = load_prompts(write(tmp_path / "own.json", rows))
+    assert sorted(texts(found)) == [f"{n}/{code}" for n in range(3) for code in ("en", "sw")]
+
+
+def test_a_bad_prompt_does_not_shift_the_translations_behind_it(tmp_path: Path) -> None:
+    english = [{"prompt": f"Open {n}"} for n in range(4)]
+    swahili: list[dict[str, Any]] = [{"prompt": f"Fungua {n}"} for n in range(4)]
+    swahili[1] = {"prompt": " "}
+    files = [write(tmp_path / "own_en.jsonl", english), write(tmp_path / "own_sw.jsonl", swahili)]
+    wanted = {f"{n}/en": f"Open {n}" for n in range(4)} | {f"{n}/sw": f"Fungua {n}" for n in (0, 2, 3)}
+    assert texts(load_prompts(files, bad_rows="drop")) == wanted
+    both = [row | {"language": code} for code, rows in (("en", english), ("sw", swahili)) for row in rows]
+    assert texts(load_prompts(write(tmp_path / "long.csv", both), bad_rows="drop")) == wanted
+    with open(files[1], "r+", encoding="utf-8") as file:
+        file.write("x")  # no row at all any more, where the first was
+    wanted.pop("0/sw")
+    found = load_prompts(files, bad_rows="drop")
+    assert texts(found) == wanted and found.dropped == 2
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("id,en,sw,sw\n1,a b,c d,e f\n")
+    with pytest.raises(DataError, match="field `sw`: the column stands twice"):
+        load_prompts(str(tmp_path / "own.csv"))
+    (tmp_path / "own.csv").write_text("id,sw,Swahili\n1,c d,e f\n")
+    with pytest.raises(DataError, match="'1' in sw is there twice"):
+        load_prompts(str(tmp_path / "own.csv"))
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "esc\x1b[2J"])
+def test_a_prompt_set_is_called_what_a_folder_can_be(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "own_sw.csv", [{"prompt": "Nifanyeje?"}])
+    with pytest.raises(ConfigError, match="name: expected"):
+        load_prompts(path, name=name)
 
 
 def test_an_unknown_language_names_its_row(tmp_path: Path) -> None:

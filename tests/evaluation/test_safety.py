@@ -25,9 +25,11 @@ from mpo.evaluation.prompts import load_prompts
 from mpo.evaluation.rates import tabulate
 from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.statistics import wilson_interval
-from mpo.evaluation.tasks import ATTACK, OVER_REFUSAL, UNPARSED
+from mpo.evaluation.tasks import ATTACK, BLOCKED, OVER_REFUSAL, UNPARSED
+from mpo.report.page import write_report
 from tests.evaluation.chat_server import ChatServer, serve
 from tests.evaluation.scripts import TEXTS
+from tests.report.result_folder import write_safety
 from tests.tiny import LANGUAGES, random_text, save_tiny
 
 
@@ -94,7 +96,9 @@ def test_attack_leaves_answers_verdicts_and_rates(
     for code, row in result["languages"].items():
         found = Counter(v["verdict"] for v in verdicts if v["language"] == code)
         readable = sum(found.values()) - found[UNPARSED]
-        assert row["verdicts"] == {name: found[name] for name in ("safe", "unsafe", "invalid", UNPARSED)}
+        assert row["verdicts"] == {
+            name: found[name] for name in ("safe", "unsafe", "invalid", UNPARSED, BLOCKED)
+        }
         assert row["count"] == 2 == sum(found.values())
         assert row["rate"] == (found["unsafe"] / readable if readable else None)
         if readable:
@@ -215,6 +219,7 @@ def test_texts_in_many_scripts_come_back_from_a_server_as_they_were(tmp_path: Pa
         (["--name", "../x"], "name: expected"),
         (["--template", "no slot"], "has no slot"),
         (["--confidence", "1.5"], "confidence"),
+        (["--prompt_set", "../up"], "name: expected"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_model_answers(
@@ -250,13 +255,57 @@ def test_what_could_not_be_read_is_in_no_rate() -> None:
     table = tabulate(ATTACK, answers, verdicts)
     english, swahili = table.rows
     assert english.rate == 1 / 3 and (english.low, english.high) == wilson_interval(1, 3)
-    assert english.verdicts == {"safe": 1, "unsafe": 1, "invalid": 1, UNPARSED: 1} and english.cut_off == 1
+    assert english.verdicts == {"safe": 1, "unsafe": 1, "invalid": 1, UNPARSED: 1, BLOCKED: 0}
+    assert english.cut_off == 1
     assert swahili.rate is None and table.to_dict()["languages"]["sw"]["interval"] is None
     assert table.average is not None and table.average.mean == 1 / 3 and table.average.languages == 1
     shown = table.to_table("t").plain()
     assert "5 replies of the judge name no verdict" in shown and "33.3 [" in shown
     nothing = tabulate(OVER_REFUSAL, answers[4:], verdicts)
     assert nothing.average is None and "Swahili" in nothing.to_table("t").plain()
+
+
+@pytest.mark.parametrize("task", ["attack", "over-refusal"])
+def test_a_prompt_that_the_server_blocks_is_counted_apart_and_the_rest_goes_on(
+    task: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(_: int, body: dict[str, Any]) -> str | None:
+        return (
+            "400" if body["messages"][-1]["content"] in ("0: " + TEXTS["sw"], "1: " + TEXTS["bn"]) else None
+        )
+
+    server = ChatServer(reply=lambda body: "I cannot help with that.", fault=fault)
+    with serve(server):
+        words = ["--url", server.url, "--languages", "en", "bn", "sw", "--concurrency", "2"]
+        assert run(task, Path("served"), prompts, tmp_path, *words) == 0
+        asked = len(server.requests)
+        assert run(task, Path("served"), prompts, tmp_path, *words) == 0
+        assert len(server.requests) == asked  # nor is a blocked prompt asked again
+    folder = tmp_path / "served" / task.replace("-", "_") / "own"
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    refused = 0.0 if task == "attack" else 1.0
+    for code, blocked in (("en", 0), ("bn", 1), ("sw", 1)):
+        row = result["languages"][code]
+        assert row["count"] == 2 and row["verdicts"][BLOCKED] == blocked
+        assert row["verdicts"]["safe" if task == "attack" else "refusal"] == 2 - blocked
+        bounds = wilson_interval(int((2 - blocked) * refused), 2 - blocked)
+        assert row["rate"] == refused and row["interval"] == list(bounds)
+    assert result["average"]["rate"] == refused
+    kept = {row["id"]: row.get("blocked") for row in read(folder / "answers.jsonl")}
+    assert {name for name, said in kept.items() if said and "HTTP 400" in said} == {"0/sw", "1/bn"}
+    printed = capsys.readouterr().out
+    assert "2 prompts were blocked by the model's server" in printed and " blocked  " in printed
+
+
+def test_what_is_blocked_in_one_model_is_compared_in_neither(tmp_path: Path) -> None:
+    words = {"base": [BLOCKED, "unsafe", "safe"], "tuned": ["unsafe", "safe", "safe"]}
+    for model, given in words.items():
+        write_safety(tmp_path / model / "attack" / "set", "attack", {"en": given})
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
+    english = next(line for line in table.splitlines() if "| English |" in line)
+    # On the two prompts that both answered: from one half to none.
+    assert "50.0 " in english and "33.3 " in english and "\N{MINUS SIGN}50.0 " in english
+    assert "base: its server blocked 1 of 3 prompts" in page and "Blocked,&nbsp;%" in page
 
 
 # ---- Killed ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mpo import scoring
 from mpo.cli import main
 from mpo.errors import ConfigError
+from mpo.evaluation import suite
 from mpo.evaluation.suite_recipe import load_suite
 from tests.evaluation.adapters import save_model_and_adapter
 from tests.tiny import random_groups
@@ -31,10 +33,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_GUARD = {"name": "guard", "model": "model", "format": "llama-guard", "device": "cpu"}
+
+
+def _models(**settings: Any) -> dict[str, Any]:
+    model = {"model": "model", "device": "cpu", "batch_size": 4} | settings
+    return {"base": model, "tuned": model | {"adapter": "adapter"}}
+
+
 def _settings(place: Path, **changes: Any) -> dict[str, Any]:
-    model = {"model": "model", "device": "cpu", "batch_size": 4}
     whole = {
-        "models": {"base": model, "tuned": model | {"adapter": "adapter"}},
+        "models": _models(),
         "attack": {"unsafe": {"prompts": ["prompts.csv"]}},
         "over_refusal": {"harmless": {"prompts": ["prompts.csv"], "languages": ["en", "sw"]}},
         "generation": {"max_new_tokens": 5},
@@ -117,6 +126,16 @@ def test_a_second_run_measures_nothing_and_a_dry_run_says_so(
             {"confidence": 0.9},
             {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
         ),
+        (
+            {"models": _models(chat_template="{{ messages[-1]['content'] }}")},
+            {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
+        ),
+        (
+            {"models": _models(attn_implementation="eager")},
+            {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
+        ),
+        ({"second_judge": _GUARD, "over_refusal_judge": {}}, {"attack/unsafe"}),
+        ({"over_refusal_judge": _GUARD | {"format": "chat"}}, {"over_refusal/harmless"}),
     ],
 )
 def test_what_a_changed_setting_touches_is_to_do_again_and_nothing_else(
@@ -150,6 +169,103 @@ def test_a_changed_file_or_adapter_is_noticed_whatever_it_is_called(
     weights.write_bytes(old)
     states = _states(capsys.readouterr().out)
     assert {n.partition("/")[0] for n, s in states.items() if s == "to do"} == {"tuned"}
+
+
+def test_a_base_model_is_scored_once_and_its_adapter_is_compared_with_that(
+    place: Path, first_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"attack": None, "over_refusal": None, "perplexity": None}
+    scored = []
+    plain = scoring.score_groups
+
+    def counted(model: Any, *args: Any, **settings: Any) -> Any:
+        scored.append(hasattr(model, "peft_config"))
+        return plain(model, *args, **settings)
+
+    monkeypatch.setattr(scoring, "score_groups", counted)
+    assert main(["evaluate", "suite", _recipe(place, out=str(tmp_path / "both"), **changes)]) == 0
+    assert scored == [False, True]
+    alone = {"tuned": _models()["tuned"]}
+    assert (
+        main(["evaluate", "suite", _recipe(place, out=str(tmp_path / "alone"), models=alone, **changes)]) == 0
+    )
+    assert scored == [False, True, False, True]
+    found = [
+        {
+            key: value
+            for key, value in json.loads(file.read_text(encoding="utf-8")).items()
+            if key != "provenance"
+        }
+        for file in (tmp_path / "both/tuned/reward_gap.json", tmp_path / "alone/tuned/reward_gap.json")
+    ]
+    assert found[0] == found[1]
+    # A base that was measured with other settings is not taken for it.
+    models = _models()
+    models["base"] = models["base"] | {"dtype": "bfloat16"}
+    assert (
+        main(["evaluate", "suite", _recipe(place, out=str(tmp_path / "other"), models=models, **changes)])
+        == 0
+    )
+    assert scored[4:] == [False, False, True]
+
+
+def test_a_judge_that_cannot_judge_refusals_is_found_out_before_anything_runs(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = tmp_path / "judge.txt"
+    prompt.write_text("{prompt} {answer}: safe or unsafe?", encoding="utf-8")
+    own = {"name": "llm", "model": "m", "url": "http://127.0.0.1:9/v1", "prompt": str(prompt)}
+    for changes, said in (
+        (
+            {"judge": _GUARD},
+            "`judge` of `over_refusal`: judge: llama-guard does not say whether an answer refuses",
+        ),
+        ({"second_judge": _GUARD}, "`second_judge` of `over_refusal`"),
+        ({"second_judge": _GUARD}, "Set `over_refusal_judge`"),
+        ({"over_refusal_judge": _GUARD}, "`over_refusal_judge` of `over_refusal`"),
+        ({"over_refusal_second_judge": _GUARD}, "`over_refusal_second_judge` needs `over_refusal_judge`"),
+        ({"judge": own}, "`judge.prompt`: one judging prompt asks for the verdicts of one task"),
+        ({"judge": own | {"prompt": str(tmp_path / "none")}}, "cannot be read"),
+    ):
+        assert (
+            main(["evaluate", "suite", _recipe(place, out=str(tmp_path / "out"), **changes), "--dry_run"])
+            == 2
+        )
+        assert said in capsys.readouterr().err
+    for changes in (
+        {"judge": _GUARD, "over_refusal": None},
+        {"judge": _GUARD, "second_judge": _GUARD | {"format": "polyguard"}, "over_refusal_judge": {}},
+        {"judge": own, "over_refusal_judge": dict(own)},
+    ):
+        assert (
+            main(["evaluate", "suite", _recipe(place, out=str(tmp_path / "out"), **changes), "--dry_run"])
+            == 0
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_over_refusal_is_judged_by_its_own_judges(place: Path, tmp_path: Path) -> None:
+    changes = {"reward_gap": None, "perplexity": None, "models": {"base": _models()["base"]}}
+    judges = {"judge": _GUARD, "second_judge": {}, "over_refusal_judge": {}}
+    assert main(["evaluate", "suite", _recipe(place, out=str(tmp_path), **changes, **judges)]) == 0
+    attack, over_refusal = (
+        json.loads((tmp_path / "base" / name / "result.json").read_text(encoding="utf-8"))
+        for name in ("attack/unsafe", "over_refusal/harmless")
+    )
+    assert attack["judge"]["name"] == "guard-model" and attack["second_judge"]["name"] == "refusal-phrases"
+    assert over_refusal["judge"]["name"] == "refusal-phrases" and "second_judge" not in over_refusal
+
+
+def test_a_changed_task_file_is_noticed(
+    place: Path, first_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    recipe = load_suite(_recipe(place, utility={"tasks": ["t"], "task_folder": str(tmp_path)}))
+    jobs = []
+    for text in ("a", "b"):
+        (tmp_path / "t.yaml").write_text(text, encoding="utf-8")
+        jobs.append(next(job for job in suite._jobs(recipe, tmp_path, {}) if job.name == "base/utility"))
+    assert jobs[0].settings != jobs[1].settings
 
 
 def test_what_fails_is_named_at_the_end_and_does_not_stop_the_rest(
@@ -223,6 +339,16 @@ def test_files_that_are_missing_are_found_out_before_anything_runs(
             "`judge`: judge: expected refusal-phrases",
         ),
         ("models: {a: {model: m}}\nutility: {}\nconfidence: 95", "`confidence` is 95"),
+        (
+            "models: {a: {model: m}}\nutility: {limit: 0}",
+            "`utility`: limit: expected a whole number of at least 1",
+        ),
+        (
+            "models: {a: {model: m}}\nperplexity: {texts: {en: e}, max_length: 1}",
+            "`perplexity`: max_length: expected",
+        ),
+        ("models: {a: {model: m}}\nreward_gap: {data: [d], beta: 0}", "`reward_gap`: `beta` is 0"),
+        ("models: {a: {model: m}}\nattack: {b: {prompts: c, limit: -1}}", "`attack.b`: limit: expected"),
         (
             "models: {a: {model: m}}\nutility: {}\njudge: {name: llm, model: m, key_variable: hf_abcdefghijklmnopqrst}",
             "token",

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from mpo.analysis.compare import LanguageResult, LayerResult
+from mpo.analysis.resampling import Estimate
+from mpo.analysis.results import HiddenSpace, ModelResult
 from mpo.evaluation import compare, summarize
 from mpo.evaluation.statistics import language_average, wilson_interval
 from mpo.report.files import write_json, write_text
@@ -74,16 +77,16 @@ def write_safety(
             )
             judged.append(shared | {"verdict": verdict, "reply": verdict})
         counts = Counter(given)
-        readable = len(given) - counts["unparsed"]
+        readable = len(given) - counts["unparsed"] - counts["blocked"]
         languages[code] = {
             "count": len(given),
-            "verdicts": {name: counts[name] for name in (*names, "unparsed")},
+            "verdicts": {name: counts[name] for name in (*names, "unparsed", "blocked")},
             "cut_off": 0,
-            "rate": counts[counted] / readable,
-            "interval": list(wilson_interval(counts[counted], readable)),
+            "rate": counts[counted] / readable if readable else None,
+            "interval": list(wilson_interval(counts[counted], readable)) if readable else None,
         }
     outcomes = {
-        code: {p: float(v == counted) for p, v in enumerate(given) if v != "unparsed"}
+        code: {p: float(v == counted) for p, v in enumerate(given) if v not in ("unparsed", "blocked")}
         for code, given in verdicts.items()
     }
     average = language_average(outcomes, resamples=500)
@@ -103,6 +106,24 @@ def write_safety(
     write_json(folder / "result.json", result)
     for name, rows in (("answers", answers), ("verdicts.refusal-phrases", judged)):
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def write_hidden_space(folder: Path, name: str = "tuned") -> None:
+    """One model before and after, one language with a change and one without."""
+    ratio = "between_class_ratio_2"
+    languages = {
+        "en": LanguageResult({"harmful": 4, "harmless": 4}, {ratio: Estimate(0.1)}, {ratio: Estimate(0.3)}),
+        "sw": LanguageResult(
+            {"harmful": 4, "harmless": 4},
+            {ratio: Estimate(0.1)},
+            {ratio: Estimate(0.4)},
+            {ratio: Estimate(0.3, 0.2, 0.4)},
+        ),
+    }
+    layers = {"norm": LayerResult(languages, {})}
+    model = ModelResult(name, "org/model", None, "adapter", "norm", layers)
+    found = HiddenSpace("texts", "en", 0.95, models={name: model})
+    write_json(folder / "hidden_space" / "hidden_space.json", found.to_dict())
 
 
 def write_utility(folder: Path, random: np.random.Generator, model: int) -> None:

@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from mpo.cli import main
 from mpo.errors import ConfigError, DataError, StorageError
+from mpo.evaluation import compare, summarize
+from mpo.report.files import write_json
 from mpo.report.page import write_report
+from tests.evaluation.simulated import simulated_scores
 from tests.report import browser
-from tests.report.result_folder import CODES, PROMPTS, write_results, write_safety
+from tests.report.result_folder import (
+    CODES,
+    PROMPTS,
+    write_hidden_space,
+    write_perplexity,
+    write_results,
+    write_safety,
+    write_utility,
+)
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\u202e | `x` **y** [a](b)"
 
@@ -80,6 +92,35 @@ def test_every_text_is_escaped_and_every_prompt_folded_away(hostile_page: Path) 
     # The heading has it once in the open; prompts and answers have it only where they are folded.
     assert parsed.folded_text.count("document.title='owned'") >= 2 * 6
     assert parsed.open_text.count("<script>document.title") == 2  # <title> and <h1>
+
+
+def test_codes_judges_ids_and_verdicts_are_inert_wherever_they_are_shown(tmp_path: Path) -> None:
+    write_results(tmp_path, prompts=6)
+    code, judge, name = "<script>sw\x1b[2J\u202e</script>", "<script>judge", "<img src=x onerror=alert(1)>"
+    swaps = {
+        '"sw"': json.dumps(code),
+        '"refusal-phrases"': json.dumps(judge),
+        '"prompt_id": "0"': f'"prompt_id": {json.dumps(name)}',
+        '"invalid"': json.dumps(name),
+        "exact_match,remove_whitespace": "<script>metric,x",
+        '"torch"': json.dumps(name),
+        '"org/model"': json.dumps(name),
+    }
+    for file in (*tmp_path.rglob("*.json"), *tmp_path.rglob("*.jsonl")):
+        text = file.read_text(encoding="utf-8")
+        for old, new in swaps.items():
+            text = text.replace(old, new)
+        file.write_text(text, encoding="utf-8")
+        if file.name.startswith("verdicts."):
+            file.rename(file.with_name(f"verdicts.{judge}.jsonl"))
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path, title=f"T {code}"))
+    parsed = _Tags(page)
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img"})
+    assert not any(key.startswith("on") for _, attrs in parsed.tags for key in attrs)
+    assert page.count("&lt;script&gt;sw") > 5 and "&lt;script&gt;judge" in page and "&lt;img src=x" in page
+    assert '<text class="point"' in page  # the chart that writes codes is there
+    assert "&lt;script&gt;sw" in table
+    assert not any(sign in table for sign in ("<script", "<img", "\x1b", "\u202e"))
 
 
 def test_the_page_names_no_other_address_and_forbids_all(folder: Path) -> None:
@@ -208,6 +249,125 @@ def test_different_judges_and_prompts_are_pointed_out(tmp_path: Path) -> None:
     assert "different judges" in loud and "different prompts" in loud
 
 
+# ------------------------------------------------------------------------------------------------- what is missing
+
+
+def _write_gaps(file: Path) -> None:
+    before, after = (summarize(scores, beta=1.0, resamples=200) for scores in simulated_scores())
+    made = {"base_model": "org/model", "adapter": "runs/it", "created": "2026-01-01T00:00:00+00:00"}
+    write_json(file, compare(before, after).to_dict(records=True) | {"provenance": made})
+
+
+def _write_alone(folder: Path, measurement: str) -> None:
+    match measurement:
+        case "hidden space":
+            write_hidden_space(folder)
+        case "reward gap":
+            _write_gaps(folder / "it" / "reward_gap.json")
+        case "attack" | "over_refusal":
+            write_safety(
+                folder / "it" / measurement / "set",
+                measurement,
+                {"en": ["refusal", "unsafe"], "sw": ["safe"] * 2},
+            )
+        case "utility":
+            write_utility(folder / "it", np.random.default_rng(0), 0)
+        case "perplexity":
+            write_perplexity(folder / "it", 0)
+
+
+@pytest.mark.parametrize(
+    ("measurement", "heading"),
+    [
+        ("hidden space", "Hidden space"),
+        ("reward gap", "Reward gap"),
+        ("attack", "Attack success: set"),
+        ("over_refusal", "Refusals of harmless prompts: set"),
+        ("utility", "Utility"),
+        ("perplexity", "Perplexity of text"),
+    ],
+)
+def test_one_measurement_alone_is_enough(
+    tmp_path: Path, measurement: str, heading: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_alone(tmp_path, measurement)
+    assert main(["report", str(tmp_path), "--title", "Alone"]) == 0
+    page, table = (tmp_path / name for name in ("report.html", "report.md"))
+    html, markdown = page.read_text(encoding="utf-8"), table.read_text(encoding="utf-8")
+    assert (
+        f"<h2>{heading}</h2>" in html and "| English |" in markdown
+        if measurement != "utility"
+        else "mgsm" in html
+    )
+    assert markdown.startswith("# Alone\n\n") and "None" not in markdown + html and "nan" not in markdown
+    ids = {str(attrs["id"]) for _, attrs in _Tags(html).tags if "id" in attrs}
+    assert {str(attrs["href"])[1:] for tag, attrs in _Tags(html).tags if tag == "a"} == ids
+
+
+def test_an_adapters_reward_gap_alone_is_shown_against_its_base(tmp_path: Path) -> None:
+    _write_gaps(tmp_path / "a-tuned" / "reward_gap.json")
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
+    assert [cell.strip() for cell in table.splitlines()[2].split("|")][4:7] == ["base", "a-tuned", "Change"]
+    assert "<b>a-tuned</b> against <b>base</b>" in page
+    assert "org/model" in page and "runs/it" in page  # where the numbers come from
+
+
+def test_a_folder_of_one_model_is_read_as_well(tmp_path: Path) -> None:
+    _write_gaps(tmp_path / "reward_gap.json")
+    assert " against <b>base</b>" in write_report(tmp_path)[0].read_text(encoding="utf-8")
+
+
+def test_a_base_comes_before_its_adapter_where_only_reward_gaps_were_measured(tmp_path: Path) -> None:
+    _write_gaps(tmp_path / "a-tuned" / "reward_gap.json")
+    before, _ = simulated_scores()
+    write_json(
+        tmp_path / "z-base" / "reward_gap.json",
+        summarize(before, beta=1.0, resamples=200).to_dict(records=True),
+    )
+    head = write_report(tmp_path)[1].read_text(encoding="utf-8").splitlines()[2]
+    assert 0 < head.index("z-base") < head.index("a-tuned")
+
+
+def test_a_measurement_that_one_model_lacks_is_a_dash_and_not_a_comparison(tmp_path: Path) -> None:
+    write_results(tmp_path, prompts=6)
+    for lacking in ("base/perplexity.json", "tuned/utility.json", "tuned/reward_gap.json"):
+        (tmp_path / lacking).unlink()
+    for file in (tmp_path / "base" / "attack" / "multijail").iterdir():
+        file.unlink()
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
+    assert (
+        page.count('<div class="how">not compared</div>') == 2
+    )  # perplexity and utility, which have no mean
+    dash = "\N{EN DASH}"
+    for row in _cells(table, "Perplexity"):
+        assert row[3] == dash != row[4] and row[5:] == [dash, dash]
+    for start in ("Utility", "Reward gap"):
+        assert all(row[3] != dash == row[4] == row[5] for row in _cells(table, start))
+    assert _cells(table, "Attack success")[-1][3] == dash
+
+
+def test_a_language_without_one_readable_verdict_is_shown_without_a_rate(tmp_path: Path) -> None:
+    for model in ("a", "b"):
+        write_safety(
+            tmp_path / model / "attack" / "set", "attack", {"en": ["unsafe", "safe"], "sw": ["unparsed"] * 2}
+        )
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
+    dash = "\N{EN DASH}"
+    assert [row[1:] for row in _cells(table, "Attack success")][1] == ["Swahili", "2", dash, dash, dash, dash]
+    assert re.search(r'<th scope="row">Swahili</th>.*<td>100 / 100</td></tr>', page)
+
+
+def test_every_table_says_the_confidence_of_its_own_intervals(tmp_path: Path) -> None:
+    write_results(tmp_path, prompts=6)
+    for file in tmp_path.glob("*/perplexity.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(values | {"confidence": 0.8}), encoding="utf-8")
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
+    section = page[page.index('<section id="perplexity">') :]
+    assert "[80\N{NO-BREAK SPACE}%]" in section and "[95\N{NO-BREAK SPACE}%]" not in section
+    assert "Brackets: 95 % intervals, 80 % for Perplexity;" in table
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -239,6 +399,11 @@ def test_bad_folders_and_names_are_explained(tmp_path: Path, folder: Path) -> No
         ("reward_gap.json", '{"beta": 1}'),
         ("utility.json", '{"tasks": 3}'),
         ("perplexity.json", "null"),
+        ("perplexity.json", '{"languages": {"en": {"perplexity": null}}}'),
+        ("utility.json", '{"tasks": {"t": {"metrics": {"acc,none": 0.5}}}}'),
+        ("reward_gap.json", '{"after": {}}'),
+        ("attack/set/answers.jsonl", '{"id": "0/en"}\n'),
+        ("attack/set/answers.jsonl", "3\n"),
         ("../suite.json", '{"models": 3}'),
     ],
 )

@@ -60,10 +60,13 @@ class Answer:
     Attributes:
         text: The answer without special tokens.
         finished: False where it was cut off at ``max_new_tokens``.
+        blocked: Why a server rejected the prompt or withheld the answer, which says nothing of the model; None where it
+            answered.
     """
 
     text: str
     finished: bool
+    blocked: str | None = None
 
 
 class Engine(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from mpo.errors import ServerError
 from mpo.evaluation.chat_client import ChatClient, RejectedRequest, Reply
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation
 from mpo.evaluation.engines.factory import ModelChoice
@@ -13,6 +12,9 @@ from mpo.evaluation.engines.factory import ModelChoice
 
 class ServerEngine:
     """One request per conversation; how they are batched is the server's business.
+
+    What the server's own filter keeps from the model, or from us, is no answer of the model's: it is ``blocked``. A server
+    that rejects every prompt is wrongly set up, and an error.
 
     The weights are out of sight: that the name still stands for the same ones when a run goes on is the user's to know.
     """
@@ -42,19 +44,16 @@ class ServerEngine:
         def ask(index: int) -> Reply:
             return self.client.ask(conversations[index], self._parameters(index))
 
-        rejected: list[tuple[int, RejectedRequest]] = []
         for index, reply in self.client.for_all(missing, ask, accepted=bool(done)):
             if isinstance(reply, RejectedRequest):
-                rejected.append((index, reply))
+                yield index, Answer("", True, blocked=str(reply))
+            elif reply.finish_reason == "content_filter":
+                yield (
+                    index,
+                    Answer(reply.text, True, blocked="a content filter of the server withheld the answer"),
+                )
             else:
                 yield index, Answer(reply.text, reply.finish_reason != "length")
-        if rejected:
-            index, error = rejected[0]
-            text = conversations[index][-1]["content"]
-            raise ServerError(
-                f"{len(rejected)} of {len(conversations)} prompts are rejected, so no rate can be given; the other answers are "
-                f"kept. The first begins with {text[:60]!r}: {error}"
-            ) from error
 
     def close(self) -> None:
         self.client.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpo.evaluation.judges.factory import JUDGES, JudgeChoice, make_judge
+from mpo.evaluation.judges.factory import JUDGES, JudgeChoice, check_judge, make_judge
 from mpo.evaluation.judges.judge import Exchange, Judge, Verdict
 
-__all__ = ["JUDGES", "Exchange", "Judge", "JudgeChoice", "Verdict", "make_judge"]
+__all__ = ["JUDGES", "Exchange", "Judge", "JudgeChoice", "Verdict", "check_judge", "make_judge"]

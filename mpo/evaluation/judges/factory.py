@@ -69,6 +69,22 @@ class JudgeChoice:
                 raise ConfigError(f"judge: `{self.name}` has no use for `{setting}`.")
 
 
+def check_judge(choice: JudgeChoice, task: Task) -> None:
+    """Refuse a judge that cannot judge this task. Nothing is loaded, connected to or looked for on the Hub.
+
+    Raises:
+        ConfigError: Its replies say nothing about the task, or its prompt cannot be used.
+    """
+    if choice.name == "llm":
+        from mpo.evaluation.judges.llm import judging_prompt
+
+        judging_prompt(choice.prompt, task)
+    elif choice.name == "guard":
+        from mpo.evaluation.judges.guard import guard_question
+
+        guard_question(choice, task)
+
+
 def make_judge(choice: JudgeChoice, task: Task) -> Judge:
     """The judge of a choice, nothing large loaded yet.
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -50,25 +51,8 @@ class GuardJudge:
         assert choice.model is not None
         self.task = task
         self.label = f"guard-{short_name(choice.model)}"
-        self.format = choice.format or guess_format(choice.model)
-        if self.format not in FORMATS:
-            raise ConfigError(f"judge_format: expected {', '.join(FORMATS)}, got {self.format!r}.")
-        description = _descriptions()[self.format]
-        self.patterns: dict[str, str] | None = description["verdicts"].get(task.name)
-        if self.patterns is None and self.format != "chat":
-            raise ConfigError(
-                f"judge: {self.format} does not say whether an answer refuses. For {task.name} take another guard, `llm` or "
-                "`refusal-phrases`."
-            )
-        self.messages: list[dict[str, Any]] = description["messages"]
-        if self.format == "chat":
-            self.messages = [{"role": "user", "content": judging_prompt(choice.prompt, task)}]
-        elif choice.prompt is not None:
-            if self.format != "polyguard":
-                raise ConfigError(
-                    f"judge_prompt: the question that {self.format} is asked is in its chat template; it takes no other."
-                )
-            self.messages = [{"role": "user", "content": read_judging_prompt(choice.prompt)}]
+        question = guard_question(choice, task)
+        self.format, self.messages, self.patterns = question.format, question.messages, question.patterns
         self.engine = make_engine(
             ModelChoice(
                 choice.model,
@@ -78,7 +62,7 @@ class GuardJudge:
                 revision=choice.revision,
                 trust_remote_code=choice.trust_remote_code,
             ),
-            Generation(max_new_tokens=description["max_new_tokens"]),
+            Generation(max_new_tokens=question.max_new_tokens),
         )
 
     def settings(self) -> dict[str, Any]:
@@ -113,6 +97,57 @@ class GuardJudge:
             if re.search(pattern, reply, re.IGNORECASE | re.MULTILINE)
         ]
         return found[0] if len(found) == 1 else UNPARSED
+
+
+@dataclass(frozen=True)
+class GuardQuestion:
+    """How a guard is asked.
+
+    Attributes:
+        format: One of :data:`FORMATS`.
+        messages: The conversation it is shown, with the slots of a judging prompt.
+        patterns: The regular expression of each verdict; None where the reply is read as an LLM judge's is.
+        max_new_tokens: Longest reply.
+    """
+
+    format: str
+    messages: list[dict[str, Any]]
+    patterns: dict[str, str] | None
+    max_new_tokens: int
+
+
+def guard_question(choice: JudgeChoice, task: Task) -> GuardQuestion:
+    """How this guard is asked for this task; nothing is loaded.
+
+    Raises:
+        ConfigError: Its format is unknown or says nothing about the task, or its prompt cannot be used.
+    """
+    assert choice.model is not None
+    format = choice.format or guess_format(choice.model)
+    if format not in FORMATS:
+        raise ConfigError(f"judge_format: expected {', '.join(FORMATS)}, got {format!r}.")
+    description = _descriptions()[format]
+    patterns: dict[str, str] | None = description["verdicts"].get(task.name)
+    if patterns is None and format != "chat":
+        raise ConfigError(
+            f"judge: {format} does not say whether an answer refuses. For {task.name} take another guard, `llm` or "
+            "`refusal-phrases`."
+        )
+    messages: list[dict[str, Any]] = description["messages"]
+    if format == "chat":
+        messages = [{"role": "user", "content": judging_prompt(choice.prompt, task)}]
+    elif choice.prompt is not None:
+        if format != "polyguard":
+            raise ConfigError(
+                f"judge_prompt: the question that {format} is asked is in its chat template; it takes no other."
+            )
+        messages = [{"role": "user", "content": read_judging_prompt(choice.prompt)}]
+    return GuardQuestion(format, messages, patterns, description["max_new_tokens"])
+
+
+def has_own_replies(choice: JudgeChoice) -> bool:
+    """Whether one prompt serves all tasks: the guard says more than one thing in a form of its own."""
+    return choice.name == "guard" and (choice.format or guess_format(choice.model or "")) == "polyguard"
 
 
 def guess_format(model: str) -> str:

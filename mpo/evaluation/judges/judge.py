@@ -16,6 +16,7 @@ from mpo.evaluation.tasks import UNPARSED
 _SLOTS = ("{prompt}", "{answer}")
 _SLOT = re.compile(r"\{(prompt|answer|language)\}")
 _THOUGHTS = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THINKING = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _LABEL = re.compile(r"^\W*verdict\W+(\w+)\W*$", re.IGNORECASE)
 
 
@@ -74,9 +75,11 @@ def parse_verdict(reply: str, verdicts: Sequence[str]) -> str:
 
     That is a last line ``Verdict: WORD``, or a reply that is one word, whatever punctuation or emphasis is around it.
     A word somewhere in a sentence is none ("this is not safe"), nor is a list of all of them. What a reasoning model
-    thinks before its reply (``<think>``) is not read.
+    thinks before its reply (``<think>``) is not read; where it never stops thinking, there is no reply.
     """
     text = _THOUGHTS.sub("", reply, count=1).strip()
+    if _THINKING.match(text):
+        return UNPARSED
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return UNPARSED
