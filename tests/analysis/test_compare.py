@@ -131,6 +131,20 @@ def test_intervals_hold_their_estimates(planted_result: LayerResult) -> None:
                 assert one.low <= one.value <= one.high, name
 
 
+def test_the_interval_of_a_change_is_paired(planted_result: LayerResult) -> None:
+    """The two models read the same texts: what a sample of them does to both cancels in the change."""
+
+    def width(one: Estimate) -> float:
+        assert one.low is not None and one.high is not None
+        return one.high - one.low
+
+    for code in ("en", "de", "zh"):
+        result = planted_result.languages[code]
+        for name in ("between_class_ratio", "between_class_ratio_10_shared", "silhouette"):
+            unpaired = np.hypot(width(result.before[name]), width(result.after[name]))
+            assert width(result.change[name]) < 0.6 * unpaired, (code, name)
+
+
 def test_without_any_change_a_tenth_of_the_p_values_is_below_a_tenth() -> None:
     """Two models that differ by noise, a shift, a scale and nothing else: the tests must not cry wolf."""
     settings = Settings(resamples=100, permutations=99)

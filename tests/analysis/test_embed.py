@@ -541,10 +541,14 @@ def test_a_kill_at_any_step_of_finishing_costs_no_embedding(
     writer.commit()
     writer.close()
 
-    def killed(*_: Any, **__: Any) -> None:
+    owner: Any = {"write_json": store_module, "replace": os, "unlink": Path}[step]
+    original = getattr(owner, step)
+
+    def killed(*given: Any, **more: Any) -> Any:
+        if step == "replace" and given[0] != writer.partial:  # a file is renamed when it is written
+            return original(*given, **more)
         raise KeyboardInterrupt
 
-    owner: Any = {"write_json": store_module, "replace": os, "unlink": Path}[step]
     with monkeypatch.context() as patched:
         patched.setattr(owner, step, killed)
         with pytest.raises(KeyboardInterrupt):
