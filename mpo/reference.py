@@ -32,6 +32,7 @@ import xxhash
 from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mpo.errors import ModelError, StorageError
 from mpo.head import RewardGapOutput
@@ -182,6 +183,8 @@ def fingerprint_module(module: nn.Module) -> str | None:
     """
     Hash of a module's tensors, or None where they are partitioned over ranks (then no two hashes would agree).
     """
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        return None  # a state_dict would give up gathered weights, here on one rank only, and set the ranks apart
     digest = xxhash.xxh3_128()
     # `keep_vars`, since a detached tensor no longer says that ZeRO-3 has divided it.
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):

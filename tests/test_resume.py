@@ -557,7 +557,11 @@ def test_a_new_run_in_an_old_folder_keeps_its_own_checkpoints(
 
 
 def test_auto_goes_on_from_the_new_run_and_not_from_later_steps_of_an_earlier_one(
-    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Path,
+    unbroken: dict[str, Unbroken],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = unbroken["lora"].copy(tmp_path, STEPS)
     out = folder / "out"
@@ -568,6 +572,9 @@ def test_auto_goes_on_from_the_new_run_and_not_from_later_steps_of_an_earlier_on
     assert is_complete(out / f"checkpoint-{STEPS}"), "what is set aside can still be named"
     assert new.resolve_checkpoint("auto") == str(out / "checkpoint-2")
     assert new.resolve_checkpoint(True) == str(out / "checkpoint-2")
+    monkeypatch.setattr(new, "_as_main_sees", lambda found: out / "checkpoint-1")  # on another rank
+    assert new.resolve_checkpoint("auto") == str(out / "checkpoint-1")
+    monkeypatch.undo()
     # Before its own first checkpoint, a new run has nothing to go on from.
     for step in (1, 2):
         shutil.rmtree(out / f"checkpoint-{step}")

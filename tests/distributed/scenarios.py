@@ -5,17 +5,21 @@ The same code runs in the test's own process and in those that ``accelerate laun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
 from mpo.checkpoints import checkpoints
 from mpo.config import MPOConfig
 from mpo.errors import TrainingError
+from mpo.model import ModelSource, load_adapter, load_model, load_tokenizer
 from mpo.scoring import PairTensors
 from mpo.trainer import MPOTrainer
 from tests.runs import lora
@@ -73,7 +77,9 @@ def settings(scenario: Scenario, folder: Path, shared: Path, ranks: int, **chang
         "ddp_find_unused_parameters": False,
         "seed": 3,
     }
-    return MPOConfig(**{**defaults, **changes})
+    # transformers knows of bf16 on GPUs and under `use_cpu`, under which Accelerate has no engines.
+    with mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
+        return MPOConfig(**{**defaults, **changes})
 
 
 class Observer(TrainerCallback):
@@ -115,18 +121,33 @@ class Observer(TrainerCallback):
 
 
 def build(
-    name: str, folder: Path, shared: Path, ranks: int, kind: type = MPOTrainer, **changes: Any
+    name: str,
+    folder: Path,
+    shared: Path,
+    ranks: int,
+    kind: type = MPOTrainer,
+    model: Callable[[], Any] | None = None,
+    ref_model: Callable[[], Any] | None = None,
+    **changes: Any,
 ) -> MPOTrainer:
-    """The trainer of a scenario, with its observer as ``trainer.observer``."""
+    """
+    The trainer of a scenario, with its observer as ``trainer.observer``.
+
+    ``model`` and ``ref_model`` load models of their own, as a recipe does when the settings are there: ``model`` one with
+    an adapter.
+    """
     scenario = SCENARIOS[name]
-    model = shared / f"model-{scenario.family}"
+    source = shared / f"model-{scenario.family}"
     observer = Observer()
+    args = settings(scenario, folder, shared / "reference", ranks, **changes)
     trainer = kind(
-        model=str(model),
-        args=settings(scenario, folder, shared / "reference", ranks, **changes),
+        model=str(source) if model is None else model(),
+        ref_model=None if ref_model is None else ref_model(),
+        processing_class=load_tokenizer(ModelSource(str(source))),
+        args=args,
         train_dataset=rows(),
         eval_dataset=held_out(),
-        peft_config=lora(r=4) if scenario.adapter else None,
+        peft_config=lora(r=4) if scenario.adapter and model is None else None,
         callbacks=[observer],
     )
     observer.trainer = trainer
@@ -138,6 +159,10 @@ def save_models(shared: Path) -> None:
     """The starting models of all scenarios, below ``shared``."""
     for scenario in SCENARIOS.values():
         save_tiny(scenario.family, shared / f"model-{scenario.family}")
+    save_tiny("llama", shared / "model-reference", seed=7)
+    torch.manual_seed(0)
+    base = load_model(ModelSource(str(shared / "model-qwen2")))
+    get_peft_model(base, lora(r=4, init_lora_weights=False)).save_pretrained(shared / "adapter")
 
 
 def run(name: str, folder: Path, shared: Path, ranks: int, **changes: Any) -> dict[str, Any]:
@@ -192,6 +217,43 @@ class Poisoned(MPOTrainer):
             return loss * float("nan")
         # The value is finite, its derivative is not.
         return loss + torch.sqrt(loss.detach() - loss + 0.0)
+
+
+def run_with_reference(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """The reference that an explicit model gives, and the loss of the one step after it."""
+    trainer = build(
+        "full-sgd",
+        folder,
+        shared,
+        ranks,
+        ref_model=lambda: load_model(ModelSource(str(shared / "model-reference"))),
+        max_steps=1,
+    )
+    trainer.train()
+    reference = trainer._reference_of(trainer.train_dataset)
+    return {
+        "reference_gap": torch.tensor(reference.gap.copy()),
+        "reference_hidden": torch.tensor(reference.store.hidden[:].copy()),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+    }
+
+
+def run_continued(folder: Path, shared: Path, ranks: int, **changes: Any) -> dict[str, Any]:
+    """An adapter that is trained further; the result is in ``folder / "saved"``."""
+
+    def adapted() -> Any:
+        dtype = torch.bfloat16 if changes.get("bf16") else torch.float32
+        base = load_model(ModelSource(str(shared / "model-qwen2")), dtype=dtype)
+        return load_adapter(base, str(shared / "adapter"), trainable=True)
+
+    trainer = build("lora-sgd", folder, shared, ranks, model=adapted, **changes)
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    reference = trainer._reference_of(trainer.train_dataset)
+    return {
+        "reference_gap": torch.tensor(reference.gap.copy()),
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+    }
 
 
 def run_poisoned(poison: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:

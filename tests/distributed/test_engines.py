@@ -31,7 +31,12 @@ JOBS = [
     *(f"resume:{name}" for name in RESUMED),
     "poison:gradient",
     "poison:loss",
+    "reference",
+    "continued:whole",
+    "continued:half",
+    "half:full-adamw",
 ]
+SOME = {"zero1": ["train:full-adamw", "half:full-adamw"]}  # shares its code with ZeRO-2
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +76,7 @@ def size_of_update(weights: dict[str, Tensor], before: dict[str, Tensor]) -> Ten
     return torch.cat([(weights[key] - before[key]).flatten().double() for key in sorted(before)])
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_two_ranks_compute_what_one_process_does(
     engine: str, shared: Path, alone: Any, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
@@ -80,11 +85,12 @@ def test_two_ranks_compute_what_one_process_does(
     # A cache of their own, or the ranks would find the reference that one process has computed.
     own = tmp_path / "shared"
     own.mkdir()
-    for folder in shared.glob("model-*"):
+    for folder in [*shared.glob("model-*"), shared / "adapter"]:
         (own / folder.name).symlink_to(folder)
     out = tmp_path / "out"
     out.mkdir()
-    status, written = launch(engine, [WORKER, out, own, *JOBS], limit=480)
+    jobs = SOME.get(engine, JOBS)
+    status, written = launch(engine, [WORKER, out, own, *jobs], limit=480)
     assert status == 0, written[-8000:]
 
     def found(job: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,6 +100,8 @@ def test_two_ranks_compute_what_one_process_does(
         return first, second
 
     for name, scenario in SCENARIOS.items():
+        if f"train:{name}" not in jobs:
+            continue
         first, second = found(f"train:{name}")
         one, weights = alone(name), saved(out / name)
         with subtests.test("the reference is the same, whoever computed which source", scenario=name):
@@ -139,6 +147,31 @@ def test_two_ranks_compute_what_one_process_does(
                     type(model).__name__
                 ]
 
+    with subtests.test("computing in bf16 moves the weights as float32 does"):
+        half, one = found("half:full-adamw")[0], alone("full-adamw")
+        losses = [[float(log["loss"]) for log in run["history"]] for run in (half, one)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)
+        assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+    if jobs is not JOBS:
+        return
+    with subtests.test("an explicit reference is the reference"):
+        first, second = found("reference")
+        expected = scenarios.run_with_reference(tmp_path / "reference", shared, 1)
+        assert relative_error(expected["reference_gap"], alone("full-sgd")["reference_gap"]) > 0.1
+        for part in ("reference_gap", "reference_hidden"):
+            assert relative_error(first[part], expected[part]) <= 1e-6
+        assert first["losses"] == second["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    with subtests.test("an adapter is trained further, in float32 and over a base in bf16"):
+        expected = scenarios.run_continued(tmp_path / "continued", shared, 1)
+        before = load_file(shared / "adapter" / "adapter_model.safetensors")
+        update = size_of_update(saved(tmp_path / "continued"), before)
+        for kind, tolerance in (("whole", 1e-5), ("half", 0.3)):
+            first, second = found(f"continued:{kind}")
+            assert relative_error(first["reference_gap"], expected["reference_gap"]) <= tolerance
+            assert first["losses"] == second["losses"]
+            moved = size_of_update(saved(out / f"continued-{kind}"), before)
+            assert relative_error(moved, update) <= tolerance
+
     for name in RESUMED:
         with subtests.test("a resumed run ends where an uninterrupted one does", scenario=name):
             assert found(f"resume:{name}")[0] == {"steps": 3}
@@ -183,6 +216,8 @@ def test_a_killed_rank_ends_the_job_with_a_message_and_another_number_of_ranks_g
     status, written = launch("ddp", [WORKER, tmp_path, shared, "killed:full-adamw"], limit=120)
     assert status != 0
     assert "Signal 9 (SIGKILL)" in written and "worker.py FAILED" in written
+    assert "Another process of this run was lost" in written
+    assert "checkpoint-2: run the same command again" in written
     folder = tmp_path / "killed"
     last = last_complete_checkpoint(folder)
     assert last is not None and last.name == "checkpoint-2"

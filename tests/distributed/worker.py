@@ -16,6 +16,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_P
 
 import torch
 
+from mpo.run import is_lost_process, process_lost
 from tests.distributed import scenarios
 from tests.distributed.launching import end_after_limit
 
@@ -53,6 +54,12 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
             again.train(resume_from_checkpoint=True)
             again.save_model(str(folder / "saved"))
             return {"steps": again.state.global_step}
+        case "half":
+            return scenarios.run(name, out / f"half-{name}", shared, ranks, bf16=True)
+        case "reference":
+            return scenarios.run_with_reference(out / "reference", shared, ranks)
+        case "continued":
+            return scenarios.run_continued(out / f"continued-{name}", shared, ranks, bf16=name == "half")
         case "poison":
             return scenarios.run_poisoned(name, out / f"poison-{name}", shared, ranks)
         case "killed":
@@ -60,7 +67,12 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
                 name, out / "killed", shared, ranks, save_strategy="steps", save_steps=1
             )
             trainer.add_callback(Kill(2))
-            trainer.train()
+            try:
+                trainer.train()
+            except Exception as error:
+                assert is_lost_process(error), error
+                print(process_lost(error, str(out / "killed")), flush=True)
+                raise
     raise ValueError(job)
 
 
