@@ -103,18 +103,6 @@ def check_sharding(accelerator: Accelerator) -> None:
             )
 
 
-def cast_adapter_like_base(model: Any) -> None:
-    """
-    Give the weights of a PEFT model's adapter the type of its base's, for ZeRO-3, which gathers both in one buffer.
-
-    Adapters are read in float32. The float32 weights that the updates need are among the optimizer's states.
-    """
-    dtype = model.get_base_model().dtype
-    for parameter in model.parameters():
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(dtype)
-
-
 def deepspeed_inference_engine(model: nn.Module, accelerator: Accelerator) -> Any:
     """
     A DeepSpeed engine without an optimizer around a model that training has not wrapped yet.

@@ -94,7 +94,6 @@ from mpo.scoring import (
     score_loader,
 )
 from mpo.sharding import (
-    cast_adapter_like_base,
     check_sharding,
     deepspeed_inference_engine,
     fsdp_reshard,
@@ -255,8 +254,6 @@ class MPOTrainer(DPOTrainer):
             peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
         )
         continues_adapter = hasattr(model, "peft_config")
-        if continues_adapter and plugin is not None and plugin.zero_stage == 3:
-            cast_adapter_like_base(model)
 
         self._explicit_reference = ref_model
         self._reference_wrapped: Any = None
