@@ -120,6 +120,7 @@ class Row:
         count: Number of prompts, pairs or texts.
         is_average: True for the row over all languages.
         detail: Further numbers, one text per extra column.
+        is_source: True for the dominant language where the average is over the target languages alone.
     """
 
     label: str
@@ -127,6 +128,7 @@ class Row:
     count: int
     is_average: bool = False
     detail: tuple[str, ...] = ()
+    is_source: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,11 @@ class Measurement:
     def average(self) -> Row | None:
         """The row over all languages."""
         return next((row for row in self.rows if row.is_average), None)
+
+    @property
+    def averaged(self) -> int:
+        """Number of rows that the average is over: those with a number, less the source's."""
+        return sum(any(row.cells) for row in self.rows if not (row.is_average or row.is_source))
 
     def direction(self, change: Change | None) -> int:
         """1 or -1 where a change is clear: its interval leaves zero out, and its test, if it has one, rejects. Else 0."""

@@ -84,7 +84,9 @@ def reward_gap(results: Results) -> Measurement | None:
         sizes = [size for table in known if (size := _gap_pairs(table, key))]
         if any(cells):
             label = "All targets" if key[0] == ALL_TARGETS else shown_language(key[0])
-            rows.append(Row(label, tuple(cells), max(sizes), is_average=key[0] == ALL_TARGETS))
+            rows.append(
+                Row(label, tuple(cells), max(sizes), is_average=key[0] == ALL_TARGETS, is_source=key[1])
+            )
     return Measurement(
         anchor="reward-gap",
         title="Reward gap",

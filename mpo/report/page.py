@@ -206,8 +206,7 @@ def _tile_of_counts(measurement: Measurement, what: str) -> str:
 
 
 def _over(measurement: Measurement, row: Row) -> str:
-    languages = sum(not r.is_average for r in measurement.rows)
-    return f"{row.label.lower()} ({languages})" if row.is_average else row.label
+    return f"{row.label.lower()} ({measurement.averaged})" if row.is_average else row.label
 
 
 def _findings(found: Sequence[Measurement]) -> str:

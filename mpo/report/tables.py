@@ -144,8 +144,7 @@ def finding(measurement: Measurement, model: int) -> str | None:
 
 
 def _over(measurement: Measurement, row: Row) -> str:
-    languages = sum(not r.is_average for r in measurement.rows)
-    return f"{languages} languages" if row.is_average else row.label
+    return f"{measurement.averaged} languages" if row.is_average else row.label
 
 
 def _p_words(p_value: float) -> str:

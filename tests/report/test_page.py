@@ -357,6 +357,18 @@ def test_a_language_without_one_readable_verdict_is_shown_without_a_rate(tmp_pat
     assert re.search(r'<th scope="row">Swahili</th>.*<td>100 / 100</td></tr>', page)
 
 
+def test_the_number_of_languages_is_that_of_the_mean(folder: Path, tmp_path: Path) -> None:
+    """The source is no target, and a language without a rate is in no mean."""
+    page = write_report(folder, out=tmp_path)[0].read_text(encoding="utf-8")
+    assert f"all targets ({len(CODES) - 1})" in page and f"on the mean of {len(CODES) - 1} languages" in page
+    assert f"mean of languages ({len(CODES)})" in page
+    verdicts = {"en": ["unsafe", "safe"], "bn": ["safe", "unsafe"], "sw": ["unparsed"] * 2}
+    for model in ("a", "b"):
+        write_safety(tmp_path / model / "attack" / "set", "attack", verdicts)
+    page = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "mean of languages (2)" in page and "on the mean of 2 languages" in page
+
+
 def test_every_table_says_the_confidence_of_its_own_intervals(tmp_path: Path) -> None:
     write_results(tmp_path, prompts=6)
     for file in tmp_path.glob("*/perplexity.json"):
