@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,26 @@ def test_every_library_that_a_module_imports_is_declared(path: Path) -> None:
             f"{path.name} imports {name} {'when it is imported' if eager else 'inside a function'}, and no "
             f"{'dependency' if eager else 'dependency or extra'} brings it"
         )
+
+
+def test_no_module_imports_itself_through_others_not_even_inside_a_function() -> None:
+    names = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+        for path in MODULES
+    }
+    imported = {}
+    for name, path in names.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {each if each in names else str(node.module) for each in inner}
+        imported[name] = found & names.keys()
+    order = list(TopologicalSorter(imported).static_order())  # a circle is a CycleError that names it
+    within_a_function, factory = (f"mpo.evaluation.engines.{name}" for name in ("local", "factory"))
+    assert order.index("mpo.errors") < order.index(within_a_function) < order.index(factory)
 
 
 def test_every_extra_that_is_named_anywhere_exists_under_the_name_of_the_distribution() -> None:

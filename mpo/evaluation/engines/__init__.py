@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpo.evaluation.engines.engine import Answer, Engine, Generation
-from mpo.evaluation.engines.factory import ENGINES, ModelChoice, make_engine
+from mpo.evaluation.engines.engine import ENGINES, Answer, Engine, Generation, ModelChoice
+from mpo.evaluation.engines.factory import make_engine
 
 __all__ = ["ENGINES", "Answer", "Engine", "Generation", "ModelChoice", "make_engine"]

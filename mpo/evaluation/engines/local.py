@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mpo.errors import DataError, ModelError
-from mpo.evaluation.engines.engine import Answer, Conversation, Generation
-from mpo.evaluation.engines.factory import ModelChoice
+from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
 from mpo.evaluation.engines.identity import adapter_identity, model_identity
 from mpo.evaluation.engines.rendering import render, template_identity
 from mpo.model import (

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from mpo.evaluation.chat_client import ChatClient, RejectedRequest, Reply
-from mpo.evaluation.engines.engine import Answer, Conversation, Generation
-from mpo.evaluation.engines.factory import ModelChoice
+from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
 
 
 class ServerEngine:

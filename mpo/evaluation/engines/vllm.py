@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from mpo.errors import ConfigError, DependencyError
-from mpo.evaluation.engines.engine import Answer, Conversation, Generation
-from mpo.evaluation.engines.factory import ModelChoice
+from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
 from mpo.evaluation.engines.identity import adapter_identity, model_identity
 from mpo.evaluation.engines.rendering import render, template_identity
 from mpo.model import ModelSource, adapter_settings, load_config, load_tokenizer

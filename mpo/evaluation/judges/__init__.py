@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpo.evaluation.judges.factory import JUDGES, JudgeChoice, check_judge, make_judge
-from mpo.evaluation.judges.judge import Exchange, Judge, Verdict
+from mpo.evaluation.judges.factory import check_judge, make_judge
+from mpo.evaluation.judges.judge import JUDGES, Exchange, Judge, JudgeChoice, Verdict
 
 __all__ = ["JUDGES", "Exchange", "Judge", "JudgeChoice", "Verdict", "check_judge", "make_judge"]

@@ -25,13 +25,14 @@ from typing import Any
 
 from mpo.errors import ConfigError
 from mpo.evaluation.engines import Generation, ModelChoice, make_engine
-from mpo.evaluation.judges.factory import JudgeChoice, short_name
 from mpo.evaluation.judges.judge import (
     Exchange,
+    JudgeChoice,
     Verdict,
     fill_judging_prompt,
     parse_verdict,
     read_judging_prompt,
+    short_name,
 )
 from mpo.evaluation.judges.llm import judging_prompt
 from mpo.evaluation.tasks import UNPARSED, Task

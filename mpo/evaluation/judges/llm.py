@@ -11,13 +11,14 @@ from typing import Any
 
 from mpo.errors import ConfigError
 from mpo.evaluation.chat_client import OPENAI_URL, ChatClient, RejectedRequest, Reply
-from mpo.evaluation.judges.factory import JudgeChoice, short_name
 from mpo.evaluation.judges.judge import (
     Exchange,
+    JudgeChoice,
     Verdict,
     fill_judging_prompt,
     parse_verdict,
     read_judging_prompt,
+    short_name,
 )
 from mpo.evaluation.tasks import UNPARSED, Task
 from mpo.report.files import write_text
