@@ -528,12 +528,12 @@ def correlation(
         return Correlation(count, None, None)
     random = np.random.default_rng(seed)
     draws = random.integers(count, size=(resamples, count))
+    exact = count <= _ALL_ORDERS_UP_TO
     orders = (
         np.array(list(itertools.permutations(range(count))))
-        if count <= _ALL_ORDERS_UP_TO
+        if exact
         else random.permuted(np.tile(np.arange(count), (resamples, 1)), axis=1)
     )
-    exact = count <= _ALL_ORDERS_UP_TO
     pearson = _coefficient(first, second, first[draws], second[draws], orders, exact, confidence)
     spearman = _coefficient(
         ranks(first), ranks(second), ranks(first[draws]), ranks(second[draws]), orders, exact, confidence

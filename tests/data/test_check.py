@@ -181,6 +181,8 @@ def test_refusals_are_told_from_answers_in_each_language_of_the_samples(code: st
 def test_refusal_phrases_are_there_for_ten_languages() -> None:
     assert {"en", "zh", "ja", "ko", "ar", "bn", "sw", "de", "fr", "es"} <= refusal_languages()
     assert opens_with_refusal("I CAN’T do it", "en")
+    assert opens_with_refusal("Ｉ ｃａｎｎｏｔ do it", "en")  # full-width letters
+    assert opens_with_refusal("> _I_ **cannot**\n# do it", "en")
     assert opens_with_refusal("Tut mir leid, das geht nicht.", "de")
     assert opens_with_refusal("Je suis désolé, mais non.", "fr")
     assert opens_with_refusal("Lo siento, pero no.", "es")

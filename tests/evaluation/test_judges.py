@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,9 @@ def test_the_prompt_and_the_request_can_be_replaced(tmp_path: Path) -> None:
         request = {"temperature": None, "max_tokens": None, "max_completion_tokens": 9}
         choice = llm(server, None, prompt=str(prompt), request=request)
         judge_answers(make_judge(choice, ATTACK), ATTACK, rows, tmp_path / "a")
-        with pytest.raises(ConfigError, match="made with other settings"):
-            judge_answers(make_judge(llm(server, None), ATTACK), ATTACK, rows, tmp_path / "a")
+        for other in (llm(server, None, request=request), llm(server, None, prompt=str(prompt))):
+            with pytest.raises(ConfigError, match="made with other settings"):
+                judge_answers(make_judge(other, ATTACK), ATTACK, rows, tmp_path / "a")
     (body,) = server.requests
     assert body == {
         "model": "judge",
@@ -263,6 +265,22 @@ def test_verdicts_on_other_answers_are_not_mixed(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="answers"):
         judge_answers(judge, ATTACK, other, tmp_path)
+
+
+def test_a_kept_reply_is_for_one_model_one_request_and_one_text(tmp_path: Path) -> None:
+    with serve(ChatServer()) as server:
+        same = llm(server, tmp_path)
+        asked = []
+        for choice, answer in (
+            (same, "no"),
+            (same, "No"),
+            (replace(same, model="another"), "no"),
+            (replace(same, request={"max_tokens": 9}), "no"),
+            (same, "no"),
+        ):
+            list(make_judge(choice, ATTACK).judge([Exchange("request #0: x", answer, "en")]))
+            asked.append(len(server.requests))
+    assert asked == [1, 2, 3, 4, 4]
 
 
 def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path) -> None:
@@ -417,6 +435,8 @@ def test_a_guard_is_a_real_model(model: Path, tmp_path: Path) -> None:
         found = judge_answers(make_judge(choice, ATTACK), ATTACK, rows, tmp_path / format)
         # A random model speaks no verdict, and no verdict is ever read into what it says.
         assert [found[row.id] for row in rows] == [UNPARSED] * 4 + ["invalid", UNPARSED]
+        settings = json.loads((tmp_path / format / "verdicts.guard-llama.settings.json").read_text())
+        assert settings["decoding"] == "greedy" and settings["max_new_tokens"] > 1
         kept = verdicts_file(tmp_path / format, "guard-llama").read_text(encoding="utf-8").splitlines()
         assert any(json.loads(line)["reply"] for line in kept)
 
@@ -452,7 +472,7 @@ def test_a_guard_that_cannot_judge_refusals_says_so(model: Path) -> None:
 
 
 def test_agreement_leaves_out_what_either_could_not_read() -> None:
-    first = {"a": "safe", "b": "unsafe", "c": "safe", "d": UNPARSED, "e": "unsafe"}
+    first = {"a": "safe", "b": "unsafe", "c": "safe", "d": UNPARSED, "e": "unsafe", "f": "safe"}
     second = {"a": "safe", "b": "unsafe", "c": "unsafe", "d": "safe", "e": UNPARSED}
     kappa = agreement(first, second)
     assert kappa is not None and kappa.count == 3

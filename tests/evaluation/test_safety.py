@@ -24,7 +24,7 @@ from mpo.evaluation.judges import JudgeChoice
 from mpo.evaluation.prompts import load_prompts
 from mpo.evaluation.rates import tabulate
 from mpo.evaluation.safety import measure_safety, model_folder
-from mpo.evaluation.statistics import wilson_interval
+from mpo.evaluation.statistics import language_average, wilson_interval
 from mpo.evaluation.tasks import ATTACK, BLOCKED, OVER_REFUSAL, UNPARSED
 from mpo.report.page import write_report
 from tests.evaluation.chat_server import ChatServer, serve
@@ -261,6 +261,9 @@ def test_what_could_not_be_read_is_in_no_rate() -> None:
     assert table.average is not None and table.average.mean == 1 / 3 and table.average.languages == 1
     shown = table.to_table("t").plain()
     assert "5 replies of the judge name no verdict" in shown and "33.3 [" in shown
+    half = tabulate(ATTACK, answers, verdicts, confidence=0.5)
+    assert (half.rows[0].low, half.rows[0].high) == wilson_interval(1, 3, 0.5)
+    assert half.average == language_average({"en": {0: 0.0, 1: 1.0, 3: 0.0}}, confidence=0.5) != table.average
     nothing = tabulate(OVER_REFUSAL, answers[4:], verdicts)
     assert nothing.average is None and "Swahili" in nothing.to_table("t").plain()
 

@@ -274,6 +274,14 @@ def test_no_change_at_all_has_an_interval_on_both_sides_of_zero() -> None:
     assert (got.change.low, got.change.high) == (alone.low, alone.high)
 
 
+def test_no_number_of_random_draws_makes_a_p_value_zero() -> None:
+    everywhere = dict.fromkeys(range(40), 1.0)
+    change = average_change({"en": dict.fromkeys(everywhere, 0.0)}, {"en": everywhere}, resamples=200)
+    assert change.p_value == 1 / 201
+    line = correlation(range(40), range(40), resamples=200)
+    assert line.pearson is not None and line.pearson.p_value == 1 / 201
+
+
 # ---------------------------------------------------------------------------------------------------------- agreement
 
 
