@@ -30,6 +30,11 @@ def test_a_request_is_what_the_protocol_wants() -> None:
     assert server.requests == [{"model": "judge", "messages": HELLO, "max_tokens": 5}]
 
 
+def test_a_model_that_writes_nothing_has_replied() -> None:
+    with serve(ChatServer(reply=lambda body: None)) as server:
+        assert client(server).ask(HELLO, {}) == Reply("", "stop")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_passes_is_outlived(fault: str) -> None:
     times = 1 if fault == "slow" else 3

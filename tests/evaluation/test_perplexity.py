@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo.cli import main
+from mpo.evaluation.bootstrap import ratio_interval
+from mpo.evaluation.perplexity import _summary
 from tests.evaluation.adapters import save_model_and_adapter
 
 TEXTS = {
@@ -83,6 +85,19 @@ def test_its_interval_resamples_texts(place: Path, tmp_path: Path) -> None:
     means = [nats[d].sum() / tokens[d].sum() for d in draws]
     # Three texts: the expanded percentiles reach the ends.
     assert row["interval"] == pytest.approx([math.exp(min(means)), math.exp(max(means))], rel=1e-3)
+
+
+def test_long_texts_weigh_more_and_the_fingerprint_is_of_all() -> None:
+    random = np.random.default_rng(0)
+    lines = [f"text {n}" for n in range(30)]
+    tokens = random.integers(2, 90, 30).tolist()
+    nats = (random.random(30) * tokens).tolist()
+    scored = [(-part, count) for part, count in zip(nats, tokens, strict=True)]
+    row = _summary("en", lines, scored, 0, 0.9)
+    ends = ratio_interval(nats, tokens, confidence=0.9)
+    assert ends is not None and row["interval"] == [math.exp(end) for end in ends]
+    other = _summary("en", [*lines[:-1], "another"], scored, 0, 0.9)
+    assert other["fingerprint"] != row["fingerprint"]
 
 
 def test_texts_that_are_cut_are_counted_and_have_no_bits_per_byte(place: Path, tmp_path: Path) -> None:

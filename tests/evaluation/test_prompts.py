@@ -189,6 +189,11 @@ def test_an_id_is_no_indonesian_unless_it_holds_text(tmp_path: Path) -> None:
     assert load_prompts(write(tmp_path / "b.csv", text)).languages == ["id", "en"]
 
 
+def test_a_word_of_three_letters_is_no_language(tmp_path: Path) -> None:
+    rows = [{"en": "Open it now", "sw": "Fungua", "cat": "theft", "lat": "of locks"}]
+    assert load_prompts(write(tmp_path / "own.csv", rows)).languages == ["en", "sw"]
+
+
 def test_a_limit_keeps_requests_with_their_translations(tmp_path: Path) -> None:
     rows = [{"en": f"Open {n}", "sw": f"Fungua {n}"} for n in range(5)]
     path = write(tmp_path / "own.csv", rows)
@@ -204,6 +209,8 @@ def test_the_fingerprint_is_of_the_prompts_and_not_of_the_file(tmp_path: Path) -
     assert len(prints) == 1
     rows[0]["prompt"] += " "
     assert load_prompts(write(tmp_path / "a.csv", rows)).fingerprint not in prints
+    alike = [("a", "xenb"), ("aenx", "b")]  # id, language and text read the same when they are joined
+    assert len({PromptSet("s", (Prompt(id, "en", text),), "").fingerprint for id, text in alike}) == 2
 
 
 # ---- What is wrong ---------------------------------------------------------------------------------------------------

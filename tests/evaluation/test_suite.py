@@ -10,7 +10,7 @@ import yaml
 
 from mpo import scoring
 from mpo.cli import main
-from mpo.errors import ConfigError
+from mpo.errors import ConfigError, ModelError
 from mpo.evaluation import suite
 from mpo.evaluation.suite_recipe import load_suite
 from tests.evaluation.adapters import save_model_and_adapter
@@ -33,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_PROMPTS = {"prompts": ["prompts.csv"]}
 _GUARD = {"name": "guard", "model": "model", "format": "llama-guard", "device": "cpu"}
 
 
@@ -134,6 +135,18 @@ def test_a_second_run_measures_nothing_and_a_dry_run_says_so(
             {"models": _models(attn_implementation="eager")},
             {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
         ),
+        (
+            {"models": _models(dtype="bfloat16")},
+            {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
+        ),
+        (
+            {"models": _models(device=None)},
+            {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
+        ),
+        ({"models": _models(batch_size=5)}, {"attack/unsafe", "over_refusal/harmless"}),
+        ({"attack": {"unsafe": _PROMPTS | {"template": "Now: {prompt}"}}}, {"attack/unsafe"}),
+        ({"attack": {"unsafe": _PROMPTS | {"system_prompt": "Be kind."}}}, {"attack/unsafe"}),
+        ({"attack": {"unsafe": _PROMPTS | {"limit": 1}}}, {"attack/unsafe"}),
         ({"second_judge": _GUARD, "over_refusal_judge": {}}, {"attack/unsafe"}),
         ({"over_refusal_judge": _GUARD | {"format": "chat"}}, {"over_refusal/harmless"}),
     ],
@@ -155,20 +168,47 @@ def test_what_a_changed_setting_touches_is_to_do_again_and_nothing_else(
 def test_a_changed_file_or_adapter_is_noticed_whatever_it_is_called(
     place: Path, first_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = place / "en.txt"
-    old = text.read_bytes()
-    text.write_bytes(old + b"One more.\n")
-    assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0
-    text.write_bytes(old)
-    states = _states(capsys.readouterr().out)
-    assert {n for n, s in states.items() if s == "to do"} == {"base/perplexity", "tuned/perplexity"}
+    pair = (place / "pairs.jsonl").read_bytes().splitlines(keepends=True)[0]
+    for file, more, measurement in (
+        ("en.txt", b"One more.\n", "perplexity"),
+        ("pairs.jsonl", pair, "reward_gap"),
+    ):
+        old = (place / file).read_bytes()
+        (place / file).write_bytes(old + more)
+        assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0
+        (place / file).write_bytes(old)
+        states = _states(capsys.readouterr().out)
+        assert {n for n, s in states.items() if s == "to do"} == {
+            f"{m}/{measurement}" for m in ("base", "tuned")
+        }
     weights = place / "adapter" / "adapter_model.safetensors"
     old = weights.read_bytes()
     weights.write_bytes(old[:-4] + b"\x00\x00\x00\x3f")
     assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0
     weights.write_bytes(old)
     states = _states(capsys.readouterr().out)
-    assert {n.partition("/")[0] for n, s in states.items() if s == "to do"} == {"tuned"}
+    assert all((state == "to do") == name.startswith("tuned/") for name, state in states.items())
+    result = first_run / "base" / "attack" / "unsafe" / "result.json"
+    result.rename(place / "elsewhere.json")
+    assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0
+    (place / "elsewhere.json").rename(result)
+    states = _states(capsys.readouterr().out)
+    assert {n for n, s in states.items() if s == "to do"} == {"base/attack/unsafe"}
+
+
+def test_a_changed_judging_prompt_and_another_server_are_noticed(place: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    judge = {"name": "llm", "model": "judge", "url": "http://localhost:1", "prompt": str(prompt)}
+    found = []
+    for text, port in (("{prompt} {answer}", 2), ("{answer} {prompt}", 2), ("{answer} {prompt}", 3)):
+        prompt.write_text(text, encoding="utf-8")
+        server = {"model": "m", "engine": "server", "url": f"http://localhost:{port}"}
+        changes = {"models": {"m": server}, "over_refusal": None, "judge": judge, "perplexity": None}
+        recipe = load_suite(_recipe(place, **changes, reward_gap=None))
+        prompts = {("attack", "unsafe"): suite._load_prompts("unsafe", recipe.attack["unsafe"])}
+        (job,) = suite._jobs(recipe, tmp_path, prompts)
+        found.append(suite._fingerprint(job.settings))
+    assert len(set(found)) == 3
 
 
 def test_a_base_model_is_scored_once_and_its_adapter_is_compared_with_that(
@@ -294,6 +334,22 @@ def test_what_fails_is_named_at_the_end_and_does_not_stop_the_rest(
         "tuned/reward_gap": "to do",
         "tuned/perplexity": "done ",
     }
+
+
+def test_what_fails_with_new_settings_is_not_done_by_its_old_result(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {"attack": None, "over_refusal": None, "reward_gap": None, "out": str(tmp_path)}
+    assert main(["evaluate", "suite", _recipe(place, **alone)]) == 0
+    changed = _recipe(place, **alone, perplexity={"texts": {"en": "en.txt"}, "limit": 1})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ModelError("no memory")
+
+    monkeypatch.setattr(suite, "measure_perplexity", fail)
+    assert main(["evaluate", "suite", changed]) == 2
+    assert main(["evaluate", "suite", changed, "--dry_run"]) == 0
+    assert set(_states(capsys.readouterr().out).values()) == {"to do"}
 
 
 def test_files_that_are_missing_are_found_out_before_anything_runs(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ from scipy import stats
 
 from mpo.cli import main
 from mpo.errors import ConfigError, DataError, StorageError
-from mpo.evaluation import compare, summarize
+from mpo.evaluation import RewardGapTable, compare, summarize
 from mpo.report.files import write_json
+from mpo.report.measurement import SHARE, Cell, Change, Measurement, Row, Value
 from mpo.report.page import write_report
 from tests.evaluation.simulated import simulated_scores
 from tests.report import browser
@@ -60,15 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page whose prompts, answers, prompt set, task and model names all try to break out."""
     root = tmp_path_factory.mktemp("hostile")
-    write_results(root, prompts=6, models=("base", "x<b>&'\"y"))
-    for model in ("base", "x<b>&'\"y"):
-        write_safety(
-            root / model / "attack" / "a<script>1",
-            "attack",
-            {"en": ["unsafe", "safe"]},
-            dict.fromkeys(PROMPTS, HOSTILE),
-        )
-        file = root / model / "attack" / "a<script>1" / "answers.jsonl"
+    models = ("base", "<img src=x onerror='\"&>")
+    write_results(root, prompts=6, models=models)
+    for model in models:
+        prompt_set = root / model / "attack" / '<script>" onload="'
+        verdicts = {"en": ["unsafe", "safe", "unparsed"]}  # the warning on the last one names the model
+        write_safety(prompt_set, "attack", verdicts, dict.fromkeys(PROMPTS, HOSTILE))
+        file = prompt_set / "answers.jsonl"
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         file.write_text(
             "".join(json.dumps(row | {"answer": HOSTILE}) + "\n" for row in rows), encoding="utf-8"
@@ -85,9 +86,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_text_is_escaped_and_every_prompt_folded_away(hostile_page: Path) -> None:
     html = hostile_page.read_text(encoding="utf-8")
     parsed = _Tags(html)
-    assert {tag for tag, _ in parsed.tags}.isdisjoint(
-        {"script", "img", "b<", "iframe", "object", "base", "form"}
-    )
+    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "iframe", "object", "base", "form"})
     assert not any(name.startswith("on") or name == "style" for _, attrs in parsed.tags for name in attrs)
     # The heading has it once in the open; prompts and answers have it only where they are folded.
     assert parsed.folded_text.count("document.title='owned'") >= 2 * 6
@@ -136,6 +135,20 @@ def test_the_page_names_no_other_address_and_forbids_all(folder: Path) -> None:
     assert not re.search(r"url\(|@import|https?://", html)
 
 
+def test_the_policy_allows_the_pages_own_style_and_nothing_else(folder: Path) -> None:
+    html = write_report(folder)[0].read_text(encoding="utf-8")
+    (policy,) = [str(attrs["content"]) for _, attrs in _Tags(html).tags if "http-equiv" in attrs]
+    (style,) = re.findall("<style>(.*?)</style>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
+    assert dict(part.split(" ", 1) for part in policy.split("; ")) == {
+        "default-src": "'none'",
+        "style-src": f"'sha256-{digest}'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
 def test_ids_are_unique_and_every_link_has_its_target(folder: Path) -> None:
     tags = _Tags(write_report(folder)[0].read_text(encoding="utf-8")).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
@@ -156,6 +169,18 @@ def test_prompts_on_which_the_models_differ_are_shown_first(tmp_path: Path) -> N
         write_safety(tmp_path / model / "attack" / "set", "attack", {"en": verdicts})
     html = write_report(tmp_path, examples=1)[0].read_text(encoding="utf-8")
     assert "unsafe answer 5 in en" in html and "safe answer 0 in en" not in html
+
+
+def test_every_answer_is_shown_under_its_models_name_and_a_long_one_is_said_to_be_cut(tmp_path: Path) -> None:
+    for model, verdict in (("a", "unsafe"), ("b", "safe")):
+        write_safety(tmp_path / model / "attack" / "set", "attack", {"en": [verdict]})
+    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    shown = re.findall('<b>(.)</b> <span class="verdict">(.*?)</span></p><div[^>]*>(.*?)</div>', html)
+    assert shown == [("a", "unsafe", "unsafe answer 0 in en"), ("b", "safe", "safe answer 0 in en")]
+    file = tmp_path / "b" / "attack" / "set" / "answers.jsonl"
+    file.write_text(file.read_text(encoding="utf-8").replace("safe answer", "x" * 2_500), encoding="utf-8")
+    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert f">{'x' * 2_000} \N{HORIZONTAL ELLIPSIS} (2,508 characters)</div>" in html
 
 
 # ---------------------------------------------------------------------------------------------------------- the numbers
@@ -212,6 +237,101 @@ def test_every_measurement_has_a_block_and_all_rows_the_same_columns(folder: Pat
     assert "Pearson" in table and "Spearman" in table
 
 
+@pytest.mark.parametrize(
+    ("change", "direction"),
+    [
+        (Change(0.2, 0.1, 0.3, 0.01), 1),
+        (Change(-0.2, -0.3, -0.1, 0.01), -1),
+        (Change(0.2, 0.1, 0.3), 1),
+        (Change(0.2, 0.1, 0.3, 0.06), 0),
+        (Change(0.2, -0.1, 0.3, 0.01), 0),
+        (Change(-0.2, -0.3, 0.0), 0),
+        (Change(0.2), 0),
+        (None, 0),
+    ],
+)
+def test_a_change_is_clear_where_interval_and_test_both_say_so(change: Change | None, direction: int) -> None:
+    row = Row("Swahili", (Cell(Value(0.5)), Cell(Value(0.5), change)), 9)
+    for better, names in (("higher", ("worse", None, "better")), ("lower", ("better", None, "worse"))):
+        found = Measurement("a", "A", "A", SHARE, better, ("base", "tuned"), (row,), "")
+        assert found.direction(change) == direction
+        assert found.verdict(change) == names[1 + direction]
+        assert found.moved(1, direction) == (["Swahili"] if change is not None else [])
+
+
+def test_what_became_better_or_worse_is_called_so_everywhere(folder: Path, tmp_path: Path) -> None:
+    for model, unsafe in (("a", 18), ("b", 2)):
+        for kind, counted, other in (("attack", "unsafe", "safe"), ("over_refusal", "answer", "refusal")):
+            words = [counted] * unsafe + [other] * (20 - unsafe)
+            write_safety(tmp_path / model / kind / "set", kind, {"en": words, "sw": words})
+    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    fall = "90.0\N{NO-BREAK SPACE}% \N{RIGHTWARDS ARROW} 10.0\N{NO-BREAK SPACE}% on the mean of 2 languages"
+    rise = "10.0\N{NO-BREAK SPACE}% \N{RIGHTWARDS ARROW} 90.0\N{NO-BREAK SPACE}% on the mean of 2 languages"
+    for title, kind, change in (
+        ("Attack success: set", "better", fall),
+        ("Refusals of harmless prompts: set", "worse", rise),
+    ):
+        assert f'<li class="tile {kind}"><div class="what">{title}</div>' in html
+        (words,) = re.findall(rf"<li>{title}, b: (.*?)</li>", html)
+        assert words.startswith(change) and words.endswith(f"; clearly {kind} in English and Swahili.")
+    assert html.count('<td class="clear better">') == html.count('<td class="clear worse">') == 3
+    # The perplexity of both languages rises, and it has no mean.
+    html = write_report(folder, out=tmp_path)[0].read_text(encoding="utf-8")
+    (tile,) = re.findall('<li class="tile (worse"><div class="what">Perplexity of text</div>.*?)</li>', html)
+    assert (
+        ">2 <" in tile and "of 2 languages clearly worse" in tile and ">0 clearly better, 0 without" in tile
+    )
+
+
+def test_p_values_of_tasks_are_adjusted_for_their_number(tmp_path: Path) -> None:
+    right = {"base": (0, 0), "tuned": (10, 6)}  # of 20 items in two tasks
+    for model, counts in right.items():
+        tasks = {
+            f"task{n}": {
+                "count": 20,
+                "metrics": {"acc,none": {"value": count / 20, "stderr": None}},
+                "items": {"acc,none": [1.0] * count + [0.0] * (20 - count)},
+            }
+            for n, count in enumerate(counts)
+        }
+        write_json(tmp_path / model / "utility.json", {"measurement": "utility", "tasks": tasks})
+    rows = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Utility")
+    smaller, larger = (stats.binomtest(0, count).pvalue for count in right["tuned"])
+    assert [row[6] for row in rows] == [f"{2 * smaller:.3f}", f"{larger:.3f}"]
+    # Other items cannot be paired: their difference is shown, and nothing that rests on pairs.
+    file = tmp_path / "base" / "utility.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["tasks"]["task0"]["items"]["acc,none"].pop()
+    file.write_text(json.dumps(values), encoding="utf-8")
+    rows = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Utility")
+    assert rows[0][5:] == ["+50.0", "\N{EN DASH}"] and rows[1][6] == f"{larger:.3f}"
+
+
+@pytest.mark.parametrize("other", ["fingerprint", "tokens_per_text"])
+def test_the_perplexities_of_other_texts_or_tokens_are_not_compared(tmp_path: Path, other: str) -> None:
+    for n, model in enumerate(("base", "tuned")):
+        write_perplexity(tmp_path / model, n)
+    file = tmp_path / "tuned" / "perplexity.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    entry = values["languages"]["sw"]
+    entry[other] = "g" if other == "fingerprint" else [n + 1 for n in entry[other]]
+    file.write_text(json.dumps(values), encoding="utf-8")
+    english, swahili = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Perplexity")
+    assert english[5].startswith("**+2.0") and swahili[5] == "\N{EN DASH}" != swahili[4]
+
+
+def test_the_correlation_is_that_of_all_languages_with_both_numbers(folder: Path) -> None:
+    table = write_report(folder)[1].read_text(encoding="utf-8")
+    gaps = json.loads((folder / "base" / "reward_gap.json").read_text(encoding="utf-8"))
+    rates = json.loads((folder / "base" / "attack" / "multijail" / "result.json").read_text(encoding="utf-8"))
+    gap_of = {row.language: row.gap for row in RewardGapTable.from_dict(gaps).rows}
+    rate_of = {code: row["rate"] for code, row in rates["languages"].items()}
+    assert gap_of.keys() == rate_of.keys() == set(CODES)
+    wanted = stats.pearsonr([gap_of[code] for code in CODES], [rate_of[code] for code in CODES]).statistic
+    (found,) = re.findall(r"over 7 languages, base: Pearson (\S+) ", table)
+    assert found.replace("\N{MINUS SIGN}", "-") == f"{wanted:.2f}"
+
+
 def test_perplexity_changes_are_relative_and_paired_by_text(folder: Path) -> None:
     rows = _cells(write_report(folder)[1].read_text(encoding="utf-8"), "Perplexity")
     # 0.02 nats per token more in every text: exp(0.02) - 1 is 2.02 %.
@@ -234,6 +354,17 @@ def test_one_model_alone_is_reported_without_changes(tmp_path: Path) -> None:
     )
     page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
     assert "Change" not in table and '<th scope="col">p</th>' not in page
+
+
+def test_prompts_that_a_server_blocked_and_answers_that_were_cut_are_pointed_out(tmp_path: Path) -> None:
+    write_safety(tmp_path / "m" / "attack" / "set", "attack", {"en": ["unsafe", "blocked", "safe"]})
+    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "m: its server blocked 1 of 3 prompts." in html and "were cut off" not in html
+    file = tmp_path / "m" / "attack" / "set" / "result.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    result["languages"]["en"]["cut_off"] = 2
+    file.write_text(json.dumps(result), encoding="utf-8")
+    assert "m: 2 of 3 answers were cut off" in write_report(tmp_path)[0].read_text(encoding="utf-8")
 
 
 def test_different_judges_and_prompts_are_pointed_out(tmp_path: Path) -> None:
