@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -595,19 +595,25 @@ def step_flops(training: Training, tokens: float, context: float) -> float:
         tokens: number of tokens.
         context: tokens that a token attends to, on average.
     """
+    weights, attention = _forward_flops(training, context)
+    again = 1 if training.checkpointing else 0
+    passes = 1 + (1 if training.adapter else 2) + again
+    return tokens * (weights * passes + attention * (3 + again))
+
+
+def reference_flops(training: Training, tokens: float, context: float) -> float:
+    """Floating-point operations of a forward pass alone."""
+    return tokens * sum(_forward_flops(training, context))
+
+
+def _forward_flops(training: Training, context: float) -> tuple[float, float]:
+    """Operations per token of a forward pass: of the weights, and of attention."""
     text = training.config.get_text_config()
     embedding = training.head_parameters  # looked up, not multiplied; a head of its own is multiplied
     multiplied = training.parameters - (0 if getattr(text, "tie_word_embeddings", False) else embedding)
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or training.hidden // heads)
-    passes = 1 + (1 if training.adapter else 2) + (1 if training.checkpointing else 0)
-    attention = 4 * width * context * training.layers * (3 + (1 if training.checkpointing else 0))
-    return tokens * (2 * multiplied * passes + attention)
-
-
-def reference_flops(training: Training, tokens: float, context: float) -> float:
-    """Floating-point operations of a forward pass alone."""
-    return step_flops(replace(training, adapter=True, checkpointing=False), tokens, context) / 2
+    return 2 * multiplied, 4 * width * context * training.layers
 
 
 def sent_per_step(training: Training, sharding: Sharding, gpus: int, micro_batches: int = 1) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.plan_memory import Case, config, counted, measured
 from mpo.capacity import (
     SHARDINGS,
     Choice,
+    Memory,
     Sharding,
     best,
     describe,
@@ -22,12 +24,14 @@ from mpo.capacity import (
     largest_budget,
     memory,
     possible,
+    reference_flops,
     sent_per_step,
     step_flops,
 )
 from mpo.cli import main
 from mpo.live_memory import LiveMemory
 from mpo.shapes import shape_config
+from tests.runs import lora
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +96,44 @@ def test_sixteen_bytes_per_weight_are_divided_as_each_sharding_divides_them() ->
     assert state("ZeRO-2") == (2 * parameters, 2 * parameters / gpus, 12 * parameters / gpus)
     assert state("ZeRO-3") == (2 * parameters / gpus, 2 * parameters / gpus, 12 * parameters / gpus)
     assert state("FSDP2") == (4 * parameters / gpus, 4 * parameters / gpus, 8 * parameters / gpus)
-    assert state("ZeRO-3 offload") == (0, 0, 0)
+    for name in ("FSDP2 offload", "ZeRO-3 offload"):
+        assert state(name) == (0, 0, 0)
+        assert memory(training, BY_NAME[name], gpus, 1024, 1024).main_memory == 16 * parameters / gpus
+    assert memory(training, BY_NAME["ZeRO-3"], gpus, 1024, 1024).main_memory == 0
+
+
+def test_a_frozen_base_is_held_as_it_is_stored_and_an_adapter_in_float32() -> None:
+    adapter = lora(r=4)
+    parameters, outside_layers = 8_030_261_248, 2 * 128256 * 4096 + 4096
+    for bits, base in (
+        (16, 2 * parameters),
+        (4, (parameters - outside_layers) * 4.125 / 8 + 2 * outside_layers),
+    ):
+        training = describe(shape_config("llama-3.1-8b"), adapter=adapter, bits=bits)
+        found = memory(training, BY_NAME["DDP"], 8, 1024, 1024, adapter)
+        assert found.weights == base + 4 * training.trained
+        assert (found.gradients, found.optimizer) == (4 * training.trained, 8 * training.trained)
+
+
+def test_the_peak_is_the_largest_of_what_is_not_held_at_once() -> None:
+    held = Memory(
+        weights=1,
+        gradients=16,
+        optimizer=2,
+        buffers=4,
+        activations=8,
+        layer=3,
+        lm_head=5,
+        reference=0,
+        main_memory=1000,
+    )
+    # Gradients come to be while activations go; those of an earlier micro-batch are there already.
+    assert held.tensors == 1 + 2 + 4 + 16
+    assert replace(held, gradients=12).tensors == 1 + 2 + 4 + 8 + 5
+    assert replace(held, accumulates=True).tensors == 1 + 2 + 4 + 8 + 5 + 16
+    # Before the first step there are neither gradients nor optimizer states.
+    assert replace(held, reference=100).tensors == 1 + 4 + 100
+    assert held.total == (23 + 2.5e9) / 0.95
 
 
 def test_the_largest_budget_fits_and_the_next_does_not() -> None:
@@ -111,7 +152,19 @@ def test_operations_are_six_per_weight_and_token_and_eight_when_recomputed() -> 
     assert step_flops(kept, 10, 0) == 10 * 6 * multiplied
     assert step_flops(describe(config_, checkpointing=True), 10, 0) == 10 * 8 * multiplied
     # Attention: scores and their sum over values, 2 operations each, three passes.
-    assert step_flops(kept, 1, 100) - step_flops(kept, 1, 0) == 3 * 4 * 4096 * 100 * 32
+    attention = 4 * 4096 * 100 * 32
+    assert step_flops(kept, 1, 100) - step_flops(kept, 1, 0) == 3 * attention
+    again = replace(kept, checkpointing=True)
+    assert step_flops(again, 1, 100) - step_flops(again, 1, 0) == 4 * attention
+    # Frozen weights have no gradient of their own; the reference pass has none at all.
+    assert step_flops(replace(kept, adapter=True), 10, 0) == 10 * 4 * multiplied
+    assert reference_flops(kept, 10, 0) == 10 * 2 * multiplied
+    assert reference_flops(again, 1, 100) - reference_flops(again, 1, 0) == attention
+
+
+def test_a_head_that_is_the_embedding_is_multiplied() -> None:
+    tied = describe(shape_config("llama-3.2-1b"), checkpointing=False)
+    assert step_flops(tied, 1, 0) == 6 * tied.parameters
 
 
 def test_what_is_sent_is_counted_as_on_paper() -> None:
@@ -125,8 +178,20 @@ def test_what_is_sent_is_counted_as_on_paper() -> None:
     assert sent_per_step(training, BY_NAME["ZeRO-3"], 8, 3) == 3 * sent_per_step(
         training, BY_NAME["ZeRO-3"], 8
     )
+    # ZeRO-1 and DDP sum gradients once per step, ZeRO-2 after each micro-batch; both gather weights once.
+    assert sent_per_step(training, BY_NAME["DDP"], 8, 3) == 2 * ring * 4 * size
+    assert sent_per_step(training, BY_NAME["ZeRO-1"], 8, 3) == ring * 4 * size
+    assert sent_per_step(training, BY_NAME["ZeRO-2"], 8, 3) == ring * (3 * 2 + 2) * size
+    adapted = describe(shape_config("llama-3.1-8b"), adapter=lora(r=4))
+    trained = adapted.trained
+    assert sent_per_step(adapted, BY_NAME["DDP"], 8) == 2 * ring * 4 * trained
+    assert sent_per_step(adapted, BY_NAME["ZeRO-3"], 8) == ring * (4 * (size + trained) + 2 * trained)
+
+
+def test_communication_hides_behind_a_share_of_the_computing() -> None:
     assert efficiency(1.0, 10.0, 10.0, 0.0) == 0.5
     assert efficiency(1.0, 10.0, 10.0, 1.0) == 1.0
+    assert efficiency(2.0, 30.0, 10.0, 0.8) == 2.0 / (2.0 + 3.0 - 0.8 * 2.0)
 
 
 def test_the_first_sharding_that_takes_a_group_is_the_best() -> None:
@@ -138,6 +203,7 @@ def test_the_first_sharding_that_takes_a_group_is_the_best() -> None:
 
     one, two, three, offloaded = choice(0), choice(512), choice(4096), choice(65536, offload=True)
     assert best([one, two, three, offloaded], 400) is two
+    assert best([one, two, three, offloaded], 512) is two
     assert best([one, two, three, offloaded], 9999) is three
     assert best([one, offloaded], 400) is offloaded
     assert best([one], 1) is None
@@ -212,6 +278,30 @@ def test_machines_are_compared_by_their_best_configuration(capsys: pytest.Captur
     assert rows["1 x 2 GB"] == "nothing fits"
     alone = plan(capsys, *words, "--gpus", "8", "--gpu_memory", "24")
     assert f"Best    {rows['8 x 24 GB']}: " in alone
+
+
+def test_the_plan_for_several_machines_launches_and_sends_between_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(ROOT / "recipes" / "llama_full.yaml"), "--gpus", "16", "--gpu_memory", "80", "--scaling"]
+    steps = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
+    printed = plan(capsys, *words, *steps, "--groups", "2048", "--targets", "1", "--utilisation", "0.5")
+    (name,) = re.findall(r"^Best +(\S+): a micro-batch", printed, re.MULTILINE)
+    sharding, training = BY_NAME[name], describe(shape_config("llama-3.1-8b"))
+    # Two epochs of 2048 groups, 16 x 2 x 4 in a step; each has two trees, and the whole source pass one.
+    assert "32 optimizer steps, 5,324,800 tokens in 2 epochs" in printed
+    work = step_flops(training, 5_324_800, 325) + reference_flops(training, 2048 * 650, 325)
+    minutes = work / (16 * 312e12 * 0.5) / 60
+    assert f"{minutes:.0f} minutes at 50% of 312 TFLOP/s" in printed
+    sent = sent_per_step(training, sharding, 16, 4)
+    assert f"{sent / 1e9:.3g} GB by each GPU in a step" in printed
+    # Inside a machine at 300 GB/s, between machines at 25.
+    computing = step_flops(training, 2 * 2 * 650, 325) / (312e12 * 0.5)
+    for gpus, link in ((8, 300e9), (16, 25e9)):
+        row = next(line.split() for line in printed.splitlines() if re.match(rf"{gpus} +\d", line))
+        sent = sent_per_step(training, sharding, gpus)
+        assert row[1:3] == [f"{sent / 1e9:.1f}", f"{sent / link:.2f}"]
+        assert row[3:5] == [f"{efficiency(computing, sent, link, overlap):.0%}" for overlap in (0, 0.8)]
 
 
 @pytest.mark.parametrize(
