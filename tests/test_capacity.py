@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.plan_memory import Case, config, counted, measured
 from mpo.capacity import (
@@ -29,7 +31,9 @@ from mpo.capacity import (
     step_flops,
 )
 from mpo.cli import main
+from mpo.commands.plan import _launch, _row_lengths
 from mpo.live_memory import LiveMemory
+from mpo.recipe import load_recipe
 from mpo.shapes import shape_config
 from tests.runs import lora
 from tests.tiny import save_tiny
@@ -302,6 +306,26 @@ def test_the_plan_for_several_machines_launches_and_sends_between_them(
         sent = sent_per_step(training, sharding, gpus)
         assert row[1:3] == [f"{sent / 1e9:.1f}", f"{sent / link:.2f}"]
         assert row[3:5] == [f"{efficiency(computing, sent, link, overlap):.0%}" for overlap in (0, 0.8)]
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS[1:], ids=lambda sharding: sharding.name)
+def test_several_machines_are_launched_without_a_launcher_of_deepspeeds_own(sharding: Sharding) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "llama_full.yaml", ())
+    training = describe(shape_config("llama-3.2-1b"))
+    row = _row_lengths(recipe, training.attention)[0]
+    held = memory(training, sharding, 16, 1024, row)
+    words = shlex.split(_launch(recipe, Choice(sharding, training, row, 1024, held), 16, 2))
+    assert words[:2] == ["accelerate", "launch"]
+    script = words.index("scripts/train.py")
+    assert words[script:] == ["scripts/train.py", str(ROOT / "recipes" / "llama_full.yaml")]
+    options = dict(zip(words[2:script:2], words[3:script:2], strict=True))
+    assert (options["--num_machines"], options["--num_processes"]) == ("2", "16")
+    assert options["--machine_rank"] == "RANK"
+    config = ROOT / options["--config_file"]
+    assert config.name in (sharding.config, sharding.config.replace(".yaml", "_multi_node.yaml"))
+    part = yaml.safe_load(config.read_text(encoding="utf-8")).get("deepspeed_config", {})
+    chosen = options.get("--deepspeed_multinode_launcher", part.get("deepspeed_multinode_launcher"))
+    assert chosen == ("standard" if sharding.engine == "deepspeed" else None)
 
 
 @pytest.mark.parametrize(

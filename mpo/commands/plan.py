@@ -517,6 +517,10 @@ def _launch(recipe: Recipe, choice: Choice, gpus: int, nodes: int) -> str:
             f"--config_file recipes/accelerate/{config}",
             f"--num_machines {nodes} --num_processes {gpus}",
         ]
+        if config == sharding.config and sharding.engine == "deepspeed":
+            words += [
+                "--deepspeed_multinode_launcher standard"
+            ]  # else Accelerate asks for pdsh and a file of hosts
         words += ["--machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"]
     words += ["scripts/train.py", str(recipe.source_path)]
     if choice.row != _row_lengths(recipe, choice.training.attention)[0]:
