@@ -11,6 +11,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from mpo.capacity import SHARDINGS, Sharding
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes" / "accelerate"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -30,6 +32,28 @@ def test_accelerate_knows_every_key_of_a_configuration(path: Path) -> None:
     assert f"--config_file recipes/accelerate/{path.name}" in header
     for recipe in re.findall(r"recipes/\w+\.yaml", header):
         assert (ROOT / recipe).is_file()
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=lambda sharding: sharding.name)
+def test_a_configuration_divides_what_the_plan_counts_as_divided(sharding: Sharding) -> None:
+    config = yaml.safe_load((FOLDER / sharding.config).read_text(encoding="utf-8"))
+    # What a recipe decides is not decided a second time.
+    assert config["mixed_precision"] == "no"
+    if sharding.engine == "deepspeed":
+        part = config["deepspeed_config"]
+        assert part["gradient_clipping"] == part["gradient_accumulation_steps"] == "auto"
+        assert part["zero_stage"] == (3 if sharding.weights else 2 if sharding.gradients else 1)
+        assert part["zero3_init_flag"] is part.get("zero3_save_16bit_model", False) is sharding.weights
+        place = "cpu" if sharding.offload else "none"
+        assert part["offload_optimizer_device"] == part["offload_param_device"] == place
+    elif sharding.engine == "fsdp2":
+        part = config["fsdp_config"]
+        assert part["fsdp_version"] == 2
+        assert part["fsdp_reshard_after_forward"] is True
+        assert part["fsdp_offload_params"] is sharding.offload
+        assert part["fsdp_activation_checkpointing"] is False
+    else:
+        assert config["distributed_type"] == ("NO" if sharding.one_gpu else "MULTI_GPU")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*_multi_node.yaml")), ids=lambda path: path.stem)

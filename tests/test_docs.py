@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig
 
 from mpo.analysis.recipe import load_analysis_recipe
+from mpo.capacity import SHARDINGS, describe, sent_per_step
 from mpo.cli import _parser
 from mpo.config import _MEANINGLESS, MPOConfig
 from mpo.data import load_groups
@@ -36,6 +37,7 @@ from mpo.masks import dense_mask
 from mpo.recipe import RecipeField, load_recipe, recipe_fields
 from mpo.run import _DESCRIPTIONS
 from mpo.scoring import PairTensors
+from mpo.shapes import shape_config
 from mpo.trees import Tree, build_batch
 from tests.tiny import save_tiny
 
@@ -559,6 +561,23 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 def number(cell: str) -> float:
     return float(cell.split()[0])
+
+
+def test_the_configurations_and_what_they_send_are_those_that_are_counted() -> None:
+    listed = {
+        name
+        for row in table_below(DOCS / "scaling.md", "configuration", "divided over the GPUs")
+        for name in codes(row[0])
+    }
+    assert listed == {sharding.config for sharding in SHARDINGS}
+    training = describe(shape_config("llama-3.1-8b"))
+    by_name = {sharding.name: sharding for sharding in SHARDINGS}
+    rows = table_below(DOCS / "scaling.md", "configuration", "gradients", "weights", "together")
+    assert len(rows) == 4
+    for name, gradients, weights, together in rows:
+        sent = sent_per_step(training, by_name[name.split()[0]], 8) / training.parameters * 8 / 7
+        parts = [int(number) for number in re.findall(r"(\d+) P", f"{gradients} {weights}")]
+        assert together == f"{sum(parts)} P" == f"{sent:g} P"
 
 
 @pytest.mark.parametrize("family", SHAPES)
