@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -396,6 +397,38 @@ def test_a_run_that_could_not_save_resumes_from_the_one_before(model: Path, tmp_
     whole = saved_run(model, tmp_path / "whole")
     whole.train()
     assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
+
+
+def test_what_another_rank_could_not_save_is_not_declared_complete(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = saved_run(model, tmp_path, max_steps=1)
+    trainer.train()
+    trainer.state.global_step = 2
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr("mpo.trainer.gather_object", lambda problems: [*problems, "full over there"])
+    trainer._save_checkpoint(trainer.model_wrapped, None)
+    assert steps(tmp_path / "out") == [1]
+    assert any("full over there" in message for message in caplog.messages)
+
+
+def test_only_the_main_process_declares_and_removes_checkpoints(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = saved_run(model, tmp_path, max_steps=2, save_total_limit=1)
+    trainer.train()
+    out = tmp_path / "out"
+    assert steps(out) == [2]
+    left = out / "checkpoint-3" / "of-another-rank"
+    left.parent.mkdir()
+    left.touch()
+    trainer.state.global_step = 3
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    trainer._save_checkpoint(trainer.model_wrapped, None)
+    assert steps(out) == [2, 3] and left.exists()
+    assert not is_complete(out / "checkpoint-3")
+    trainer._set_earlier_checkpoints_aside(None)
+    assert last_complete_checkpoint(out) == out / "checkpoint-2"
 
 
 def test_an_error_that_is_not_the_disks_is_not_swallowed(model: Path, tmp_path: Path) -> None:

@@ -517,6 +517,29 @@ def test_a_rank_that_does_not_see_the_folder_says_that_it_must_be_shared(
         build(dataset, forbidden, tmp_path, ranks=SecondRank())
 
 
+def test_a_rank_that_sees_the_cache_late_waits_for_it_instead_of_starting_a_pass(
+    model: PreTrainedModel, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = values(build(dataset, Forward(model), tmp_path))
+    (folder,) = caches(tmp_path)
+    unseen = folder.rename(tmp_path / "not yet.partial")
+
+    class SecondRank(OneRank):
+        num_processes, process_index, is_main_process = 2, 1, False
+
+    def broadcast(objects: list[Any], from_process: int) -> None:
+        assert objects == [False]
+        objects[:] = [True]
+
+    monkeypatch.setattr(subject, "broadcast_object_list", broadcast)
+    appear = threading.Timer(0.3, unseen.rename, (folder,))
+    appear.start()
+    found = values(build(dataset, forbidden, tmp_path, ranks=SecondRank()))
+    appear.join()
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("budget", [64, 10_000])
 def test_ranks_divide_the_sources_and_agree_with_a_single_one(
     model: PreTrainedModel, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int

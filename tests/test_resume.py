@@ -452,6 +452,36 @@ def test_dropping_the_last_groups_is_another_order(model: Path, tmp_path: Path) 
         )
 
 
+SAME_STEPS = {
+    "ranks": 2,
+    "gradient_accumulation_steps": 1,
+}  # the run of this file accumulates two on one rank
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved", "message"),
+    [
+        ({}, SAME_STEPS, None),
+        ({}, {"ranks": 2}, "ranks: 2 then, 1 now"),
+        # The groups of a step's last micro-batches, or of any, depend on the number of ranks.
+        ({"dataloader_drop_last": True}, SAME_STEPS, "ranks: 2 then, 1 now"),
+        ({"max_tokens_per_batch": 400}, SAME_STEPS, "ranks: 2 then, 1 now"),
+        ({"ignore_data_skip": True}, {"ranks": 2}, None),
+        ({"ignore_data_skip": True}, {"form": "ZeRO-2 on 2 ranks"}, "ZeRO-2 on 2 ranks needs them"),
+    ],
+)
+def test_another_number_of_ranks_goes_on_where_every_step_has_the_same_groups(
+    model: Path, tmp_path: Path, settings: dict[str, Any], saved: dict[str, Any], message: str | None
+) -> None:
+    run = trainer(model, tmp_path, "lora", **settings)
+    state = {**run._order_state(), "form": run._state_form(), **saved}
+    if message is None:
+        run._check_resumable("checkpoint-3", state)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            run._check_resumable("checkpoint-3", state)
+
+
 def test_another_order_is_accepted_when_the_epoch_begins_anew(
     model: Path, unbroken: dict[str, Unbroken], tmp_path: Path
 ) -> None:

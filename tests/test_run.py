@@ -32,6 +32,7 @@ from mpo.measure import measure_reward_gap
 from mpo.plan import Plan, make_plan
 from mpo.recipe import Recipe, load_recipe
 from mpo.run import _explaining, _placement, train
+from mpo.trainer import MPOTrainer
 from tests.tiny import random_groups, save_tiny
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3}
@@ -512,6 +513,27 @@ def test_dropped_rows_are_counted_and_listed(make, pairs: Path, tmp_path: Path) 
     dropped = json.loads((out / "dropped_rows.json").read_text())["dropped"]
     assert [row["row"] for row in dropped] == [10]
     assert json.loads((out / "provenance.json").read_text())["dropped_rows"] == 1
+
+
+def test_a_rank_that_is_not_the_main_one_writes_prints_and_uploads_nothing(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make(**LORA)
+    monkeypatch.setattr(type(recipe.training), "process_index", 1)
+    uploads = []
+    monkeypatch.setattr("mpo.run._push", lambda *arguments: uploads.append(arguments))
+    save = MPOTrainer.save_model
+
+    def save_and_ask_for_an_upload(self: MPOTrainer, *arguments: Any) -> None:
+        save(self, *arguments)
+        self.args.push_to_hub = True  # only now, or the library would make a repository
+
+    monkeypatch.setattr(MPOTrainer, "save_model", save_and_ask_for_an_upload)
+    out = train(recipe)
+    assert recipe.training.push_to_hub
+    assert not uploads
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    assert capsys.readouterr().out == ""
 
 
 def test_no_token_is_in_anything_a_run_leaves(

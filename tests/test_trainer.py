@@ -15,10 +15,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from peft import (
@@ -1207,6 +1209,49 @@ def test_tensorboard_gets_the_metrics_of_every_language(
             assert any(tag.startswith("eval/") and tag.endswith(f"{name}/{language}") for tag in tags), name
 
 
+def test_a_log_is_of_the_pairs_of_all_ranks(
+    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = runs.trainer(model, tmp_path, rows)
+    # One language's count, gap, gap to source, positive, chosen, rejected, gap loss and retention, summed over pairs.
+    own, other = [3.0, 6.0, 3.0, 3.0, -3.0, -9.0, 12.0, 3.0], [1.0, -2.0, 1.0, 0.0, -5.0, -3.0, 4.0, 5.0]
+    trainer._sums[0] = torch.tensor(own)
+
+    def all_reduce(values: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        assert op == torch.distributed.ReduceOp.SUM
+        values[0] += torch.tensor(other)
+
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 102.0)
+    trainer._last_log, trainer.state.global_step = (100.0, 0), 1
+    language = trainer.languages[0]
+    assert trainer._language_metrics() == {
+        "loss/reward_gap": 4.0,
+        "loss/retention": 2.0,
+        "pairs_per_second": 2.0,
+        f"reward_gap/{language}": 1.0,
+        f"gap_to_source/{language}": 1.0,
+        f"positive/{language}": 0.75,
+        f"logps/chosen/{language}": -2.0,
+        f"logps/rejected/{language}": -3.0,
+    }
+    assert not trainer._sums.any()
+
+
+def test_with_several_processes_a_micro_batch_is_one_call(
+    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Gradients are reduced in a call's backward pass, and ranks with more calls would wait for those with fewer.
+    trainer = runs.trainer(model, tmp_path, rows)
+    assert trainer._tokens_per_call() is not None
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    assert trainer._tokens_per_call() is None
+    trainer.args.max_tokens_per_call = 100
+    with pytest.raises(ConfigError, match="one model call with several processes"):
+        trainer._tokens_per_call()
+
+
 # ---- Values that are not finite ----------------------------------------------------------------------------------
 
 
@@ -1379,6 +1424,23 @@ def test_a_good_state_that_was_not_due_to_be_saved_is_saved(model: Path, rows: A
         trainer.train()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2", dtype=torch.float32)
     assert runs.differing(runs.weights(saved), snapshots.last) == []
+
+
+def test_weights_that_are_not_finite_on_another_rank_are_not_saved_as_the_last_good_state(
+    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OfTwo(Poisoned):
+        def _stop_at_non_finite(self, loss_finite: bool) -> None:
+            with mock.patch.object(Accelerator, "num_processes", 2):
+                super()._stop_at_non_finite(loss_finite)
+
+    def gather(values: list[Any]) -> list[Any]:
+        return [*values, False] if values == [True] else values
+
+    monkeypatch.setattr(trainer_module, "gather_object", gather)
+    with pytest.raises(TrainingError, match="No step had been saved"):
+        runs.trainer(model, tmp_path, rows, kind=OfTwo, **{**STEPPED, "save_steps": 100}).train()
+    assert checkpoints(tmp_path / "out") == []
 
 
 def test_a_failure_in_the_first_step_says_that_nothing_was_saved(
