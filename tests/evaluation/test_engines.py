@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from mpo.errors import ConfigError, DataError, DependencyError, ModelError, ServerError
 from mpo.evaluation.engines import Answer, Generation, ModelChoice, make_engine
 from mpo.evaluation.engines.local import LocalEngine
-from mpo.evaluation.engines.vllm import _rank_for
+from mpo.evaluation.engines.vllm import _local_folder, _rank_for
 from tests.evaluation.chat_server import ChatServer, serve
 from tests.evaluation.scripts import TEXTS
 from tests.tiny import random_text, save_tiny
@@ -168,6 +169,13 @@ def test_sampling_has_a_seed_and_leaves_that_of_others_alone(model: Path) -> Non
     assert drawn[0] != all_answers(engine(model), asked)
 
 
+def test_the_same_prompt_in_two_batches_is_answered_by_two_draws_from_all_tokens(model: Path) -> None:
+    made = engine(model, batch_size=1, generation=Generation(NEW, temperature=1.0))
+    found = all_answers(made, conversations(1) * 3)
+    assert found[0] != found[1] != found[2]
+    assert made._load().generation_config.top_k == 0  # transformers' own is 50
+
+
 def test_low_temperatures_and_small_shares_of_the_mass_approach_greedy(model: Path) -> None:
     asked = conversations(6)
     greedy = all_answers(engine(model), asked)
@@ -275,6 +283,8 @@ def test_a_server_gets_the_decoding_and_one_seed_per_prompt() -> None:
         list(make_engine(choice, Generation(9, temperature=0.7, top_p=0.5, seed=40)).generate(asked, {1}))
     assert sorted(body["seed"] for body in server.requests) == [40, 42, 43]
     assert {(body["temperature"], body["top_p"]) for body in server.requests} == {(0.7, 0.5)}
+    other = replace(choice, model="other")
+    assert make_engine(choice, Generation(9)).settings() != make_engine(other, Generation(9)).settings()
 
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
@@ -315,7 +325,7 @@ def test_vllm_gets_the_prompts_tokens_the_decoding_and_the_adapter(
     vllm: SimpleNamespace, model: Path, adapter: Path
 ) -> None:
     asked = conversations(4)
-    choice = ModelChoice(str(model), str(adapter), engine="vllm")
+    choice = ModelChoice(str(model), str(adapter), engine="vllm", revision="abc", dtype="float16")
     made = make_engine(choice, Generation(9, temperature=0.7, top_p=0.5, seed=40))
     found = dict(made.generate(asked, {1}))
     assert found == {0: Answer("answer 0", True), 2: Answer("answer 1", False), 3: Answer("answer 2", True)}
@@ -329,8 +339,15 @@ def test_vllm_gets_the_prompts_tokens_the_decoding_and_the_adapter(
     assert sampling[0] == {"max_tokens": 9, "temperature": 0.7, "top_p": 0.5, "seed": 40}
     assert lora == ("adapter", 1, str(adapter))
     assert vllm.options["enable_lora"] and vllm.options["max_lora_rank"] == 16
+    loaded = {name: vllm.options[name] for name in ("model", "revision", "dtype", "trust_remote_code")}
+    assert loaded == {"model": str(model), "revision": "abc", "dtype": "float16", "trust_remote_code": False}
     assert [_rank_for(rank) for rank in (1, 16, 17, 24, 64, 65)] == [16, 16, 32, 32, 64, 128]
     assert made.settings() != make_engine(replace(choice, adapter=None), made.generation).settings()  # type: ignore[attr-defined]
+
+
+def test_vllm_gets_an_adapter_of_the_hub_in_the_revision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision: f"{name}@{revision}")
+    assert _local_folder("org/adapter", "abc") == "org/adapter@abc"
 
 
 def test_without_vllm_the_error_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

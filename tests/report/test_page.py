@@ -65,6 +65,7 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hostile")
     models = ("base", "<img src=x onerror='\"&>")
     write_results(root, prompts=6, models=models)
+    write_hidden_space(root, models[1])
     for model in models:
         prompt_set = root / model / "attack" / '<script>" onload="'
         verdicts = {"en": ["unsafe", "safe", "unparsed"]}  # the warning on the last one names the model
