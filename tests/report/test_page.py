@@ -92,11 +92,16 @@ def test_every_text_is_escaped_and_every_prompt_folded_away(hostile_page: Path) 
     # The heading has it once in the open; prompts and answers have it only where they are folded.
     assert parsed.folded_text.count("document.title='owned'") >= 2 * 6
     assert parsed.open_text.count("<script>document.title") == 2  # <title> and <h1>
+    table = hostile_page.with_name("report.md").read_text(encoding="utf-8")
+    assert "&lt;img" in table and "&lt;script" in table
+    assert not any(sign in table for sign in ("<script", "<img", "\u202e"))
 
 
 def test_codes_judges_ids_and_verdicts_are_inert_wherever_they_are_shown(tmp_path: Path) -> None:
     write_results(tmp_path, prompts=6)
-    code, judge, name = "<script>sw\x1b[2J\u202e</script>", "<script>judge", "<img src=x onerror=alert(1)>"
+    write_hidden_space(tmp_path)
+    code, judge = '<script>sw\x1b[2J\u202e</script>" onload="', "<script>judge"
+    name = "<img src=x onerror=alert(1)>"
     swaps = {
         '"sw"': json.dumps(code),
         '"refusal-phrases"': json.dumps(judge),
