@@ -63,12 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page whose prompts, answers, prompt set, task and model names all try to break out."""
     root = tmp_path_factory.mktemp("hostile")
-    models = ("base", "<img src=x onerror='\"&>")
+    models = ("<img src=0>", "<img src=x onerror='\"&>")
     write_results(root, prompts=6, models=models)
     write_hidden_space(root, models[1])
     for model in models:
         prompt_set = root / model / "attack" / '<script>" onload="'
-        verdicts = {"en": ["unsafe", "safe", "unparsed"]}  # the warning on the last one names the model
+        given = ["unsafe", "safe", "unparsed"]  # the warning on the last one names the model
+        verdicts = {"en": given, "zh": given[1:], "sw": given[:1]}  # enough for a correlation
         write_safety(prompt_set, "attack", verdicts, dict.fromkeys(PROMPTS, HOSTILE))
         file = prompt_set / "answers.jsonl"
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
