@@ -15,7 +15,7 @@ from mpo.cli import main
 from mpo.errors import DependencyError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.suite_recipe import PAPER_TASKS
-from mpo.evaluation.utility import measure_utility, task_manager
+from mpo.evaluation.utility import _items, measure_utility, task_manager
 from mpo.report.page import write_report
 from tests.evaluation.adapters import save_model_and_adapter
 from tests.tiny import random_text
@@ -131,6 +131,11 @@ def test_the_harnesss_own_report_is_kept_with_every_subtask(place: Path, results
     kept = json.loads((place / "out" / "base" / "lm_eval.json").read_text(encoding="utf-8"))
     assert {"tiny_en", "tiny_sw"} <= set(kept["results"])
     assert kept["n-samples"]["tiny_en"]["effective"] == _ITEMS["en"]
+
+
+def test_the_items_of_a_metric_are_those_of_its_filter() -> None:
+    rows = [{"filter": name, "acc": value} for name, value in (("strict", 1.0), ("loose", 0.0)) * 2]
+    assert _items(rows, "acc,strict") == [1.0, 1.0] and _items(rows, "acc,loose") == [0.0, 0.0]
 
 
 def test_the_report_pairs_the_items(place: Path, results: dict[str, Any]) -> None:

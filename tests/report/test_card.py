@@ -97,8 +97,10 @@ def test_the_tables_numbers_and_both_pictures_are_in_it(tmp_path: Path) -> None:
     text = _write(tmp_path, before=before, after=after, recipe_yaml=RECIPE, retention=(0.0, 0.0123))
     assert compare(before, after).to_markdown() in text
     assert "](reward_gap.png)" in text and "](training_curve.png)" in text and "`metrics.json`" in text
-    assert "0.0123" in text and "`recipe.yaml`" not in text
+    assert "pairs: 0 before, 0.0123 after." in text and "`recipe.yaml`" not in text
     assert before.all_targets is not None and f"**{before.all_targets.gap:+.3f}**" in text
+    assert after.all_targets is not None and after.all_targets.positive > before.all_targets.positive
+    assert f"from {before.all_targets.positive:.0%} to {after.all_targets.positive:.0%}." in text
 
 
 def test_pictures_that_are_not_there_are_not_shown(tmp_path: Path) -> None:
