@@ -84,6 +84,8 @@ def reward_gap(results: Results) -> Measurement | None:
         sizes = [size for table in known if (size := _gap_pairs(table, key))]
         if any(cells):
             label = "All targets" if key[0] == ALL_TARGETS else shown_language(key[0])
+            if (key[0], not key[1]) in codes:
+                label += " (source)" if key[1] else " (target)"
             rows.append(
                 Row(label, tuple(cells), max(sizes), is_average=key[0] == ALL_TARGETS, is_source=key[1])
             )

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -448,6 +449,15 @@ def test_an_adapters_reward_gap_alone_is_shown_against_its_base(tmp_path: Path) 
     assert [cell.strip() for cell in table.splitlines()[2].split("|")][4:7] == ["base", "a-tuned", "Change"]
     assert "<b>a-tuned</b> against <b>base</b>" in page
     assert "org/model" in page and "runs/it" in page  # where the numbers come from
+
+
+def test_a_source_language_that_is_a_target_too_is_told_apart(tmp_path: Path) -> None:
+    scores, _ = simulated_scores()
+    records = [replace(r, language="en") if r.language == "sw" else r for r in scores]
+    table = summarize(records, beta=1.0, resamples=200)
+    write_json(tmp_path / "m" / "reward_gap.json", table.to_dict(records=True))
+    labels = [row[1] for row in _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Reward gap")]
+    assert "English (source)" in labels and "English (target)" in labels and "English" not in labels
 
 
 def test_a_folder_of_one_model_is_read_as_well(tmp_path: Path) -> None:
