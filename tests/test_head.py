@@ -124,6 +124,35 @@ def test_without_its_flag_the_model_is_what_it_was(family: str) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), generated)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_lm_head_is_called_once_since_sharding_gathers_its_weights_around_that_call(
+    trained: bool,
+) -> None:
+    model = build_model("llama").requires_grad_(trained)
+    attach_reward_gap_head(model)
+    weight = model.lm_head.weight
+    events: list[str] = []
+
+    def gather(module: torch.nn.Module, inputs: Any) -> None:
+        events.append("gathered")
+        module.weight = torch.nn.Parameter(weight.detach() * 2, requires_grad=trained)
+
+    def divide(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        events.append("divided")
+        module.weight = weight
+
+    expected = build_model("llama")
+    with torch.no_grad():
+        expected.lm_head.weight.mul_(2)
+    attach_reward_gap_head(expected)
+    model.lm_head.register_forward_pre_hook(gather)
+    model.lm_head.register_forward_hook(divide)
+    trees = [Tree(*pair) for pair in draw(5, 3)]
+    found = call(model, trees).response_logps
+    assert events == ["gathered", "divided"]
+    torch.testing.assert_close(found, call(expected, trees).response_logps)
+
+
 def test_attaching_twice_does_nothing() -> None:
     model = build_model("llama")
     attach_reward_gap_head(model)

@@ -129,6 +129,16 @@ def test_the_trainer_recomputes_only_where_memory_asks_for_it(
     assert calls(much, gradient_checkpointing=True) == 2 * kept
 
 
+def test_a_divided_model_is_recomputed_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "_sharded", lambda args: True)
+    monkeypatch.setattr(trainer_module, "device_memory", lambda device: 10**12)
+    folder = save_tiny("llama", tmp_path / "model")
+    assert runs.trainer(folder, tmp_path).args.gradient_checkpointing
+    assert not runs.trainer(folder, tmp_path, gradient_checkpointing=False).args.gradient_checkpointing
+
+
 def test_a_model_that_cannot_be_counted_is_trained_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
