@@ -214,7 +214,8 @@ class Poisoned(MPOTrainer):
         if not self.model.training or self.state.global_step < 2 or self.accelerator.process_index == 0:
             return loss
         if self.poison == "loss":
-            return loss * float("nan")
+            # The value is not finite, its derivative is: an engine that looks at gradients alone takes the step.
+            return loss + float("nan")
         # The value is finite, its derivative is not.
         return loss + torch.sqrt(loss.detach() - loss + 0.0)
 
