@@ -31,7 +31,7 @@ from mpo.capacity import (
     step_flops,
 )
 from mpo.cli import main
-from mpo.commands.plan import _launch, _row_lengths
+from mpo.commands.plan import _Data, _launch, _needed, _row_lengths
 from mpo.live_memory import LiveMemory
 from mpo.recipe import load_recipe
 from mpo.shapes import shape_config
@@ -253,6 +253,13 @@ def test_the_data_are_counted_where_they_are_at_hand(
     printed = plan(capsys, recipe, "--gpus", "2", "--gpu_memory", "24", "--model_name_or_path", str(folder))
     assert "pairs.jsonl: 6 groups, 36 pairs" in printed
     assert "3 optimizer steps" in printed
+
+
+def test_a_micro_batch_of_several_groups_must_have_room_for_all() -> None:
+    words = ("--per_device_train_batch_size", "3")
+    recipe = load_recipe(ROOT / "recipes" / "llama_full.yaml", words)
+    data = _Data("", 1, 1, 700, 300, group_tokens=700, tree_tokens=350)
+    assert _needed(recipe, data) == 3 * 700
 
 
 def recomputed(printed: str) -> dict[str, str]:
