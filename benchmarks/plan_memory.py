@@ -2,8 +2,8 @@
 
     python -m benchmarks.plan_memory
 
-Every run takes two optimizer steps of a small random Llama in float32 with real tensors, all of which are counted while they
-live (:class:`mpo.live_memory.LiveMemory`); the second step, which has AdamW's states, is compared. Two things are not as on a
+Every run takes two optimizer steps of a small random Llama with real tensors, in float32 or in bfloat16 under autocast as on
+one GPU (an adapter then has a base in bfloat16). All tensors are counted while they live (:class:`mpo.live_memory.LiveMemory`); the second step, which has AdamW's states, is compared. Two things are not as on a
 GPU, and are left out of the comparison: a CPU has no fused kernels for the LM head's tiles, so what the head takes is
 measured alone and put into the plan; and its attention makes copies of keys and values that heads share, so the model has
 none.
@@ -22,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from mpo.adapters import spare_input_copies
 from mpo.capacity import SHARDINGS, Memory, describe, memory
 from mpo.evaluation.text_table import TextTable
 from mpo.head import attach_reward_gap_head
@@ -31,13 +32,17 @@ from mpo.trees import Tree, build_batch
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: an adapter or all weights, with activations kept or recomputed, on trees of ``length`` tokens."""
+    """What is trained: an adapter or all weights, with activations kept or recomputed, on trees of ``length`` tokens.
+
+    ``half`` computes in bfloat16 under autocast, else all is float32.
+    """
 
     adapter: bool
     recomputed: bool
     length: int
     trees: int = 1
     attention: str = "tree"
+    half: bool = False
 
     @property
     def tokens(self) -> int:
@@ -50,7 +55,8 @@ class Case:
 
 
 CASES = tuple(
-    Case(adapter, recomputed, length, trees, attention)
+    Case(adapter, recomputed, length, trees, attention, half)
+    for half in (False, True)
     for attention in ("tree", "eager")
     for adapter in (False, True)
     for recomputed in (False, True)
@@ -85,8 +91,8 @@ def counted(model_config: LlamaConfig, case: Case) -> Memory:
     training = describe(
         model_config,
         adapter=adapter,
-        half=False,
-        bits=32,
+        half=case.half,
+        bits=16 if case.half else 32,
         checkpointing=case.recomputed,
         attention=case.attention,
         tree_tokens=case.length,
@@ -105,7 +111,7 @@ def head_peak(model_config: LlamaConfig, case: Case) -> int:
     model.enable_input_require_grads()
     counter = LiveMemory()
     with counter:
-        backward(model, batch(model_config, case))
+        backward(model, batch(model_config, case), case)
     return counter.peak
 
 
@@ -118,6 +124,7 @@ def measured(model_config: LlamaConfig, case: Case) -> int:
         adapter = lora(case)
         if adapter is not None:
             model = get_peft_model(model, adapter)
+            spare_input_copies(model)
             model.enable_input_require_grads()
         if case.recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -127,7 +134,7 @@ def measured(model_config: LlamaConfig, case: Case) -> int:
         )
         for _ in range(2):
             counter.peak = counter.current
-            backward(model, inputs)
+            backward(model, inputs, case)
             optimizer.step()
             optimizer.zero_grad()
     return counter.peak
@@ -152,15 +159,18 @@ def batch(model_config: LlamaConfig, case: Case) -> dict[str, Any]:
 def build(model_config: LlamaConfig, case: Case) -> Any:
     """A random model with the reward-gap head."""
     model: Any = AutoModelForCausalLM.from_config(
-        model_config, attn_implementation=case.attention, dtype=torch.float32
+        model_config,
+        attn_implementation=case.attention,
+        dtype=torch.bfloat16 if case.half and case.adapter else torch.float32,
     )
     attach_reward_gap_head(model)
     return model
 
 
-def backward(model: Any, inputs: dict[str, Any]) -> None:
+def backward(model: Any, inputs: dict[str, Any], case: Case) -> None:
     """Forward and backward pass of a loss on the gaps."""
-    logps = model(reward_gap_head=True, **inputs).response_logps
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.half):
+        logps = model(reward_gap_head=True, **inputs).response_logps
     (logps[:, 0] - logps[:, 1]).square().mean().backward()
 
 
@@ -179,6 +189,7 @@ def main() -> None:
         plan, real = counted(model_config, case), measured(model_config, case)
         rows.append(
             (
+                "bf16" if case.half else "float32",
                 "an adapter" if case.adapter else "all weights",
                 "recomputed" if case.recomputed else "kept",
                 case.attention,
@@ -189,8 +200,17 @@ def main() -> None:
             )
         )
     table = TextTable(
-        title="MB of live tensors in a training step on one CPU, float32",
-        header=("Trained", "Activations", "Attention", "Trees", "Counted", "Measured", "Deviation"),
+        title="MB of live tensors in a training step on one CPU",
+        header=(
+            "Compute",
+            "Trained",
+            "Activations",
+            "Attention",
+            "Trees",
+            "Counted",
+            "Measured",
+            "Deviation",
+        ),
         rows=tuple(rows),
     )
     print(table.plain())

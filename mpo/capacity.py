@@ -1,28 +1,24 @@
 """On which GPUs a recipe could run, and for how long: memory, time and communication, worked out without weights.
 
 :mod:`mpo.plan` says what a run will do on this machine; ``mpo plan``, which is built on this module, says what machine a run
-would need. Weights, gradients and optimizer states are counted from the model on torch's ``meta`` device. Activations are
-measured there: a few layers run a whole training step on tensors without memory, and the peak of what is alive at once
-(:class:`mpo.live_memory.LiveMemory`) grows by the same amount with every further layer.
+would need. Weights, gradients and optimizer states are counted from the model on torch's ``meta`` device, activations by
+running a few layers on tensors without memory (:mod:`mpo.activations`).
 """
 
 from __future__ import annotations
 
-import copy
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mpo.live_memory import LiveMemory
+from mpo.activations import Layers, layer_peaks, mask_bytes, with_adapter
 from mpo.model import ModelSource, empty_model
 from mpo.tree_attention import IMPLEMENTATION as TREE
-from mpo.tree_attention import tree_attention
 
 GB = 1e9
 
@@ -30,8 +26,6 @@ GB = 1e9
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
 # The CUDA context, the communication library's buffers and libraries' workspaces, and what fragmentation loses.
 _FIXED_BYTES, _LOST_SHARE = 2.5 * GB, 0.05
-# Trees that are run to measure what any number of them takes.
-_TREES_MEASURED = 8
 # DeepSpeed's buckets at their default sizes: 5e8 elements to reduce, 1e9 gathered weights alive at most.
 _REDUCE_BUCKET, _LIVE_WEIGHTS = 5e8, 1e9
 
@@ -135,14 +129,16 @@ class Training:
 @dataclass(frozen=True)
 class Memory:
     """
-    Bytes that one GPU holds at its peak, by what they are: ``layer`` is what the layer at work takes besides the
-    ``activations`` that are kept. ``main_memory`` is what waits in the machine's memory for each GPU.
+    Bytes that one GPU holds at its peak, by what they are: ``forward`` of all layers in the forward pass, which has casts of
+    all weights where torch makes them; ``activations`` that are kept for the backward pass, and ``layer`` of the layer at
+    work in it. ``main_memory`` is what waits in the machine's memory for each GPU.
     """
 
     weights: float
     gradients: float
     optimizer: float
     buffers: float
+    forward: float
     activations: float
     layer: float
     lm_head: float
@@ -153,8 +149,8 @@ class Memory:
     @property
     def tensors(self) -> float:
         """Bytes of the tensors alive at the peak: of the step or, if it takes more, of the reference pass before it."""
-        # The head is done before the layers' backward passes begin.
-        working = self.activations + max(self.layer, self.lm_head)
+        # The head takes most in its own backward pass, which is done before those of the layers begin.
+        working = max(self.forward, self.activations + max(self.layer, self.lm_head))
         # Gradients come to be while activations go, unless those of an earlier micro-batch are there already.
         backward = working + self.gradients if self.accumulates else max(working, self.gradients)
         step = self.weights + self.optimizer + self.buffers + backward
@@ -206,7 +202,7 @@ def describe(
     head = sum(p.numel() for p in model.get_output_embeddings().parameters())
     trained = parameters
     if adapter is not None:
-        trained = sum(p.numel() for p in _with_adapter(model, adapter).parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in with_adapter(model, adapter).parameters() if p.requires_grad)
     return Training(
         config=config,
         parameters=parameters,
@@ -263,11 +259,13 @@ def memory(
     if sharding.offload:
         kept_elsewhere = weights + optimizer + gradients
         weights = gradients = optimizer = 0.0
-    key = _key(training, adapter)
+    layers = _how_layers_compute(training, sharding, adapter)
     row = max(tokens, training.reference_tokens) if training.attention == TREE else row_tokens
-    per_layer, fixed, masks = _activation_bytes(key, *_rows(tokens, row), training.checkpointing, True)
-    _, reference, reference_masks = _activation_bytes(
-        key, *_rows(training.reference_tokens, row), False, False
+    forward, backward = layer_peaks(layers, training.layers, *_rows(tokens, row))
+    masks = mask_bytes(layers, *_rows(tokens, row))
+    reference_rows = _rows(training.reference_tokens, row)
+    reference, _ = layer_peaks(
+        replace(layers, checkpointing=False), training.layers, *reference_rows, backward=False
     )
     words = min(_TILE_WORDS, training.config.get_text_config().vocab_size)
     # A tile of logits, on which kernels work in place; the gradient of the states in float32, and cast.
@@ -275,19 +273,39 @@ def memory(
     if not training.adapter:
         # The head's gradient is summed in float32, then cast.
         head += training.head_parameters * (4 + compute)
+        if layers.autocast:
+            head += training.head_parameters * compute
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         buffers=buffers,
-        activations=per_layer * training.layers + masks,
-        layer=fixed,
+        forward=forward.total + masks,
+        activations=backward.kept + masks,
+        layer=backward.working,
         lm_head=head,
-        reference=reference_masks
-        + reference
+        reference=reference.total
+        + mask_bytes(layers, *reference_rows)
         + min(training.reference_tokens, _TILE_TOKENS) * words * compute,
         main_memory=kept_elsewhere,
         accumulates=training.accumulates,
+    )
+
+
+def _how_layers_compute(training: Training, sharding: Sharding, adapter: Any) -> Layers:
+    compute = torch.bfloat16 if training.half else torch.float32
+    # DeepSpeed and FSDP2 compute in copies of the weights that are in half precision throughout.
+    autocast = training.half and sharding.engine == "torch"
+    frozen_half = training.adapter and training.bits <= 16
+    return Layers(
+        config=training.config,
+        attention=training.attention,
+        tree_tokens=training.tree_tokens,
+        weights=torch.float32 if autocast and not frozen_half else compute,
+        compute=compute,
+        adapter=adapter if training.adapter else None,
+        adapter_weights=torch.float32 if autocast else compute,
+        checkpointing=training.checkpointing,
     )
 
 
@@ -302,7 +320,7 @@ def _base_bytes(training: Training, frozen: int, compute: int) -> float:
 
 
 def _buffers(training: Training, sharding: Sharding, gpus: int, compute: int) -> float:
-    """What an engine allocates to gather weights and to reduce gradients, and casts under autocast."""
+    """What an engine allocates to gather weights and to reduce gradients."""
     trained = training.trained
     if sharding.engine == "deepspeed":
         # Two buckets, one filling while the other is reduced, and the float32 gradients of the partition in a step.
@@ -318,226 +336,19 @@ def _buffers(training: Training, sharding: Sharding, gpus: int, compute: int) ->
         gathered = compute * (2 * training.layer_parameters + 2 * training.head_parameters)
         reduced = 0 if training.adapter else (compute + 4) * training.layer_parameters
         return gathered + reduced
-    casts = compute * (trained if training.half else 0)
-    return casts + (4 * trained if gpus > 1 else 0)  # DDP reduces from buckets of its own
-
-
-# ---- Activations -----------------------------------------------------------------------------------------------------
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Takes and keeps the memory of torch's memory-efficient attention under a mask, and computes nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output = torch.empty_like(query)
-        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
-        # The kernel adds the mask in the type of the query, and keeps that form for the way back.
-        bias = None if mask is None else mask.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, sums, bias)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _fused_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **ignored: Any
-) -> tuple[Tensor, None]:
-    groups = query.shape[1] // key.shape[1]
-    if attention_mask is not None and groups > 1:  # as transformers does under a mask
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output: Tensor = _FusedAttention.apply(query, key, value, attention_mask)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _fused_branch(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, **ignored: Any
-) -> Tensor:
-    """The same for one branch under ``tree`` attention, whose keys and values are repeated already where they must be."""
-    output: Tensor = _FusedAttention.apply(query, key, value, attn_mask)
-    return output
-
-
-def _key(training: Training, adapter: Any) -> _Hashable:
-    return _Hashable(
-        (
-            training.config,
-            training.attention,
-            training.half,
-            training.adapter,
-            training.tree_tokens,
-            adapter,
-        )
-    )
-
-
-class _Hashable:
-    """Configurations have no hash of their own; two that say the same are the same here."""
-
-    def __init__(self, value: tuple[Any, ...]) -> None:
-        self.value = value
-        config, *rest = value
-        self.text = f"{config.to_json_string(use_diff=False)} {rest}"
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self.text == other.text
-
-
-def _activation_bytes(
-    key: _Hashable, rows: int, length: int, checkpointing: bool, backward: bool
-) -> tuple[float, float, float]:
-    """Bytes that each layer adds to the peak, that one layer takes while it works, and of the masks."""
-    _, attention, half, _, tree_tokens, _ = key.value
-    if attention == TREE:
-        # No token sees another tree, so everything grows with their number.
-        few_trees = min(length, _TREES_MEASURED * tree_tokens)
-        per_layer, fixed = _measured_bytes(key, rows, few_trees, checkpointing, backward)
-        return per_layer * length / few_trees, fixed * length / few_trees, 0.0
-    masks = rows * length * length * (1 if attention == "sdpa" else 2 if half else 4)
-    per_layer, fixed = _measured_bytes(key, rows, length, checkpointing, backward)
-    return per_layer, fixed, 0.0 if attention == "flex_attention" else masks
-
-
-@lru_cache(maxsize=512)
-def _measured_bytes(
-    key: _Hashable, rows: int, length: int, checkpointing: bool, backward: bool
-) -> tuple[float, float]:
-    config, attention, half, is_adapter, tree_tokens, adapter = key.value
-    few, more = (
-        step_peak(
-            config,
-            layers,
-            rows,
-            length,
-            attention=attention,
-            tree_tokens=tree_tokens,
-            dtype=torch.bfloat16 if half else torch.float32,
-            adapter=adapter if is_adapter else None,
-            checkpointing=checkpointing,
-            backward=backward,
-        )
-        for layers in (2, 4)
-    )
-    per_layer = (more - few) / 2
-    return per_layer, few - 2 * per_layer
-
-
-def step_peak(
-    config: PretrainedConfig,
-    layers: int,
-    rows: int,
-    length: int,
-    *,
-    attention: str = "sdpa",
-    tree_tokens: int = 650,
-    dtype: torch.dtype = torch.bfloat16,
-    adapter: Any = None,
-    checkpointing: bool = False,
-    backward: bool = True,
-) -> int:
-    """
-    Peak bytes of the activations of the first layers of a model, in one forward (and backward) pass on the meta device.
-
-    Weights and kept gradients do not count; the mask does not either.
-
-    Args:
-        config: of the model.
-        layers: how many layers to run.
-        rows, length: packed rows of the micro-batch and their length in tokens.
-        attention: implementation; all but ``"eager"`` keep what memory-efficient attention keeps.
-        tree_tokens: length of the trees that ``"tree"`` attention divides the rows into; an eighth of each is its prompt.
-        dtype: of weights and activations.
-        adapter: ``peft`` configuration, or None to train all weights.
-        checkpointing: recompute activations.
-        backward: whether there is a backward pass.
-    """
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        # A model with fewer layers than are asked for goes on with its own kinds of layers.
-        kinds = list(text.layer_types)
-        text.layer_types = [kinds[layer % len(kinds)] for layer in range(layers)]
-    model: Any = empty_model(small, ModelSource("the model"))
-    model.to(dtype)
-    from transformers import AttentionInterface
-
-    spans: dict[str, Any] = {}
-    if attention == TREE:
-        AttentionInterface.register("mpo_capacity", partial(tree_attention, kernel=_fused_branch))
-        spans = {"tree_spans": _spans(rows * length, tree_tokens)}
-    else:
-        AttentionInterface.register("mpo_capacity", _fused_attention)
-    model.set_attn_implementation("eager" if attention == "eager" else "mpo_capacity")
-    if adapter is not None:
-        model = _with_adapter(model, adapter)
-    model.train(backward)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # Kept gradients are counted elsewhere; here they go as soon as they are made.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    masks = _meta_masks(text, rows, length, attention, dtype)
-    body = model.get_base_model().base_model if adapter is not None else model.base_model
-    states = torch.empty((rows, length, text.hidden_size), dtype=dtype, device="meta", requires_grad=backward)
-    positions = torch.zeros((rows, length), dtype=torch.long, device="meta")
-    counter = LiveMemory()
-    with counter, torch.set_grad_enabled(backward):
-        output = body(
-            inputs_embeds=states, position_ids=positions, attention_mask=masks, use_cache=False, **spans
-        ).last_hidden_state
-        if backward:
-            output.backward(torch.empty_like(output))
-    return counter.peak
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _spans(tokens: int, tree_tokens: int) -> tuple[int, ...]:
-    """``tree_spans`` of trees of equal length, the last one with what is over."""
-    trees = max(1, tokens // tree_tokens)
-    sizes = [tokens // trees] * (trees - 1)
-    sizes.append(tokens - sum(sizes))
-    return tuple(
-        n
-        for size in sizes
-        for n in (size // 8, (size - size // 8) // 2, size - size // 8 - (size - size // 8) // 2, 0)
-    )
-
-
-def _meta_masks(text: Any, rows: int, length: int, attention: str, dtype: torch.dtype) -> Any:
-    shape = (1, 1, 1, 1) if attention == TREE else (rows, 1, length, length)
-    mask = torch.empty(shape, dtype=dtype if attention == "eager" else torch.bool, device="meta")
-    kinds = set(getattr(text, "layer_types", None) or [])
-    return dict.fromkeys(kinds, mask) if len(kinds) > 1 or "sliding_attention" in kinds else mask
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Any) -> Any:
-    from peft import get_peft_model
-
-    with torch.device("meta"):
-        return get_peft_model(model, copy.deepcopy(adapter), autocast_adapter_dtype=False)
-
-
-def _layers(model: PreTrainedModel) -> Any:
-    """The decoder's layers: its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len)
+    return 4 * trained if gpus > 1 else 0  # DDP reduces from buckets of its own
 
 
 def _rows(tokens: int, row_tokens: int) -> tuple[int, int]:
     if tokens <= row_tokens:
         return 1, tokens
     return math.ceil(tokens / row_tokens), row_tokens
+
+
+def _layers(model: PreTrainedModel) -> Any:
+    """The decoder's layers: its longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
 
 
 # ---- What fits -------------------------------------------------------------------------------------------------------
@@ -560,14 +371,14 @@ def largest_budget(
 
     Tried are :data:`TOKEN_BUDGETS` and the number that is ``wanted``.
     """
-    best = 0
-    found = memory(training, sharding, gpus, TOKEN_BUDGETS[0], row_tokens, adapter)
-    for tokens in sorted({*TOKEN_BUDGETS, wanted}):
-        needed = memory(training, sharding, gpus, tokens, row_tokens, adapter)
-        if needed.total > gpu_bytes:
-            break
-        best, found = tokens, needed
-    return best, found
+    budgets = sorted({*TOKEN_BUDGETS, wanted})
+
+    def needed(tokens: int) -> Memory:
+        return memory(training, sharding, gpus, tokens, row_tokens, adapter)
+
+    fitting = bisect_right(budgets, gpu_bytes, key=lambda tokens: needed(tokens).total)
+    best = budgets[fitting - 1] if fitting else 0
+    return best, needed(best or budgets[0])
 
 
 def possible(sharding: Sharding, training: Training, gpus: int) -> bool:

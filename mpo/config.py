@@ -125,8 +125,8 @@ class MPOConfig(DPOConfig):
         gradient_checkpointing (`bool`, *optional*):
             Recompute activations in the backward pass, which takes about a third more work and a fraction of the memory.
             Unset, the trainer decides before the first step: on under DeepSpeed and FSDP, off on a CPU, and on one
-            accelerator or under DDP on where weights, gradients, AdamW's moments and the activations of the largest
-            micro-batch take more than 90 % of its memory less 3 GB (:func:`mpo.memory.step_needs_checkpointing`).
+            accelerator or under DDP on where the largest micro-batch would not fit otherwise, by the count of `mpo plan`
+            (:func:`mpo.memory.step_needs_checkpointing`).
         per_device_train_batch_size (`int`, *optional*, defaults to `1`):
             *Groups* (sources with all their targets) per device and micro-batch.
 

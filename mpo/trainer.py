@@ -429,17 +429,16 @@ class MPOTrainer(DPOTrainer):
         tokens = int(groups[-self._train_batch_size :].sum())
         if self.args.max_tokens_per_batch is not None:
             tokens = max(int(groups[-1]), min(self.args.max_tokens_per_batch, int(groups.sum())))
-        compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+        call = min(tokens, self._tokens_per_call() or tokens)
         try:
             needed = step_needs_checkpointing(
                 self.model,
-                tokens=min(tokens, self._tokens_per_call() or tokens),
-                max_tokens_per_row=(
-                    longest_tree(self.train_dataset)
-                    if self._text_config._attn_implementation == "tree"
-                    else self._shape.max_tokens_per_row
-                ),
-                compute=compute or self.model.dtype,
+                tokens=call,
+                row_tokens=self._shape.max_tokens_per_row,
+                tree_tokens=longest_tree(self.train_dataset),
+                half=self.accelerator.mixed_precision in ("bf16", "fp16"),
+                processes=self.accelerator.num_processes,
+                accumulates=self.args.gradient_accumulation_steps > 1 or call < tokens,
                 device_bytes=memory,
             )
         except (

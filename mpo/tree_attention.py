@@ -38,6 +38,7 @@ def tree_attention(
     softcap: float | None = None,
     tree_spans: Sequence[int] | None = None,
     kernel: Callable[..., Tensor] = scaled_dot_product_attention,
+    kernel_shares_heads: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """
@@ -54,6 +55,8 @@ def tree_attention(
         tree_spans: how the ``R * S`` places are divided among trees, see :func:`mpo.trees.build_batch`. None for calls
             without trees, such as generation.
         kernel: attends one branch, in the form of torch's function.
+        kernel_shares_heads: whether the kernel takes fewer key-value heads than heads itself; None where it does on a GPU,
+            since the CPU's is slow at it.
 
     Returns:
         ``[R, S, heads, D]`` and None. Padding between trees is 0.
@@ -85,6 +88,7 @@ def tree_attention(
 
     window = layer_window(module.config, getattr(module, "layer_idx", 0))
     rows, heads, length, _ = query.shape
+    shares_heads = not query.is_cpu if kernel_shares_heads is None else kernel_shares_heads
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``[n, heads, D]`` each, one causal sequence."""
@@ -93,8 +97,7 @@ def tree_attention(
         banded = window is not None and size > window
         mask = _causal(size, size, window, query.device) if banded or softcap is not None else None
         shared_heads = heads // key.shape[1]
-        # A GPU's causal kernel shares key-value heads itself; the CPU's is slow at it.
-        if shared_heads > 1 and (mask is not None or query.is_cpu):
+        if shared_heads > 1 and (mask is not None or not shares_heads):
             key, value = repeat_kv(key, shared_heads), repeat_kv(value, shared_heads)
         if softcap is not None:
             assert mask is not None

@@ -62,12 +62,13 @@ def test_tensors_count_while_they_live_and_views_do_not(device: str) -> None:
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("attention", ["tree", "eager"])
 def test_the_count_is_within_5_percent_of_the_tensors_of_a_real_step(
-    adapter: bool, recomputed: bool, attention: str
+    adapter: bool, recomputed: bool, half: bool, attention: str
 ) -> None:
     model = config(hidden=128, layers=4, vocab=1024)
-    case = Case(adapter, recomputed, length=512, trees=2, attention=attention)
+    case = Case(adapter, recomputed, length=512, trees=2, attention=attention, half=half)
     assert counted(model, case).tensors == pytest.approx(measured(model, case), rel=0.05)
 
 
@@ -279,6 +280,19 @@ def test_activations_are_recomputed_where_the_trainer_would(
     assert recomputed(plan(capsys, *words, "--gpu_memory", "10"))["DDP"] == "yes"
     insisting = plan(capsys, *words, "--gpu_memory", "10", "--gradient_checkpointing", "false")
     assert set(recomputed(insisting).values()) == {"no"}
+
+
+def test_what_cannot_hold_one_target_and_its_source_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(ROOT / "recipes" / "llama.yaml"), "--model", "llama-3.2-1b", "--gpus", "8"]
+    words += ["--gpu_memory", "10"]
+
+    def tokens(*more: str) -> int:
+        row = next(line for line in plan(capsys, *words, *more).splitlines() if line.startswith("DDP"))
+        return int(row.split()[-1].replace(",", ""))
+
+    held = tokens("--tree_tokens", "650")
+    assert held > 2 * 650
+    assert tokens("--tree_tokens", "20000") == 0
 
 
 def test_machines_are_compared_by_their_best_configuration(capsys: pytest.CaptureFixture[str]) -> None:

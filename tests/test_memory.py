@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch import Tensor
 
 from mpo import trainer as trainer_module
-from mpo.adapters import spare_input_copies
-from mpo.masks import attention_mask
-from mpo.memory import activation_bytes, step_needs_checkpointing
+from mpo.capacity import SHARDINGS, describe, memory
+from mpo.memory import step_needs_checkpointing
 from tests import runs
 from tests.tiny import build_model, random_groups, save_tiny
 
@@ -26,12 +23,14 @@ from mpo.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
-    return [torch.ones(1 << 20) for _ in range(16)]
+    return [torch.ones(1 << 24) for _ in range(2)]  # larger than what glibc keeps by itself
 step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+# The least of several steps: the first ones fill the heap, and a system short of memory may take pages away at any time.
+print(min(faults() for _ in range(8)))
 """
 
 
@@ -43,64 +42,41 @@ def test_memory_freed_by_a_step_is_taken_again_without_new_page_faults() -> None
         )
         return int(child.stdout)
 
-    assert faults("keep") * 4 < faults("return")
+    assert faults("keep") < 1000 < faults("return")
 
 
-# ---- What a step keeps -------------------------------------------------------------------------------------------
+# ---- What a step needs -------------------------------------------------------------------------------------------
 
 
-def really_kept(model: Any, bare: Any, rows: int, length: int, compute: torch.dtype) -> int:
-    """Bytes that autograd saves in a forward pass of the model, each storage once, weights not counted."""
-    storages = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    ids = torch.randint(3, 100, (rows, length))
-    positions = torch.arange(length).expand(rows, length)
-    mask = attention_mask(bare.config, ids.int() * 0, ids.to(torch.int8) * 0, positions, compute)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16),
-    ):
-        output = bare.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-        own = {w.untyped_storage().data_ptr() for w in (*model.parameters(), *model.buffers())}
-        total = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
-    assert output.last_hidden_state.shape[:2] == (rows, length)
-    return total
-
-
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("family", "attention", "tolerance"),
-    # CPU kernels of sdpa keep more or less than those of a GPU, which save their inputs and output.
-    [("llama", "eager", 0.0), ("gemma2", "eager", 0.0), ("qwen2", "sdpa", 0.15), ("gemma3", "sdpa", 0.15)],
-)
-def test_the_activations_of_a_step_are_counted_without_memory(
-    family: str, attention: str, tolerance: float, compute: torch.dtype, lora: bool
-) -> None:
-    dtype = compute if lora else torch.float32
-    bare = build_model(family, layers=3, hidden=64, attn_implementation=attention, dtype=dtype)
-    adapter = runs.lora() if lora else None
-    model = get_peft_model(bare, adapter) if lora else bare
-    spare_input_copies(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = activation_bytes(bare, rows=2, length=96, compute=compute, adapter=adapter)
-    assert runs.differing(before, model.state_dict()) == []
-    expected = really_kept(model.train(), bare, 2, 96, compute)
-    assert abs(found - expected) <= tolerance * expected
-
-
-def test_recomputing_is_asked_for_exactly_where_the_sum_exceeds_the_device() -> None:
+def test_recomputing_is_asked_for_exactly_where_the_plan_exceeds_the_device() -> None:
     model = build_model("llama", dtype=torch.float32)
+    training = describe(
+        model.config,
+        half=True,
+        bits=32,
+        checkpointing=False,
+        attention=model.config._attn_implementation,
+        tree_tokens=90,
+        reference_tokens=1,
+    )
+    options = {
+        "tokens": 300,
+        "row_tokens": 128,
+        "tree_tokens": 90,
+        "half": True,
+        "processes": 1,
+        "accumulates": False,
+    }
+    needed = memory(training, SHARDINGS[0], 1, 300, 128).total
+    assert step_needs_checkpointing(model, device_bytes=int(needed) - 1, **options)
+    assert not step_needs_checkpointing(model, device_bytes=int(needed) + 1, **options)
+
+    # Frozen weights have no gradients and no moments, and what the model holds is what counts.
     weights = sum(p.numel() for p in model.parameters())
-    options = {"tokens": 300, "max_tokens_per_row": 128, "compute": torch.float32}
-    kept = activation_bytes(model, rows=3, length=128, compute=torch.float32)
-    needed = (16 * weights + kept + 3 * 10**9) / 0.9
-    assert step_needs_checkpointing(model, device_bytes=int(needed) - 10, **options)
-    assert not step_needs_checkpointing(model, device_bytes=int(needed) + 10, **options)
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    frozen = weights - model.lm_head.weight.numel()
+    assert not step_needs_checkpointing(model, device_bytes=int(needed) - 8 * frozen, **options)
 
 
 @pytest.mark.parametrize("lora", [False, True])

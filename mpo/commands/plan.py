@@ -219,6 +219,11 @@ def _needed(recipe: Recipe, data: _Data) -> int:
     return data.group_tokens * max(1, recipe.training.per_device_train_batch_size)
 
 
+def _least(recipe: Recipe, data: _Data) -> int:
+    """Tokens of a group that is divided as far as it can be: one target and, where it is held still, its source."""
+    return math.ceil(data.tree_tokens * (2 if recipe.training.retain_weight > 0 else 1))
+
+
 def _choices(
     recipe: Recipe, described: tuple[Training, Any, str], data: _Data, gpus: int, gpu_memory: float
 ) -> list[Choice]:
@@ -239,7 +244,7 @@ def _choices(
                 if found is None or tokens > found.tokens:
                     found = Choice(sharding, variant, row, tokens, held)
         assert found is not None
-        choices.append(found)
+        choices.append(found if found.tokens >= _least(recipe, data) else replace(found, tokens=0))
     return choices
 
 
@@ -250,7 +255,8 @@ def _lines(facts: dict[str, str]) -> str:
 
 def _row(choice: Choice) -> tuple[str, ...]:
     held = choice.memory
-    before = (held.weights, held.gradients, held.optimizer, held.buffers, held.activations + held.layer)
+    activations = max(held.forward, held.activations + held.layer)
+    before = (held.weights, held.gradients, held.optimizer, held.buffers, activations)
     after = (held.lm_head, held.reference, held.total, held.main_memory)
     return (
         choice.sharding.name,
