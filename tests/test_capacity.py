@@ -126,6 +126,7 @@ def test_the_peak_is_the_largest_of_what_is_not_held_at_once() -> None:
         gradients=16,
         optimizer=2,
         buffers=4,
+        forward=10,
         activations=8,
         layer=3,
         lm_head=5,
@@ -136,6 +137,8 @@ def test_the_peak_is_the_largest_of_what_is_not_held_at_once() -> None:
     assert held.tensors == 1 + 2 + 4 + 16
     assert replace(held, gradients=12).tensors == 1 + 2 + 4 + 8 + 5
     assert replace(held, accumulates=True).tensors == 1 + 2 + 4 + 8 + 5 + 16
+    # Casts of all weights may be there in the forward pass and gone in the other.
+    assert replace(held, forward=40).tensors == 1 + 2 + 4 + 40
     # Before the first step there are neither gradients nor optimizer states.
     assert replace(held, reference=100).tensors == 1 + 4 + 100
     assert held.total == (23 + 2.5e9) / 0.95
