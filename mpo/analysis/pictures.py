@@ -31,6 +31,7 @@ MINUS = "\N{MINUS SIGN}"
 _POINTS = 200  # of each class in a scatter; the ellipses are those of all texts
 _PER_BAND = 4  # languages beside each other
 _WIDTH = 8.6
+_CELL_CHARACTERS = 12  # of a line that fills a cell of the table at its usual size
 _HEAT_MEASURES = (
     "between_class_ratio_2",
     "between_class_ratio_10",
@@ -336,7 +337,9 @@ def measures(model: ModelResult, confidence: float, path: str | Path) -> Path:
         axes.imshow(colours, cmap="PuOr_r", vmin=-2.1, vmax=2.1, aspect="auto")
         for y, one in enumerate(languages.values()):
             for x, column in enumerate(columns):
-                axes.text(x, y, _cell(one, column), ha="center", va="center", fontsize=7.6, linespacing=1.25)
+                text = _cell(one, column)
+                size = 7.6 * min(1, _CELL_CHARACTERS / max(map(len, text.splitlines())))
+                axes.text(x, y, text, ha="center", va="center", fontsize=size, linespacing=1.25)
         _heat_axes(axes, [_heading(column) for column in columns], [_name(code) for code in languages])
         if model.is_comparison:
             figure.text(

@@ -15,6 +15,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 
+from mpo.analysis import pictures
 from mpo.analysis import run as module
 from mpo.analysis.compare import LanguageTexts, Settings
 from mpo.analysis.embed import EmbeddingSettings, ReadingSettings
@@ -318,6 +319,28 @@ def test_many_languages_and_points_that_do_not_vary_can_be_drawn(analysed: Path,
     texts: dict[str, Any] = {code: LanguageTexts(labels(5, 5), np.arange(10)) for code in codes}
     found = draw_all(result, "tiny", texts, lambda *_: np.ones((10, 4), dtype=np.float32), tmp_path)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in found)
+
+
+def test_numbers_of_any_length_stay_in_their_cells(
+    analysed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = HiddenSpace.read(analysed)
+    model = result.models["tiny"]
+    for one in model.shown.languages.values():
+        for state in (one.before, one.after):
+            for name, estimate in state.items():
+                state[name] = dataclasses.replace(estimate, value=-0.123)
+    drawn: list[Any] = []
+    save = pictures.style.save
+    monkeypatch.setattr(pictures.style, "save", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k))[1])
+    pictures.measures(model, 0.95, tmp_path / "measures.png")
+    (figure,) = drawn
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    cell = axes.transData.transform((1, 0))[0] - axes.transData.transform((0, 0))[0]
+    cells = [text for text in axes.texts if "\n" in text.get_text()]
+    assert len(cells) > 10
+    assert all(text.get_window_extent().width < cell for text in cells)
 
 
 def test_a_label_that_no_font_has_gives_way_to_its_code() -> None:
