@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers import SchedulerType
 from trl import DPOConfig
 
 from mpo.errors import ConfigError
@@ -330,6 +331,35 @@ class MPOConfig(DPOConfig):
             isinstance(self.source_language, str) and bool(self.source_language.strip()),
             "source_language",
             "a language code such as 'en' or 'zh'",
+        )
+        require(
+            getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) in list(SchedulerType),
+            "lr_scheduler_type",
+            f"one of {', '.join(SchedulerType)}",
+        )
+        # transformers takes these as they are; the optimizer would refuse them once everything is loaded.
+        for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+            value = getattr(self, name)
+            require(_is_number(value) and value >= 0, name, "a number of at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(_is_number(value) and 0 <= value < 1, name, "a number from 0 to below 1")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        require(
+            self.max_steps == -1 or (isinstance(self.max_steps, int) and self.max_steps >= 1),
+            "max_steps",
+            "a whole number of at least 1, or -1 to go by `num_train_epochs`",
+        )
+        require(
+            self.max_steps >= 1 or (_is_number(self.num_train_epochs) and self.num_train_epochs > 0),
+            "num_train_epochs",
+            "a number above 0",
         )
         weights = self.language_weights
         if isinstance(weights, dict):

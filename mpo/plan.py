@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mpo.compute import check_compute_options, is_installed, require_package
 from mpo.data import BadRow, LoadedGroups, language_name, load_groups, split_by_source
@@ -264,6 +265,10 @@ def check_packages(recipe: Recipe, *, for_real: bool = True) -> None:
     if launched_with("DEEPSPEED"):
         require_package("deepspeed", "the Accelerate configuration", "deepspeed")
     for tracker in training.report_to or []:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"`report_to` names {tracker!r}; expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
         packages = _TRACKER_PACKAGES.get(str(tracker))
         if packages is not None and not any(is_installed(package) for package in packages):
             raise DependencyError(

@@ -555,7 +555,8 @@ def _coerce_text(value: str, members: tuple[Any, ...]) -> Any:
             values = [str(item.value) for item in member]
             if text in values:
                 return text
-            near = difflib.get_close_matches(text, values, n=1)
+            near = [value for value in values if value.startswith(text)]
+            near = near or difflib.get_close_matches(text, values, n=1)
             raise _Mismatch(f"did you mean {near[0]!r}?" if near else f"one of {', '.join(values)}")
     if takes_text:
         return text

@@ -152,6 +152,19 @@ def test_the_default_loss_may_be_named_without_its_list() -> None:
         ("language_weights", {"zh": float("inf")}),
         ("language_weights", {"zh": 0.0, "ja": 0}),
         ("language_weights", {1: 1.0}),
+        ("lr_scheduler_type", "cosin"),
+        ("learning_rate", -1e-4),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -0.1),
+        ("adam_epsilon", -1.0),
+        ("adam_beta1", 1.0),
+        ("adam_beta2", -0.1),
+        ("per_device_train_batch_size", 0),
+        ("per_device_eval_batch_size", -1),
+        ("gradient_accumulation_steps", 0),
+        ("max_steps", 0),
+        ("max_steps", -2),
+        ("num_train_epochs", 0),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_name(name: str, value: Any) -> None:
@@ -179,6 +192,12 @@ def test_a_value_that_cannot_be_meant_is_refused_by_name(name: str, value: Any) 
         ("language_weights", "balanced"),
         ("language_weights", {"zh": 2.0, "ja": 0}),
         ("language_weights", {}),
+        ("lr_scheduler_type", "linear"),
+        ("learning_rate", 0),
+        ("adam_beta1", 0.0),
+        ("max_steps", -1),
+        ("max_steps", 1),
+        ("num_train_epochs", 0.1),
     ],
 )
 def test_a_value_at_the_edge_of_what_is_meant_is_kept(name: str, value: Any) -> None:

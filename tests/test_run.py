@@ -211,6 +211,14 @@ def test_a_missing_optional_package_is_named_with_its_installation(
     refused(recipe, DependencyError, message)
 
 
+def test_a_tracker_that_nobody_knows_is_refused_before_anything_is_loaded(make, no_weights: None) -> None:
+    refused(
+        make(report_to=["wandbb"]),
+        ConfigError,
+        "`report_to` names 'wandbb'; expected none, all, or some of .*wandb",
+    )
+
+
 def test_quantisation_without_a_gpu_is_refused(
     make, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
