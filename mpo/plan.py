@@ -188,7 +188,8 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
     """Makes sure that the output folder can be written and holds no run that would be overwritten.
 
     Raises:
-        StorageError: the folder cannot be made or written, or holds checkpoints and nothing says what to do with them.
+        StorageError: the folder cannot be made or written, is or may be another model's, or holds checkpoints and
+            nothing says what to do with them.
         ConfigError: the checkpoint to resume from is not there or not complete.
     """
     from mpo.checkpoints import last_complete_checkpoint
@@ -196,6 +197,7 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
     training = recipe.training
     folder = Path(str(training.output_dir))
     check_writable(folder, create=create)
+    _check_replaces_nothing(recipe, folder)
     resume = training.resume_from_checkpoint
     last = last_complete_checkpoint(folder) if folder.is_dir() else None
     if resume is None or str(resume).lower() in ("false", "no"):
@@ -215,6 +217,29 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
         raise ConfigError(
             f"`resume_from_checkpoint` is {resume!r}, which is not a folder; expected `auto` or a checkpoint folder."
             + known
+        )
+
+
+def _check_replaces_nothing(recipe: Recipe, folder: Path) -> None:
+    model = recipe.model
+    for key, name in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("adapter_name_or_path", model.adapter_name_or_path),
+        ("reference_model_name_or_path", model.reference_model_name_or_path),
+    ):
+        if name and folder.is_dir() and Path(name).is_dir() and folder.samefile(name):
+            raise StorageError(
+                f"The output folder {folder} is that of `{key}`, whose files the run would replace. Choose another with "
+                "`output_dir`."
+            )
+    # A run writes its provenance first, so a folder that has none is nobody's run.
+    foreign = [
+        name for name in ("README.md", "config.json", "adapter_config.json") if (folder / name).is_file()
+    ]
+    if foreign and not (folder / "provenance.json").is_file():
+        raise StorageError(
+            f"The output folder {folder} holds files that no run wrote ({', '.join(foreign)}, without a "
+            "provenance.json); the run would replace them. Choose another with `output_dir`."
         )
 
 

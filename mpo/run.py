@@ -374,9 +374,15 @@ def _explaining(plan: Plan) -> Iterator[None]:
         ) from error
     except Exception as error:
         if is_full_disk(error):
+            last = last_complete_checkpoint(str(training.output_dir))
             raise StorageError(
-                f"The disk of {training.output_dir} is full. Make room and go on with the last complete checkpoint: "
-                f"{plan.recipe.command(resume_from_checkpoint='auto')}"
+                f"The disk of {training.output_dir} is full. Make room and "
+                + (
+                    f"go on with the last complete checkpoint, {last.name}:"
+                    if last is not None
+                    else "begin anew, since no checkpoint is complete (`save_strategy: epoch` keeps some):"
+                )
+                + f" {plan.recipe.command(resume_from_checkpoint='auto')}"
             ) from error
         if training.world_size > 1 and is_lost_process(error):
             raise process_lost(error, str(training.output_dir)) from error

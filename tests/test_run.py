@@ -105,6 +105,29 @@ def test_an_output_folder_that_is_a_file_or_cannot_be_made_is_refused(
     refused(make(output_dir="/proc/mpo"), StorageError, "cannot be written")
 
 
+def test_a_model_that_the_run_needs_is_not_replaced_by_its_result(
+    make, no_weights: None, tmp_path: Path
+) -> None:
+    recipe = make()
+    model = str(recipe.model.model_name_or_path)
+    files = {path: path.read_bytes() for path in Path(model).iterdir()}
+    refused(
+        make(output_dir=model), StorageError, "that of `model_name_or_path`.*Choose another with `output_dir`"
+    )
+    (tmp_path / "other").mkdir()
+    for key in ("adapter_name_or_path", "reference_model_name_or_path"):
+        refused(make(output_dir=str(tmp_path / "other"), **{key: str(tmp_path / "other")}), StorageError, key)
+    assert {path: path.read_bytes() for path in Path(model).iterdir()} == files
+
+
+def test_files_that_no_run_wrote_are_not_replaced(make, no_weights: None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("my own")
+    refused(make(output_dir=str(tmp_path)), StorageError, r"holds files that no run wrote \(README.md,")
+    assert (tmp_path / "README.md").read_text() == "my own"
+    (tmp_path / "provenance.json").write_text("{}")  # it is the folder of an earlier run
+    make_plan(make(output_dir=str(tmp_path)))
+
+
 def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
     make, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -569,7 +592,9 @@ def explained(plan: Plan, error: Exception) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
-def test_want_of_memory_and_disk_is_explained(make) -> None:
+def test_want_of_memory_and_disk_is_explained(make, tmp_path: Path) -> None:
+    from mpo.checkpoints import mark_complete
+
     plan = make_plan(make(**LORA))
     text = explained(plan, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"))
     assert (
@@ -578,7 +603,14 @@ def test_want_of_memory_and_disk_is_explained(make) -> None:
     )
     assert "`load_in_4bit: true`" in text
     text = explained(plan, OSError(errno.ENOSPC, "No space left on device"))
-    assert text.startswith("StorageError") and "--resume_from_checkpoint auto" in text
+    assert text.startswith("StorageError") and "begin anew, since no checkpoint is complete" in text
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    mark_complete(tmp_path / "out" / "checkpoint-3", {})
+    text = explained(plan, OSError(errno.ENOSPC, "No space left on device"))
+    assert (
+        "last complete checkpoint, checkpoint-3: mpo train" in text
+        and "--resume_from_checkpoint auto" in text
+    )
     for words in (
         "I/O error: No space left on device",
         "[enforce fail at x.cc:595] . unexpected pos 64 vs 0",

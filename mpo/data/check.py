@@ -190,7 +190,10 @@ class DataReport:
             if self.max_length is None:
                 lines += ["", "Truncation was not checked: it needs the model's tokenizer."]
         found = [name for name in FINDINGS if self.count(name)]
-        lines += ["", "Worth a look" if found else "Nothing stands out."]
+        if found:
+            lines += ["", "Worth a look"]
+        elif not self.bad_rows:
+            lines += ["", "Nothing stands out."]
         for name in found:
             title, text = FINDINGS[name]
             if name in ("truncated", "prompt_too_long"):
