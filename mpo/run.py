@@ -83,9 +83,10 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
         keep_freed_memory()
     with _explaining(plan):
         trainer = _build_trainer(plan)
-        trainer.resolve_checkpoint(
-            _resume(plan)
-        )  # a checkpoint that does not fit is named before anything is scored
+        # A checkpoint that does not fit is named before anything is scored.
+        checkpoint = trainer.resolve_checkpoint(_resume(plan))
+        if checkpoint is not None:
+            say(f"Going on from {checkpoint}")
         before = None
         if plan.held_out is not None:
             before = _score(trainer, plan, "before", say)

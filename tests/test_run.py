@@ -526,13 +526,17 @@ def test_a_run_that_holds_nothing_out_measures_nothing_and_says_so(
     assert not (out / "reward_gap.png").exists()
 
 
-def test_a_run_goes_on_from_its_last_complete_checkpoint(make, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_its_last_complete_checkpoint(
+    make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = train(make(max_steps=4, output_dir=str(tmp_path / "whole"), **LORA))
     train(make(max_steps=4, save_strategy="steps", save_steps=2, **LORA))
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    assert "Going on from" not in capsys.readouterr().out
     resumed = train(
         make(max_steps=4, save_strategy="steps", save_steps=2, resume_from_checkpoint="auto", **LORA)
     )
+    assert f"Going on from {tmp_path / 'out' / 'checkpoint-2'}" in capsys.readouterr().out
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
