@@ -93,7 +93,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
         # How many sources `min_source_gap` leaves out is known only after the reference pass.
         say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
         result = trainer.train(resume_from_checkpoint=_resume(plan))
-        say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}")
+        say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
         after = _score(trainer, plan, "after", say) if before is not None else None
         say("Saving")
         trainer.save_model(str(folder))
@@ -221,6 +221,14 @@ def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[S
         parts.append(f"positive in {table.all_targets.positive:.0%} of their pairs")
     say(f"Held-out reward gap {when} training: {', '.join(parts)}")
     return scores, table
+
+
+def _left_out(trainer: MPOTrainer) -> str:
+    """What `min_source_gap` has left out, which makes steps fewer than the plan says."""
+    sources, dropped = (trainer.source_report.get(key, 0) for key in ("sources", "dropped"))
+    if not dropped:
+        return ""
+    return f"; `min_source_gap: {trainer.args.min_source_gap:g}` left {dropped} of {sources} sources out"
 
 
 # --------------------------------------------------------------------------------------------------------------- files

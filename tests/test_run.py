@@ -505,6 +505,18 @@ def test_an_explicit_reference_supplies_the_source_gaps(
     assert before["source"]["gap"] != pytest.approx(before["reference_gap"], abs=1e-3)
 
 
+def test_a_run_says_how_many_sources_it_left_out(
+    make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make(output_dir=str(tmp_path / "all"), held_out=0, **LORA))
+    assert "left" not in capsys.readouterr().out
+    out = train(make(min_source_gap=0.0, held_out=0, **LORA))
+    sources = json.loads((out / "metrics.json").read_text())["sources"]
+    assert 0 < sources["dropped"] < sources["sources"]
+    said = f"; `min_source_gap: 0` left {sources['dropped']} of {sources['sources']} sources out\n"
+    assert said in capsys.readouterr().out
+
+
 def test_another_data_set_may_be_measured_on(make, pairs: Path, tmp_path: Path) -> None:
     lines = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
