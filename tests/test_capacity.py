@@ -373,6 +373,14 @@ def test_what_cannot_be_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_misspelt_option_of_the_plan_is_named_with_the_nearest(capsys: pytest.CaptureFixture[Any]) -> None:
+    assert main(["plan", str(ROOT / "recipes" / "llama_full.yaml"), "--gpu", "8"]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "`--gpu` is neither an option of `mpo plan` nor a key of a recipe; did you mean `--gpus`?" in message
+    )
+
+
 def test_only_the_plan_takes_keys_of_a_recipe_among_its_options(capsys: pytest.CaptureFixture[Any]) -> None:
     with pytest.raises(SystemExit):
         main(["merge", "adapter", "--out", "folder", "--learning_rate", "1"])

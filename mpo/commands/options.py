@@ -27,7 +27,9 @@ def add_loading_options(parser: Any, *, adapter_revision: bool = False) -> None:
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--attn_implementation", help="eager, sdpa or flex_attention")
+    parser.add_argument(
+        "--attn_implementation", help="eager, sdpa, flex_attention or, for the reward gap, tree (its default)"
+    )
     parser.add_argument("--revision", help="revision of the model on the Hub")
     if adapter_revision:
         parser.add_argument("--adapter_revision", help="revision of the adapter on the Hub")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,15 +80,27 @@ def _run(arguments: argparse.Namespace) -> int:
     from mpo.progress import quiet_libraries
 
     quiet_libraries()
-    from mpo.recipe import load_recipe
+    from mpo.recipe import load_recipe, recipe_fields
 
     machines = [_machine(text) for text in arguments.machines or []]
     for gpus, gpu_memory in machines or [(arguments.gpus, arguments.gpu_memory)]:
         arguments.gpus, arguments.gpu_memory = gpus, gpu_memory
         _check(arguments)
+    _check_spelling(arguments, recipe_fields())
     recipe = load_recipe(arguments.recipe, arguments.rest)
     print(compare(recipe, machines, arguments) if machines else report(recipe, arguments))
     return 0
+
+
+def _check_spelling(arguments: argparse.Namespace, keys: Collection[str]) -> None:
+    """Names the option that a misspelt one was meant to be; what else is no key of a recipe, the recipe says."""
+    for word in arguments.rest:
+        name = word.removeprefix("--").partition("=")[0].partition(".")[0]
+        near = difflib.get_close_matches(name, vars(arguments), n=1, cutoff=0.8)
+        if word.startswith("--") and name not in keys and near:
+            raise ConfigError(
+                f"`--{name}` is neither an option of `mpo plan` nor a key of a recipe; did you mean `--{near[0]}`?"
+            )
 
 
 def _machine(text: str) -> tuple[int, float]:

@@ -133,7 +133,7 @@ def load_prompts(
 
     Raises:
         DataError: There is no such file or dataset, its columns cannot be understood, a row is bad, two prompts have
-            the same id, or nothing is left.
+            the same id, no prompt is in one of ``languages``, or nothing is left.
         ConfigError: A setting has an impossible value.
     """
     if bad_rows not in ("error", "drop"):
@@ -168,9 +168,15 @@ def load_prompts(
                 prompts[found.id] = found
     kept = _select(prompts.values(), keep, limit)
     origin = ", ".join(show_name(os.path.basename(each)) for each in sources)
-    if not kept:
-        present = ", ".join(sorted({prompt.language for prompt in prompts.values()})) or "none"
-        raise DataError(f"no prompt is left. Languages found: {present}; bad rows: {dropped}.", file=origin)
+    present = {prompt.language for prompt in prompts.values()}
+    missing = set() if keep is None else keep - present
+    if missing or not kept:
+        gone = f"in {', '.join(sorted(missing))}" if missing else "left"
+        raise DataError(
+            f"no prompt is {gone}. Languages found: "
+            f"{', '.join(sorted(present)) or 'none'}; bad rows: {dropped}.",
+            file=origin,
+        )
     return PromptSet(name or _set_name(sources), tuple(kept), origin, dropped)
 
 

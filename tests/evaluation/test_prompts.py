@@ -199,8 +199,9 @@ def test_a_limit_keeps_requests_with_their_translations(tmp_path: Path) -> None:
     path = write(tmp_path / "own.csv", rows)
     assert set(texts(load_prompts(path, limit=2))) == {"0/en", "0/sw", "1/en", "1/sw"}
     assert set(texts(load_prompts(path, limit=2, languages=["Swahili"]))) == {"0/sw", "1/sw"}
-    with pytest.raises(DataError, match="Languages found: en, sw"):
-        load_prompts(path, languages=["bn"])
+    for languages in (["bn"], ["en", "bn"]):
+        with pytest.raises(DataError, match=r"no prompt is in bn\. Languages found: en, sw"):
+            load_prompts(path, languages=languages)
 
 
 def test_the_fingerprint_is_of_the_prompts_and_not_of_the_file(tmp_path: Path) -> None:
