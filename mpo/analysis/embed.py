@@ -355,7 +355,15 @@ class Embedder:
         )
         device = pick_device(settings.device)
         self.ranks: Ranks = process_group(device) if ranks is None else ranks
-        self.device = self.ranks.device if self.ranks.num_processes > 1 else device
+        self.device = device
+        if self.ranks.num_processes > 1:
+            self.device = self.ranks.device
+            if device.index is not None:
+                raise ConfigError(
+                    f"`device` is {settings.device!r}, but {self.ranks.num_processes} processes are launched, of which each "
+                    f"takes a device of its own. Write `device: {device.type}` or leave it out; `CUDA_VISIBLE_DEVICES` "
+                    "chooses among GPUs."
+                )
         self.dtype = settings.dtype or pick_dtype(self.device)
         self._model: Any = None
 

@@ -95,16 +95,15 @@ def pairing_test(harmful: Array, harmless: Array, permutations: int, seed: int) 
     pairs = len(harmful)
     harmful, harmless = (np.ascontiguousarray(x, dtype=np.float32) for x in (harmful, harmless))
     squares = [np.einsum("nd,nd->n", x, x) for x in (harmful, harmless)]
-    every = np.concatenate(
-        [
-            distances(harmful[i : i + _BLOCK], harmless, squares[0][i : i + _BLOCK], squares[1])
-            for i in range(0, pairs, _BLOCK)
-        ]
-    )
     random = np.random.default_rng([seed, 3])
-    rows = np.arange(pairs)
-    observed = every[rows, rows].sum(dtype=np.float64)
-    smaller = sum(
-        every[rows, random.permutation(pairs)].sum(dtype=np.float64) <= observed for _ in range(permutations)
-    )
-    return float((1 + smaller) / (1 + permutations))
+    partners = np.empty((1 + permutations, pairs), dtype=np.int32)
+    partners[0] = np.arange(pairs)
+    for row in range(1, 1 + permutations):
+        partners[row] = random.permutation(pairs)
+    sums = np.zeros(len(partners))
+    for start in range(0, pairs, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        distance = distances(harmful[rows], harmless, squares[0][rows], squares[1])
+        for number, partner in enumerate(partners):
+            sums[number] += distance[np.arange(len(distance)), partner[rows]].sum(dtype=np.float64)
+    return float((1 + np.count_nonzero(sums[1:] <= sums[0])) / (1 + permutations))

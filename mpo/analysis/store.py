@@ -146,21 +146,25 @@ class EmbeddingWriter:
     def prepare(self) -> None:
         """Make the files, or check those that an interrupted run has left. To be called by one rank, before `open`.
 
+        From here to `close` no other process can prepare or open them as the same rank.
+
         Raises:
-            StorageError: the folder holds other embeddings, or cannot be written, or the disk has no room.
+            StorageError: the folder holds other embeddings, another process is writing it, it cannot be written, or the
+                disk has no room.
         """
         try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if (self.partial / _IDENTITY).is_file():
                 found = json.loads((self.partial / _IDENTITY).read_text(encoding="utf-8"))
                 _refuse_other(self.partial, found, self.identity)
                 return
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+            for leftover in [*self.partial.glob("done.*"), *self.partial.glob("*.npy")]:
+                os.truncate(leftover, 0)
             shape = (len(self.identity["layers"]), self.identity["texts"], self.identity["hidden_size"])
             needed = 4 * int(np.prod(shape)) * len(self.identity["poolings"])
             free = shutil.disk_usage(self.partial).free
             if free < needed:
-                self.partial.rmdir()
                 raise StorageError(
                     f"The embeddings need {needed / 1e9:.1f} GB in {self.folder.parent}, where {free / 1e9:.1f} GB are "
                     "free. Free some space, choose another folder, or fewer layers."
@@ -170,6 +174,7 @@ class EmbeddingWriter:
                 np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
             write_json(self.partial / _IDENTITY, self.identity)  # last: a folder without it is begun anew
         except (OSError, ValueError) as error:
+            self.close()
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"The embeddings cannot be written to {self.partial}: {error}") from error
@@ -185,21 +190,29 @@ class EmbeddingWriter:
                 path = self.partial / f"{pooling}.npy"
                 self._offset = np.load(path, mmap_mode="r").offset
                 self._files[pooling] = os.open(path, os.O_RDWR)
-            journal = os.O_WRONLY | os.O_CREAT
-            self._files["journal"] = os.open(self.partial / f"done.{self.rank}", journal, 0o666)
-            fcntl.flock(self._files["journal"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
             # A record that was cut off in the middle must not shift those that follow.
             whole = os.fstat(self._files["journal"]).st_size // 8 * 8
             os.truncate(self.partial / f"done.{self.rank}", whole)
-        except BlockingIOError as error:
-            self.close()
-            raise StorageError(
-                f"Another process is writing {self.partial}. Wait for it, or choose another folder."
-            ) from error
         except OSError as error:
             self.close()
+            if isinstance(error, StorageError):
+                raise
             raise StorageError(
                 f"Rank {self.rank} cannot open {self.partial}: {error}. All ranks need one shared folder."
+            ) from error
+
+    def _lock(self) -> None:
+        """Open this rank's journal, for this process alone until it is closed."""
+        if "journal" in self._files:
+            return
+        path = self.partial / f"done.{self.rank}"
+        self._files["journal"] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._files["journal"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"Another process is writing {self.partial}. Wait for it, or choose another folder."
             ) from error
 
     def done(self) -> set[int]:

@@ -454,12 +454,62 @@ def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     first, second = (EmbeddingWriter(tmp_path / "store", identity) for _ in range(2))
     first.prepare()
     first.open()
-    second.prepare()
-    with pytest.raises(StorageError, match="Another process"):
-        second.open()
+    for step in (second.prepare, second.open):
+        with pytest.raises(StorageError, match="Another process"):
+            step()
     first.close()
+    second.prepare()
     second.open()
     second.close()
+
+
+def test_a_store_that_is_being_prepared_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = {"layers": ["norm"], "poolings": ["last"], "texts": 2, "hidden_size": 3}
+    make = np.lib.format.open_memmap
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        array = make(*given, **options)
+        with pytest.raises(StorageError, match="Another process"):
+            EmbeddingWriter(tmp_path / "store", identity).prepare()
+        return array
+
+    writer = EmbeddingWriter(tmp_path / "store", identity)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "open_memmap", interrupted)
+        writer.prepare()
+    writer.open()
+    writer.write([0, 1], {"last": np.ones((1, 2, 3), np.float32)})
+    writer.commit()
+    writer.close()
+    writer.finish({}, {})
+
+
+def test_what_a_kill_left_before_the_files_were_whole_is_begun_anew(tmp_path: Path) -> None:
+    partial = tmp_path / "store.partial"
+    partial.mkdir()
+    (partial / "done.3").write_bytes(bytes(8))
+    (partial / "last.npy").write_bytes(b"half")
+    (partial / "notes.txt").write_text("of somebody else")
+    writer = opened(tmp_path / "store")
+    assert writer.done() == set()
+    writer.close()
+    assert (partial / "notes.txt").read_text() == "of somebody else"
+
+
+def test_a_numbered_device_is_refused_where_several_processes_embed(adapted: tuple[Path, Path]) -> None:
+    source = ModelSource(str(adapted[0]))
+    for device in ("cpu", "cpu:0"):
+        settings_ = dataclasses.replace(EVERYTHING, device=device)
+        Embedder(source, settings_, ranks=alone())
+        two = alone()
+        two.num_processes = 2
+        if device == "cpu":
+            Embedder(source, settings_, ranks=two)
+            continue
+        with pytest.raises(ConfigError, match="`device` is 'cpu:0', but 2 processes"):
+            Embedder(source, settings_, ranks=two)
 
 
 TWO_LAYERS = {"layers": ["0", "norm"], "poolings": ["last"], "texts": 6, "hidden_size": 3}

@@ -163,3 +163,15 @@ def test_pairs_in_one_common_direction_are_consistent_and_nearer_than_chance() -
     ratio = found["pair_distance_ratio"]
     assert ratio.high is not None and ratio.high < 0.5
     assert pairing_test(harmful, harmless, 99, 0) == 0.01
+
+
+@pytest.mark.parametrize(("pairs", "dimensions"), [(1, 3), (7, 2), (1023, 5), (1025, 5), (2100, 3)])
+def test_the_pairing_test_is_that_of_all_distances_at_once(pairs: int, dimensions: int) -> None:
+    rng = np.random.default_rng(pairs)
+    harmless = rng.standard_normal((pairs, dimensions)).astype(np.float32)
+    harmful = (harmless * 0.03 + rng.standard_normal((pairs, dimensions))).astype(np.float32)
+    every = np.linalg.norm(harmful[:, None].astype(np.float64) - harmless[None], axis=2)
+    draws, rows = np.random.default_rng([5, 3]), np.arange(pairs)
+    observed = np.trace(every)
+    smaller = sum(every[rows, draws.permutation(pairs)].sum() <= observed + 1e-6 for _ in range(50))
+    assert pairing_test(harmful, harmless, 50, 5) == pytest.approx((1 + smaller) / 51, rel=1e-12)
