@@ -1225,6 +1225,8 @@ def _no_reference_model() -> Iterator[None]:
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message=".*model_init_kwargs.*")
+        # PEFT asks a model by the old name of an attribute that transformers renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         # The loaded model was made from `model_init_kwargs` right here, so TRL's remark on them is not true.
         trl_logger = logging.getLogger("trl.trainer.dpo_trainer")
         level = trl_logger.level

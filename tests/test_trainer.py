@@ -123,6 +123,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("error:.*is_gradient_checkpointing:FutureWarning")
+def test_a_new_adapter_brings_no_warning_of_a_renamed_attribute(
+    model: Path, rows: Any, tmp_path: Path
+) -> None:
+    runs.trainer(model, tmp_path, rows, peft_config=runs.lora())
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_trained_saved_and_loaded_again(
     model: Path, rows: Any, held_out: Any, tmp_path: Path, name: str
