@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -163,6 +164,9 @@ def _run(layers: Layers, number: int, rows: int, length: int, backward: bool) ->
         text.layer_types = [kinds[layer % len(kinds)] for layer in range(number)]
     model: Any = empty_model(config, ModelSource("the model"))
     model.to(layers.weights)
+    experts = model._can_set_experts_implementation()
+    if experts:
+        model.set_experts_implementation("grouped_mm")  # the default; another looks at which tokens go where
     spans: dict[str, Any] = {}
     if layers.attention == TREE:
         AttentionInterface.register(
@@ -170,7 +174,7 @@ def _run(layers: Layers, number: int, rows: int, length: int, backward: bool) ->
         )
         spans = {"tree_spans": _spans(rows * length, layers.tree_tokens)}
     else:
-        AttentionInterface.register(_COUNTED, _fused_attention)
+        AttentionInterface.register(_COUNTED, partial(_fused_attention, masked=layers.attention == "sdpa"))
     model.set_attn_implementation("eager" if layers.attention == "eager" else _COUNTED)
     body = model.base_model
     if layers.adapter is not None:
@@ -181,9 +185,11 @@ def _run(layers: Layers, number: int, rows: int, length: int, backward: bool) ->
     if layers.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     counter = LiveMemory()
-    # Autocast does not know the meta device, so its tensors say that they are on a CPU, which takes longer.
-    device = "cpu" if layers.autocast else "meta"
-    with FakeTensorMode(allow_non_fake_inputs=True) if layers.autocast else torch.device(device):
+    # Autocast, which adapters of experts switch off, does not know the meta device. Tensors can say that they are on a CPU,
+    # which takes longer.
+    fake = layers.autocast or (experts and layers.adapter is not None)
+    device = "cpu" if fake else "meta"
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.device(device):
         model.to_empty(device=device)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -191,7 +197,8 @@ def _run(layers: Layers, number: int, rows: int, length: int, backward: bool) ->
         masks = _masks(text, rows, length, layers)
         states = torch.empty((rows, length, text.hidden_size), dtype=layers.weights, requires_grad=backward)
         positions = torch.zeros((rows, length), dtype=torch.long)
-        with counter, torch.set_grad_enabled(backward):
+        grouped = mock.patch("transformers.integrations.moe._grouped_mm", _grouped_mm)
+        with counter, grouped, torch.set_grad_enabled(backward):
             with torch.autocast("cpu", torch.bfloat16, enabled=layers.autocast):
                 output = body(
                     inputs_embeds=states,
@@ -213,10 +220,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _spans(tokens: int, tree_tokens: int) -> tuple[int, ...]:
-    """``tree_spans`` of trees of equal length, the last one with what is over."""
-    trees = max(1, tokens // tree_tokens)
-    sizes = [tokens // trees] * (trees - 1)
-    sizes.append(tokens - sum(sizes))
+    """``tree_spans`` of trees of that length and of one with what is over."""
+    sizes = [tree_tokens] * (tokens // tree_tokens)
+    if tokens % tree_tokens:
+        sizes.append(tokens % tree_tokens)
     return tuple(
         n
         for size in sizes
@@ -225,7 +232,7 @@ def _spans(tokens: int, tree_tokens: int) -> tuple[int, ...]:
 
 
 def _masks(text: Any, rows: int, length: int, layers: Layers) -> Any:
-    shape = (1, 1, 1, 1) if layers.attention == TREE else (rows, 1, length, length)
+    shape = (rows, 1, length, length) if mask_bytes(layers, 1, 1) else (1, 1, 1, 1)
     mask = torch.empty(shape, dtype=layers.compute if layers.attention == "eager" else torch.bool)
     kinds = set(getattr(text, "layer_types", None) or [])
     return dict.fromkeys(kinds, mask) if len(kinds) > 1 or "sliding_attention" in kinds else mask
@@ -250,12 +257,19 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _fused_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **ignored: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    masked: bool,
+    **ignored: Any,
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
-    if attention_mask is not None and groups > 1:  # as transformers does under a mask
+    if masked and groups > 1:  # as transformers does under a mask
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    output: Tensor = _FusedAttention.apply(*_cast(query, key, value), attention_mask)
+    output: Tensor = _FusedAttention.apply(*_cast(query, key, value), attention_mask if masked else None)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -265,6 +279,12 @@ def _fused_branch(
     """The same for one branch under ``tree`` attention, whose keys and values are repeated already where they must be."""
     output: Tensor = _FusedAttention.apply(*_cast(query, key, value), attn_mask)
     return output
+
+
+def _grouped_mm(states: Tensor, weight: Tensor, **ignored: Any) -> Tensor:
+    """The product of tokens with their experts' weights, for any type: all tokens go to the first expert."""
+    with torch.autocast("cpu", enabled=False):  # which does not know the kernel
+        return states.to(weight.dtype) @ weight[0]
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:

@@ -230,7 +230,8 @@ def memory(
         sharding: how it is divided.
         gpus: number of GPUs.
         tokens: of a micro-batch on each GPU.
-        row_tokens: longest packed row, see ``MPOConfig.max_tokens_per_row``; ``tree`` attention has one row for all.
+        row_tokens: longest packed row, see ``MPOConfig.max_tokens_per_row``; at least a tree's. ``tree`` attention has one
+            row for all.
         adapter: ``peft`` configuration of the adapter, as given to :func:`describe`.
     """
     total, trained = training.parameters, training.trained
@@ -260,7 +261,8 @@ def memory(
         kept_elsewhere = weights + optimizer + gradients
         weights = gradients = optimizer = 0.0
     layers = _how_layers_compute(training, sharding, adapter)
-    row = max(tokens, training.reference_tokens) if training.attention == TREE else row_tokens
+    whole = max(tokens, training.reference_tokens)
+    row = whole if training.attention == TREE else max(row_tokens, training.tree_tokens)
     forward, backward = layer_peaks(layers, training.layers, *_rows(tokens, row))
     masks = mask_bytes(layers, *_rows(tokens, row))
     reference_rows = _rows(training.reference_tokens, row)
@@ -365,13 +367,14 @@ def largest_budget(
     row_tokens: int,
     adapter: Any = None,
     wanted: int = TOKEN_BUDGETS[0],
+    least: int = 1,
 ) -> tuple[int, Memory]:
     """
     The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least).
 
-    Tried are :data:`TOKEN_BUDGETS` and the number that is ``wanted``.
+    Tried are :data:`TOKEN_BUDGETS` and the number that is ``wanted``, from the ``least`` that is of use.
     """
-    budgets = sorted({*TOKEN_BUDGETS, wanted})
+    budgets = sorted({least, *(tokens for tokens in (*TOKEN_BUDGETS, wanted) if tokens > least)})
 
     def needed(tokens: int) -> Memory:
         return memory(training, sharding, gpus, tokens, row_tokens, adapter)

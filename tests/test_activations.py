@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mpo.activations import Layers, layer_peaks, mask_bytes
+from mpo.activations import Layers, _spans, layer_peaks, mask_bytes
 from mpo.adapters import spare_input_copies
 from mpo.live_memory import LiveMemory
 from mpo.masks import attention_mask
@@ -23,6 +23,8 @@ def really_taken(family: str, how: Layers, rows: int, length: int, spans: tuple[
     model = build_model(
         family, layers=LAYERS, hidden=64, attn_implementation=how.attention, dtype=how.weights
     )
+    if family == "mixtral":
+        model.set_experts_implementation("grouped_mm")  # as models are loaded
     body = model.base_model
     if how.adapter is not None:
         model = get_peft_model(model, how.adapter)
@@ -59,7 +61,13 @@ def really_taken(family: str, how: Layers, rows: int, length: int, spans: tuple[
 @pytest.mark.parametrize(
     ("family", "attention", "tolerance"),
     # A CPU's kernels keep more or less than a GPU's, and copies of the keys and values that heads share.
-    [("llama", "eager", 0.03), ("gemma2", "eager", 0.03), ("qwen2", "sdpa", 0.15), ("llama", "tree", 0.15)],
+    [
+        ("llama", "eager", 0.03),
+        ("gemma2", "eager", 0.03),
+        ("mixtral", "eager", 0.03),
+        ("qwen2", "sdpa", 0.15),
+        ("llama", "tree", 0.15),
+    ],
 )
 def test_the_layers_of_a_step_take_what_is_counted(
     family: str, attention: str, tolerance: float, compute: torch.dtype, adapter: bool, checkpointing: bool
@@ -86,6 +94,21 @@ def test_without_a_backward_pass_nothing_is_kept() -> None:
     forward, backward = layer_peaks(how, 20, 2, 256, backward=False)
     assert forward.kept == 0 < forward.working
     assert backward.total == 0
+
+
+def test_only_a_dense_mask_is_kept_by_every_layer() -> None:
+    config = build_model("llama").config
+    for attention, squares in (("flex_attention", False), ("sdpa", True)):
+        how = Layers(config, attention)
+        long, short = (layer_peaks(how, 20, rows, 512 // rows)[1].kept for rows in (1, 4))
+        assert long == pytest.approx(short + squares * 20 * (512**2 - 4 * 128**2) * 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 95, 96, 97, 191, 500])
+def test_no_tree_is_longer_than_trees_are(tokens: int) -> None:
+    spans = _spans(tokens, 96)
+    trees = [sum(spans[at : at + 4]) for at in range(0, len(spans), 4)]
+    assert sum(trees) == tokens and max(trees) <= 96 and len(trees) == -(-tokens // 96)
 
 
 def test_masks_are_squares_except_where_there_are_none() -> None:

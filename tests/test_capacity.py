@@ -151,6 +151,23 @@ def test_the_largest_budget_fits_and_the_next_does_not() -> None:
     assert tokens > 0 and needed.total <= 24e9
     assert memory(training, sharding, 8, 2 * tokens, 2048).total > 24e9
     assert largest_budget(training, sharding, 8, 1e9, 2048)[0] == 0
+    # What is less than the least is of no use, and the least itself is tried.
+    held = memory(training, sharding, 8, 1300, 2048)
+    for spare, tokens in ((1.0, 1300), (-1.0, 0)):
+        assert largest_budget(training, sharding, 8, held.total + spare, 2048, least=1300) == (tokens, held)
+
+
+def test_a_row_has_room_for_a_tree() -> None:
+    training = describe(shape_config("llama-3.2-1b"), tree_tokens=700)
+    sharding = BY_NAME["one GPU"]
+    assert memory(training, sharding, 1, 2100, 512) == memory(training, sharding, 1, 2100, 700)
+
+
+def test_a_mixture_of_experts_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny("mixtral", tmp_path / "model")
+    words = [str(ROOT / "recipes" / "llama_full.yaml"), "--model", str(folder), "--gpus", "2"]
+    for more in ((), ("--use_peft", "true")):
+        assert "Best " in plan(capsys, *words, *more)
 
 
 def test_operations_are_six_per_weight_and_token_and_eight_when_recomputed() -> None:

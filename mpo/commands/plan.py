@@ -245,7 +245,8 @@ def _choices(
     from mpo.capacity import GB, SHARDINGS, Choice, largest_budget, possible
 
     training, adapter, _ = described
-    needed = _needed(recipe, data)
+    least = _least(recipe, data)
+    needed = max(least, _needed(recipe, data))
     choices = []
     for sharding in (s for s in SHARDINGS if possible(s, training, gpus)):
         found: Choice | None = None
@@ -254,11 +255,13 @@ def _choices(
                 break
             variant = replace(training, checkpointing=recomputes)
             for row in _row_lengths(recipe, training.attention):
-                tokens, held = largest_budget(variant, sharding, gpus, gpu_memory * GB, row, adapter, needed)
+                tokens, held = largest_budget(
+                    variant, sharding, gpus, gpu_memory * GB, row, adapter, needed, least
+                )
                 if found is None or tokens > found.tokens:
                     found = Choice(sharding, variant, row, tokens, held)
         assert found is not None
-        choices.append(found if found.tokens >= _least(recipe, data) else replace(found, tokens=0))
+        choices.append(found)
     return choices
 
 
