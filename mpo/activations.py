@@ -24,8 +24,9 @@ from mpo.model import ModelSource, empty_model
 from mpo.tree_attention import IMPLEMENTATION as TREE
 from mpo.tree_attention import tree_attention
 
-# Numbers of trees and of layers that are run to measure what any number of them takes.
-_FEW_TREES, _MORE_TREES = 6, 10
+# Numbers of trees and of layers that are run to measure what any number of them takes. With few trees, gradients of all
+# weights would hide what the trees take; an adapter's do not.
+_TREES, _TREES_ADAPTER = (6, 10), (2, 4)
 _FEW_LAYERS, _MORE_LAYERS = 2, 4
 _COUNTED = "mpo_counted"
 
@@ -105,7 +106,8 @@ def layer_peaks(
         rows, length: packed rows of a micro-batch and their length in tokens.
         backward: whether there is a backward pass; without one its peak is 0.
     """
-    few_tokens, more_tokens = _FEW_TREES * layers.tree_tokens, _MORE_TREES * layers.tree_tokens
+    trees = _TREES if layers.adapter is None else _TREES_ADAPTER
+    few_tokens, more_tokens = (layers.tree_tokens * count for count in trees)
     if layers.attention != TREE or rows > 1 or length <= few_tokens:
         return _peaks(layers, number, rows, length, backward)
     # No token sees another tree, so what grows with tokens grows with their number.
@@ -127,7 +129,7 @@ def mask_bytes(layers: Layers, rows: int, length: int) -> int:
 
 
 def with_adapter(model: Any, adapter: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model on the meta device with a new adapter, whose weights have the type of the model's or the given one."""
+    """The model on the meta device with a new adapter, whose weights have the type that PEFT gives them or the given one."""
     from peft import get_peft_model
 
     with torch.device("meta"):
