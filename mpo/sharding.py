@@ -25,7 +25,11 @@ from mpo.errors import ConfigError
 
 def launched_with(engine: str) -> bool:
     """Whether ``accelerate launch`` was given a configuration of ``"DEEPSPEED"`` or ``"FSDP"``."""
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true")
+    return _is_set(f"ACCELERATE_USE_{engine}")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def deepspeed_backend(use_cpu: bool) -> str | None:
@@ -46,7 +50,7 @@ def deepspeed_backend(use_cpu: bool) -> str | None:
     """
     if not launched_with("DEEPSPEED"):
         return None
-    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+    if use_cpu or _is_set("ACCELERATE_USE_CPU"):
         raise ConfigError(
             "the Accelerate configuration asks for DeepSpeed, which Accelerate sets aside under `use_cpu` "
             "(ACCELERATE_USE_CPU). Remove that: without a GPU, DeepSpeed takes the CPU by itself."

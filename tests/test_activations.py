@@ -118,3 +118,10 @@ def test_masks_are_squares_except_where_there_are_none() -> None:
         for attention in ("eager", "sdpa", "flex_attention", "tree")
     }
     assert sizes == {"eager": 60_000, "sdpa": 30_000, "flex_attention": 0, "tree": 0}
+
+
+def test_casts_that_the_forward_pass_alone_holds_are_not_in_the_backward_pass() -> None:
+    config = build_model("llama", layers=LAYERS, hidden=64).config
+    how = Layers(config, weights=torch.float32, checkpointing=True)
+    forward, backward = layer_peaks(how, 40, 1, 8)
+    assert backward.total < forward.total
