@@ -33,7 +33,7 @@ help: ## this list
 setup: $(READY) ## set up .venv, which the other targets do when needed  [PYTHON=python3.12 TORCH_INDEX=URL]
 
 demo: $(READY) ## align a real model on the CPU, show before and after  [DATA=FILE LIMIT=SOURCES ARGS="--key value"]
-	@$(PY) -m mpo.demo --out $(DEMO_MODEL) >/dev/null
+	@$(PY) -m mpo.jobs.demo --out $(DEMO_MODEL) >/dev/null
 	@$(PY) scripts/train.py recipes/demo.yaml --model_name_or_path $(DEMO_MODEL) \
 		$(if $(DATA),$(DATA_OPTIONS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 

@@ -9,7 +9,7 @@ and the perplexity of harmless texts in the source language, as they stand and a
 template.
 Prints a table per run and writes ``--out`` as JSON with the versions of all libraries.
 
-The settings are those of a laptop: SmolLM2-135M-Instruct (unpacked by ``python -m mpo.demo``), LoRA of rank 16 on all
+The settings are those of a laptop: SmolLM2-135M-Instruct (unpacked by ``python -m mpo.jobs.demo``), LoRA of rank 16 on all
 linear layers, one epoch at a constant rate, one group per step, responses cut to 96 tokens.
 """
 
@@ -28,13 +28,13 @@ import torch
 from peft import LoraConfig
 
 from mpo import MPOConfig, MPOTrainer
+from mpo.common.progress import quiet_libraries
+from mpo.common.provenance import collect
 from mpo.data import load_groups
-from mpo.demo import prepare_demo_model
 from mpo.evaluation import Scores, compare, summarize
-from mpo.memory import keep_freed_memory
-from mpo.progress import quiet_libraries
-from mpo.report.provenance import collect
-from mpo.scoring import perplexity
+from mpo.jobs.demo import prepare_demo_model
+from mpo.planning.memory import keep_freed_memory
+from mpo.training.scoring import perplexity
 
 
 def squared_distance(scores: Scores, beta: float) -> float:

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mpo.common.files import write_json
+from mpo.common.provenance import collect
 from mpo.errors import MPOError
-from mpo.report.files import write_json
-from mpo.report.provenance import collect
 
 
 def run(main: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ in every such figure.
 **What the counter does not see.** It has no formula for the in-place ``addmm_`` of TRL's log-likelihood kernel; it gets
 one here. It counts attention under a mask in full. So does the first table: the scores are those that the attention
 computes, ``rows * length ** 2`` where a mask covers a whole row, the sum of ``length ** 2`` over the branches of all
-trees where the trees' own attention runs (:mod:`mpo.tree_attention`). The second table counts only the scores that a
+trees where the trees' own attention runs (:mod:`mpo.modeling.tree_attention`). The second table counts only the scores that a
 token may see, for every formulation alike: what a kernel that skips masked blocks comes close to.
 
 **The formulations.** Of all pairs of a group:
@@ -56,12 +56,12 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from benchmarks import command, lengths
 from benchmarks.lengths import GroupLengths, PairLengths
+from mpo.common.tables import TextTable
 from mpo.errors import ConfigError
-from mpo.evaluation.text_table import TextTable
-from mpo.logprobs import FrozenHeadLogProbs
-from mpo.masks import attention_mask
-from mpo.shapes import shape_config
-from mpo.trees import even_rows
+from mpo.modeling.logprobs import FrozenHeadLogProbs
+from mpo.modeling.masks import attention_mask
+from mpo.modeling.trees import even_rows
+from mpo.planning.shapes import shape_config
 
 DEFAULT_SHAPES = ("llama-3.1-8b", "gemma-2-9b", "qwen2.5-7b")
 FORMULATIONS = ("official", "official, batched", "TRL DPO", "padded", "trees, masked rows", "trees")

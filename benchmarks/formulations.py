@@ -19,14 +19,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from mpo.head import attach_reward_gap_head
-from mpo.layout import CALL_TOKENS, batch_shape
-from mpo.loss import mpo_loss, reward_gap
-from mpo.reference import call_on_trees
-from mpo.sampling import GroupCollator, to_device
-from mpo.scoring import PairTensors, run_in_calls, run_model
-from mpo.tree_attention import IMPLEMENTATION as TREE
-from mpo.trees import Tree
+from mpo.modeling.head import attach_reward_gap_head
+from mpo.modeling.layout import CALL_TOKENS, batch_shape, call_on_trees
+from mpo.modeling.loss import mpo_loss, reward_gap
+from mpo.modeling.tree_attention import IMPLEMENTATION as TREE
+from mpo.modeling.trees import Tree
+from mpo.training.sampling import GroupCollator, to_device
+from mpo.training.scoring import PairTensors, run_in_calls, run_model
 
 Group = Mapping[str, Any]
 Pair = tuple[list[int], list[int], list[int]]

@@ -17,10 +17,10 @@ import time
 
 import numpy as np
 
-from mpo.analysis.compare import AFTER, BEFORE, LanguageTexts, Settings, measure_layer
+from mpo.common.files import write_json
+from mpo.common.provenance import collect
 from mpo.data.languages import language_name
-from mpo.report.files import write_json
-from mpo.report.provenance import collect
+from mpo.hidden_space.compare import AFTER, BEFORE, LanguageTexts, Settings, measure_layer
 
 _LANGUAGES = ("en", "hi", "zh", "de", "ar", "fr", "sw", "bn")
 

@@ -117,7 +117,7 @@ def read_csv(path: str | Path, part: str | None, template_tokens: int, max_lengt
 
 
 def of_groups(tokenized: Iterable[Mapping[str, Any]]) -> list[GroupLengths]:
-    """Lengths of tokenized groups (:data:`mpo.tokenization.TOKENIZED_FEATURES`)."""
+    """Lengths of tokenized groups (:data:`mpo.data.tokenization.TOKENIZED_FEATURES`)."""
     return [
         GroupLengths(
             PairLengths(*(len(group[f"source_{part}"]) for part in _PARTS)),
@@ -133,8 +133,8 @@ def of_groups(tokenized: Iterable[Mapping[str, Any]]) -> list[GroupLengths]:
 def read_data(path: str, tokenizer: str, max_length: int, source_language: str = "en") -> list[GroupLengths]:
     """Lengths of a data file in any form the trainer takes, with a model's tokenizer and chat template."""
     from mpo.data import load_groups
-    from mpo.model import ModelSource, load_tokenizer
-    from mpo.tokenization import tokenize_groups
+    from mpo.data.tokenization import tokenize_groups
+    from mpo.modeling.loading import ModelSource, load_tokenizer
 
     groups = load_groups(path, source_language=source_language, bad_rows="drop").groups
     tokenized, _ = tokenize_groups(

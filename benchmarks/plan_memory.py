@@ -3,7 +3,7 @@
     python -m benchmarks.plan_memory
 
 Every run takes two optimizer steps of a small random Llama with real tensors, in float32 or in bfloat16 under autocast as on
-one GPU (an adapter then has a base in bfloat16). All tensors are counted while they live (:class:`mpo.live_memory.LiveMemory`); the second step, which has AdamW's states, is compared. Two things are not as on a
+one GPU (an adapter then has a base in bfloat16). All tensors are counted while they live (:class:`mpo.planning.live_memory.LiveMemory`); the second step, which has AdamW's states, is compared. Two things are not as on a
 GPU, and are left out of the comparison: a CPU has no fused kernels for the LM head's tiles, so what the head takes is
 measured alone and put into the plan; and its attention makes copies of keys and values that heads share, so the model has
 none.
@@ -22,12 +22,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from mpo.adapters import spare_input_copies
-from mpo.capacity import SHARDINGS, Memory, describe, memory
-from mpo.evaluation.text_table import TextTable
-from mpo.head import attach_reward_gap_head
-from mpo.live_memory import LiveMemory
-from mpo.trees import Tree, build_batch
+from mpo.common.tables import TextTable
+from mpo.modeling.adapters import spare_input_copies
+from mpo.modeling.head import attach_reward_gap_head
+from mpo.modeling.trees import Tree, build_batch
+from mpo.planning.capacity import SHARDINGS, Memory, describe, memory
+from mpo.planning.live_memory import LiveMemory
 
 
 @dataclass(frozen=True)

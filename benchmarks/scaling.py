@@ -33,13 +33,20 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from benchmarks import command, formulations, lengths, step
 from benchmarks.lengths import GroupLengths, PairLengths
+from mpo.common.tables import TextTable
 from mpo.errors import ConfigError
-from mpo.evaluation.text_table import TextTable
-from mpo.head import RewardGapOutput
-from mpo.reference import BatchShape, SourceReference, build_or_load, unique_sources
-from mpo.sampling import GroupBatchSampler, GroupCollator, GroupDataset, TokenBudgetSampler, group_tokens
-from mpo.scoring import count_languages
-from mpo.shapes import SHAPES, shape_config
+from mpo.modeling.head import RewardGapOutput
+from mpo.modeling.layout import BatchShape
+from mpo.planning.shapes import SHAPES, shape_config
+from mpo.training.reference import SourceReference, build_or_load, unique_sources
+from mpo.training.sampling import (
+    GroupBatchSampler,
+    GroupCollator,
+    GroupDataset,
+    TokenBudgetSampler,
+    group_tokens,
+)
+from mpo.training.scoring import count_languages
 
 PARTS = ("targets", "length", "vocabulary", "groups")
 LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")

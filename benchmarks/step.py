@@ -51,11 +51,11 @@ import torch
 from benchmarks import command, flops, formulations, lengths
 from benchmarks.formulations import Group, Setting
 from benchmarks.lengths import GroupLengths
+from mpo.common.tables import TextTable
 from mpo.errors import ConfigError
-from mpo.evaluation.text_table import TextTable
-from mpo.memory import keep_freed_memory
-from mpo.model import ModelSource, load_config
-from mpo.shapes import SHAPES, shape_config
+from mpo.modeling.loading import ModelSource, load_config
+from mpo.planning.memory import keep_freed_memory
+from mpo.planning.shapes import SHAPES, shape_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

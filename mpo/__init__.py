@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "MPOConfig": "mpo.config",
-    "MPOTrainer": "mpo.trainer",
-    "mpo_loss": "mpo.loss",
-    "reward_gap": "mpo.loss",
+    "MPOConfig": "mpo.training.config",
+    "MPOTrainer": "mpo.training.trainer",
+    "mpo_loss": "mpo.modeling.loss",
+    "reward_gap": "mpo.modeling.loss",
 }
 __all__ = ["MPOConfig", "MPOTrainer", "__version__", "mpo_loss", "reward_gap"]
 
 if TYPE_CHECKING:
-    from mpo.config import MPOConfig
-    from mpo.loss import mpo_loss, reward_gap
-    from mpo.trainer import MPOTrainer
+    from mpo.modeling.loss import mpo_loss, reward_gap
+    from mpo.training.config import MPOConfig
+    from mpo.training.trainer import MPOTrainer
 
 
 def __getattr__(name: str) -> Any:

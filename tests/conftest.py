@@ -50,8 +50,8 @@ def data_folder() -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct, the demo's: unpacked once for all runs, workers and the demo itself."""
-    from mpo.demo import DEFAULT_FOLDER, prepare_demo_model
     from mpo.errors import DependencyError
+    from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
 
     try:
         return prepare_demo_model(Path(__file__).parents[1] / DEFAULT_FOLDER)

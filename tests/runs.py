@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from mpo.config import MPOConfig
-from mpo.trainer import MPOTrainer
+from mpo.training.config import MPOConfig
+from mpo.training.trainer import MPOTrainer
 from tests.tiny import random_groups
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

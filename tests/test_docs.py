@@ -27,18 +27,18 @@ from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig
 
-from mpo.analysis.recipe import load_analysis_recipe
-from mpo.capacity import SHARDINGS, describe, sent_per_step
-from mpo.cli import _parser
-from mpo.config import _MEANINGLESS, MPOConfig
+from mpo.cli.app import _parser
 from mpo.data import load_groups
 from mpo.errors import DataError
-from mpo.masks import dense_mask
-from mpo.recipe import RecipeField, load_recipe, recipe_fields
-from mpo.run import _DESCRIPTIONS
-from mpo.scoring import PairTensors
-from mpo.shapes import shape_config
-from mpo.trees import Tree, build_batch
+from mpo.hidden_space.recipe import load_analysis_recipe
+from mpo.jobs.train import _DESCRIPTIONS
+from mpo.modeling.masks import dense_mask
+from mpo.modeling.trees import Tree, build_batch
+from mpo.planning.capacity import SHARDINGS, describe, sent_per_step
+from mpo.planning.shapes import shape_config
+from mpo.training.config import _MEANINGLESS, MPOConfig
+from mpo.training.recipe import RecipeField, load_recipe, recipe_fields
+from mpo.training.scoring import PairTensors
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -617,7 +617,7 @@ def _rewritten(page: Path) -> Iterator[str]:
 
 def main() -> None:
     """Write the outputs of the commands into the pages anew, and name the pages that have changed."""
-    from mpo.demo import DEFAULT_FOLDER, prepare_demo_model
+    from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
 
     prepare_demo_model(ROOT / DEFAULT_FOLDER)
     changed = [name for page in PAGES for name in _rewritten(page)]

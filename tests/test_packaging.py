@@ -134,7 +134,7 @@ def test_every_extra_that_is_named_anywhere_exists_under_the_name_of_the_distrib
         for extra in extras.split(",")
     }
     known = {(PROJECT["name"], extra) for extra in PROJECT["optional-dependencies"]}
-    assert ("mpo-align", "demo") in named  # the pattern still finds the one in mpo/demo.py
+    assert ("mpo-align", "demo") in named  # the pattern still finds the one in mpo/jobs/demo.py
     assert named <= known
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpo.evaluation.records import PairScore, Scores
 from mpo.evaluation.reward_gap import Comparison, RewardGapRow, RewardGapTable, compare, summarize
+from mpo.training.records import PairScore, Scores
 
 __all__ = ["Comparison", "PairScore", "RewardGapRow", "RewardGapTable", "Scores", "compare", "summarize"]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpo.common.journal import Journal, settle
+from mpo.common.progress import CountProgress
 from mpo.errors import DataError
 from mpo.evaluation.engines import Engine
 from mpo.evaluation.engines.engine import Conversation
-from mpo.evaluation.journal import Journal, settle
 from mpo.evaluation.prompts import Prompt, PromptSet, fill_template
-from mpo.progress import CountProgress
 
 FILE = "answers.jsonl"
 

@@ -18,8 +18,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from mpo.common.redaction import REDACTED, redact_text
 from mpo.errors import ConfigError, DependencyError, ServerError
-from mpo.report.redaction import REDACTED, redact_text
 
 Message = Mapping[str, Any]
 Item = TypeVar("Item")

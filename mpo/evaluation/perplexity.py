@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpo.common.bootstrap import ratio_interval
+from mpo.common.checks import check_confidence, check_limit, check_max_length
+from mpo.common.files import write_json
+from mpo.common.provenance import collect
+from mpo.common.tables import TextTable, printable_name
 from mpo.data.languages import language_name, normalize_language_setting
 from mpo.errors import ConfigError, DataError
-from mpo.evaluation.bootstrap import ratio_interval
-from mpo.evaluation.checks import check_confidence, check_limit, check_max_length
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import load_policy
 from mpo.evaluation.safety import about_model, model_folder
-from mpo.evaluation.text_table import TextTable, printable_name
-from mpo.report.files import write_json
-from mpo.report.provenance import collect
-from mpo.scoring import text_likelihoods
+from mpo.training.scoring import text_likelihoods
 
 RESULT = "perplexity.json"
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo.errors import ConfigError
 from mpo.evaluation.engines import ModelChoice
-from mpo.model import (
+from mpo.modeling.loading import (
     ModelSource,
     adapter_settings,
     load_adapter,

@@ -7,12 +7,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from mpo.common.statistics import LanguageAverage, language_average, wilson_interval
+from mpo.common.tables import TextTable, printable_name
 from mpo.data import language_name
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.prompts import MIXED
-from mpo.evaluation.statistics import LanguageAverage, language_average, wilson_interval
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
-from mpo.evaluation.text_table import TextTable, printable_name
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
 
+from mpo.common.bootstrap import check_settings, grouped_mean_interval
+from mpo.common.checks import check_beta
+from mpo.common.tables import Tabular, TextTable, interval, printable_name, signed
 from mpo.errors import ConfigError, DataError, ModelError, StorageError
-from mpo.evaluation.bootstrap import check_settings, grouped_mean_interval
-from mpo.evaluation.checks import check_beta
-from mpo.evaluation.records import PairScore
-from mpo.evaluation.text_table import Tabular, TextTable, interval, printable_name, signed
+from mpo.training.records import PairScore
 
 PAPER_ORDER = ("zh", "ja", "ko", "ar", "bn", "sw")
 """The target languages of the paper, in its order. Tables list these first, then all others by their code."""
@@ -235,7 +235,7 @@ def summarize(
         records: One record per pair, of all languages.
         beta: Scale of the target gap, as in training.
         confidence: Coverage of the intervals.
-        resamples: Bootstrap samples per interval; see :func:`~mpo.evaluation.bootstrap.grouped_mean_interval`.
+        resamples: Bootstrap samples per interval; see :func:`~mpo.common.bootstrap.grouped_mean_interval`.
         seed: Seed of the bootstrap.
 
     Raises:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpo.common.checks import check_confidence, check_name
+from mpo.common.statistics import Kappa
 from mpo.errors import ConfigError
 from mpo.evaluation.answers import Framing, make_answers
-from mpo.evaluation.checks import check_confidence, check_name
 from mpo.evaluation.engines import Generation, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, JudgeChoice, make_judge
 from mpo.evaluation.prompts import PromptSet
 from mpo.evaluation.rates import RateTable, tabulate
-from mpo.evaluation.statistics import Kappa
 from mpo.evaluation.tasks import Task
 from mpo.evaluation.verdicts import agreement, judge_answers, unparsed
 
@@ -143,7 +143,7 @@ def _about_prompts(prompts: PromptSet, framing: Framing) -> dict[str, Any]:
 
 def about_model(model: ModelChoice, name: str) -> dict[str, Any]:
     """What a result says of the model it is of; folders are shown without their users' names."""
-    from mpo.report.provenance import portable_path
+    from mpo.common.provenance import portable_path
 
     def shown(source: str | None) -> str | None:
         return portable_path(source) if source is not None and Path(source).exists() else source
@@ -173,8 +173,8 @@ def _agreement_note(judge: Judge, kappa: Kappa | None, unread: int) -> str:
 
 
 def _finish(result: dict[str, Any], folder: Path, model: ModelChoice, prompts: PromptSet) -> None:
-    from mpo.report.files import write_json
-    from mpo.report.provenance import collect
+    from mpo.common.files import write_json
+    from mpo.common.provenance import collect
 
     name = model.model if model.engine != "server" else None
     provenance = collect(base_model=name, data_fingerprint=prompts.fingerprint)

@@ -10,14 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mpo.common.checks import check_limit
+from mpo.common.files import write_json
+from mpo.common.provenance import collect
+from mpo.common.tables import TextTable, printable_name
 from mpo.errors import ConfigError, DataError, DependencyError
-from mpo.evaluation.checks import check_limit
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import Policy, load_policy
 from mpo.evaluation.safety import about_model, model_folder
-from mpo.evaluation.text_table import TextTable, printable_name
-from mpo.report.files import write_json
-from mpo.report.provenance import collect
 
 RESULT = "utility.json"
 HARNESS = "lm_eval.json"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mpo.common.journal import Journal, settle
+from mpo.common.progress import CountProgress
+from mpo.common.statistics import Kappa, cohen_kappa
 from mpo.evaluation.answers import AnswerRow, fingerprint_answers
-from mpo.evaluation.journal import Journal, settle
 from mpo.evaluation.judges import Exchange, Judge, Verdict
-from mpo.evaluation.statistics import Kappa, cohen_kappa
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
-from mpo.progress import CountProgress
 
 Verdicts = Mapping[str, str]
 """Verdict by the answer's id."""

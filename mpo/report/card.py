@@ -12,13 +12,13 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from mpo.citations import HIDDEN_SPACE_BIBTEX, MPO_BIBTEX
+from mpo.common.citations import HIDDEN_SPACE_BIBTEX, MPO_BIBTEX
+from mpo.common.files import write_text
+from mpo.common.redaction import portable_path, redact, redact_text
+from mpo.common.tables import escape_markdown, signed
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.reward_gap import Change, Comparison, RewardGapTable, compare, sort_languages
-from mpo.evaluation.text_table import escape_markdown, signed
-from mpo.report.files import write_text
-from mpo.report.redaction import portable_path, redact, redact_text
 
 TRAINING_CURVE = "training_curve.png"
 REWARD_GAP = "reward_gap.png"
@@ -88,7 +88,7 @@ def write_card(
         after: Held-out table after training. With both, and their records, the paired change is added.
         comparison: Both tables with their paired change.
         recipe_yaml: The resolved recipe, shown whole and folded away.
-        provenance: What :func:`mpo.report.provenance.collect` returned.
+        provenance: What :func:`mpo.common.provenance.collect` returned.
         dataset_name: Hub id, or file, of the training data; only a Hub id enters the metadata.
         settings: Resolved settings; by default those read from `recipe_yaml`.
         retention: Retention term on the held-out sources before and after training.

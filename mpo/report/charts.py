@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from mpo.evaluation.statistics import Correlation
+from mpo.common.statistics import Correlation
 from mpo.report.measurement import Cell, Measurement, Row, Unit, number, shown_language
 
 SERIES = 6

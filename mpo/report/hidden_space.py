@@ -6,11 +6,11 @@ import base64
 from html import escape
 from pathlib import Path
 
-from mpo.analysis.results import FILE, MEASUREMENT, HiddenSpace, ModelResult
+from mpo.common.redaction import redact_text
+from mpo.common.tables import TextTable, escape_markdown
 from mpo.data.languages import language_name
 from mpo.errors import StorageError
-from mpo.evaluation.text_table import TextTable, escape_markdown
-from mpo.report.redaction import redact_text
+from mpo.hidden_space.results import FILE, MEASUREMENT, HiddenSpace, ModelResult
 from mpo.report.sections import Section
 
 PICTURES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpo.common.tables import printable_name
 from mpo.data.languages import language_name
-from mpo.evaluation.text_table import printable_name
 
 MIXED = "mul"  # ISO 639-2's code for several languages, which code-switching prompts have
 MINUS = "\N{MINUS SIGN}"

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpo.errors import ConfigError, DataError
-from mpo.evaluation.bootstrap import grouped_mean_interval, ratio_interval
-from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapTable, compare, sort_languages
-from mpo.evaluation.statistics import (
+from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
+from mpo.common.statistics import (
     Correlation,
     average_change,
     correlation,
     holm,
     paired_difference,
 )
+from mpo.common.tables import printable_name
+from mpo.errors import ConfigError, DataError
+from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED
-from mpo.evaluation.text_table import printable_name
 from mpo.report.measurement import (
     GAP,
     PERPLEXITY,

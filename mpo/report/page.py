@@ -11,16 +11,16 @@ from importlib import resources
 from pathlib import Path
 
 import mpo
+from mpo.common.files import write_text
+from mpo.common.redaction import redact, redact_text
+from mpo.common.statistics import Coefficient
+from mpo.common.tables import escape_markdown
 from mpo.errors import DataError
-from mpo.evaluation.statistics import Coefficient
-from mpo.evaluation.text_table import escape_markdown
 from mpo.report import charts
 from mpo.report.examples import examples_section
-from mpo.report.files import write_text
 from mpo.report.hidden_space import hidden_space_section
 from mpo.report.measurement import GAP, NONE, SHARE, Measurement, Row, listed, number, p_text
 from mpo.report.measurements import GapAgainstAttack, gap_against_attack, measurements
-from mpo.report.redaction import redact, redact_text
 from mpo.report.results import Results, read_results
 from mpo.report.sections import Section
 from mpo.report.tables import finding, html_table, markdown_table

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
+from mpo.common import figures as style
+from mpo.common.tables import printable_name
 from mpo.data.languages import language_name
 from mpo.errors import DataError
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, sort_languages
-from mpo.evaluation.text_table import printable_name
-from mpo.report import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpo.common.journal import read_rows
 from mpo.errors import ConfigError, DataError, StorageError
-from mpo.evaluation.journal import read_rows
 from mpo.evaluation.reward_gap import RewardGapTable
 from mpo.evaluation.tasks import NO_VERDICT
 from mpo.report.hidden_space import has_hidden_space

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from mpo.evaluation.text_table import escape_markdown
+from mpo.common.tables import escape_markdown
 from mpo.report.measurement import NONE, Cell, Change, Measurement, Row, Unit, listed, p_text
 
 

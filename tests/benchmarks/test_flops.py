@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from benchmarks import command, flops, lengths
 from benchmarks.lengths import GroupLengths, PairLengths
 from mpo.errors import ConfigError, DataError
-from mpo.masks import dense_mask
-from mpo.trees import Tree, build_batch
+from mpo.modeling.masks import dense_mask
+from mpo.modeling.trees import Tree, build_batch
 from tests.tiny import build_model
 
 part = st.integers(1, 12)

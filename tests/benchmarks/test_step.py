@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks import flops, lengths, step
 from benchmarks.formulations import NAMES, Setting, available, build_setting, prepare
 from benchmarks.lengths import GroupLengths, PairLengths
-from mpo.head import attach_reward_gap_head
-from mpo.trainer import MPOTrainer
+from mpo.modeling.head import attach_reward_gap_head
+from mpo.training.trainer import MPOTrainer
 from tests import runs
 from tests.plain import relative_error
 from tests.tiny import build_model, random_groups, save_tiny

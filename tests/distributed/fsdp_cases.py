@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo.trees import Tree, build_batch
+from mpo.modeling.trees import Tree, build_batch
 from tests.plain import random_pair
 from tests.tiny import build_model
 

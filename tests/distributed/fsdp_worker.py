@@ -18,7 +18,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from mpo.head import attach_reward_gap_head
+from mpo.modeling.head import attach_reward_gap_head
 from tests.distributed.fsdp_cases import CASES, Case, batch_of_rank, losses_of_rank, make_model
 from tests.distributed.launching import end_after_limit
 from tests.runs import lora

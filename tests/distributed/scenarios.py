@@ -16,12 +16,12 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from mpo.checkpoints import checkpoints
-from mpo.config import MPOConfig
 from mpo.errors import TrainingError
-from mpo.model import ModelSource, load_adapter, load_model, load_tokenizer
-from mpo.scoring import PairTensors
-from mpo.trainer import MPOTrainer
+from mpo.modeling.loading import ModelSource, load_adapter, load_model, load_tokenizer
+from mpo.training.checkpoints import checkpoints
+from mpo.training.config import MPOConfig
+from mpo.training.scoring import PairTensors
+from mpo.training.trainer import MPOTrainer
 from tests.runs import lora
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from mpo.checkpoints import is_complete, last_complete_checkpoint
 from mpo.errors import ConfigError
+from mpo.training.checkpoints import is_complete, last_complete_checkpoint
 from tests.distributed import scenarios
 from tests.distributed.launching import launch
 from tests.distributed.scenarios import SCENARIOS

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mpo.head import attach_reward_gap_head
+from mpo.modeling.head import attach_reward_gap_head
 from tests.distributed.fsdp_cases import CASES, Case, batch_of_rank, losses_of_rank, make_model
 from tests.distributed.launching import environment, run
 from tests.plain import assert_same_tensors

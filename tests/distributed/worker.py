@@ -16,7 +16,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_P
 
 import torch
 
-from mpo.run import is_lost_process, process_lost
+from mpo.jobs.train import is_lost_process, process_lost
 from tests.distributed import scenarios
 from tests.distributed.launching import end_after_limit
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo.cli import main
-from mpo.evaluation.bootstrap import ratio_interval
+from mpo.common.bootstrap import ratio_interval
 from mpo.evaluation.perplexity import _summary
 from tests.evaluation.adapters import save_model_and_adapter
 

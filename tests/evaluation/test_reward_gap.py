@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpo.common.tables import escape_markdown, printable_name
 from mpo.errors import ConfigError, DataError, ModelError, StorageError
 from mpo.evaluation import PairScore, RewardGapTable, compare, summarize
 from mpo.evaluation.reward_gap import sort_languages
-from mpo.evaluation.text_table import escape_markdown, printable_name
 from tests.evaluation.simulated import score, simulated_scores
 
 RESAMPLES = 200  # the draws are tested on their own; here they only cost time

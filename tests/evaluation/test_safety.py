@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mpo import cli
+from mpo.common.statistics import language_average, wilson_interval
 from mpo.errors import ConfigError
 from mpo.evaluation.answers import AnswerRow, Framing, make_answers
 from mpo.evaluation.engines import Answer, Generation, ModelChoice, make_engine
@@ -24,7 +25,6 @@ from mpo.evaluation.judges import JudgeChoice
 from mpo.evaluation.prompts import load_prompts
 from mpo.evaluation.rates import tabulate
 from mpo.evaluation.safety import measure_safety, model_folder
-from mpo.evaluation.statistics import language_average, wilson_interval
 from mpo.evaluation.tasks import ATTACK, BLOCKED, OVER_REFUSAL, UNPARSED
 from mpo.report.page import write_report
 from tests.evaluation.chat_server import ChatServer, serve

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from mpo.common.journal import read_rows
 from mpo.evaluation.engines import Generation, ModelChoice
-from mpo.evaluation.journal import read_rows
 from mpo.evaluation.judges import Exchange, JudgeChoice, make_judge
 from mpo.evaluation.prompts import load_prompts
 from mpo.evaluation.safety import measure_safety

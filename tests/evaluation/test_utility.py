@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mpo.cli import main
 from mpo.errors import DependencyError
 from mpo.evaluation.engines import ModelChoice
-from mpo.evaluation.suite_recipe import PAPER_TASKS
 from mpo.evaluation.utility import _items, measure_utility, task_manager
+from mpo.jobs.suite_recipe import PAPER_TASKS
 from mpo.report.page import write_report
 from tests.evaluation.adapters import save_model_and_adapter
 from tests.tiny import random_text

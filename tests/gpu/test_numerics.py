@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo.head import attach_reward_gap_head
-from mpo.loss import mpo_loss, retention_loss, reward_gap
-from mpo.sampling import to_device
-from mpo.trees import Tree, build_batch
+from mpo.modeling.head import attach_reward_gap_head
+from mpo.modeling.loss import mpo_loss, retention_loss, reward_gap
+from mpo.modeling.trees import Tree, build_batch
+from mpo.training.sampling import to_device
 from tests.plain import Exact, Ids, plain_model, score_pair
 from tests.tiny import build_model
 

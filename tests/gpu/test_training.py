@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from mpo.activations import Layers, layer_peaks
-from mpo.trainer import MPOTrainer
+from mpo.planning.activations import Layers, layer_peaks
+from mpo.training.trainer import MPOTrainer
 from tests import runs
 from tests.tiny import build_model, random_groups, save_tiny
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mpo.analysis.compare import LanguageResult, LayerResult
-from mpo.analysis.resampling import Estimate
-from mpo.analysis.results import HiddenSpace, ModelResult
+from mpo.common.files import write_json, write_text
+from mpo.common.statistics import language_average, wilson_interval
 from mpo.evaluation import compare, summarize
-from mpo.evaluation.statistics import language_average, wilson_interval
-from mpo.report.files import write_json, write_text
+from mpo.hidden_space.compare import LanguageResult, LayerResult
+from mpo.hidden_space.resampling import Estimate
+from mpo.hidden_space.results import HiddenSpace, ModelResult
 from tests.evaluation.simulated import LANGUAGES, simulated_scores
 
 CODES = ("en", *LANGUAGES)

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
+from mpo.common.provenance import collect
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation import RewardGapTable, compare, summarize
 from mpo.report.card import write_card
-from mpo.report.provenance import collect
 from tests.evaluation.simulated import score, simulated_scores
 
 RECIPE = """\

@@ -14,9 +14,9 @@ import pytest
 from scipy import stats
 
 from mpo.cli import main
+from mpo.common.files import write_json
 from mpo.errors import ConfigError, DataError, StorageError
 from mpo.evaluation import RewardGapTable, compare, summarize
-from mpo.report.files import write_json
 from mpo.report.measurement import SHARE, Cell, Change, Measurement, Row, Value
 from mpo.report.page import write_report
 from tests.evaluation.simulated import simulated_scores

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo.common import figures as style
 from mpo.data.languages import LANGUAGES as ALL_LANGUAGES
 from mpo.errors import DataError, DependencyError
 from mpo.evaluation import RewardGapTable, summarize
-from mpo.report import plots, style
+from mpo.report import plots
 from tests.evaluation.simulated import LANGUAGES, score, simulated_scores
 
 FORTY = tuple(code for code in ALL_LANGUAGES if code != "en")[:40]

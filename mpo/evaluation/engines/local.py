@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 
 from mpo.errors import DataError, ModelError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
-from mpo.evaluation.engines.identity import adapter_identity, model_identity
 from mpo.evaluation.engines.rendering import render, template_identity
-from mpo.model import (
+from mpo.modeling.identity import adapter_identity, model_identity
+from mpo.modeling.loading import (
     ModelSource,
     adapter_settings,
     load_adapter,

@@ -8,9 +8,9 @@ from typing import Any
 
 from mpo.errors import ConfigError, DependencyError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
-from mpo.evaluation.engines.identity import adapter_identity, model_identity
 from mpo.evaluation.engines.rendering import render, template_identity
-from mpo.model import ModelSource, adapter_settings, load_config, load_tokenizer
+from mpo.modeling.identity import adapter_identity, model_identity
+from mpo.modeling.loading import ModelSource, adapter_settings, load_config, load_tokenizer
 
 _AT_ONCE = 256  # conversations handed over together: enough to fill vLLM's batches, and few to lose
 _LEAST_RANK = 16  # vLLM makes room for adapters of ranks that are powers of two

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mpo.common.files import write_text
 from mpo.errors import ConfigError
 from mpo.evaluation.chat_client import OPENAI_URL, ChatClient, RejectedRequest, Reply
 from mpo.evaluation.judges.judge import (
@@ -21,7 +22,6 @@ from mpo.evaluation.judges.judge import (
     short_name,
 )
 from mpo.evaluation.tasks import UNPARSED, Task
-from mpo.report.files import write_text
 
 # One line is asked for; the room is for models that reason first.
 _PARAMETERS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}

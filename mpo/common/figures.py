@@ -1,0 +1,151 @@
+"""The look of every picture: colours, fonts, sizes, and how a figure becomes a file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpo.common.files import write_bytes
+from mpo.common.redaction import redact_text
+from mpo.errors import DependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette ("Color Universal Design", 2008), told apart with every common colour blindness. Its yellow
+# is left out: on white it cannot be read.
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY_BLUE = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+PURPLE = "#CC79A7"
+CYCLE = (BLUE, VERMILION, PURPLE, SKY_BLUE, ORANGE, BLACK)
+"""Colours of lines, in this order. More series than these are told apart otherwise, never by yet another colour."""
+
+BEFORE = VERMILION
+AFTER = BLUE
+REFERENCE = GREEN  # in every picture, and nothing else is green
+
+INK = "#222222"
+FAINT_INK = "#6B6B6B"
+GRID = "#E4E4E4"
+GREY = "#B4B4B4"
+
+DPI = 200
+"""Pixels per inch of what is saved: twice that of a plain screen, so that it is sharp on a fine one and in print."""
+
+_RC: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that a picture looks the same everywhere
+    "font.size": 9.5,
+    "text.color": INK,
+    "text.usetex": False,
+    "text.parse_math": False,  # a language or model name may hold a dollar sign
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.5,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.unicode_minus": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": FAINT_INK,
+    "ytick.color": FAINT_INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.direction": "out",
+    "ytick.direction": "out",
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.6,
+}
+
+
+@contextmanager
+def project_style() -> Iterator[None]:
+    """Draw in the project's style; the caller's own matplotlib settings are back afterwards.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import style as matplotlib_style
+    except ImportError as error:
+        raise DependencyError(
+            "Plots need matplotlib, which is not installed. Install it with: pip install 'mpo-align[plots]'"
+        ) from error
+    # The caller's matplotlibrc may hold anything; start from matplotlib's own defaults, but leave the backend alone.
+    with matplotlib_style.context(["default", _RC]):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, on the Agg canvas whatever backend the process uses.
+
+    It is not registered with pyplot, so that nothing needs closing and a notebook does not show it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: str | Path, *, colours: int | None = None) -> Path:
+    """Write the figure as PNG, atomically. The same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        path: Where to.
+        colours: Keep so many colours, at most 256: a third of the size where thousands of points overlap.
+
+    Raises:
+        StorageError: The disk is full, or the folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    if colours is not None:
+        from PIL import Image  # matplotlib needs it, too
+
+        with Image.open(buffer) as picture:
+            fewer = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        buffer = io.BytesIO()
+        fewer.save(buffer, format="png", optimize=True)
+    return write_bytes(path, buffer.getvalue())
+
+
+def add_title(figure: Figure, title: str, subtitle: str, *, left: float) -> None:
+    """A left-aligned title that says what is seen, and a line below it that says on what.
+
+    Args:
+        figure: The figure; its top 0.6 inch must be free.
+        title: The finding.
+        subtitle: Unit, data, number of groups.
+        left: Left end of both, as a fraction of the width.
+    """
+    inch = 1 / figure.get_figheight()
+    figure.text(left, 1 - 0.13 * inch, redact_text(title), fontsize=12, fontweight="bold", va="top")
+    figure.text(left, 1 - 0.37 * inch, redact_text(subtitle), fontsize=9, color=FAINT_INK, va="top")
+
+
+def inches(axes: Axes) -> tuple[float, float]:
+    """Width and height of the axes in inches."""
+    return axes.bbox.width / axes.figure.dpi, axes.bbox.height / axes.figure.dpi

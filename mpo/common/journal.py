@@ -1,0 +1,180 @@
+"""An append-only file of rows that survives being killed at any point: what took long to compute is kept there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mpo.common.files import write_json
+from mpo.common.redaction import redact
+from mpo.errors import ConfigError, StorageError
+
+
+class Journal:
+    """A JSON Lines file with one row per ``id``, open for appending by one process at a time.
+
+    A row is written in one piece, line break last, as soon as it is there. A process that is killed leaves at most one
+    line without its break; the next one to open the file cuts that off, so the row counts as never made.
+
+    Attributes:
+        path: The file.
+        rows: Every row in it, by id, in the order in which they were written.
+    """
+
+    def __init__(self, path: str | Path, fields: Collection[str] = ("id",)) -> None:
+        """Opens the file, or makes it.
+
+        Args:
+            path: The file.
+            fields: What every row has.
+
+        Raises:
+            StorageError: It cannot be opened, another process writes to it, or a whole line in it is damaged.
+        """
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Without a buffer: what could not be written is not tried again when the file is closed.
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise StorageError(f"Cannot open {self.path}: {error.strerror or error}.") from error
+        try:
+            self._lock()
+            self.rows = self._read(fields)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row.
+
+        Raises:
+            StorageError: It cannot be written, or its id is in the file already.
+        """
+        name = str(row["id"])
+        if name in self.rows:
+            raise StorageError(f"{self.path} has a row with the id {name!r} already.")
+        # A text from a model may hold half a surrogate pair, which UTF-8 cannot; JSON's own escapes can.
+        text = json.dumps(row, ensure_ascii=False)
+        try:
+            line = text.encode("utf-8")
+        except UnicodeEncodeError:
+            line = json.dumps(row).encode("ascii")
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(line + b"\n")
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise StorageError(
+                f"Cannot write {self.path}: {error.strerror or error}. What is in it is kept; make room, and run the "
+                "same command again."
+            ) from error
+        self.rows[name] = dict(row)
+
+    def close(self) -> None:
+        """Closes the file and lets others write to it."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"Another process is writing {self.path}. Let it finish, or choose another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks; then two processes at once are the user's to avoid
+
+    def _read(self, fields: Collection[str]) -> dict[str, dict[str, Any]]:
+        self._file.seek(0)
+        *lines, unfinished = self._file.read().split(b"\n")
+        rows: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                rows.setdefault(str(row["id"]), row)
+                damaged = not all(name in row for name in fields)
+            except (ValueError, TypeError, KeyError):
+                damaged = True
+            if damaged:
+                raise StorageError(
+                    f"{self.path}, line {number}, is damaged: expected a JSON object with {', '.join(f'`{f}`' for f in fields)}. "
+                    "Delete that line and run the same command again; it is then made anew."
+                )
+        if unfinished:
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+        return rows
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a journal that nobody writes to any more, or that someone else is writing; an unfinished line is left out.
+
+    Raises:
+        StorageError: The file cannot be read, or a whole line in it is damaged.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged: {error}.") from None
+
+
+def settle(path: str | Path, settings: Mapping[str, Any], *, empty: bool) -> None:
+    """Makes sure that a journal is continued with the settings it was begun with, which lie beside it.
+
+    Args:
+        path: The journal, ``answers.jsonl``; its settings are in ``answers.settings.json``.
+        settings: Those of this run, ready for JSON. They hold all that the rows depend on.
+        empty: True while the journal has no rows; then its settings become these.
+
+    Raises:
+        ConfigError: The journal has rows that were made with other settings.
+        StorageError: The settings cannot be read or written.
+    """
+    file = Path(path).with_suffix(".settings.json")
+    wanted = json.loads(json.dumps(redact(dict(settings))))
+    if empty:
+        write_json(file, wanted)
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise StorageError(
+            f"{path} has rows, but {file.name} beside it, which says how they were made, is missing or damaged. Choose "
+            "another folder, or delete the rows."
+        ) from None
+    if found == wanted:
+        return
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    differences = "; ".join(
+        f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} now" for name in names
+    )
+    raise ConfigError(
+        f"{path} was made with other settings ({differences}). Set them as they were to go on with it, choose another "
+        "folder, or delete it to start anew."
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,59 @@
+"""How numbers, lists and durations are written for people, in terminals, pages and pictures alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MINUS = "\N{MINUS SIGN}"
+ARROW = "\N{RIGHTWARDS ARROW}"
+
+
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """A number with a true minus sign; what rounds to zero has no sign."""
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 group``, ``1,200 groups``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    *first, last = [*names] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as ``16 MB``, with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def magnitude(count: float) -> str:
+    """A large number as ``135M`` or ``8.03B``, with three digits."""
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= scale:
+            return f"{count / scale:.3g}{letter}"
+    return f"{count:g}"
+
+
+def shortened(text: str, longest: int = 80) -> str:
+    """The text, cut with ``...`` where it is longer."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

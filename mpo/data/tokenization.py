@@ -1,0 +1,310 @@
+"""From messages to token ids, with one rule of truncation for every path.
+
+The prompt is kept whole and a response is cut at its end, so that prompt plus response is at most ``max_length`` tokens.
+What the chat template renders after the prompt counts as response, end-of-turn and a trailing newline included, as in
+TRL. Where the tokenized prompt is not a prefix of prompt plus response, both responses start at the last common token.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from mpo.common.log import get_logger
+from mpo.errors import DataError, ModelError
+
+logger = get_logger(__name__)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class PairIds(NamedTuple):
+    """Token ids of a preference pair. No part is empty; prompt plus a response is at most ``max_length`` long."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+_IDS = List(Value("int32"))
+TOKENIZED_FEATURES = Features(
+    {
+        "source_prompt": _IDS,
+        "source_chosen": _IDS,
+        "source_rejected": _IDS,
+        "target_prompt": List(_IDS),
+        "target_chosen": List(_IDS),
+        "target_rejected": List(_IDS),
+        "target_language": List(Value("string")),
+        "row": List(Value("int64")),
+        "origin": Value("string"),
+        "errors": List(Value("string")),
+    }
+)
+
+
+def set_chat_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, name: str = "the tokenizer"
+) -> None:
+    """
+    Make sure that the tokenizer has a chat template and a padding token.
+
+    Args:
+        tokenizer: changed in place.
+        template: Jinja text or the path of a file that holds it; None keeps the tokenizer's own.
+        name: how messages call the tokenizer.
+
+    Raises:
+        ModelError: there is no chat template, or the given file cannot be read.
+    """
+    if template is not None:
+        if "{" not in template:
+            if not os.path.isfile(template):
+                raise ModelError(f"chat_template '{template}' is neither Jinja text nor an existing file.")
+            with open(template, encoding="utf-8") as file:
+                template = file.read()
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name} has no chat template, so a prompt cannot be rendered as it is in use. Take the instruction-tuned "
+            "version of the model, or pass one with `chat_template: FILE`."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{name} has neither a padding nor an end-of-text token. Set `tokenizer.pad_token`.")
+
+
+def tokenize_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
+    *,
+    max_length: int | None = None,
+    max_response_length: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> PairIds:
+    """
+    Render a preference pair with the chat template and tokenize it.
+
+    Args:
+        tokenizer: with a chat template.
+        prompt: messages up to the user's last turn.
+        chosen, rejected: the assistant's message, each in a list.
+        max_length: limit of prompt plus response, in tokens.
+        max_response_length: limit of the response alone, in tokens.
+        template_kwargs: extra arguments of the chat template.
+
+    Raises:
+        DataError: the template rejects the messages, a response renders to nothing, or the prompt alone leaves no room
+            for a response.
+    """
+    kwargs = dict(template_kwargs or {})
+
+    def render(messages: list[Any], field: str, add_generation_prompt: bool) -> list[int]:
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+            )
+        except Exception as error:  # Jinja raises what the template's author chose to raise
+            raise DataError(
+                f"the chat template rejects the messages ({error}). Roles given: "
+                f"{[message.get('role') for message in messages]}; change them or the template.",
+                field=field,
+            ) from error
+        # The template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert isinstance(ids, list)
+        return ids
+
+    prompt_ids = render(list(prompt), "prompt", True)
+    chosen_ids = render([*prompt, *chosen], "chosen", False)
+    rejected_ids = render([*prompt, *rejected], "rejected", False)
+    start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
+    if start < len(prompt_ids):
+        logger.warning_once(
+            "The rendered prompt is not a prefix of prompt plus response with this chat template: the response starts at "
+            f"the last common token, leaving out {tokenizer.decode(prompt_ids[start:])!r}. Shown once; it is usually "
+            "true of every row. A template that renders the prompt the same way in both cases avoids it."
+        )
+    if start == 0:
+        raise DataError(
+            "the prompt renders to no token that prompt plus response begins with.", field="prompt"
+        )
+    if max_length is not None and start >= max_length:
+        raise DataError(
+            f"the prompt alone has {start} tokens and fills max_length={max_length}, which leaves no room for a "
+            "response. Raise `max_length`, or drop such rows with `bad_rows: drop`.",
+            field="prompt",
+        )
+    end = min((start + max_response_length if max_response_length else math.inf), max_length or math.inf)
+    stop = None if end == math.inf else int(end)
+    pair = PairIds(prompt_ids[:start], chosen_ids[start:stop], rejected_ids[start:stop])
+    for field, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not ids:
+            raise DataError("the response renders to no token.", field=field)
+    return pair
+
+
+def tokenize_group(
+    group: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    max_response_length: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    bad_rows: str = "error",
+) -> dict[str, Any]:
+    """
+    Tokenize one group of the data contract into the columns of :data:`TOKENIZED_FEATURES`.
+
+    With ``bad_rows="drop"``, pairs that fail are left out and described in ``errors``; a group whose source fails has
+    no targets.
+
+    Raises:
+        DataError: a pair fails and ``bad_rows`` is ``"error"``; names the origin, row and field.
+    """
+    origin = group.get("origin") or "the dataset"
+    output: dict[str, Any] = {"origin": origin, "errors": [], "row": [], "target_language": []}
+    for part in PairIds._fields:
+        output[f"source_{part}"] = []
+        output[f"target_{part}"] = []
+
+    def run(pair: Mapping[str, Any], name: str) -> PairIds | None:
+        try:
+            return tokenize_pair(
+                tokenizer,
+                pair["prompt"],
+                pair["chosen"],
+                pair["rejected"],
+                max_length=max_length,
+                max_response_length=max_response_length,
+                template_kwargs=template_kwargs,
+            )
+        except DataError as error:
+            message = str(error)
+            if error.field:
+                message = message.split(": ", 1)[1]
+            located = DataError(message, file=origin, row=pair.get("row"), field=f"{name}.{error.field}")
+            if bad_rows == "error":
+                raise located from error
+            output["errors"].append(str(located))
+            return None
+
+    source = run(group["source"], "source")
+    if source is None:
+        return output
+    for part, ids in source._asdict().items():
+        output[f"source_{part}"] = ids
+    for i, target in enumerate(group["targets"]):
+        ids = run(target, f"targets[{i}]")
+        if ids is None:
+            continue
+        for part, value in ids._asdict().items():
+            output[f"target_{part}"].append(value)
+        output["target_language"].append(target["language"])
+        row = target.get("row")
+        output["row"].append(-1 if row is None else row)
+    return output
+
+
+def tokenize_groups(
+    groups: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    max_response_length: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    bad_rows: str = "error",
+    group_by_source: bool = True,
+    max_targets_per_group: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset, list[str]]:
+    """
+    Tokenize a dataset of groups.
+
+    Args:
+        groups: dataset in the data contract's canonical form.
+        tokenizer: with a chat template.
+        max_length, max_response_length, template_kwargs, bad_rows: see :func:`tokenize_group`.
+        group_by_source: False makes every target pair a group of its own.
+        max_targets_per_group: split groups with more targets than this.
+        num_proc: processes to tokenize with.
+        name: name of the split, for the progress bar.
+
+    Returns:
+        The tokenized dataset (columns of :data:`TOKENIZED_FEATURES` without ``errors``) and one sentence for each
+        pair that was dropped.
+
+    Raises:
+        DataError: a pair fails and ``bad_rows`` is ``"error"``, or nothing is left.
+    """
+    limit = max_targets_per_group if group_by_source else 1
+
+    def batch(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        output: dict[str, list[Any]] = {column: [] for column in TOKENIZED_FEATURES}
+        for i in range(len(rows["source"])):
+            group = tokenize_group(
+                {column: values[i] for column, values in rows.items()},
+                tokenizer,
+                max_length=max_length,
+                max_response_length=max_response_length,
+                template_kwargs=template_kwargs,
+                bad_rows=bad_rows,
+            )
+            for j, part in enumerate(_split_targets(group, limit)):
+                for column in TOKENIZED_FEATURES:
+                    output[column].append(part[column] if column != "errors" or j == 0 else [])
+        return output
+
+    tokenized = groups.map(
+        batch,
+        batched=True,
+        batch_size=64,
+        remove_columns=groups.column_names,
+        features=TOKENIZED_FEATURES,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} groups",
+    )
+    errors: list[str] = []
+    if bad_rows == "drop":
+        errors = [error for found in tokenized.with_format(None)["errors"] for error in found]
+        if errors:
+            tokenized = tokenized.filter(
+                lambda languages: len(languages) > 0,
+                input_columns="target_language",
+                desc="Dropping bad groups",
+            )
+    if len(tokenized) == 0:
+        raise DataError(
+            f"the {name} data has no usable group"
+            + (f"; all {len(errors)} bad rows were dropped, the first: {errors[0]}" if errors else ".")
+        )
+    return tokenized.remove_columns("errors"), errors
+
+
+def _split_targets(group: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
+    count = len(group["target_language"])
+    if limit is None or count <= limit:
+        return [group]
+    per_target = [column for column in group if column.startswith("target_") or column == "row"]
+    return [
+        {**group, **{column: group[column][start : start + limit] for column in per_target}}
+        for start in range(0, count, limit)
+    ]
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

@@ -1,0 +1,563 @@
+"""Embedding texts: the hidden states of a model after reading a text, pooled, from any of its layers.
+
+**Layers** are counted in the residual stream. Layer 0 is what enters the first block: the token embeddings, with the
+factor that Gemma puts on them. Layer i is what block i gives, before any norm. ``norm`` is the last block's output after
+the model's final norm, which is what the LM head reads and what transformers returns as the last hidden state. (The last
+entry of transformers' ``hidden_states`` is ``norm``, too: the output of the last block itself is not in that list.)
+
+**Pooling**: ``last`` is the state at the last token, ``mean`` the mean over all tokens of the text, template and special
+tokens included. Both are computed in float32 inside the forward pass, so that no layer's states are kept.
+
+Texts are padded on the right and batched by length. Nothing is generated and the LM head is not run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, tqdm
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from mpo.common.provenance import collect
+from mpo.errors import ConfigError, DataError, ModelError
+from mpo.hidden_space.resampling import Array
+from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
+from mpo.hidden_space.texts import TextSet
+from mpo.modeling.identity import fingerprint_folder
+from mpo.modeling.loading import (
+    ModelSource,
+    adapter_settings,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
+from mpo.training.reference import Ranks
+
+NORM = "norm"
+POOLINGS = ("last", "mean")
+TEMPLATES = ("chat", "raw")
+_COMMIT_EVERY = 10.0  # seconds of work that a kill may cost
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """
+    How a model reads texts.
+
+    Attributes:
+        layers: ``("all",)``, or numbers of layers and ``norm``; negative numbers count from the last block.
+        template: ``chat`` renders each text as a user's turn, up to where the answer would begin; ``raw`` reads it as it is.
+        max_length: longest text in tokens; longer ones are cut at their end, with the template kept whole.
+        tokens_per_batch: tokens of a model call, padding included. Unset: 16,384 on a GPU, 2,048 on a CPU.
+        dtype: of the loaded weights; unset: bfloat16 on a GPU that has it, else float32.
+        device: unset: a GPU where there is one.
+        attn_implementation: unset: the model's default.
+        chat_template: for a tokenizer that has none: Jinja text or a file.
+        trust_remote_code: run code that the model brings.
+    """
+
+    layers: tuple[str, ...] = (NORM,)
+    template: str = "chat"
+    max_length: int = 512
+    tokens_per_batch: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    attn_implementation: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.template not in TEMPLATES:
+            raise ConfigError(f"`template` is {self.template!r}; expected chat or raw.")
+        if self.max_length < 1 or (self.tokens_per_batch is not None and self.tokens_per_batch < 1):
+            raise ConfigError("`max_length` and `tokens_per_batch` are numbers of tokens of at least 1.")
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings(ReadingSettings):
+    """
+    How to embed.
+
+    Attributes:
+        poolings: of ``last`` and ``mean``.
+    """
+
+    poolings: tuple[str, ...] = ("last",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.poolings or set(self.poolings) - set(POOLINGS):
+            raise ConfigError(f"`pooling` is {list(self.poolings)}; expected one or both of last, mean.")
+
+
+def resolve_layers(wanted: Sequence[str], blocks: int) -> list[str]:
+    """
+    Names of layers, in order and each once.
+
+    Args:
+        wanted: ``all``, numbers from ``-blocks`` to ``blocks``, ``norm``.
+        blocks: number of the model's blocks.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    numbers: set[int] = set()
+    for name in wanted:
+        if name == "all":
+            numbers.update(range(blocks + 2))
+        elif name == NORM:
+            numbers.add(blocks + 1)
+        else:
+            try:
+                number = int(name)
+            except ValueError:
+                number = blocks + 1
+            if not -blocks <= number <= blocks:
+                raise ConfigError(
+                    f"`layers` holds {name!r}; expected all, norm, or numbers from 0 (embeddings) to {blocks} (after the "
+                    "last block), or negative ones that count from there."
+                )
+            numbers.add(number + blocks + 1 if number < 0 else number)
+    if not numbers:
+        raise ConfigError("`layers` is empty; expected all, norm, or numbers of layers.")
+    return [NORM if number > blocks else str(number) for number in sorted(numbers)]
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that reads tokens: everything but the LM head.
+
+    Raises:
+        ModelError: it has no list of blocks under a name that transformers uses.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise ModelError(
+            f"The blocks of {type(base).__name__} cannot be found: its decoder has no `layers`. Embedding works with models "
+            "that are built like Llama, Gemma, Qwen, Mistral or Phi."
+        )
+    found: nn.Module = decoder
+    return found
+
+
+def pool(states: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
+    """
+    Pool the states of each text in float32.
+
+    Args:
+        states: ``[b, t, hidden]``.
+        mask: ``[b, t]`` booleans, True for tokens of the text, on whichever side the padding is.
+        poolings: of ``last`` and ``mean``.
+
+    Returns:
+        ``[poolings, b, hidden]`` float32.
+    """
+    out = []
+    for name in poolings:
+        if name == "last":
+            last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
+            out.append(states[torch.arange(len(states), device=states.device), last].float())
+        else:
+            # Padding may hold anything, infinities included, so it is replaced and not multiplied by 0.
+            total = torch.where(mask[..., None], states.float(), 0.0).sum(dim=1)
+            out.append(total / mask.sum(dim=1, keepdim=True))
+    return torch.stack(out)
+
+
+def pooled_states(
+    decoder: nn.Module, input_ids: Tensor, mask: Tensor, layers: Sequence[str], poolings: Sequence[str]
+) -> Array:
+    """
+    One forward pass, pooled in every layer while it runs.
+
+    Args:
+        decoder: from :func:`decoder_of`.
+        input_ids: ``[b, t]``.
+        mask: ``[b, t]`` booleans, True for tokens of the text.
+        layers: from :func:`resolve_layers`.
+        poolings: of ``last`` and ``mean``.
+
+    Returns:
+        ``[layers, poolings, b, hidden]`` float32.
+    """
+    found: dict[str, Tensor] = {}
+    with _watching(decoder, layers, lambda name, states: found.update({name: pool(states, mask, poolings)})):
+        output = decoder(
+            input_ids=input_ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+    if NORM in layers:
+        found[NORM] = pool(output.last_hidden_state, mask, poolings)
+    return torch.stack([found[name] for name in layers]).cpu().numpy()
+
+
+@contextmanager
+def _watching(decoder: nn.Module, layers: Sequence[str], see: Any) -> Iterator[None]:
+    """Calls ``see(layer, states)`` when the states of a layer are computed."""
+    blocks: Any = decoder.layers
+
+    def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see("0", args[0] if args else kwargs["hidden_states"])
+
+    def leaving(name: str) -> Any:
+        return lambda _module, _args, output: see(name, output[0] if isinstance(output, tuple) else output)
+
+    hooks = []
+    try:
+        for name in layers:
+            if name == "0":
+                hooks.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))
+            elif name != NORM:
+                hooks.append(blocks[int(name) - 1].register_forward_hook(leaving(name)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------- the texts
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+) -> tuple[list[list[int]], int]:
+    """
+    Token ids of each text, and how many texts were cut.
+
+    Raises:
+        DataError: the template alone is longer than `max_length`, or a text has no token.
+    """
+    render = _render_chat if template == "chat" else _render_raw
+    tokens, cut = [], 0
+    for number, text in enumerate(texts):
+        ids = render(tokenizer, text)
+        if len(ids) > max_length:
+            ids, cut = _shortened(tokenizer, text, render, max_length), cut + 1
+        if not ids:
+            raise DataError("the text has no token.", row=number)
+        tokens.append(ids)
+    return tokens, cut
+
+
+def _render_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False)[
+        "input_ids"
+    ]  # the template writes them itself
+    return ids
+
+
+def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, render: Any, max_length: int) -> list[int]:
+    """
+    The rendering of the longest beginning of the text that fits.
+
+    Cut in characters, not in tokens: tokens decoded again are at times other text, above all at the end, where a
+    character of several tokens would be left in halves.
+    """
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(render(tokenizer, text[:middle])) <= max_length:
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        raise DataError(
+            f"the chat template alone fills `max_length` = {max_length} tokens. Raise `max_length`."
+        )
+    ids: list[int] = render(tokenizer, text[:low])
+    return ids
+
+
+def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Rows by falling length, in batches of at most so many tokens, padding included, but of at least one text."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # The first text of a batch is its longest.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+# ----------------------------------------------------------------------------------------------------------- the pass
+
+
+def process_group(device: torch.device) -> PartialState:
+    """
+    The processes that a launcher has started, or this one alone.
+
+    Accelerate joins processes on CPUs only when it is told that they are on CPUs; otherwise each takes itself for the only
+    one.
+
+    Args:
+        device: that a process alone would use.
+    """
+    return PartialState(cpu=device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+class Embedder:
+    """
+    One model, and its adapter if it has one, which embeds texts without it and with it.
+
+    The weights are loaded when they are first needed: nothing is loaded for embeddings that are on disk already.
+
+    Args:
+        source: the model.
+        settings: how to embed.
+        adapter: folder or Hub name of an adapter.
+        ranks: process group; by default Accelerate's.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        settings: EmbeddingSettings,
+        *,
+        adapter: str | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.source, self.settings, self.adapter = source, settings, adapter
+        self.config = load_config(source)
+        if adapter is not None:
+            adapter_settings(adapter)
+        self.tokenizer = load_tokenizer(
+            source, settings.chat_template, needs_template=settings.template == "chat"
+        )
+        device = pick_device(settings.device)
+        self.ranks: Ranks = process_group(device) if ranks is None else ranks
+        self.device = device
+        if self.ranks.num_processes > 1:
+            self.device = self.ranks.device
+            if device.index is not None:
+                raise ConfigError(
+                    f"`device` is {settings.device!r}, but {self.ranks.num_processes} processes are launched, of which each "
+                    f"takes a device of its own. Write `device: {device.type}` or leave it out; `CUDA_VISIBLE_DEVICES` "
+                    "chooses among GPUs."
+                )
+        self.dtype = settings.dtype or pick_dtype(self.device)
+        self._model: Any = None
+
+    @property
+    def text_config(self) -> Any:
+        """Configuration of the language model, also where it is part of a larger one."""
+        return self.config.get_text_config()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that are embedded, in order.
+
+        Raises:
+            ConfigError: the model lacks one of them.
+        """
+        return resolve_layers(self.settings.layers, self.text_config.num_hidden_layers)
+
+    def embed(self, texts: TextSet, folder: str | Path, *, with_adapter: bool = False) -> EmbeddingStore:
+        """
+        Embed texts into a store, or open the store where they are already.
+
+        All ranks call this; each embeds its part of the texts, and all get the store.
+
+        Args:
+            texts: what to embed.
+            folder: of the store, on a disk that all ranks share.
+            with_adapter: with the adapter switched on.
+
+        Raises:
+            MPOError: the model, the texts or the folder cannot be used.
+        """
+        if with_adapter and self.adapter is None:
+            raise ConfigError(f"{self.source.name} is to be embedded with an adapter, but none is given.")
+        tokens, cut = tokenize(texts.texts, self.tokenizer, self.settings.template, self.settings.max_length)
+        identity = self._identity(texts, tokens, with_adapter)
+        complete = is_complete(folder, identity)
+        self.ranks.wait_for_everyone()  # before any rank makes or renames anything
+        if complete:
+            return EmbeddingStore(folder)
+        writer = EmbeddingWriter(folder, identity, self.ranks.process_index)
+        if self.ranks.is_main_process:
+            writer.prepare()
+        self.ranks.wait_for_everyone()
+        writer.open()
+        try:
+            self._run(writer, tokens, with_adapter)
+        finally:
+            writer.close()
+        self.ranks.wait_for_everyone()
+        if self.ranks.is_main_process:
+            columns = {
+                "language": list(texts.language),
+                "harmful": texts.harmful.tolist(),
+                "unit": texts.unit.tolist(),
+                "tokens": [len(ids) for ids in tokens],
+            }
+            writer.finish(columns, self._provenance(texts, cut, with_adapter))
+        self.ranks.wait_for_everyone()
+        return EmbeddingStore(folder)
+
+    def release(self) -> None:
+        """Give the memory of the weights back."""
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _identity(
+        self, texts: TextSet, tokens: Sequence[Sequence[int]], with_adapter: bool
+    ) -> dict[str, Any]:
+        digest = xxhash.xxh3_128()
+        for ids in tokens:
+            digest.update(np.asarray([len(ids), *ids], dtype="<i4").tobytes())
+        return {
+            "weights": _fingerprint(
+                self.source.name, "config.json", getattr(self.config, "_commit_hash", None)
+            ),
+            "adapter": _fingerprint(self.adapter, "adapter_config.json")
+            if with_adapter and self.adapter
+            else None,
+            "rows": texts.fingerprint,
+            "token_ids": digest.hexdigest(),
+            "texts": len(tokens),
+            "layers": self.layers,
+            "poolings": [name for name in POOLINGS if name in self.settings.poolings],
+            "hidden_size": self.text_config.hidden_size,
+            "dtype": self.dtype,
+        }
+
+    def _provenance(self, texts: TextSet, cut: int, with_adapter: bool) -> dict[str, Any]:
+        return collect(
+            base_model=self.source.name,
+            adapter=self.adapter if with_adapter else None,
+            precision=self.dtype,
+            data_fingerprint=texts.fingerprint,
+            settings={name: value for name, value in asdict(self.settings).items() if value is not None},
+            texts_cut=cut,
+        )
+
+    def _load(self) -> Any:
+        if self._model is None:
+            attention = pick_attention(
+                self.config, self.settings.attn_implementation, layout="padded", gpu=self.device.type != "cpu"
+            )
+            self._model = load_model(
+                self.source,
+                dtype=self.dtype,
+                attn_implementation=attention,
+                device_map={"": self.device},
+            )
+            if self.adapter is not None:
+                self._model = load_adapter(self._model, self.adapter)
+            self._model.eval()
+        return self._model
+
+    def _run(self, writer: EmbeddingWriter, tokens: Sequence[list[int]], with_adapter: bool) -> None:
+        done = writer.done()
+        self.ranks.wait_for_everyone()  # all ranks have read the journals before any adds to them
+        left = [row for row in range(len(tokens)) if row not in done]
+        if not left:
+            return
+        budget = self.settings.tokens_per_batch or (2048 if self.device.type == "cpu" else 16384)
+        batches = batches_by_length([len(tokens[row]) for row in left], budget)
+        mine = batches[self.ranks.process_index :: self.ranks.num_processes]
+        model = self._load()
+        decoder = decoder_of(model)
+        layers, poolings = writer.identity["layers"], writer.identity["poolings"]
+        off = self.adapter is not None and not with_adapter
+        last_commit = time.monotonic()
+        with model.disable_adapter() if off else nullcontext(), torch.inference_mode():
+            bar = tqdm(
+                mine,
+                desc=f"Embedding {len(left)} texts{' with the adapter' if with_adapter else ''}",
+                disable=bool(os.environ.get("TQDM_DISABLE", "")),
+            )
+            for batch in bar:
+                rows = [left[place] for place in batch]
+                input_ids, mask = pad([tokens[row] for row in rows], self.device)
+                found = pooled_states(decoder, input_ids, mask, layers, poolings)
+                writer.write(rows, {name: found[:, place] for place, name in enumerate(poolings)})
+                if time.monotonic() - last_commit > _COMMIT_EVERY:
+                    writer.commit()
+                    last_commit = time.monotonic()
+            writer.commit()
+
+
+def pad(
+    tokens: Sequence[Sequence[int]], device: torch.device, *, side: str = "right"
+) -> tuple[Tensor, Tensor]:
+    """``[b, t]`` token ids and ``[b, t]`` mask of texts of different lengths."""
+    width = max(len(ids) for ids in tokens)
+    input_ids = torch.zeros((len(tokens), width), dtype=torch.long)
+    mask = torch.zeros((len(tokens), width), dtype=torch.bool)
+    for row, ids in enumerate(tokens):
+        place = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
+        input_ids[row, place] = torch.tensor(ids)
+        mask[row, place] = True
+    return input_ids.to(device), mask.to(device)
+
+
+_INERT = {
+    "_name_or_path",
+    "architectures",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Entries of a config.json or adapter_config.json that change no hidden state of weights whose type is known."""
+
+
+def _fingerprint(name: str, settings_file: str, commit: str | None = None) -> str:
+    """
+    What identifies a model or an adapter: the content of its weights and settings, or the commit on the Hub.
+
+    The settings belong to it: the same tensors are another adapter with another `lora_alpha`, and another model with other
+    rotary frequencies.
+    """
+    if not os.path.isdir(name):
+        return f"hub:{name}@{commit or _hub_commit(name)}"
+    settings = json.loads((Path(name) / settings_file).read_text(encoding="utf-8"))
+    kept = json.dumps({key: settings[key] for key in settings.keys() - _INERT}, sort_keys=True)
+    return f"files:{fingerprint_folder(Path(name))}:{xxhash.xxh3_64_hexdigest(kept.encode())}"
+
+
+def _hub_commit(name: str) -> str:
+    """The commit of an adapter on the Hub: the folder of the cached snapshot is named after it."""
+    from transformers.utils import cached_file
+
+    found = cached_file(name, "adapter_config.json")
+    return "unknown" if found is None else Path(found).parent.name

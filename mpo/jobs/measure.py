@@ -1,0 +1,162 @@
+"""Measures the reward gap of a model per language without training, with the same code as the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo.common.checks import check_beta, check_confidence, check_max_length
+from mpo.errors import DependencyError
+from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
+from mpo.modeling.loading import (
+    ModelSource,
+    adapter_settings,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
+
+
+def measure_reward_gap(
+    data: str | list[str],
+    *,
+    model: str,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    before: RewardGapTable | None = None,
+    out: Path | None = None,
+    beta: float = 1.0,
+    confidence: float = 0.95,
+    source_language: str = "en",
+    languages: Sequence[str] | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    bad_rows: str = "error",
+    max_length: int | None = 1024,
+    max_response_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    batch_layout: str = "tree",
+    max_tokens_per_row: int | None = None,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> RewardGapTable | Comparison:
+    """Scores every pair, prints a table per language and writes it to ``out``.
+
+    Args:
+        data: file(s) of pairs, or a name on the Hub.
+        model: folder or Hub name.
+        adapter: folder or Hub name of an adapter. The model is then scored without it and with it, and the reference
+            gap is that of the model without it.
+        adapter_revision: of the adapter on the Hub.
+        before: table of the model without the adapter, where it was measured already on the same data with the same
+            settings; it is then not scored again.
+        out: folder for ``reward_gap.json``, ``reward_gap.txt`` and ``reward_gap.png``.
+        beta: scale of the target gap in the error column.
+        confidence: coverage of the bootstrap intervals.
+        source_language, languages, limit, split, bad_rows: see :func:`mpo.data.load_groups`.
+        max_length, max_response_length: limits of prompt plus response and of the response alone, in tokens.
+        dtype: type of the loaded weights; by default bfloat16 on a GPU that has it, else float32.
+        device: by default a GPU where there is one.
+        attn_implementation, batch_layout, max_tokens_per_row, chat_template: see :class:`mpo.training.config.MPOConfig`.
+        revision: of the model.
+        trust_remote_code: run code that the model brings.
+
+    Returns:
+        The table, or with an adapter the comparison.
+
+    Raises:
+        MPOError: model, adapter or data cannot be used; found out before weights are loaded where possible.
+    """
+    from mpo.data import load_groups
+    from mpo.jobs.preflight import check_writable
+    from mpo.training.scoring import score_groups
+
+    check_confidence(confidence)
+    check_beta(beta)
+    check_max_length(max_length)
+    place = pick_device(device)
+    if out is not None:
+        check_writable(out)
+    source = ModelSource(model, revision, trust_remote_code)
+    config = load_config(source)
+    if adapter is not None:
+        adapter_settings(adapter, revision=adapter_revision)
+    tokenizer = load_tokenizer(source, chat_template)
+    # Scoring has no backward pass, so flex_attention works on a CPU, too.
+    attention = pick_attention(config, attn_implementation, layout=batch_layout, gpu=True)
+    loaded = load_groups(
+        data,
+        source_language=source_language,
+        split=split,
+        bad_rows=bad_rows,
+        limit=limit,
+        languages=languages,
+    )
+    if loaded.dropped:
+        print(f"{len(loaded.dropped)} bad rows were dropped; `mpo data check` lists them.", flush=True)
+    dtype = dtype or pick_dtype(place)
+    print(f"Loading {model}", flush=True)
+    policy: Any = load_model(source, dtype=dtype, attn_implementation=attention, device_map={"": place})
+
+    def score(name: str) -> RewardGapTable:
+        print(f"Scoring {len(loaded.groups)} groups with {name}", flush=True)
+        scores = score_groups(
+            policy,
+            loaded.groups,
+            tokenizer,
+            source_language=source_language,
+            max_length=max_length,
+            max_response_length=max_response_length,
+            layout=batch_layout,
+            max_tokens_per_row=max_tokens_per_row,
+            bad_rows=bad_rows,
+        )
+        return summarize(scores.records, beta=beta, confidence=confidence)
+
+    if before is None or adapter is None:
+        before = score(model)
+    result: RewardGapTable | Comparison = before
+    if adapter is not None:
+        policy = load_adapter(policy, adapter, revision=adapter_revision)
+        result = compare(before, score(adapter))
+    print()
+    result.show()
+    if out is not None:
+        _write(result, out, model=model, adapter=adapter, fingerprint=loaded.fingerprint, dtype=dtype)
+    return result
+
+
+def _write(
+    result: RewardGapTable | Comparison,
+    out: Path,
+    *,
+    model: str,
+    adapter: str | None,
+    fingerprint: str,
+    dtype: str,
+) -> None:
+    from mpo.common.files import write_json, write_text
+    from mpo.common.provenance import collect
+    from mpo.report.plots import reward_gap_before_after, reward_gap_single
+
+    provenance = collect(base_model=model, adapter=adapter, data_fingerprint=fingerprint, precision=dtype)
+    written = [
+        write_json(out / "reward_gap.json", {**result.to_dict(records=True), "provenance": provenance}),
+        write_text(out / "reward_gap.txt", result.to_text() + "\n"),
+    ]
+    try:
+        if isinstance(result, Comparison):
+            written.append(reward_gap_before_after(result.before, result.after, out / "reward_gap.png"))
+        else:
+            written.append(reward_gap_single(result, out / "reward_gap.png"))
+    except DependencyError as error:
+        print(f"No plot: {error}")
+    print(f"\nWritten: {', '.join(str(path) for path in written)}")

@@ -1,0 +1,360 @@
+"""Every measurement of a recipe on every model, into one folder, skipping what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpo.common.files import write_json
+from mpo.errors import ConfigError, MPOError
+from mpo.evaluation.answers import Framing
+from mpo.evaluation.engines import ModelChoice
+from mpo.evaluation.judges import check_judge
+from mpo.evaluation.judges.guard import has_own_replies
+from mpo.evaluation.perplexity import measure_perplexity, read_lines
+from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
+from mpo.evaluation.reward_gap import RewardGapTable
+from mpo.evaluation.safety import measure_safety, model_folder
+from mpo.evaluation.tasks import TASKS
+from mpo.evaluation.utility import measure_utility, require_harness
+from mpo.jobs.measure import measure_reward_gap
+from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
+from mpo.modeling.identity import adapter_identity, model_identity
+from mpo.modeling.loading import ModelSource, adapter_settings, load_config
+from mpo.report.page import write_report
+from mpo.report.results import SUITE
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement of one model.
+
+    Attributes:
+        name: ``MODEL/MEASUREMENT``, with the prompt set for attack and over-refusal: the place of its files.
+        settings: What its result depends on, ready for JSON.
+        file: The file that its last step writes.
+        run: Does it.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    file: Path
+    run: Callable[[], Any]
+
+
+def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path] | None:
+    """Runs what is not done yet, then writes the report.
+
+    A measurement counts as done when its result is there and was made by the suite with the same settings, the same
+    model and adapter (by the content of their weights) and the same files. One that fails does not stop the others.
+
+    Args:
+        recipe: What to measure.
+        dry_run: Check the recipe and its files, print what would be measured, stop.
+
+    Returns:
+        The paths of the page and the table; None for a dry run.
+
+    Raises:
+        MPOError: A file of the recipe cannot be used, or measurements failed; the message names them.
+    """
+    out = Path(recipe.out)
+    prompts = {
+        (kind, name): _load_prompts(name, settings)
+        for kind in TASKS
+        for name, settings in getattr(recipe, kind).items()
+    }
+    _check_files(recipe)
+    jobs = list(_jobs(recipe, out, prompts))
+    done = _read_done(out)
+    left = [job for job in jobs if not _is_done(job, done)]
+    names = {job.name for job in left}
+    for job in jobs:
+        print(f"  {'to do' if job.name in names else 'done '}  {job.name}", flush=True)
+    if dry_run:
+        return None
+    failed = []
+    for number, job in enumerate(left, 1):
+        print(f"\n[{number}/{len(left)}] {job.name}", flush=True)
+        try:
+            job.run()
+        except MPOError as error:
+            print(f"Failed: {error}", flush=True)
+            failed.append((job.name, error))
+            continue
+        done[job.name] = _fingerprint(job.settings)
+        _write_done(out, recipe, done)
+    _write_done(out, recipe, done)
+    if len(failed) == len(jobs):
+        raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")
+    paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
+    print(f"\nReport: {paths[0]}, {paths[1]}")
+    if failed:
+        raise MPOError(
+            f"{len(failed)} of {len(jobs)} measurements failed, the others are in the report. "
+            + " ".join(f"{name}: {error}" for name, error in failed)
+            + " Run the same command again to make up for them."
+        )
+    return paths
+
+
+def _load_prompts(name: str, settings: PromptSettings) -> PromptSet:
+    return load_prompts(
+        settings.prompts,
+        name=name,
+        languages=settings.languages,
+        limit=settings.limit,
+        prompt_column=settings.prompt_column,
+        language_column=settings.language_column,
+        language=settings.prompt_language,
+        split=settings.dataset_split,
+        bad_rows=settings.bad_rows,
+    )
+
+
+def _check_judges(recipe: SuiteRecipe) -> None:
+    """Every judge can judge what it is to judge."""
+    hint = "Set `over_refusal_judge` to a judge of refusals; `judge` and `second_judge` are then for attacks alone."
+    for kind, task in TASKS.items():
+        for key, choice in recipe.judges(kind).items() if getattr(recipe, kind) else ():
+            try:
+                check_judge(choice, task)
+            except ConfigError as error:
+                more = f" {hint}" if kind == "over_refusal" and not key.startswith(kind) else ""
+                raise ConfigError(f"`{key}` of `{kind}`: {error}{more}") from None
+            shared = recipe.attack and recipe.over_refusal and recipe.over_refusal_judge is None
+            if shared and choice.prompt is not None and not has_own_replies(choice):
+                raise ConfigError(
+                    f"`{key}.prompt`: one judging prompt asks for the verdicts of one task, and this one would be put to both. "
+                    f"{hint}"
+                )
+
+
+def _check_files(recipe: SuiteRecipe) -> None:
+    """What would otherwise show only after hours."""
+    _check_judges(recipe)
+    for name, model in recipe.models.items():
+        model_folder(model, name)
+    for settings in (*recipe.attack.values(), *recipe.over_refusal.values()):
+        if settings.template is not None:
+            load_template(settings.template)
+    if recipe.perplexity is not None:
+        for file in recipe.perplexity.texts.values():
+            read_lines(file)
+    if recipe.utility is not None:
+        require_harness()
+
+
+def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptSet]) -> Iterator[Job]:
+    gaps: list[Job] = []
+    for name, model in recipe.models.items():
+        identity = _identity(model)
+        if model.engine == "server":
+            if recipe.reward_gap or recipe.utility or recipe.perplexity:
+                print(
+                    f"{name} is behind a server: reward gap, utility and perplexity need its weights and are left out."
+                )
+        elif recipe.reward_gap is not None:
+            job = _reward_gap_job(recipe, out, name, model, identity, gaps)
+            gaps.append(job)
+            yield job
+        for (kind, prompt_set), loaded in prompts.items():
+            yield _safety_job(recipe, out, name, model, identity, kind, prompt_set, loaded)
+        if model.engine != "server":
+            yield from _capability_jobs(recipe, out, name, replace(model, engine="transformers"), identity)
+
+
+def _identity(model: ModelChoice) -> dict[str, Any]:
+    """What tells the model from another, whatever its folder is called."""
+    if model.engine == "server":
+        return {"url": model.url, "model": model.model}
+    source = ModelSource(model.model, model.revision, model.trust_remote_code)
+    if model.adapter is not None:
+        adapter_settings(model.adapter, revision=model.adapter_revision)
+    return {
+        "model": model_identity(source, load_config(source)),
+        "adapter": adapter_identity(model.adapter, model.adapter_revision),
+    }
+
+
+def _how_loaded(model: ModelChoice) -> dict[str, Any]:
+    """Settings that change what a model of known weights computes."""
+    template = model.chat_template
+    return {
+        "dtype": model.dtype,
+        "device": model.device,
+        "attention": model.attn_implementation,
+        "template": _contents([template]) or template if template is not None else None,
+    }
+
+
+def _reward_gap_job(
+    recipe: SuiteRecipe,
+    out: Path,
+    name: str,
+    model: ModelChoice,
+    identity: dict[str, Any],
+    earlier: Sequence[Job],
+) -> Job:
+    settings = recipe.reward_gap
+    assert settings is not None
+
+    def run() -> None:
+        measure_reward_gap(
+            settings.data,
+            model=model.model,
+            adapter=model.adapter,
+            adapter_revision=model.adapter_revision,
+            before=_base_table(earlier, depends, out),
+            out=out / name,
+            beta=settings.beta,
+            confidence=recipe.confidence,
+            source_language=settings.source_language,
+            languages=settings.languages,
+            limit=settings.limit,
+            split=settings.dataset_split,
+            bad_rows=settings.bad_rows,
+            max_length=settings.max_length,
+            max_response_length=settings.max_response_length,
+            dtype=model.dtype,
+            device=model.device,
+            attn_implementation=model.attn_implementation,
+            revision=model.revision,
+            chat_template=model.chat_template,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    depends = {
+        **asdict(settings),
+        "files": _contents(settings.data),
+        "model": identity,
+        "loaded": _how_loaded(model),
+        "confidence": recipe.confidence,
+    }
+    return Job(f"{name}/reward_gap", depends, out / name / "reward_gap.json", run)
+
+
+def _base_table(earlier: Sequence[Job], depends: dict[str, Any], out: Path) -> RewardGapTable | None:
+    """The reward gaps of an adapter's base model, where this suite has them with the very same settings."""
+    wanted = {**depends, "model": {**depends["model"], "adapter": None}}
+    done = _read_done(out)
+    for job in earlier:
+        if job.settings == wanted and _is_done(job, done):
+            try:
+                return RewardGapTable.from_dict(json.loads(job.file.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                return None
+    return None
+
+
+def _safety_job(
+    recipe: SuiteRecipe,
+    out: Path,
+    name: str,
+    model: ModelChoice,
+    identity: dict[str, Any],
+    kind: str,
+    prompt_set: str,
+    prompts: PromptSet,
+) -> Job:
+    settings: PromptSettings = getattr(recipe, kind)[prompt_set]
+    template = None if settings.template is None else load_template(settings.template)
+    framing = Framing(template, settings.system_prompt)
+    judge, second_judge = (*recipe.judges(kind).values(), None)[:2]
+    assert judge is not None
+
+    def run() -> None:
+        measure_safety(
+            TASKS[kind],
+            prompts,
+            model=model,
+            out=out,
+            generation=recipe.generation,
+            judge=judge,
+            second_judge=second_judge,
+            framing=framing,
+            name=name,
+            confidence=recipe.confidence,
+        )
+
+    judges = list(recipe.judges(kind).values())
+    depends = {
+        "prompts": prompts.fingerprint,
+        "framing": asdict(framing),
+        "generation": recipe.generation.settings(),
+        "judges": [asdict(judge) for judge in judges],
+        "files": _contents([judge.prompt for judge in judges if judge.prompt is not None]),
+        "model": identity,
+        "engine": [model.engine, model.batch_size, _how_loaded(model)],
+        "confidence": recipe.confidence,
+    }
+    return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / "result.json", run)
+
+
+def _capability_jobs(
+    recipe: SuiteRecipe, out: Path, name: str, model: ModelChoice, identity: dict[str, Any]
+) -> Iterator[Job]:
+    utility, perplexity = recipe.utility, recipe.perplexity
+    if utility is not None:
+        yield Job(
+            f"{name}/utility",
+            {
+                **asdict(utility),
+                "files": _contents(
+                    sorted(Path(utility.task_folder).rglob("*")) if utility.task_folder else ()
+                ),
+                "model": identity,
+                "loaded": _how_loaded(model),
+            },
+            out / name / "utility.json",
+            lambda: measure_utility(**asdict(utility), model=model, out=out, name=name),
+        )
+    if perplexity is not None:
+        yield Job(
+            f"{name}/perplexity",
+            {
+                **asdict(perplexity),
+                "files": _contents(perplexity.texts.values()),
+                "confidence": recipe.confidence,
+                "model": identity,
+                "loaded": _how_loaded(model),
+            },
+            out / name / "perplexity.json",
+            lambda: measure_perplexity(
+                **asdict(perplexity), model=model, out=out, name=name, confidence=recipe.confidence
+            ),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- what is done
+
+
+def _contents(files: Any) -> list[str]:
+    """Hashes of the files among the names; a data set on the Hub has none."""
+    return [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if os.path.isfile(f)]
+
+
+def _fingerprint(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode("utf-8")).hexdigest()
+
+
+def _is_done(job: Job, done: dict[str, str]) -> bool:
+    return job.file.is_file() and done.get(job.name) == _fingerprint(job.settings)
+
+
+def _read_done(out: Path) -> dict[str, str]:
+    """What the suite has finished in this folder; nothing where its file is missing or damaged."""
+    try:
+        found = json.loads((out / SUITE).read_text(encoding="utf-8"))["done"]
+        return {str(name): str(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_done(out: Path, recipe: SuiteRecipe, done: dict[str, str]) -> None:
+    write_json(out / SUITE, {"models": list(recipe.models), "done": done})

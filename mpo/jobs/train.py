@@ -1,0 +1,424 @@
+"""The main job: from a recipe to an aligned model, with its reward gap per language measured before and after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpo.common.files import is_full_disk, write_json, write_text
+from mpo.common.progress import quiet_libraries
+from mpo.common.words import duration
+from mpo.errors import (
+    DependencyError,
+    ModelError,
+    MPOError,
+    ProcessLostError,
+    StorageError,
+    TrainingError,
+)
+from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
+from mpo.jobs.preflight import Plan, make_plan, precision
+from mpo.modeling.loading import ModelSource, load_adapter, load_model
+from mpo.planning.memory import keep_freed_memory
+from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.progress import TrainingProgress
+from mpo.training.recipe import Recipe, settings_in_effect
+from mpo.training.sharding import launched_with
+
+if TYPE_CHECKING:
+    from mpo.training.trainer import MPOTrainer
+
+_DESCRIPTIONS = {
+    "adapter_model.safetensors": "the trained adapter",
+    "adapter_config.json": "its settings and base model",
+    "model.safetensors": "the trained model",
+    "tokenizer.json": "the tokenizer",
+    "recipe.yaml": "the resolved recipe",
+    "provenance.json": "data fingerprint, versions, hardware, command",
+    "metrics.json": "reward gap per language, before and after",
+    "training_curve.png": "loss and reward gap over the steps",
+    "reward_gap.png": "reward gap per language, before and after",
+    "dropped_rows.json": "rows of the data that were left out, with the reason",
+    "README.md": "the model card",
+}
+
+
+def train(recipe: Recipe, dry_run: bool = False) -> Path:
+    """Trains what a recipe describes and leaves the model, its measurements and its card in ``output_dir``.
+
+    In a distributed run every rank calls this; the main process prints and writes.
+
+    Args:
+        recipe: from :func:`mpo.training.recipe.load_recipe`.
+        dry_run: load and check everything but the weights, print the plan, and stop.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        MPOError: something is wrong with the recipe, the model, the data or this machine. Whatever can be found out
+            without loading weights is found out before.
+    """
+    quiet_libraries()
+    main = recipe.training.process_index == 0
+    say = _Speaker(main)
+    say(f"Checking {recipe.source_path}")
+    plan = make_plan(recipe, for_real=not dry_run)
+    say(f"\n{plan.to_text()}\n")
+    folder = Path(str(plan.recipe.training.output_dir))
+    if dry_run:
+        say("This was a dry run: no weights were loaded and nothing was trained.")
+        return folder
+
+    resolved = plan.recipe.to_yaml()
+    provenance = _provenance(plan)
+    if main:
+        _write_start(plan, resolved, provenance)
+    say(f"Loading {plan.source.name}")
+    if recipe.training.device.type == "cpu":
+        keep_freed_memory()
+    with _explaining(plan):
+        trainer = _build_trainer(plan)
+        # A checkpoint that does not fit is named before anything is scored.
+        checkpoint = trainer.resolve_checkpoint(_resume(plan))
+        if checkpoint is not None:
+            say(f"Going on from {checkpoint}")
+        before = None
+        if plan.held_out is not None:
+            before = _score(trainer, plan, "before", say)
+        # How many sources `min_source_gap` leaves out is known only after the reference pass.
+        say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
+        result = trainer.train(resume_from_checkpoint=_resume(plan))
+        say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
+        after = _score(trainer, plan, "after", say) if before is not None else None
+        say("Saving")
+        trainer.save_model(str(folder))
+    if main:
+        comparison = None
+        if before is not None and after is not None:
+            comparison = compare(before[1], after[1])
+        _write_results(plan, trainer, comparison, before, after, resolved, provenance)
+        if comparison is not None:
+            say("")
+            comparison.show()
+        say(f"\n{_listing(folder)}")
+        if plan.recipe.model.trains_adapter:
+            say(f"\nFold the adapter into its base with: mpo merge {folder} --out {folder}-merged")
+    with _explaining(plan):
+        trainer.accelerator.wait_for_everyone()
+    if plan.recipe.training.push_to_hub and main:
+        _push(trainer, folder, say)
+    return folder
+
+
+class _Speaker:
+    """Prints on the main process, at once, so that lines keep their order in a log file."""
+
+    def __init__(self, main: bool) -> None:
+        self.main = main
+
+    def __call__(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- trainer
+
+
+def _build_trainer(plan: Plan) -> MPOTrainer:
+    from transformers import PrinterCallback, ProgressCallback
+    from trl import get_quantization_config
+
+    from mpo.training.trainer import MPOTrainer
+
+    recipe = plan.recipe
+    model, training = recipe.model, recipe.training
+    given: dict[str, Any] = dict(training.model_init_kwargs or {})  # type: ignore[arg-type]
+    if _is_alone(training) and training.device.type == "cuda":
+        # The library's "auto" spreads a model over devices and the CPU, which does not train.
+        given.setdefault("device_map", {"": str(training.device)})  # text, since trackers store it as JSON
+    if training.ddp_find_unused_parameters is None and not hasattr(
+        plan.config.get_text_config(), "num_experts_per_tok"
+    ):
+        # Every weight of a dense model is used in every step; looking for unused ones costs a pass over the graph.
+        training.ddp_find_unused_parameters = False
+    quantization = get_quantization_config(model)
+    policy: Any = plan.source.name
+    if model.adapter_name_or_path is not None:
+        base = load_model(
+            plan.source,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            quantization_config=quantization,
+            **_placement(training, given),
+        )
+        policy = load_adapter(base, model.adapter_name_or_path, trainable=True)
+        quantization = None
+    else:
+        training.model_init_kwargs = {
+            **given,
+            "dtype": model.dtype,
+            "revision": model.model_revision,
+            "attn_implementation": model.attn_implementation,
+            "use_safetensors": True,
+        }
+    reference = None
+    if model.reference_model_name_or_path is not None:
+        reference = load_model(
+            ModelSource(model.reference_model_name_or_path, None, plan.source.trust_remote_code),
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            **_placement(training, given),
+        )
+    trainer = MPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=training,
+        train_dataset=plan.train,
+        eval_dataset=plan.held_out,
+        processing_class=plan.tokenizer,
+        quantization_config=quantization,
+        peft_config=plan.peft_config,
+        callbacks=[TrainingProgress()],
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    return trainer
+
+
+def _placement(training: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a model that is loaded here and not by the trainer."""
+    return given if _is_alone(training) else {**given, "device_map": None}
+
+
+def _is_alone(training: Any) -> bool:
+    """Whether the whole model goes to one device. An engine places it otherwise even there, in main memory."""
+    return training.world_size == 1 and not (launched_with("DEEPSPEED") or launched_with("FSDP"))
+
+
+def _resume(plan: Plan) -> str | bool | None:
+    wanted = plan.recipe.training.resume_from_checkpoint
+    text = str(wanted).lower()
+    if wanted is None or text in ("false", "no"):
+        return None
+    if text in ("true", "yes"):
+        return True
+    return "auto" if text == "auto" else str(wanted)
+
+
+def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[Scores, RewardGapTable]:
+    scores = trainer.score(description=f"Scoring held-out pairs {when} training")
+    table = summarize(scores.records, beta=plan.recipe.training.beta)
+    parts = []
+    if table.source is not None:
+        parts.append(f"{table.source_label} {table.source.gap:+.3f}")
+    if table.all_targets is not None:
+        parts.append(f"target languages {table.all_targets.gap:+.3f}")
+        parts.append(f"positive in {table.all_targets.positive:.0%} of their pairs")
+    say(f"Held-out reward gap {when} training: {', '.join(parts)}")
+    return scores, table
+
+
+def _left_out(trainer: MPOTrainer) -> str:
+    """What `min_source_gap` has left out, which makes steps fewer than the plan says."""
+    sources, dropped = (trainer.source_report.get(key, 0) for key in ("sources", "dropped"))
+    if not dropped:
+        return ""
+    return f"; `min_source_gap: {trainer.args.min_source_gap:g}` left {dropped} of {sources} sources out"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    from mpo.common.provenance import collect
+
+    training, model = plan.recipe.training, plan.recipe.model
+    return collect(
+        seed=training.seed,
+        precision=precision(plan.recipe),
+        data_fingerprint=plan.data.fingerprint,
+        base_model=plan.source.name,
+        base_model_revision=getattr(plan.config, "_commit_hash", None) or model.model_revision,
+        data_origin=plan.data.origin,
+        dropped_rows=len(plan.dropped),
+        trainable_parameters=plan.trainable,
+        processes=training.world_size,
+    )
+
+
+def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
+    """What explains a run, written before it starts so that one that is cut off can be explained, too."""
+    folder = Path(str(plan.recipe.training.output_dir))
+    write_text(
+        folder / "recipe.yaml",
+        f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml\n{resolved}",
+    )
+    write_json(folder / "provenance.json", provenance)
+    if plan.dropped:
+        _write_dropped(plan, [])
+
+
+def _write_dropped(plan: Plan, after_tokenizing: list[str]) -> None:
+    """Every row that was left out: those that break the contract, and those that only their tokens show to be bad."""
+    rows = [{"file": r.file, "row": r.row, "field": r.field, "reason": r.reason} for r in plan.dropped]
+    folder = Path(str(plan.recipe.training.output_dir))
+    write_json(folder / "dropped_rows.json", {"dropped": rows, "dropped_after_tokenizing": after_tokenizing})
+
+
+def _write_results(
+    plan: Plan,
+    trainer: MPOTrainer,
+    comparison: Comparison | None,
+    before: tuple[Scores, RewardGapTable] | None,
+    after: tuple[Scores, RewardGapTable] | None,
+    resolved: str,
+    provenance: dict[str, Any],
+) -> None:
+    from mpo.report.card import write_card
+    from mpo.report.plots import reward_gap_before_after, training_curve
+
+    recipe, training = plan.recipe, plan.recipe.training
+    folder = Path(str(training.output_dir))
+    history = trainer.state.log_history
+    metrics: dict[str, Any] = {"beta": training.beta, "held_out_groups": 0}
+    retention: tuple[float, float] | None = None
+    if comparison is not None and before is not None and after is not None:
+        metrics.update(comparison.to_dict(records=True))
+        metrics["held_out_groups"] = comparison.before.groups
+        metrics["retention_loss"] = {"before": before[0].retention, "after": after[0].retention}
+        if before[0].retention is not None and after[0].retention is not None:
+            retention = (before[0].retention, after[0].retention)
+    metrics["sources"] = dict(trainer.source_report)
+    metrics["steps"] = trainer.state.global_step
+    metrics["train_runtime"] = next(
+        (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
+    )
+    write_json(folder / "metrics.json", metrics)
+    if trainer.dropped_rows:
+        _write_dropped(plan, trainer.dropped_rows)
+    try:
+        training_curve(history, folder / "training_curve.png", source_language=training.source_language)
+        if comparison is not None:
+            reward_gap_before_after(comparison.before, comparison.after, folder / "reward_gap.png")
+    except DependencyError:
+        pass  # the plan has said so
+    data = recipe.data.dataset
+    settings = settings_in_effect(recipe)
+    settings.pop("num_train_epochs" if training.max_steps > 0 else "max_steps")
+    write_card(
+        folder,
+        base_model=plan.source.name,
+        peft=recipe.model.trains_adapter,
+        languages=trainer.languages,
+        source_language=training.source_language,
+        comparison=comparison,
+        recipe_yaml=resolved,
+        provenance=provenance,
+        dataset_name=data if isinstance(data, str) else None,
+        settings=settings,
+        retention=retention,
+        repository=training.hub_model_id,
+    )
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    shown = [name for name in names if name in _DESCRIPTIONS or name.endswith(".safetensors")]
+    width = max((len(name) for name in shown), default=0)
+    lines = [
+        f"  {name.ljust(width)}  {_DESCRIPTIONS.get(name, 'part of the trained model')}" for name in shown
+    ]
+    rest = len(names) - len(shown)
+    if rest:
+        lines.append(f"  and {rest} more files of the tokenizer and the model's configuration")
+    return "\n".join([f"Written to {folder}:", *lines])
+
+
+def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
+    from huggingface_hub import HfApi
+
+    name = str(trainer.hub_model_id)
+    say(f"Uploading to https://huggingface.co/{name}")
+    try:
+        HfApi().upload_folder(
+            repo_id=name,
+            folder_path=str(folder),
+            ignore_patterns=["checkpoint-*", ".*"],
+            commit_message="MPO run",
+        )
+    except Exception as error:
+        raise StorageError(
+            f"The run is saved in {folder}, but the upload to {name} failed: {error}"
+        ) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def _explaining(plan: Plan) -> Iterator[None]:
+    """Turns what goes wrong for want of memory, disk or another process into an error that says what to do."""
+    training = plan.recipe.training
+    try:
+        yield
+    except MPOError:
+        raise
+    except torch.OutOfMemoryError as error:
+        advice = []
+        if not (training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)):
+            advice.append("`gradient_checkpointing: true` (about a third slower)")
+        advice.append(f"a smaller `max_tokens_per_row` (now {training.max_tokens_per_row or 8192})")
+        advice.append("`max_targets_per_group: 2`")
+        if not plan.recipe.model.trains_adapter:
+            advice.append("an adapter (`use_peft: true`), or more sharding (recipes/accelerate)")
+        elif not plan.recipe.model.load_in_4bit:
+            advice.append("`load_in_4bit: true`")
+        raise TrainingError(
+            f"The GPU is out of memory: {str(error).splitlines()[0]}\nTry, in this order: {'; '.join(advice)}."
+        ) from error
+    except Exception as error:
+        if is_full_disk(error):
+            last = last_complete_checkpoint(str(training.output_dir))
+            raise StorageError(
+                f"The disk of {training.output_dir} is full. Make room and "
+                + (
+                    f"go on with the last complete checkpoint, {last.name}:"
+                    if last is not None
+                    else "begin anew, since no checkpoint is complete (`save_strategy: epoch` keeps some):"
+                )
+                + f" {plan.recipe.command(resume_from_checkpoint='auto')}"
+            ) from error
+        if training.world_size > 1 and is_lost_process(error):
+            raise process_lost(error, str(training.output_dir)) from error
+        if isinstance(error, OSError) and not os.path.isdir(str(training.output_dir)):
+            raise StorageError(f"The output folder {training.output_dir} is gone: {error}") from error
+        if "out of memory" in str(error).lower():
+            raise ModelError(f"There is not enough memory: {str(error).splitlines()[0]}") from error
+        raise
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether a collective operation failed because of another process, as gloo and NCCL report it."""
+    failed = isinstance(error, torch.distributed.DistError)
+    return failed or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def process_lost(error: Exception, output_dir: str) -> ProcessLostError:
+    """The error of a process that is left without another, with the checkpoint that the run resumes from."""
+    last = last_complete_checkpoint(output_dir)
+    resume = (
+        f"The last complete checkpoint is {last}: run the same command again with `--resume_from_checkpoint auto`."
+        if last is not None
+        else f"No checkpoint in {output_dir} is complete yet, so the run begins anew (`save_strategy: epoch` keeps some)."
+    )
+    reported = str(error).splitlines()[0].partition(". ")[0]
+    return ProcessLostError(
+        f"Another process of this run was lost, or can no longer be reached ({reported}). Its own last "
+        f"lines, on its machine, and the launcher's list of failures (root cause) say why. {resume}"
+    )

@@ -1,0 +1,1 @@
+"""Models: opening them, who they are, preference trees, masks, the reward-gap head, the loss."""

@@ -1,0 +1,220 @@
+"""The reward-gap head: what MPO reads from a model, in one call of it.
+
+The head is attached to the model's ``forward``, so the one call goes through whatever wraps the model: PEFT,
+DistributedDataParallel, FSDP or DeepSpeed. It runs the LM head only at the positions that predict a response token
+whose likelihood is needed, in tiles, and never builds the logits of a whole row.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from mpo.errors import ModelError
+from mpo.modeling.logprobs import FrozenHeadLogProbs
+from mpo.modeling.loss import segment_mean
+from mpo.modeling.masks import attention_mask as tree_attention_mask
+from mpo.modeling.tree_attention import IMPLEMENTATION as TREE_IMPLEMENTATION
+
+# Width of a vocabulary tile. A tile of 4096 tokens x 32768 words fills a GPU; a CPU's cache prefers it narrower.
+_TILE_WIDTH = {"cpu": 8192}
+_TILE_WIDTH_DEFAULT = 32768
+
+
+@dataclass
+class RewardGapOutput(ModelOutput):
+    """
+    What one call of a model with the reward-gap head returns.
+
+    Attributes:
+        response_logps: ``[T, 2]``, mean log-likelihood per token of the chosen and the rejected response of each scored
+            tree, in nats, float32.
+        pooled: ``[P, 2, H]``, pooled final hidden state (after the final norm) of prompt + chosen and prompt +
+            rejected of each pooled tree, float32.
+        aux_loss: scalar, the load-balancing loss of a mixture-of-experts model, else None.
+    """
+
+    response_logps: Tensor | None = None
+    pooled: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def attach_reward_gap_head(model: PreTrainedModel) -> None:
+    """
+    Add the head to a causal language model: ``model(reward_gap_head=True, **batch)`` returns a
+    :class:`RewardGapOutput`, where ``batch`` holds the tensors of :func:`mpo.modeling.trees.build_batch`.
+
+    Without ``reward_gap_head`` the model's forward is unchanged, so generation and saving are, too. Attaching twice does
+    nothing. Attach to the bare model, before PEFT or any sharding wraps it.
+
+    Raises:
+        ModelError: the model has no output embeddings, so it is not a causal language model.
+    """
+    if getattr(model, "_has_reward_gap_head", False):
+        return
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(model).__name__} has no LM head; MPO needs a causal language model (AutoModelForCausalLM)."
+        )
+    original_forward = model.forward
+
+    # `generate` validates its arguments against the signature, so the original one is kept.
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: Any, reward_gap_head: bool = False, **kwargs: Any) -> Any:
+        if not reward_gap_head:
+            return original_forward(*args, **kwargs)
+        return _reward_gap_forward(self, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model._has_reward_gap_head = True  # type: ignore[assignment]
+
+
+def _reward_gap_forward(
+    model: PreTrainedModel,
+    *,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    score_index: Tensor,
+    score_labels: Tensor,
+    score_lengths: Tensor,
+    pool_index: Tensor,
+    pool_lengths: Tensor,
+    attention_mask: Tensor | None = None,
+    tree_ids: Tensor | None = None,
+    branch_ids: Tensor | None = None,
+    tree_spans: tuple[int, ...] | None = None,
+    output_router_logits: bool = False,
+    **ignored: Any,
+) -> RewardGapOutput:
+    config = model.config.get_text_config()
+    real_tokens = attention_mask
+    mask: Any = attention_mask
+    if tree_ids is not None:
+        assert branch_ids is not None
+        mask = tree_attention_mask(
+            config, tree_ids, branch_ids, position_ids, _compute_dtype(model, input_ids)
+        )
+        real_tokens = tree_ids >= 0
+    extra: dict[str, Any] = {"output_router_logits": True} if output_router_logits else {}
+    if config._attn_implementation == TREE_IMPLEMENTATION and tree_spans is not None:
+        extra["tree_spans"] = tree_spans
+    # Looked up at each call, since PEFT and FSDP replace modules after the head was attached.
+    outputs = model.base_model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, **extra
+    )
+    hidden = outputs.last_hidden_state.flatten(0, 1)
+    return RewardGapOutput(
+        response_logps=_response_logps(model, config, hidden, score_index, score_labels, score_lengths),
+        pooled=_pooled(hidden, pool_index, pool_lengths),
+        aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
+    )
+
+
+@torch.compiler.disable
+def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
+    if lengths.numel() == 0:
+        return hidden.new_zeros(
+            (0, 2, hidden.shape[-1]), dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
+    return segment_mean(hidden.index_select(0, index), lengths).unflatten(0, (-1, 2))
+
+
+@torch.compiler.disable
+def _response_logps(
+    model: PreTrainedModel, config: Any, hidden: Tensor, index: Tensor, labels: Tensor, lengths: Tensor
+) -> Tensor:
+    if lengths.numel() == 0:
+        return hidden.new_zeros((0, 2), dtype=torch.float32)
+    head = model.get_output_embeddings()
+    # With a model split over devices (`device_map`), the last layer may lie elsewhere than the head.
+    device = head.weight.device
+
+    def log_probs(scored: Tensor) -> Tensor:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if isinstance(weight, DTensor):
+            raise ModelError(
+                "the LM head is split over devices (tensor parallelism), which the reward-gap head does not read. Shard the "
+                "model with FSDP2 or DeepSpeed instead (recipes/accelerate)."
+            )
+        softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
+        values: Tensor
+        if _is_frozen(weight, bias, scored):
+            needs_gradient = torch.is_grad_enabled() and scored.requires_grad
+            values = FrozenHeadLogProbs.apply(
+                scored, weight, bias, labels.to(device), softcap, scale, needs_gradient
+            )
+        else:
+            tile_width = _TILE_WIDTH.get(device.type, _TILE_WIDTH_DEFAULT)
+            values = ChunkedLogProbFunction.apply(
+                scored, weight, bias, labels.to(device), 1.0, tile_width, softcap, scale, ()
+            )[0]
+        return values
+
+    scored = hidden.index_select(0, index).to(device)
+    return segment_mean(_call_as(head, log_probs, scored), lengths.to(device)).unflatten(0, (-1, 2))
+
+
+def _call_as(module: nn.Module, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """
+    Call a module with another function in place of its ``forward``.
+
+    FSDP2 and ZeRO-3 gather a module's weights, and later reduce their gradients, in hooks around its call. Whoever reads
+    a weight without that call finds a shard of it, and the gradient of each rank stays its own.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        result: Tensor = module(value)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+    return result
+
+
+def _is_frozen(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> bool:
+    """Whether the head is not trained and computes in the dtype it is stored in, as it does under LoRA."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    same_dtype = weight.dtype == hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        same_dtype = same_dtype and hidden.dtype == torch.get_autocast_dtype(hidden.device.type)
+    return not trained and same_dtype
+
+
+def logit_scale(config: Any) -> float:
+    """Factor a family multiplies its logits by: Cohere and Falcon-H1 multiply, Granite and MiniCPM divide."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _compute_dtype(model: PreTrainedModel, input_ids: Tensor) -> torch.dtype:
+    device_type = input_ids.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return model.dtype
+
+
+def _router_loss(config: Any, outputs: Any, real_tokens: Tensor | None) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, real_tokens)
+    assert isinstance(loss, Tensor)
+    return loss

@@ -1,0 +1,1 @@
+"""Training: settings, recipe, sampling, reference pass, trainer, checkpoints."""

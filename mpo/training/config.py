@@ -1,0 +1,421 @@
+"""The settings of a training run: :class:`MPOConfig`, a ``trl.DPOConfig`` with MPO's own fields and defaults."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import SchedulerType
+from trl import DPOConfig
+
+from mpo.common.redaction import is_secret_name
+from mpo.errors import ConfigError
+from mpo.training.sharding import deepspeed_backend
+
+RETAIN_POOLINGS = ("mean", "last")
+BATCH_LAYOUTS = ("tree", "padded")
+
+# Options of `DPOConfig` and `TrainingArguments` that would be ignored by the MPO objective, each with the reason.
+# A setting that is ignored is worse than an error, so a value other than the default is refused.
+_MEANINGLESS = {
+    "loss_type": "MPO has one objective; override `MPOTrainer.pair_loss` to change it",
+    "loss_weights": "MPO has one objective; its retention term is weighted by `retain_weight`",
+    "ld_alpha": "MPO's log-likelihoods are already normalised by length",
+    "f_divergence_type": "MPO compares reward gaps, it has no divergence to the reference policy",
+    "f_alpha_divergence_coef": "MPO compares reward gaps, it has no divergence to the reference policy",
+    "label_smoothing": "MPO's loss is a squared difference, there are no labels to smooth",
+    "label_smoothing_factor": "MPO's loss is a squared difference, there are no labels to smooth",
+    "use_weighting": "WPO weighting is not defined for MPO; weight languages with `language_weights`",
+    "discopop_tau": "it belongs to the DiscoPOP loss",
+    "sync_ref_model": "MPO's reference is the starting policy and stays fixed",
+    "ref_model_mixup_alpha": "MPO's reference is the starting policy and stays fixed",
+    "ref_model_sync_steps": "MPO's reference is the starting policy and stays fixed",
+    "precompute_ref_log_probs": "MPO always computes its reference before the first step and caches it",
+    "precompute_ref_batch_size": "the reference pass is sized in tokens: set `reference_tokens_per_batch`",
+    "padding_free": "trees are packed without padding by default: see `batch_layout`",
+    "truncation_mode": "MPO keeps the prompt whole and cuts the response at its end",
+    "pad_token": "set `tokenizer.pad_token` and pass the tokenizer as `processing_class`",
+    "train_sampling_strategy": "groups are drawn by MPO's own sampler",
+    "neftune_noise_alpha": "noise on the embeddings would be trained into the retention term",
+}
+
+
+@dataclass
+class MPOConfig(DPOConfig):
+    r"""
+    Settings of :class:`~mpo.training.trainer.MPOTrainer`.
+
+    Only what MPO adds or sets differently is described here; every other field is that of ``trl.DPOConfig`` and
+    ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing for MPO (``loss_type``,
+    ``f_divergence_type``, ``label_smoothing``, ...) raise :class:`~mpo.errors.ConfigError` when set.
+
+    The objective, for a target pair with its source (Zhao et al., ACL 2025, arXiv 2505.16869)::
+
+        L1 = (beta * RG_target - RG_reference_source)^2
+        L2 = ||h_source - h_reference_source||^2 / hidden_size
+        L  = mean over target pairs of (L1 + retain_weight * L2)
+
+    Parameters:
+        > Parameters that control the objective
+
+        beta (`float`, *optional*, defaults to `1.0`):
+            Scale of the target language's reward gap. The paper uses 1.0 for Llama-3.1 and 1.5 for Gemma-2 and
+            Qwen2.5. A larger value asks for a *smaller* gap in the target language: the gap settles at
+            RG_reference / beta.
+        retain_weight (`float`, *optional*, defaults to `1.0`):
+            Weight (lambda) of the retention term. At 0 the source pair is not run at all while training.
+        retain_pooling (`str`, *optional*, defaults to `"mean"`):
+            How a sequence's final hidden states become one vector: `"mean"` over the real tokens of prompt and
+            response, or `"last"`, the last real token.
+        min_source_gap (`float`, *optional*):
+            Drop groups whose reference gap is not above this value (nats per token). A source gap that is not
+            positive teaches the wrong thing; such sources are always counted and reported. `0.0` drops them.
+        language_weights (`dict[str, float]` or `"balanced"`, *optional*):
+            Weight of a pair by its target language, for unequal numbers of targets. `"balanced"` weights each
+            language by the inverse of its number of pairs. Weights are scaled so that their mean over the training
+            pairs is 1; languages not named in a dict weigh 1 before scaling.
+        stop_on_collapse (`bool`, *optional*, defaults to `False`):
+            Stop the run when the chosen log-likelihood of a language falls steadily while its gap rises. A warning
+            is given in any case.
+        collapse_window (`int`, *optional*, defaults to `20`):
+            Number of consecutive logging points that must show the fall. Fewer see only falls that are many times
+            the scatter between batches.
+        collapse_drop (`float`, *optional*, defaults to `0.2`):
+            Fall of the mean chosen log-likelihood over the window, in nats per token, that counts as a collapse.
+
+        > Parameters that control the data
+
+        source_language (`str`, *optional*, defaults to `"en"`):
+            The dominant language: ISO 639-1 code, for example `"en"`, or `"zh"` for Qwen2.5 as in the paper.
+        group_by_source (`bool`, *optional*, defaults to `True`):
+            Run a source once per group of its target languages instead of once per pair. The loss is the same.
+        max_targets_per_group (`int`, *optional*):
+            Split groups with more targets than this.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            What to do with rows that break the data contract: `"error"` stops at the first, `"drop"` counts and
+            lists them.
+        max_response_length (`int`, *optional*):
+            Cut every response to this many tokens, besides `max_length`, which limits prompt plus response.
+        chat_template (`str`, *optional*):
+            Chat template (Jinja text, or a file that holds it) for tokenizers that have none.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Extra arguments for the chat template, for example `{"enable_thinking": false}`.
+
+        > Parameters that control the step
+
+        batch_layout (`str`, *optional*, defaults to `"tree"`):
+            `"tree"` packs [prompt | chosen | rejected] trees into rows, `"padded"` runs one padded sequence per
+            row: slower, the plain reference, and the fallback for models that cannot take tree masks.
+        max_tokens_per_row (`int`, *optional*):
+            Token budget of a packed row. Unset: no limit with `tree` attention (the default), where it saves nothing; else
+            512 on a CPU, 8192 on an accelerator. Where a tree is longer, all rows of its batch may be as long as that
+            tree, since they are padded to one length.
+        max_tokens_per_batch (`int`, *optional*):
+            Make up micro-batches by tokens instead of counting groups: at most this many tokens on each device, sources
+            included, and about the same on all of them. A group is never split; one that is larger is a micro-batch of
+            its own. Takes the place of `per_device_train_batch_size`.
+        max_tokens_per_call (`int`, *optional*):
+            Split a micro-batch of more tokens into several model calls, each with its backward pass: the same gradient
+            from less memory. Unset: 1024 on a CPU, no limit on an accelerator. For a single process without DeepSpeed
+            or FSDP.
+        gradient_checkpointing (`bool`, *optional*):
+            Recompute activations in the backward pass, which takes about a third more work and a fraction of the memory.
+            Unset, the trainer decides before the first step: on under DeepSpeed and FSDP, off on a CPU, and on one
+            accelerator or under DDP on where the largest micro-batch would not fit otherwise, by the count of `mpo plan`
+            (:func:`mpo.planning.memory.step_needs_checkpointing`).
+        per_device_train_batch_size (`int`, *optional*, defaults to `1`):
+            *Groups* (sources with all their targets) per device and micro-batch.
+
+        > Parameters that control the reference pass
+
+        reference_cache_dir (`str`, *optional*):
+            Folder of the reference cache, shared by all ranks and nodes. Defaults to `mpo/reference` below the
+            Hugging Face cache (`HF_HOME`).
+        reference_tokens_per_batch (`int`, *optional*):
+            Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 8192 on an accelerator.
+
+    > [!NOTE]
+    > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` by need (on), `bf16` on only where
+    > the hardware has it (always), `learning_rate` 1e-6 as there, `lr_scheduler_type` cosine, `warmup_steps` 0.1 (a
+    > ratio), `logging_nan_inf_filter` off (it hides a NaN), `logging_steps` 1, `remove_unused_columns` off,
+    > `per_device_train_batch_size` 1, `num_train_epochs` 2.
+    """
+
+    _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
+
+    # The objective
+    beta: float = field(default=1.0, metadata={"help": "Scale of the target language's reward gap."})
+    retain_weight: float = field(default=1.0, metadata={"help": "Weight (lambda) of the retention term."})
+    retain_pooling: str = field(
+        default="mean", metadata={"help": "Pooling of the retention term.", "choices": list(RETAIN_POOLINGS)}
+    )
+    min_source_gap: float | None = field(
+        default=None, metadata={"help": "Drop groups whose reference gap is not above this value."}
+    )
+    language_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": "Weight per target language, or 'balanced'."}
+    )
+    stop_on_collapse: bool = field(
+        default=False, metadata={"help": "Stop when a language's chosen log-likelihood collapses."}
+    )
+    collapse_window: int = field(default=20, metadata={"help": "Logging points a collapse must last."})
+    collapse_drop: float = field(default=0.2, metadata={"help": "Fall in nats per token that is a collapse."})
+
+    # The data
+    source_language: str = field(default="en", metadata={"help": "The dominant language (ISO 639-1)."})
+    group_by_source: bool = field(default=True, metadata={"help": "Run a source once per group of targets."})
+    max_targets_per_group: int | None = field(
+        default=None, metadata={"help": "Split groups with more targets than this."}
+    )
+    bad_rows: str = field(
+        default="error", metadata={"help": "What to do with bad rows.", "choices": ["error", "drop"]}
+    )
+    max_response_length: int | None = field(
+        default=None, metadata={"help": "Cut every response to this many tokens."}
+    )
+    chat_template: str | None = field(default=None, metadata={"help": "Chat template: Jinja text or a file."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Extra arguments for the chat template."}
+    )
+
+    # The step
+    batch_layout: str = field(
+        default="tree", metadata={"help": "'tree' or 'padded'.", "choices": list(BATCH_LAYOUTS)}
+    )
+    max_tokens_per_row: int | None = field(default=None, metadata={"help": "Token budget of a packed row."})
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Token budget of a micro-batch on each device, instead of a number of groups."},
+    )
+    max_tokens_per_call: int | None = field(
+        default=None, metadata={"help": "Split a micro-batch of more tokens into several model calls."}
+    )
+
+    # The reference pass
+    reference_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
+    reference_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Token budget of a batch of the reference pass."}
+    )
+
+    # Defaults that differ from DPOConfig
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bf16 mixed precision. Unset: on where the accelerator has it."}
+    )
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Trade compute for memory. Unset: on where the step would not fit otherwise."},
+    )
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Groups per device and micro-batch."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=1, metadata={"help": "Groups per device when evaluating."}
+    )
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Number of epochs."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: steps, or a ratio below 1."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two logs."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hides a NaN; keep it off."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "MPO prepares its own columns."})
+
+    def __post_init__(self) -> None:
+        self._refuse_meaningless()
+        if isinstance(self.language_weights, str) and self.language_weights.lstrip().startswith("{"):
+            # As on a command line; the base class parses its own dicts later than they are checked here.
+            try:
+                self.language_weights = json.loads(self.language_weights)
+            except ValueError as error:
+                raise ConfigError(
+                    f"`language_weights` is {self.language_weights!r}, which is no JSON: {error}."
+                ) from error
+        self._check_values()
+        if self.bf16 is None:
+            self.bf16 = bool(
+                not self.fp16
+                and not self.use_cpu
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
+            )
+        self.decide_checkpointing = (
+            self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None
+        )
+        # transformers renamed the option; the old name is what users and recipes know, so it is passed on silently.
+        if "activation_checkpointing" in {f.name for f in fields(self)}:
+            if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
+                self.activation_checkpointing = self.gradient_checkpointing
+        elif self.gradient_checkpointing is None:
+            self.gradient_checkpointing = False
+        self.ddp_backend = self.ddp_backend or deepspeed_backend(self.use_cpu)
+        super().__post_init__()
+        # Trainer pads nothing for us; every device keeps its own groups, whatever their number.
+        if getattr(self.accelerator_config, "split_batches", False):
+            raise ConfigError(
+                "accelerator_config.split_batches is on, but MPO's sampler already gives every rank its own groups. "
+                "Turn it off and set `per_device_train_batch_size`."
+            )
+
+    def _refuse_meaningless(self) -> None:
+        for option in fields(self):
+            if option.name not in _MEANINGLESS:
+                continue
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            value = getattr(self, option.name)
+            accepted = [default, default[0]] if isinstance(default, list) else [default]
+            if value not in accepted:
+                raise ConfigError(
+                    f"`{option.name}={value!r}` has no meaning for MPO: {_MEANINGLESS[option.name]}. "
+                    "Remove it from the configuration."
+                )
+
+    def _check_values(self) -> None:
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
+
+        require(
+            _is_number(self.beta) and self.beta > 0, "beta", "a number above 0 (the paper uses 1.0 or 1.5)"
+        )
+        require(
+            _is_number(self.retain_weight) and self.retain_weight >= 0,
+            "retain_weight",
+            "a number of at least 0",
+        )
+        require(self.retain_pooling in RETAIN_POOLINGS, "retain_pooling", "'mean' or 'last'")
+        require(self.batch_layout in BATCH_LAYOUTS, "batch_layout", "'tree' or 'padded'")
+        require(self.bad_rows in ("error", "drop"), "bad_rows", "'error' or 'drop'")
+        require(
+            self.min_source_gap is None or _is_number(self.min_source_gap),
+            "min_source_gap",
+            "a number in nats per token, or nothing",
+        )
+        require(
+            self.max_length is None or (isinstance(self.max_length, int) and self.max_length >= 2),
+            "max_length",
+            "a whole number of at least 2 (one prompt token and one response token), or null for no limit",
+        )
+        for name in (
+            "max_tokens_per_row",
+            "max_tokens_per_batch",
+            "max_tokens_per_call",
+            "reference_tokens_per_batch",
+            "max_targets_per_group",
+            "max_response_length",
+        ):
+            value = getattr(self, name)
+            require(
+                value is None or (isinstance(value, int) and value >= 1),
+                name,
+                "a whole number of at least 1, or null",
+            )
+        if self.max_tokens_per_batch is not None and self.per_device_train_batch_size != 1:
+            raise ConfigError(
+                f"`per_device_train_batch_size` is {self.per_device_train_batch_size} and `max_tokens_per_batch` is "
+                f"{self.max_tokens_per_batch}: one counts a micro-batch's groups, the other its tokens. Remove one of them."
+            )
+        require(
+            isinstance(self.collapse_window, int) and self.collapse_window >= 3,
+            "collapse_window",
+            "at least 3",
+        )
+        require(
+            _is_number(self.collapse_drop) and self.collapse_drop > 0,
+            "collapse_drop",
+            "a number above 0 (nats per token)",
+        )
+        require(
+            isinstance(self.source_language, str) and bool(self.source_language.strip()),
+            "source_language",
+            "a language code such as 'en' or 'zh'",
+        )
+        require(
+            getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) in list(SchedulerType),
+            "lr_scheduler_type",
+            f"one of {', '.join(SchedulerType)}",
+        )
+        # transformers takes these as they are; the optimizer would refuse them once everything is loaded.
+        for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+            value = getattr(self, name)
+            require(_is_number(value) and value >= 0, name, "a number of at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(_is_number(value) and 0 <= value < 1, name, "a number from 0 to below 1")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        require(
+            self.max_steps == -1 or (isinstance(self.max_steps, int) and self.max_steps >= 1),
+            "max_steps",
+            "a whole number of at least 1, or -1 to go by `num_train_epochs`",
+        )
+        require(
+            self.max_steps >= 1 or (_is_number(self.num_train_epochs) and self.num_train_epochs > 0),
+            "num_train_epochs",
+            "a number above 0",
+        )
+        weights = self.language_weights
+        if isinstance(weights, dict):
+            require(
+                all(isinstance(k, str) and _is_number(v) and v >= 0 for k, v in weights.items())
+                and (not weights or any(v > 0 for v in weights.values())),
+                "language_weights",
+                "language codes with weights of at least 0, not all of them 0",
+            )
+        else:
+            require(
+                weights is None or weights == "balanced",
+                "language_weights",
+                "a mapping, 'balanced', or nothing",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, without tokens: trackers and checkpoints write this."""
+        settings: dict[str, Any] = super().to_dict()
+        settings["model_init_kwargs"] = _without_tokens(settings.get("model_init_kwargs"), "<TOKEN>")
+        return settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library pickles the settings into every checkpoint folder (and what it uploads). A pickle holds no token.
+        state: dict[str, Any] = _without_tokens(self.__dict__, None)
+        return {**state, "model_init_kwargs": _without_tokens(state.get("model_init_kwargs"), None)}
+
+    def __copy__(self) -> MPOConfig:
+        # The copy module would take what a pickle has.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MPOConfig:
+        other = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def reference_folder(self) -> str:
+        """Folder of the reference cache: ``reference_cache_dir``, or ``mpo/reference`` below ``HF_HOME``."""
+        if self.reference_cache_dir is not None:
+            return os.path.abspath(os.path.expanduser(self.reference_cache_dir))
+        from huggingface_hub.constants import HF_HOME
+
+        return os.path.join(HF_HOME, "mpo", "reference")
+
+
+def _without_tokens(settings: Any, mark: str | None) -> Any:
+    """A mapping with ``mark`` in place of every text whose name says that it is a secret; anything else as it is."""
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: mark if isinstance(value, str) and is_secret_name(name) else value
+        for name, value in settings.items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

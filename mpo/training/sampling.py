@@ -1,0 +1,454 @@
+"""Which groups a rank sees in which micro-batch, and the tensors made of them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from mpo.errors import ConfigError
+from mpo.modeling.trees import Tree, build_batch, pack_rows
+from mpo.training.reference import SourceReference
+
+
+class GroupDataset(TorchDataset[dict[str, Any]]):
+    """
+    Tokenized groups with the reference values of their sources.
+
+    A negative index ``~i`` is group ``i`` as a filler: it is computed, but weighs nothing and is counted nowhere. A
+    rank that has no group left in a step takes one, so that all ranks make the same model calls.
+    """
+
+    def __init__(self, groups: Dataset, reference: SourceReference) -> None:
+        self.groups = groups
+        self.reference = reference
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        groups = [~i if i < 0 else i for i in indices]
+        columns = self.groups[groups]
+        return [
+            {
+                **{column: values[j] for column, values in columns.items()},
+                "group": group,
+                "filler": indices[j] < 0,
+                "reference_gap": float(self.reference.gap[group]),
+                "reference_hidden": self.reference.hidden(group),
+            }
+            for j, group in enumerate(groups)
+        ]
+
+
+class EpochSampler(Sampler[list[int]]):
+    """A batch sampler whose order follows the epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class GroupBatchSampler(EpochSampler):
+    """
+    Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
+
+    A micro-batch takes ``batch_size`` groups on each rank. What is left at the end of an epoch is spread evenly over the
+    ranks; a rank that gets none receives a filler (see :class:`GroupDataset`).
+
+    Args:
+        indices: groups to draw from.
+        batch_size: groups per rank and micro-batch.
+        num_ranks, rank: the process group.
+        seed: seed of the order; None keeps the order of ``indices``.
+        drop_last: leave out what is left at the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        batch_size: int,
+        *,
+        num_ranks: int = 1,
+        rank: int = 0,
+        seed: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.num_ranks, self.rank = num_ranks, rank
+        self.seed = seed
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        per_step = self.batch_size * self.num_ranks
+        return len(self.indices) // per_step if self.drop_last else -(-len(self.indices) // per_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.indices
+        if self.seed is not None:
+            order = self.indices[
+                np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))
+            ]
+        per_step = self.batch_size * self.num_ranks
+        for step in range(len(self)):
+            groups = order[step * per_step : (step + 1) * per_step]
+            mine = groups[self.rank :: self.num_ranks]
+            yield [int(i) for i in mine] if len(mine) else [~int(groups[0])]
+
+
+class TokenBudgetSampler(EpochSampler):
+    """
+    Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
+
+    Group sizes are spread over as few micro-batches as the budget allows, the largest first, each to the micro-batch with
+    the fewest tokens so far. So all micro-batches come out nearly equal, and those of one step, one per rank, differ by
+    less than their smallest group: no rank waits for another. A group is never split; one beyond the budget is a
+    micro-batch of its own.
+
+    Only the sizes, rounded up to six binary digits, decide on this, so every epoch has the same number of steps, known in
+    advance. Which groups of a size go where, and the order of the steps, are drawn anew in every epoch.
+
+    Args:
+        indices: ``[n]``, groups to draw from.
+        tokens: ``[n]``, tokens of each (:func:`group_tokens`).
+        max_tokens: budget of a micro-batch on one rank.
+        num_ranks, rank: the process group.
+        seed: seed of the order.
+        drop_last: leave out the step in which a rank would have no group and compute a filler.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        tokens: np.ndarray,
+        max_tokens: int,
+        *,
+        num_ranks: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.num_ranks, self.rank = num_ranks, rank
+        self.seed = seed
+        self.oversized = int((tokens > max_tokens).sum())
+        """Number of groups that are larger than the budget."""
+        sizes = _rounded_up(tokens)
+        order = np.argsort(-sizes, kind="stable")
+        self._indices, self._sizes = indices[order], sizes[order]
+        batch_of_place, loads = _spread(self._sizes, max_tokens, num_ranks)
+        # Places of the sizes, batch by batch and largest first, and where each batch begins.
+        self._places = np.argsort(batch_of_place, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(batch_of_place, minlength=len(loads)))])
+        # Neighbours by load share a step, one for each rank.
+        steps = np.argsort(-loads, kind="stable").reshape(-1, num_ranks)
+        filled = loads[steps] > 0
+        self._steps = steps[filled.all(axis=1) if drop_last else filled.any(axis=1)]
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        shuffled = rng.permutation(len(self._sizes))
+        # Groups of one size trade places; a stable sort keeps their random order.
+        groups = self._indices[shuffled[np.argsort(-self._sizes[shuffled], kind="stable")]]
+        for step in rng.permutation(len(self._steps)):
+            first, mine = self._steps[step, 0], self._steps[step, self.rank]
+            places = self._places[self._starts[mine] : self._starts[mine + 1]]
+            if len(places):
+                yield groups[places].tolist()
+            else:
+                # The step's first batch has groups; its smallest is the cheapest filler.
+                yield [~int(groups[self._places[self._starts[first + 1] - 1]])]
+
+
+def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
+    """
+    Tokens that each group brings to a micro-batch, without padding.
+
+    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
+
+    Args:
+        groups: tokenized groups.
+        run_source: whether the source is run while training.
+        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
+
+    Returns:
+        ``[groups]`` int64.
+    """
+    prompts = 1 if layout == "tree" else 2
+    factors = {
+        f"{side}_{part}": prompts if part == "prompt" else 1
+        for side in (("source", "target") if run_source else ("target",))
+        for part in ("prompt", "chosen", "rejected")
+    }
+    counts = [np.zeros(0, dtype=np.int64)]
+    for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
+        columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
+        counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
+    return np.concatenate(counts)
+
+
+def longest_tree(groups: Dataset) -> int:
+    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
+    columns = [f"{side}_{part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
+    longest = 0
+    for table in groups.with_format("arrow").select_columns(columns).iter(batch_size=10_000):
+        sources = sum(_tokens_of_rows(table[name]) for name in columns[:3])
+        targets = sum(_tokens_of_rows(pc.list_flatten(table[name])) for name in columns[3:])
+        longest = max(longest, int(np.max(sources)), int(np.max(targets)))
+    return longest
+
+
+def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:
+    """Tokens in each row of a column of token lists, or of lists of token lists."""
+    counts = []
+    for chunk in column.chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values
+        if not pa.types.is_integer(values.type):
+            offsets = values.offsets.to_numpy()[offsets]
+        counts.append(np.diff(offsets).astype(np.int64))
+    return np.concatenate(counts)
+
+
+def _rounded_up(tokens: np.ndarray) -> np.ndarray:
+    """Numbers rounded up to six binary digits: at most 3 % more, and few different ones."""
+    unit = 2 ** np.maximum(np.floor(np.log2(np.maximum(tokens, 1))).astype(np.int64) - 5, 0)
+    rounded: np.ndarray = -(-tokens.astype(np.int64) // unit) * unit
+    return rounded
+
+
+def _spread(sizes: np.ndarray, budget: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
+
+    Returns:
+        ``[n]`` batch of each, and the batches' loads.
+    """
+    total = int(sizes.sum())
+    halves = int((2 * sizes > budget).sum())
+    low = max(1, -(-total // (budget * num_ranks)), -(-halves // num_ranks))
+    high = max(low, -(-len(sizes) // num_ranks))  # a batch for every group
+    before = np.cumsum(sizes) - sizes
+    # A size finds no room only if every batch is fuller than the budget less that size.
+    floor, ceiling = low, high
+    while floor < ceiling:
+        steps = (floor + ceiling) // 2
+        batches = steps * num_ranks
+        if np.all(before[batches:] <= batches * (budget - sizes[batches:])):
+            ceiling = steps
+        else:
+            floor = steps + 1
+    high = ceiling
+    found = _fill(sizes, budget, high * num_ranks)
+    assert found is not None
+    # What is certain to do may be more than is needed; each try costs a pass over all groups.
+    while high - low > high // 50:
+        steps = (low + high) // 2
+        tried = _fill(sizes, budget, steps * num_ranks)
+        if tried is None:
+            low = steps + 1
+        else:
+            found, high = tried, steps
+    return found
+
+
+def _fill(sizes: np.ndarray, budget: int, batches: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Give each size to the batch with the smallest load; None where one does not fit."""
+    heap = list(range(batches))  # load * batches + batch, so that the smallest has the smallest load
+    chosen = np.empty(len(sizes), dtype=np.int64)
+    for i, size in enumerate(sizes.tolist()):
+        load, batch = divmod(heap[0], batches)
+        if load and load + size > budget:
+            return None
+        chosen[i] = batch
+        heapq.heapreplace(heap, heap[0] + size * batches)
+    loads = np.empty(batches, dtype=np.int64)
+    for entry in heap:
+        load, batch = divmod(entry, batches)
+        loads[batch] = load
+    return chosen, loads
+
+
+class GroupDataLoader(DataLoader[dict[str, Any]]):
+    """A data loader whose order follows the epoch, as the training loop expects."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the batch sampler."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, EpochSampler)
+        sampler.set_epoch(epoch)
+
+
+@dataclass
+class GroupCollator:
+    """
+    Turns groups into the tensors of one step.
+
+    Args:
+        languages: target languages; a pair's language is its index in this list.
+        language_weights: weight of each of ``languages``.
+        layout, max_tokens_per_row, pad_token_id, pooling, pad_to_multiple_of: see :func:`mpo.modeling.trees.build_batch`.
+        run_source: whether the source pair is run, for the retention term.
+        score_source: whether the source pair's responses are scored, for evaluation.
+        max_tokens_per_call: a batch of more tokens is split into several model calls.
+
+    The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T target pairs:
+
+    - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source
+    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run)
+    - ``group_of_pair``: ``[T]``, the pair's group in this batch
+    - ``language``: ``[T]``
+    - ``weight``: ``[T]`` float32, 0 for fillers
+    - ``num_pairs``: pairs that count
+    - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
+      the pairs of the call, and ``source_call``, the sources' tensors or None
+    - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from
+    """
+
+    languages: Sequence[str]
+    language_weights: Sequence[float]
+    layout: str
+    max_tokens_per_row: int
+    pad_token_id: int
+    pooling: str
+    run_source: bool = True
+    score_source: bool = False
+    pad_to_multiple_of: int | None = None
+    max_tokens_per_call: int | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        index_of = {language: i for i, language in enumerate(self.languages)}
+        sources: list[Tree] = []
+        targets: list[Tree] = []
+        pairs: list[tuple[float, int, int, float, bool]] = []
+        for g, example in enumerate(examples):
+            sources.append(
+                Tree(
+                    example["source_prompt"],
+                    example["source_chosen"],
+                    example["source_rejected"],
+                    score=self.score_source,
+                    pool=True,
+                )
+            )
+            for prompt, chosen, rejected, language in zip(
+                example["target_prompt"],
+                example["target_chosen"],
+                example["target_rejected"],
+                example["target_language"],
+                strict=True,
+            ):
+                targets.append(Tree(prompt, chosen, rejected, score=True))
+                code = index_of[language]
+                pairs.append(
+                    (example["reference_gap"], g, code, self.language_weights[code], not example["filler"])
+                )
+        run_sources = self.run_source or self.score_source
+        # Targets first: their scores are then the first rows of the head's output, whatever else is scored.
+        trees = targets + (sources if run_sources else [])
+        limit = self.max_tokens_per_call
+        batch: dict[str, Any]
+        if limit is None or self.score_source or sum(tree.size for tree in trees) <= limit:
+            batch = dict(self._build(trees))
+        else:
+            batch = {"calls": [], "source_call": self._build(sources) if run_sources else None}
+            for part in pack_rows([tree.size for tree in targets], limit):
+                pairs_of_call = sorted(part)
+                call = self._build([targets[i] for i in pairs_of_call])
+                batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
+            # What counts a batch's tokens reads them here.
+            ids = [call["input_ids"].flatten() for call in batch["calls"]]
+            batch["input_ids"] = torch.cat(
+                ids + ([batch["source_call"]["input_ids"].flatten()] if run_sources else [])
+            )
+        gaps, group_of_pair, language_ids, weights, counts = zip(*pairs, strict=True)
+        batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
+        batch["group_of_pair"] = torch.tensor(group_of_pair, dtype=torch.long)
+        batch["language"] = torch.tensor(language_ids, dtype=torch.long)
+        batch["counts"] = torch.tensor(counts, dtype=torch.float32)
+        batch["weight"] = torch.tensor(weights, dtype=torch.float32) * batch["counts"]
+        batch["num_pairs"] = int(sum(counts))
+        if self.run_source:
+            batch["reference_hidden"] = torch.from_numpy(
+                np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
+            )
+        batch["groups"] = [example["group"] for example in examples]
+        batch["origins"] = [example["origin"] for example in examples]
+        batch["rows"] = [list(example["row"]) for example in examples]
+        return batch
+
+    def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
+        return build_batch(
+            trees,
+            layout=self.layout,
+            max_tokens_per_row=self.max_tokens_per_row,
+            pad_token_id=self.pad_token_id,
+            pooling=self.pooling,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+
+def language_weights(
+    languages: Sequence[str], pairs: Mapping[str, int], weights: Mapping[str, float] | str | None
+) -> list[float]:
+    """
+    Weight of each language, scaled so that the mean over all pairs is 1.
+
+    Args:
+        languages: target languages.
+        pairs: number of training pairs of each.
+        weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
+            (1 where not named).
+
+    Raises:
+        ConfigError: a language is named that is not among ``languages``, or all pairs weigh 0.
+    """
+    if weights is None:
+        return [1.0] * len(languages)
+    if weights == "balanced":
+        raw = [1.0 / pairs[language] if pairs.get(language) else 0.0 for language in languages]
+    else:
+        assert not isinstance(weights, str)
+        if unknown := sorted(set(weights) - set(languages)):
+            raise ConfigError(
+                f"`language_weights` names {', '.join(unknown)}, but the data's target languages are "
+                f"{', '.join(languages)}."
+            )
+        raw = [float(weights.get(language, 1.0)) for language in languages]
+    counts = [pairs.get(language, 0) for language in languages]
+    total = sum(w * n for w, n in zip(raw, counts, strict=True))
+    if total == 0:
+        present = ", ".join(language for language in languages if pairs.get(language))
+        raise ConfigError(
+            f"`language_weights` is 0 for every language that is trained on ({present}), so there is nothing to learn. "
+            "Give at least one of them a weight above 0."
+        )
+    return [w * sum(counts) / total for w in raw]
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a batch's tensors to a device without waiting for the copy."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from mpo.common.progress import CountProgress, quiet_libraries
+from mpo.common.words import duration
+from mpo.training.config import MPOConfig
+from mpo.training.progress import TrainingProgress
+
+
+@pytest.fixture
+def args(tmp_path) -> MPOConfig:
+    return MPOConfig(output_dir=str(tmp_path), use_cpu=True)
+
+
+def run(progress: TrainingProgress, args: MPOConfig, steps: int, start: int = 0, main: bool = True) -> None:
+    state = TrainerState(max_steps=steps, global_step=start, is_world_process_zero=main)
+    control = TrainerControl()
+    progress.on_train_begin(args, state, control)
+    for step in range(start + 1, steps + 1):
+        state.global_step = step
+        progress.on_step_end(args, state, control)
+        logs = {
+            "loss": 1 / step,
+            "loss/reward_gap": 0.5 / step,
+            "loss/retention": 0.25,
+            "pairs_per_second": 12.5,
+        }
+        progress.on_log(args, state, control, logs=logs)
+    progress.on_log(args, state, control, logs={"eval_loss": 0.125})
+    progress.on_log(args, state, control, logs={"train_runtime": 3.0})
+    progress.on_train_end(args, state, control)
+
+
+def test_without_a_terminal_every_tenth_of_the_steps_is_a_line(args: MPOConfig) -> None:
+    stream = io.StringIO()
+    run(TrainingProgress(stream), args, steps=100)
+    lines = [line for line in stream.getvalue().splitlines() if "(gap" in line]
+    assert [int(line.split("/")[0].removeprefix("Step ")) for line in lines] == list(range(10, 101, 10))
+    assert "loss 0.0500 (gap 0.0250, retain 0.2500), 12.5 pairs/s, 0 s left" in lines[1].replace("\n", "")
+    assert not lines[-1].endswith("left")
+    assert "{" not in stream.getvalue()
+
+
+def test_a_resumed_run_does_not_repeat_the_lines_before(args: MPOConfig) -> None:
+    stream = io.StringIO()
+    run(TrainingProgress(stream), args, steps=10, start=7)
+    assert [line.split(":")[0] for line in stream.getvalue().splitlines()][:3] == [
+        "Step 8/10",
+        "Step 9/10",
+        "Step 10/10",
+    ]
+
+
+def test_on_a_terminal_there_is_one_bar_with_the_loss_and_its_terms(
+    args: MPOConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    run(TrainingProgress(stream, bar=True), args, steps=20)
+    text = stream.getvalue()
+    assert "Training 100%" in text and "20/20" in text
+    assert "loss 0.0500 (gap 0.0250, retain 0.2500), 12.5 pairs/s" in text
+    assert "Step 20: held-out loss 0.1250" in text
+    assert "{" not in text
+
+
+def test_other_ranks_show_nothing(args: MPOConfig) -> None:
+    for bar in (True, False):
+        stream = io.StringIO()
+        run(TrainingProgress(stream, bar=bar), args, steps=20, main=False)
+        assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_our_warnings_are_shown_and_those_of_libraries_are_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MPO_DEBUG", raising=False)
+    quiet_libraries()
+    logging.getLogger("trl.trainer.dpo_trainer").warning("of no concern")
+    logging.getLogger("mpo.training.trainer").warning("[RANK 0] the chosen answers become unlikely")
+    captured = capsys.readouterr()
+    assert captured.err == "Warning: the chosen answers become unlikely\n"
+
+
+def test_deepspeed_is_quiet_although_it_sets_its_own_level_when_it_is_imported(caplog):
+    quiet_libraries()
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(caplog.handler)
+    logger.warning("chatter")
+    logger.error("trouble")
+    logger.removeHandler(caplog.handler)
+    messages = [record.getMessage() for record in caplog.records]
+    assert "trouble" in messages and "chatter" not in messages
+
+
+def test_counts_are_lines_off_a_terminal_and_the_last_is_always_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("mpo.common.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with CountProgress("Answering", 23, done=3, unit="prompt", stream=stream) as progress:
+        for _ in range(20):
+            progress.advance()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "Answering: 6/23 prompts, 34 s left"
+    assert lines[-1] == "Answering: 23/23 prompts"
+    assert 3 <= len(lines) <= 10

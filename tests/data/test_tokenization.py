@@ -1,0 +1,368 @@
+"""From messages to tokens: the prompt whole, the response cut at its end, nothing lost or doubled between."""
+
+from __future__ import annotations
+
+import logging
+import random
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import PartialState
+from datasets import Dataset
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from mpo.data import as_groups
+from mpo.data.tokenization import set_chat_template, tokenize_group, tokenize_groups, tokenize_pair
+from mpo.errors import DataError, ModelError
+from tests.plain import Group, Ids, group_ids
+from tests.tiny import TOKENIZER_FAMILIES, build_tokenizer, random_groups
+
+Message = dict[str, str]
+
+# What ends an assistant's turn, with all that the family's template writes after it.
+END_OF_TURN = {"llama": "<|eot_id|>", "gemma": "<end_of_turn>\n", "qwen": "<|im_end|>\n"}
+FIRST_TOKEN = {"llama": "<|begin_of_text|>", "gemma": "<bos>", "qwen": None}
+
+
+@lru_cache
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+    return build_tokenizer(family)
+
+
+def written(family: str, messages: list[Message], generation: bool) -> str:
+    """The conversation as the family's documentation shows it, without a template engine."""
+    turns = [(message["role"], message["content"]) for message in messages]
+    if family == "llama":
+        text = "<|begin_of_text|>" + "".join(
+            f"<|start_header_id|>{role}<|end_header_id|>\n\n{content.strip()}<|eot_id|>"
+            for role, content in turns
+        )
+        return text + ("<|start_header_id|>assistant<|end_header_id|>\n\n" if generation else "")
+    if family == "gemma":
+        names = {"assistant": "model", "user": "user"}
+        text = "<bos>" + "".join(
+            f"<start_of_turn>{names[role]}\n{content.strip()}<end_of_turn>\n" for role, content in turns
+        )
+        return text + ("<start_of_turn>model\n" if generation else "")
+    if turns[0][0] != "system":
+        turns = [("system", "You are a tiny assistant."), *turns]
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    return text + ("<|im_start|>assistant\n" if generation else "")
+
+
+def encode(family: str, text: str) -> list[int]:
+    """Token ids of a text as it stands, nothing added."""
+    return tokenizer_of(family).backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# No character that a normalizer would change, so that what is decoded can be compared with what was written.
+texts = st.text(st.sampled_from("aeriverbread. ,!?\n\t0179河流请窗ಕنهرنদী강물ß€🙂"), min_size=1, max_size=25)
+families = st.sampled_from(TOKENIZER_FAMILIES)
+
+
+@st.composite
+def conversations(draw_from: st.DrawFn) -> list[Message]:
+    """One to three turns that end with the user's."""
+    turns = 2 * draw_from(st.integers(0, 1)) + 1
+    return [
+        {"role": "assistant" if turn % 2 else "user", "content": draw_from(texts)} for turn in range(turns)
+    ]
+
+
+def answer(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def visible(family: str, text: str) -> str:
+    """What the family's template leaves of a message."""
+    return text if family == "qwen" else text.strip()
+
+
+@settings(deadline=None)
+@given(families, conversations(), texts, texts)
+def test_prompt_and_response_are_the_conversation_as_the_family_writes_it(
+    family: str, prompt: list[Message], chosen: str, rejected: str
+) -> None:
+    pair = tokenize_pair(tokenizer_of(family), prompt, answer(chosen), answer(rejected))
+    for text, response in ((chosen, pair.chosen), (rejected, pair.rejected)):
+        whole = encode(family, written(family, [*prompt, *answer(text)], generation=False))
+        assert pair.prompt + response == whole
+    assert pair.prompt == encode(family, written(family, prompt, generation=True))
+
+
+@settings(deadline=None)
+@given(families, conversations(), texts)
+def test_the_end_of_turn_and_the_newline_after_it_belong_to_the_response(
+    family: str, prompt: list[Message], chosen: str
+) -> None:
+    tokenizer = tokenizer_of(family)
+    pair = tokenize_pair(tokenizer, prompt, answer(chosen), answer("no"))
+    assert tokenizer.decode(pair.chosen) == visible(family, chosen) + END_OF_TURN[family]
+    assert tokenizer.decode(pair.rejected) == "no" + END_OF_TURN[family]
+
+
+@settings(deadline=None)
+@given(families, conversations(), texts)
+def test_the_first_token_is_written_once(family: str, prompt: list[Message], chosen: str) -> None:
+    tokenizer = tokenizer_of(family)
+    pair = tokenize_pair(tokenizer, prompt, answer(chosen), answer("no"))
+    first = FIRST_TOKEN[family]
+    if first is None:
+        assert tokenizer.bos_token is None
+        return
+    number = tokenizer.convert_tokens_to_ids(first)
+    assert pair.prompt[0] == number
+    assert (pair.prompt + pair.chosen).count(number) == 1
+
+
+@settings(deadline=None)
+@given(families, conversations(), texts, texts, st.integers(1, 30), st.one_of(st.none(), st.integers(1, 30)))
+def test_a_response_is_cut_at_its_end_and_the_prompt_never(
+    family: str, prompt: list[Message], chosen: str, rejected: str, room: int, most: int | None
+) -> None:
+    tokenizer = tokenizer_of(family)
+    whole = tokenize_pair(tokenizer, prompt, answer(chosen), answer(rejected))
+    limit = len(whole.prompt) + room
+    cut = tokenize_pair(
+        tokenizer, prompt, answer(chosen), answer(rejected), max_length=limit, max_response_length=most
+    )
+    kept = room if most is None else min(room, most)
+    assert cut.prompt == whole.prompt
+    assert cut.chosen == whole.chosen[:kept]
+    assert cut.rejected == whole.rejected[:kept]
+
+
+@settings(deadline=None)
+@given(families, conversations(), texts, st.integers(0, 5))
+def test_a_prompt_that_leaves_no_room_for_a_response_is_an_error(
+    family: str, prompt: list[Message], chosen: str, missing: int
+) -> None:
+    tokenizer = tokenizer_of(family)
+    length = len(encode(family, written(family, prompt, generation=True)))
+    with pytest.raises(DataError, match=f"prompt alone has {length} tokens") as error:
+        tokenize_pair(tokenizer, prompt, answer(chosen), answer("no"), max_length=length - missing)
+    assert error.value.field == "prompt"
+
+
+# ---- Templates that render the prompt in two ways ----------------------------------------------------------
+
+_PLAIN_TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shared(*sequences: list[int]) -> int:
+    """How many tokens all sequences begin with in common."""
+    count = 0
+    while all(len(s) > count for s in sequences) and len({s[count] for s in sequences}) == 1:
+        count += 1
+    return count
+
+
+openings = st.sampled_from(["", "dr", "draft", "draft:", "draft: ", "draft: x", "dread"])
+
+
+@settings(deadline=None)
+@given(openings, openings, texts, texts)
+def test_both_responses_start_at_the_last_token_that_prompt_and_both_have_in_common(
+    begin_chosen: str, begin_rejected: str, chosen: str, rejected: str
+) -> None:
+    tokenizer = with_template(_PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]draft: {% endif %}")
+    chosen, rejected = begin_chosen + chosen, begin_rejected + rejected
+    texts_of = [f"[user]hello[assistant]{text}" for text in ("draft: ", chosen, rejected)]
+    prompt_ids, chosen_ids, rejected_ids = (encode("llama", text) for text in texts_of)
+    start = shared(prompt_ids, chosen_ids, rejected_ids)
+    assume(start < min(len(chosen_ids), len(rejected_ids)))
+    pair = tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer(chosen), answer(rejected))
+    assert pair.prompt == prompt_ids[:start]
+    assert pair.chosen == chosen_ids[start:]
+    assert pair.rejected == rejected_ids[start:]
+
+
+def test_the_limit_holds_for_the_common_prompt_as_well() -> None:
+    tokenizer = with_template(
+        _PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]a long opening{% endif %}"
+    )
+    prompt = [{"role": "user", "content": "hello"}]
+    common = len(encode("llama", "[user]hello[assistant]"))
+    pair = tokenize_pair(tokenizer, prompt, answer("yes yes"), answer("no no"), max_length=common + 2)
+    assert [len(part) for part in pair] == [common, 2, 2]
+
+
+def test_a_prompt_that_is_no_prefix_needs_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Scoring and checking data tokenize in processes where no trainer, and so no accelerator, was ever made.
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    tokenizer = with_template(_PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]so: {% endif %}")
+    prompt = [{"role": "user", "content": "a prompt that no other test has"}]
+    pair = tokenize_pair(tokenizer, prompt, answer("yes"), answer("no"))
+    assert tokenizer.decode(pair.chosen) == "yes"
+
+
+def test_a_prompt_without_a_common_token_is_an_error() -> None:
+    tokenizer = with_template("{% if add_generation_prompt %}x{% else %}" + _PLAIN_TURNS + "{% endif %}")
+    with pytest.raises(DataError, match="prompt"):
+        tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer("yes"), answer("no"))
+
+
+@pytest.mark.parametrize("field", ["chosen", "rejected"])
+def test_a_response_that_renders_to_nothing_is_an_error(field: str) -> None:
+    responses = {"chosen": answer("yes"), "rejected": answer("no"), field: answer("")}
+    tokenizer = with_template(_PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    with pytest.raises(DataError, match="renders to no token") as error:
+        tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], **responses)
+    assert error.value.field == field
+
+
+def test_messages_that_the_template_rejects_are_an_error_that_names_the_roles() -> None:
+    prompt = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    with pytest.raises(DataError, match=r"(?s)system turn is not supported.*\['system', 'user'\]"):
+        tokenize_pair(tokenizer_of("gemma"), prompt, answer("yes"), answer("no"))
+
+
+def test_extra_arguments_reach_the_template() -> None:
+    tokenizer = with_template("{% if loud %}LOUD {% endif %}" + _PLAIN_TURNS)
+    prompt = [{"role": "user", "content": "hello"}]
+    pair = tokenize_pair(tokenizer, prompt, answer("yes"), answer("no"), template_kwargs={"loud": True})
+    assert tokenizer.decode(pair.prompt) == "LOUD [user]hello"
+
+
+# ---- Groups ------------------------------------------------------------------------------------------------
+
+
+def as_plain(tokenized: Dataset) -> list[Group]:
+    return [
+        Group(
+            Ids(*(row[f"source_{part}"] for part in Ids._fields)),
+            [Ids(*parts) for parts in zip(*(row[f"target_{part}"] for part in Ids._fields), strict=True)],
+            row["target_language"],
+        )
+        for row in tokenized
+    ]
+
+
+@pytest.mark.parametrize("family", TOKENIZER_FAMILIES)
+@pytest.mark.parametrize("cut", [False, True])
+def test_groups_are_tokenized_pair_by_pair(family: str, cut: bool) -> None:
+    rows = random_groups(3, 5, (1, 5), words=(1, 4))
+    whole = group_ids(tokenizer_of(family), rows)
+    longest = max(len(pair.prompt) for group in whole for pair in [group.source, *group.targets])
+    max_length = longest + 3 if cut else None
+    tokenized, dropped = tokenize_groups(as_groups(rows), tokenizer_of(family), max_length=max_length)
+    assert dropped == []
+    assert as_plain(tokenized) == group_ids(tokenizer_of(family), rows, max_length)
+    assert (as_plain(tokenized) != whole) == cut
+    assert tokenized["row"] == [[target["row"] for target in row["targets"]] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({"max_targets_per_group": 2}, 2),
+        ({"group_by_source": False}, 1),
+        ({"group_by_source": False, "max_targets_per_group": 3}, 1),
+        ({"max_targets_per_group": 50}, 50),
+    ],
+)
+def test_splitting_groups_keeps_every_target_once_with_its_source(
+    options: dict[str, Any], limit: int
+) -> None:
+    rows = random_groups(4, 4, (1, 7), words=(1, 3))
+    tokenizer = tokenizer_of("llama")
+    tokenized, _ = tokenize_groups(as_groups(rows), tokenizer, **options)
+    expected = []
+    for group in group_ids(tokenizer, rows):
+        for start in range(0, len(group.targets), limit):
+            end = start + limit
+            expected.append(Group(group.source, group.targets[start:end], group.languages[start:end]))
+    assert as_plain(tokenized) == expected
+    numbers = [number for row in tokenized["row"] for number in row]
+    assert numbers == [target["row"] for row in rows for target in row["targets"]]
+
+
+def long_prompt(pair: dict[str, Any]) -> None:
+    pair["prompt"] = [{"role": "user", "content": "window " * 80}]
+
+
+def test_pairs_that_fail_are_dropped_and_named_or_stop_everything() -> None:
+    rows = random_groups(5, 3, (3, 3), words=(1, 3))
+    long_prompt(rows[0]["targets"][1])
+    long_prompt(rows[2]["source"])
+    tokenizer = tokenizer_of("qwen")
+    groups = as_groups(rows)
+    with pytest.raises(DataError, match=r"targets\[1\]\.prompt") as error:
+        tokenize_groups(groups, tokenizer, max_length=150)
+    assert "random_groups" in str(error.value)
+
+    tokenized, dropped = tokenize_groups(groups, tokenizer, max_length=150, bad_rows="drop")
+    del rows[0]["targets"][1], rows[2]
+    assert as_plain(tokenized) == group_ids(tokenizer, rows, 150)
+    assert len(dropped) == 2
+    assert "targets[1].prompt" in dropped[0]
+    assert "source.prompt" in dropped[1]
+
+
+def test_data_of_which_nothing_is_left_is_an_error() -> None:
+    rows = random_groups(6, 2, (1, 1), words=(1, 3))
+    for row in rows:
+        long_prompt(row["source"])
+    with pytest.raises(DataError, match="2 bad rows"):
+        tokenize_groups(as_groups(rows), tokenizer_of("qwen"), max_length=150, bad_rows="drop")
+
+
+def test_an_error_names_the_file_the_row_and_the_field() -> None:
+    group = random_groups(random.Random(7), 1, (2, 2), words=(1, 3))[0]
+    group["origin"] = "pairs.jsonl"
+    group["targets"][1]["row"] = 17
+    long_prompt(group["targets"][1])
+    with pytest.raises(DataError) as error:
+        tokenize_group(group, tokenizer_of("llama"), max_length=150)
+    message = str(error.value)
+    assert all(part in message for part in ("pairs.jsonl", "17", "targets[1].prompt"))
+
+
+# ---- The tokenizer -----------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_last_token() -> None:
+    tokenizer = build_tokenizer("llama")
+    assert tokenizer.pad_token is None
+    set_chat_template(tokenizer, None)
+    assert tokenizer.pad_token == "<|eot_id|>"
+    gemma = build_tokenizer("gemma")
+    set_chat_template(gemma, None)
+    assert gemma.pad_token == "<pad>"
+
+
+def test_a_chat_template_is_taken_from_text_or_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(_PLAIN_TURNS, encoding="utf-8")
+    for given_template in (_PLAIN_TURNS, str(file)):
+        tokenizer = build_tokenizer("gemma")
+        set_chat_template(tokenizer, given_template)
+        assert tokenizer.chat_template == _PLAIN_TURNS
+
+
+def test_a_tokenizer_without_a_chat_template_or_with_a_missing_file_is_refused(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("gemma")
+    with pytest.raises(ModelError, match="neither Jinja text nor an existing file"):
+        set_chat_template(tokenizer, str(tmp_path / "nowhere.jinja"))
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="some-model has no chat template"):
+        set_chat_template(tokenizer, None, "some-model")
+
+
+def test_the_prompt_that_is_no_prefix_is_warned_of_with_what_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = with_template(_PLAIN_TURNS + "{% if add_generation_prompt %}[assistant]hmm{% endif %}")
+    with caplog.at_level(logging.WARNING):
+        tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer("yes"), answer("no"))
+    assert "'hmm'" in caplog.text

@@ -1,0 +1,205 @@
+"""What the head reads from a model equals what the model's own logits and hidden states say."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertModel,
+    Cohere2Config,
+    CohereConfig,
+    GraniteConfig,
+    PhiConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from mpo.errors import ModelError
+from mpo.modeling.head import attach_reward_gap_head
+from mpo.modeling.trees import Tree, build_batch
+from tests.plain import (
+    Exact,
+    ExactLogProbFunction,
+    Ids,
+    assert_same_tensors,
+    gradients,
+    plain_model,
+    random_pair,
+    relative_error,
+    router_loss,
+    score_pair,
+)
+from tests.tiny import build_model
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def other_family(name: str) -> PreTrainedModel:
+    """Models whose path from the last hidden state to the logits is more than a matrix."""
+    configs = {
+        "cohere": lambda: CohereConfig(**_SIZES, logit_scale=0.4),
+        "cohere2": lambda: Cohere2Config(**_SIZES, logit_scale=0.4, sliding_window=5),
+        "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=2.5, embedding_multiplier=3.0),
+        "phi": lambda: PhiConfig(**_SIZES),  # a bias on the logits
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        configs[name](), attn_implementation="eager", dtype=torch.float32
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.double().eval()
+
+
+def draw(seed: int, count: int) -> list[Ids]:
+    rng = random.Random(seed)
+    return [random_pair(rng) for _ in range(count)]
+
+
+def call(model: PreTrainedModel, trees: list[Tree], layout: str = "tree", **options: Any) -> Any:
+    batch = build_batch(trees, layout=layout, max_tokens_per_row=40, pad_token_id=0, pooling="mean")
+    return model(reward_gap_head=True, **batch, **options)
+
+
+@pytest.mark.parametrize("family", ["cohere", "cohere2", "granite", "phi"])
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_scaled_and_biased_logits_are_read_as_the_model_computes_them(
+    family: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.modeling.head.ChunkedLogProbFunction", ExactLogProbFunction)
+    model = other_family(family)
+    reference = plain_model(model)
+    attach_reward_gap_head(model)
+    pairs = draw(1, 3)
+    with Exact():
+        found = call(model, [Tree(*pair) for pair in pairs], layout).response_logps
+    expected = torch.stack([score_pair(reference, pair).logps for pair in pairs])
+    assert relative_error(found, expected) <= 1e-9
+    direction = torch.randn(3, 2, dtype=torch.float64)
+    assert_same_tensors(
+        gradients((found * direction).sum(), dict(model.named_parameters())),
+        gradients((expected * direction).sum(), dict(reference.named_parameters())),
+        1e-9,
+    )
+
+
+@pytest.mark.parametrize("tile", [7, 512, 600])
+def test_the_width_of_the_vocabulary_tiles_changes_nothing(
+    tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.modeling.head._TILE_WIDTH", {"cpu": tile})
+    model = build_model("gemma2", dtype=torch.float64)
+    reference = plain_model(model)
+    attach_reward_gap_head(model)
+    pair = draw(2, 1)[0]
+    with Exact():
+        found = call(model, [Tree(*pair)]).response_logps
+    assert relative_error(found, score_pair(reference, pair).logps[None]) <= 1e-9
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_without_its_flag_the_model_is_what_it_was(family: str) -> None:
+    model = build_model(family)
+    ids = torch.arange(20, 32)[None]
+    before = model(input_ids=ids).logits
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+    attach_reward_gap_head(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_lm_head_is_called_once_since_sharding_gathers_its_weights_around_that_call(
+    trained: bool,
+) -> None:
+    model = build_model("llama").requires_grad_(trained)
+    attach_reward_gap_head(model)
+    weight = model.lm_head.weight
+    events: list[str] = []
+
+    def gather(module: torch.nn.Module, inputs: Any) -> None:
+        events.append("gathered")
+        module.weight = torch.nn.Parameter(weight.detach() * 2, requires_grad=trained)
+
+    def divide(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        events.append("divided")
+        module.weight = weight
+
+    expected = build_model("llama")
+    with torch.no_grad():
+        expected.lm_head.weight.mul_(2)
+    attach_reward_gap_head(expected)
+    model.lm_head.register_forward_pre_hook(gather)
+    model.lm_head.register_forward_hook(divide)
+    trees = [Tree(*pair) for pair in draw(5, 3)]
+    found = call(model, trees).response_logps
+    assert events == ["gathered", "divided"]
+    torch.testing.assert_close(found, call(expected, trees).response_logps)
+
+
+def test_attaching_twice_does_nothing() -> None:
+    model = build_model("llama")
+    attach_reward_gap_head(model)
+    forward = model.forward
+    attach_reward_gap_head(model)
+    assert model.forward == forward
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), BertModel(BertConfig(**_SIZES))])
+def test_a_model_without_an_lm_head_is_refused(model: Any) -> None:
+    with pytest.raises(ModelError, match="LM head"):
+        attach_reward_gap_head(model)
+
+
+def test_what_was_not_asked_for_is_not_computed() -> None:
+    model = build_model("llama")
+    attach_reward_gap_head(model)
+    pairs = draw(3, 2)
+    nothing = call(model, [Tree(*pair, False, False) for pair in pairs])
+    assert nothing.response_logps.shape == (0, 2)
+    assert nothing.pooled.shape == (0, 2, 32)
+    assert nothing.aux_loss is None
+    mixed = call(model, [Tree(*pairs[0], True, False), Tree(*pairs[1], False, True)])
+    assert mixed.response_logps.shape == (1, 2)
+    assert mixed.pooled.shape == (1, 2, 32)
+
+
+@pytest.mark.parametrize("layout", ["tree", "padded"])
+def test_the_router_loss_counts_every_token_that_was_read_and_no_padding(layout: str) -> None:
+    model = build_model("mixtral", dtype=torch.float64)
+    reference = plain_model(model)
+    attach_reward_gap_head(model)
+    pairs = draw(4, 4)
+    passes: list[tuple[list[int], range]] = []
+    for pair in pairs:
+        chosen, rejected = [*pair.prompt, *pair.chosen], [*pair.prompt, *pair.rejected]
+        # A tree reads its prompt once, two rows read it twice.
+        first = len(pair.prompt) if layout == "tree" else 0
+        passes += [(chosen, range(len(chosen))), (rejected, range(first, len(rejected)))]
+    with Exact():
+        found: Tensor = call(
+            model, [Tree(*pair) for pair in pairs], layout, output_router_logits=True
+        ).aux_loss
+    expected = router_loss(reference, passes)
+    assert relative_error(found, expected) <= 1e-9
+    assert_same_tensors(
+        gradients(found, dict(model.named_parameters())),
+        gradients(expected, dict(reference.named_parameters())),
+        1e-9,
+    )
