@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import mpo
-from mpo import cli
+from mpo.cli import app as cli
 from mpo.errors import ProcessLostError, TrainingError
 from tests.tiny import save_tiny
 

@@ -16,7 +16,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from mpo import cli
+from mpo.cli import app as cli
 from mpo.common.statistics import language_average, wilson_interval
 from mpo.errors import ConfigError
 from mpo.evaluation.answers import AnswerRow, Framing, make_answers
