@@ -53,9 +53,12 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.modeling.loss import reward_gap
+from mpo.modeling.pairs import PairTensors
+from mpo.training import reference_policy
 from mpo.training import trainer as trainer_module
 from mpo.training.checkpoints import checkpoints, is_complete, last_complete_checkpoint
-from mpo.training.scoring import PairTensors, score_groups
+from mpo.training.scoring import score_groups
+from mpo.training.sharding import tokens_per_call
 from mpo.training.trainer import MPOTrainer
 from tests import runs
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
@@ -1064,17 +1067,17 @@ def test_the_reference_of_data_that_is_gone_is_forgotten(
 ) -> None:
     # Data is known by its identity, which the next data may get when this one is no longer in memory.
     built: list[weakref.ref[Any]] = []
-    original = trainer_module.build_or_load
+    original = reference_policy.build_or_load
 
     def watch(dataset: Any, *args: Any, **kwargs: Any) -> Any:
         built.append(weakref.ref(dataset))
         return original(dataset, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "build_or_load", watch)
+    monkeypatch.setattr(reference_policy, "build_or_load", watch)
     trainer = runs.trainer(model, tmp_path, rows, peft_config=runs.lora())
     trainer.score(random_groups(20, 3, (1, 1), languages=tuple(trainer.languages), words=(1, 4)))
     gc.collect()
-    assert len(trainer._references) == sum(dataset() is not None for dataset in built)
+    assert len(trainer._reference.known) == sum(dataset() is not None for dataset in built)
 
 
 def test_new_data_after_training_is_scored_with_the_right_reference_or_refused(
@@ -1216,47 +1219,21 @@ def test_tensorboard_gets_the_metrics_of_every_language(
             assert any(tag.startswith("eval/") and tag.endswith(f"{name}/{language}") for tag in tags), name
 
 
-def test_a_log_is_of_the_pairs_of_all_ranks(
-    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = runs.trainer(model, tmp_path, rows)
-    # One language's count, gap, gap to source, positive, chosen, rejected, gap loss and retention, summed over pairs.
-    own, other = [3.0, 6.0, 3.0, 3.0, -3.0, -9.0, 12.0, 3.0], [1.0, -2.0, 1.0, 0.0, -5.0, -3.0, 4.0, 5.0]
-    trainer._sums[0] = torch.tensor(own)
-
-    def all_reduce(values: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
-        assert op == torch.distributed.ReduceOp.SUM
-        values[0] += torch.tensor(other)
-
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: 102.0)
-    trainer._last_log, trainer.state.global_step = (100.0, 0), 1
-    language = trainer.languages[0]
-    assert trainer._language_metrics() == {
-        "loss/reward_gap": 4.0,
-        "loss/retention": 2.0,
-        "pairs_per_second": 2.0,
-        f"reward_gap/{language}": 1.0,
-        f"gap_to_source/{language}": 1.0,
-        f"positive/{language}": 0.75,
-        f"logps/chosen/{language}": -2.0,
-        f"logps/rejected/{language}": -3.0,
-    }
-    assert not trainer._sums.any()
-
-
 def test_with_several_processes_a_micro_batch_is_one_call(
     model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Gradients are reduced in a call's backward pass, and ranks with more calls would wait for those with fewer.
     trainer = runs.trainer(model, tmp_path, rows)
-    assert trainer._tokens_per_call() is not None
+
+    def limit() -> int | None:
+        return tokens_per_call(trainer.args, trainer.accelerator, router_loss=False)
+
+    assert limit() is not None and limit() == trainer.data_collator.max_tokens_per_call
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    assert trainer._tokens_per_call() is None
+    assert limit() is None
     trainer.args.max_tokens_per_call = 100
     with pytest.raises(ConfigError, match="one model call with several processes"):
-        trainer._tokens_per_call()
+        limit()
 
 
 # ---- Values that are not finite ----------------------------------------------------------------------------------
@@ -1437,14 +1414,14 @@ def test_weights_that_are_not_finite_on_another_rank_are_not_saved_as_the_last_g
     model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class OfTwo(Poisoned):
-        def _stop_at_non_finite(self, loss_finite: bool) -> None:
+        def _stop_at_non_finite(self, what: str) -> None:
             with mock.patch.object(Accelerator, "num_processes", 2):
-                super()._stop_at_non_finite(loss_finite)
+                super()._stop_at_non_finite(what)
 
     def gather(values: list[Any]) -> list[Any]:
         return [*values, False] if values == [True] else values
 
-    monkeypatch.setattr(trainer_module, "gather_object", gather)
+    monkeypatch.setattr("mpo.training.ranks.gather_object", gather)
     with pytest.raises(TrainingError, match="No step had been saved"):
         runs.trainer(model, tmp_path, rows, kind=OfTwo, **{**STEPPED, "save_steps": 100}).train()
     assert checkpoints(tmp_path / "out") == []
