@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from mpo.errors import ConfigError, DataError, DependencyError, MPOError, StorageError
+from mpo.errors import ConfigError, DataError
 from mpo.training.compute import check_compute_options
 from mpo.training.config import MPOConfig
 
@@ -19,7 +18,7 @@ _REFUSED = {
 
 
 def check_arguments(
-    args: Any, *, model: Any, ref_model: Any, train_dataset: Any, quantization_config: Any, **refused: Any
+    args: Any, model: Any, ref_model: Any, train_dataset: Any, quantization_config: Any, **refused: Any
 ) -> None:
     """Refuse arguments of the trainer that contradict each other, have no meaning, or need what is not there.
 
@@ -120,6 +119,19 @@ def check_adapter_config(config: Any) -> None:
         )
 
 
+def check_languages(found: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse data with target languages that the trainer was not made with.
+
+    Raises:
+        DataError: Names them.
+    """
+    if unknown := sorted(set(found) - set(known)):
+        raise DataError(
+            f"the data has target languages the trainer was not made with: {', '.join(unknown)}. Pass it as `eval_dataset` "
+            "when the trainer is made."
+        )
+
+
 def check_master_weights(model: Any) -> None:
     """Refuse to train all weights of a model that is loaded in half precision.
 
@@ -137,20 +149,3 @@ def check_master_weights(model: Any) -> None:
             "updates are rounded away. Load the model with `dtype: float32` and set `bf16: true`, which computes in bf16 "
             "and keeps float32 master weights."
         )
-
-
-@contextmanager
-def library_errors_as_own(args: MPOConfig) -> Iterator[None]:
-    """Turn what the libraries say of a missing package, a folder or the LM head into this package's errors."""
-    try:
-        yield
-    except MPOError:
-        raise
-    except ImportError as error:
-        raise DependencyError(str(error)) from error
-    except (NotADirectoryError, PermissionError, FileExistsError) as error:
-        raise StorageError(f"the output folder '{args.output_dir}' cannot be made: {error}") from error
-    except ValueError as error:
-        if "lm_head" not in str(error):
-            raise
-        raise ConfigError(str(error)) from error

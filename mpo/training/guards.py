@@ -46,8 +46,8 @@ class FiniteGuard:
         """Begin the next step."""
         self._loss, self._groups = None, []
 
-    def find(self, grad_norm: Any = 0.0) -> str | None:
-        """What forbids the optimizer to take the step: ``"loss"`` or ``"gradient"``, the same on all ranks, or None.
+    def not_finite(self, grad_norm: Any = 0.0) -> str | None:
+        """What is not finite, so that the optimizer must not take the step: ``"loss"`` or ``"gradient"``, the same on all ranks, or None.
 
         This waits for the device, once per step. Under fp16 an overflowing gradient is how the loss scale finds its
         level, and the scaler skips the step, so only many in a row count.
@@ -77,7 +77,7 @@ class FiniteGuard:
         """End the run on all ranks, after saving the last good state where it is not saved yet. All ranks call this.
 
         Args:
-            what: From :meth:`find`.
+            what: From :meth:`not_finite`.
             model: The optimizer has not moved it, so its weights are still those of the last good step.
             folder: The checkpoint of that step, which may not be there.
             save: Saves it, if the run saves checkpoints at all.

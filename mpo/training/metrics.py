@@ -104,11 +104,12 @@ class LanguageMetrics:
         return _means(self._languages, self._sums.double().cpu().numpy())
 
 
-def evaluation_metrics(scores: Scores, languages: Sequence[str]) -> dict[str, float]:
-    """The metrics of each language over scored pairs, under the names of a training log.
+def evaluation_metrics(scores: Scores, loss: float, languages: Sequence[str]) -> dict[str, float]:
+    """``loss``, ``loss/retention`` and the metrics of each language over scored pairs, named as in a training log.
 
     Args:
-        scores: Of held-out groups; sources are left out.
+        scores: Of held-out groups; sources count for the retention only.
+        loss: Mean over the target pairs.
         languages: Target languages, those of the scores among them.
     """
     index_of = {language: i for i, language in enumerate(languages)}
@@ -127,7 +128,8 @@ def evaluation_metrics(scores: Scores, languages: Sequence[str]) -> dict[str, fl
         group_of_pair=torch.tensor([record.group for record in targets], dtype=torch.long),
     )
     metrics.add(pairs, torch.ones(len(targets), dtype=torch.float64))
-    return metrics.means()
+    retention = {} if scores.retention is None else {"loss/retention": scores.retention}
+    return {"loss": loss, **retention, **metrics.means()}
 
 
 def _means(languages: Sequence[str], table: np.ndarray) -> dict[str, float]:

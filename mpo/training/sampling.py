@@ -11,18 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.common.log import get_logger
 from mpo.errors import ConfigError, DataError
-from mpo.modeling.layout import BatchShape
+from mpo.modeling.layout import BatchShape, batch_shape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
 from mpo.training.ranks import Ranks
 from mpo.training.reference import SourceReference
+from mpo.training.sharding import tokens_per_call
 
 logger = get_logger(__name__)
 
@@ -468,8 +471,42 @@ def language_weights(
     return [w * sum(counts) / total for w in raw]
 
 
+def training_collator(
+    args: MPOConfig,
+    languages: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    router_loss: bool,
+) -> GroupCollator:
+    """What makes a micro-batch of training, with the budgets of the settings or of the device.
+
+    The languages are not weighed yet, see :meth:`GroupCollator.weigh_languages`.
+    """
+    assert isinstance(tokenizer.pad_token_id, int)
+    shape = batch_shape(
+        accelerator.device,
+        layout=args.batch_layout,
+        pad_token_id=tokenizer.pad_token_id,
+        pooling=args.retain_pooling,
+        max_tokens_per_row=args.max_tokens_per_row,
+        tokens_per_batch=args.reference_tokens_per_batch,
+        attention=model.config.get_text_config()._attn_implementation,
+    )
+    return GroupCollator(
+        languages,
+        [1.0] * len(languages),
+        shape,
+        run_source=args.retain_weight > 0,
+        pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
+        max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
+    )
+
+
 def training_loader(
-    dataset: GroupDataset,
+    dataset: Dataset,
+    reference: SourceReference,
     groups: np.ndarray,
     collator: GroupCollator,
     args: MPOConfig,
@@ -480,7 +517,8 @@ def training_loader(
     """A rank's micro-batches of training: by tokens where there is a budget, else by number of groups.
 
     Args:
-        dataset: All groups.
+        dataset: All tokenized groups.
+        reference: The reference's values of them.
         groups: ``[n]``, those to draw from.
         collator: Makes tensors of a micro-batch.
         args: Settings; the order depends on ``data_seed`` (or ``seed``) and the epoch only.
@@ -500,9 +538,7 @@ def training_loader(
     if args.max_tokens_per_batch is None:
         sampler = GroupBatchSampler(groups, batch_size, **options)
     else:
-        tokens = group_tokens(dataset.groups, run_source=collator.run_source, layout=collator.shape.layout)[
-            groups
-        ]
+        tokens = group_tokens(dataset, run_source=collator.run_source, layout=collator.shape.layout)[groups]
         sampler = TokenBudgetSampler(groups, tokens, args.max_tokens_per_batch, **options)
         if sampler.oversized:
             logger.warning(
@@ -517,7 +553,7 @@ def training_loader(
         )
     workers = args.dataloader_num_workers
     return GroupDataLoader(
-        dataset,
+        GroupDataset(dataset, reference),
         batch_sampler=sampler,
         collate_fn=collator,
         num_workers=workers,

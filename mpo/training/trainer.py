@@ -1,9 +1,4 @@
-"""The trainer: a ``trl.DPOTrainer`` whose step is one model call on packed preference trees.
-
-Its parts have modules of their own: what is checked (:mod:`~mpo.training.checks`), the reference
-(:mod:`~mpo.training.reference_policy`), metrics (:mod:`~mpo.training.metrics`), what stops a run
-(:mod:`~mpo.training.guards`), what a checkpoint must fit (:mod:`~mpo.training.resume`).
-"""
+"""The trainer: a ``trl.DPOTrainer`` whose step is one model call on packed preference trees."""
 
 from __future__ import annotations
 
@@ -37,13 +32,12 @@ from mpo.data.tokenization import TOKENIZED_FEATURES, tokenize_groups
 from mpo.errors import ConfigError, DataError, TrainingError
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
-from mpo.modeling.layout import batch_shape
 from mpo.modeling.loss import mpo_loss, reward_gap
 from mpo.modeling.pairs import PairTensors, run_in_calls, run_model
 from mpo.training import sharding
 from mpo.training.activation_checkpointing import decide_checkpointing, prepare_checkpointing
 from mpo.training.checkpoints import save_checkpoint
-from mpo.training.checks import check_adapter, check_arguments, check_master_weights, library_errors_as_own
+from mpo.training.checks import check_adapter, check_arguments, check_languages, check_master_weights
 from mpo.training.collapse import CollapseDetector
 from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
@@ -53,46 +47,39 @@ from mpo.training.records import Scores
 from mpo.training.reference import SourceReference
 from mpo.training.reference_policy import ReferencePolicy
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import GroupCollator, GroupDataset, target_languages, training_loader
+from mpo.training.sampling import GroupCollator, target_languages, training_collator, training_loader
 from mpo.training.scoring import score_dataset
-from mpo.training.trl_contract import without_reference_model, without_second_sharding
+from mpo.training.trl_contract import own_errors, without_reference_model, without_second_sharding
 
 logger = get_logger(__name__)
 
 
 class MPOTrainer(DPOTrainer):
-    """Trains a causal language model with MPO, *Multilingual reward gaP Optimization* (Zhao et al., ACL 2025,
-    arXiv 2505.16869).
+    """Trains a causal language model with MPO (Zhao et al., ACL 2025, arXiv 2505.16869).
 
     The reward gap between chosen and rejected answers in each target language is pulled to the gap that the starting
     policy has on the same pair in its dominant language, whose hidden states are held still. Before the first step a pass
     over the unique sources computes what the starting policy says of them (:mod:`mpo.training.reference`); no reference
-    model is in memory while training.
+    model is in memory while training. To change the loss, override :meth:`pair_loss`.
 
     Example:
-        >>> from mpo import MPOConfig, MPOTrainer
-        >>> from peft import LoraConfig
         >>> trainer = MPOTrainer(
         ...     model="Qwen/Qwen2.5-0.5B-Instruct",
         ...     args=MPOConfig(output_dir="out", beta=1.5, learning_rate=2e-4),
-        ...     train_dataset=load_groups("pairs.jsonl").groups,
+        ...     train_dataset="pairs.jsonl",
         ...     peft_config=LoraConfig(r=16, target_modules="all-linear"),
         ... )  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
-
-    To change the loss, override :meth:`pair_loss`; it is given tensors with one entry per target pair and knows nothing
-    of trees, rows or ranks.
 
     Args:
         model: Hub id or folder of a model, a loaded model, or a PEFT model whose adapter is trained further (the
             reference is then that adapter as it is at the start).
         ref_model: Explicit reference model. Unset: the starting policy. Freed after the reference pass.
         args: Settings.
-        data_collator: Refused, since MPO's step needs its own.
         train_dataset: Groups in any form that :func:`mpo.data.as_groups` accepts.
         eval_dataset: Held-out groups in the same forms, or a dictionary of them.
         processing_class: Tokenizer of the model; loaded from the model's folder or id if unset.
-        compute_metrics: Refused, since no logits are built. Metrics per language are always computed.
+        data_collator, compute_metrics: Refused: the step packs batches of its own and builds no logits.
         callbacks, optimizers: As in ``transformers.Trainer``.
         quantization_config: For QLoRA, with ``model`` given by name.
         peft_config: Wraps the model in a new adapter.
@@ -145,15 +132,8 @@ class MPOTrainer(DPOTrainer):
         name = model if isinstance(model, str) else None
         if args is None:
             args = MPOConfig(output_dir=f"{Path(name or get_config_model_id(model.config)).name}-MPO")
-        check_arguments(
-            args,
-            model=model,
-            ref_model=ref_model,
-            train_dataset=train_dataset,
-            quantization_config=quantization_config,
-            data_collator=data_collator,
-            compute_metrics=compute_metrics,
-        )
+        refused = {"data_collator": data_collator, "compute_metrics": compute_metrics}
+        check_arguments(args, model, ref_model, train_dataset, quantization_config, **refused)
         prepare_checkpointing(args)
         set_seed(args.seed)
         model, processing_class = open_policy(model, processing_class, args, quantization_config)
@@ -167,7 +147,7 @@ class MPOTrainer(DPOTrainer):
             eval_dataset = {split: groups_of(data) for split, data in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = groups_of(eval_dataset)
-        with without_reference_model(args), library_errors_as_own(args):
+        with without_reference_model(args), own_errors(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -190,25 +170,8 @@ class MPOTrainer(DPOTrainer):
         skip_input_casts(self.model)
 
         self.languages = target_languages(self.train_dataset, *self._eval_datasets)
-        assert isinstance(self._tokenizer.pad_token_id, int)
-        shape = batch_shape(
-            self.accelerator.device,
-            layout=args.batch_layout,
-            pad_token_id=self._tokenizer.pad_token_id,
-            pooling=args.retain_pooling,
-            max_tokens_per_row=args.max_tokens_per_row,
-            tokens_per_batch=args.reference_tokens_per_batch,
-            attention=bare.config.get_text_config()._attn_implementation,
-        )
-        self.data_collator = GroupCollator(
-            languages=self.languages,
-            language_weights=[],
-            shape=shape,
-            run_source=args.retain_weight > 0,
-            pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
-            max_tokens_per_call=sharding.tokens_per_call(
-                args, self.accelerator, router_loss=self.aux_loss_enabled
-            ),
+        self.data_collator = training_collator(
+            args, self.languages, bare, self._tokenizer, self.accelerator, router_loss=self.aux_loss_enabled
         )
         self.data_collator.weigh_languages(self.train_dataset, args.language_weights)
         decide_checkpointing(self.model, args, self.train_dataset, self.data_collator, self.accelerator)
@@ -220,7 +183,7 @@ class MPOTrainer(DPOTrainer):
             new_adapter=peft_config,
             loaded_from=name,
             cache_dir=args.reference_folder(),
-            shape=shape,
+            shape=self.data_collator.shape,
         )
         # Sums over the pairs since the last log.
         self._language_metrics = LanguageMetrics(
@@ -339,11 +302,8 @@ class MPOTrainer(DPOTrainer):
         return norm
 
     def _require_finite(self, grad_norm: Any = 0.0) -> None:
-        if (what := self._finite.find(grad_norm)) is not None:
-            self._stop_at_non_finite(what)
-
-    def _stop_at_non_finite(self, what: str) -> None:
-        self._finite.stop(what, self.model, self._checkpoint_folder, save=self._save_if_saving)
+        if (what := self._finite.not_finite(grad_norm)) is not None:
+            self._finite.stop(what, self.model, self._checkpoint_folder, save=self._save_if_saving)
 
     # ---- The data ------------------------------------------------------------------------------------------------
 
@@ -378,7 +338,8 @@ class MPOTrainer(DPOTrainer):
             kept = self.train_dataset.select_columns(["target_language"]).select(groups)
             self.data_collator.weigh_languages(kept, self.args.language_weights)
         return training_loader(
-            GroupDataset(self.train_dataset, reference),
+            self.train_dataset,
+            reference,
             groups,
             self.data_collator,
             self.args,
@@ -423,21 +384,20 @@ class MPOTrainer(DPOTrainer):
         """
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
-        with library_errors_as_own(self.args):
+        with own_errors(self.args):
             self._run.set_earlier_aside(checkpoint)
             return super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
 
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
-        """The checkpoint that :meth:`train` would resume from, after checking that it fits this run.
+        """The checkpoint that :meth:`train` would resume from, which is complete and fits this run.
 
         Args:
             resume: As ``resume_from_checkpoint`` of :meth:`train`.
 
         Raises:
-            StorageError: There is no complete checkpoint to resume from.
-            ConfigError: It was made with another order of the data.
+            StorageError, ConfigError: As :meth:`train`.
         """
         return self._run.find_checkpoint(resume)
 
@@ -460,11 +420,12 @@ class MPOTrainer(DPOTrainer):
             metrics = self._language_metrics.log(self.state.global_step, self.accelerator)
             logs.update(metrics)
             for collapse in self._collapse.watch(metrics):
-                step = self.state.global_step
                 if self.args.stop_on_collapse:
                     self._save_if_saving()
-                    raise TrainingError(f"Stopped at step {step}: {collapse}.")
-                logger.warning(f"At step {step}, {collapse} (`stop_on_collapse: true` does).")
+                    raise TrainingError(f"Stopped at step {self.state.global_step}: {collapse}.")
+                logger.warning(
+                    f"At step {self.state.global_step}, {collapse} (`stop_on_collapse: true` does)."
+                )
         # Not DPOTrainer's, which adds metrics of its own.
         Trainer.log(self, logs, start_time)
 
@@ -491,42 +452,37 @@ class MPOTrainer(DPOTrainer):
 
         Args:
             eval_dataset: As for :meth:`score`, or a dictionary of datasets.
-            ignore_keys: Not used.
-            metric_key_prefix: Of all names.
+            ignore_keys, metric_key_prefix: As in ``transformers.Trainer``.
 
         Returns:
             ``eval_loss``, ``eval_loss/retention``, and per target language ``eval_reward_gap/<language>`` and the other
             names of the training log.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics: dict[str, float] = {}
         if isinstance(data, dict):
-            metrics: dict[str, float] = {}
             for name, part in data.items():
-                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         start = time.monotonic()
         scores, loss = self._score(self._evaluation_data(eval_dataset), "Evaluating")
-        found = {"loss": loss}
-        if scores.retention is not None:
-            found["loss/retention"] = scores.retention
-        found |= evaluation_metrics(scores, self.languages)
-        found["runtime"] = time.monotonic() - start
+        found = {**evaluation_metrics(scores, loss, self.languages), "runtime": time.monotonic() - start}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluation_data(self, dataset: Any) -> Dataset:
-        if dataset is None or isinstance(dataset, str):
-            found = self.eval_dataset[dataset] if isinstance(dataset, str) else self.eval_dataset
-            if isinstance(found, dict):
-                raise DataError(f"there are several evaluation datasets; name one of {', '.join(found)}.")
-            if found is None:
-                raise DataError(
-                    "there is no evaluation data; pass `eval_dataset` to the trainer or to this call."
-                )
-            assert isinstance(found, Dataset)
-            return found
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        elif dataset is None:
+            dataset = self.eval_dataset
+        if dataset is None:
+            raise DataError(
+                "there is no evaluation data; pass `eval_dataset` to the trainer or to this call."
+            )
+        if isinstance(dataset, dict):
+            raise DataError(f"there are several evaluation datasets; name one of {', '.join(dataset)}.")
         if isinstance(dataset, Dataset) and set(dataset.column_names) == set(TOKENIZED_FEATURES) - {"errors"}:
             return dataset
         groups = as_groups(dataset, source_language=self.args.source_language, bad_rows=self.args.bad_rows)
@@ -534,12 +490,7 @@ class MPOTrainer(DPOTrainer):
 
     def _score(self, dataset: Dataset, description: str) -> tuple[Scores, float]:
         """Scores of a prepared dataset, and the mean of :meth:`pair_loss` over its target pairs."""
-        unknown = sorted(set(target_languages(dataset)) - set(self.languages))
-        if unknown:
-            raise DataError(
-                f"the data has target languages the trainer was not made with: {', '.join(unknown)}. Pass it as "
-                "`eval_dataset` when the trainer is made."
-            )
+        check_languages(target_languages(dataset), self.languages)
         reference = self._reference_of(dataset, "eval")
         with sharding.inference(self._policy.callable(), self.accelerator) as model:
             return score_dataset(

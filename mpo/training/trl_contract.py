@@ -1,4 +1,4 @@
-"""Where the libraries are kept from what they do by habit: the one place of its kind.
+"""Where TRL and Accelerate are kept from what they do by habit, and their errors made this package's own.
 
 What this relies on is watched by ``tests/training/test_trl_contract.py``.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from mpo.errors import ConfigError, DependencyError, MPOError, StorageError
 from mpo.training.config import MPOConfig
 from mpo.training.sharding import fsdp_reshard, is_fsdp_sharded
 
@@ -70,3 +71,20 @@ def without_second_sharding(model: Any, accelerator: Accelerator) -> Iterator[No
         yield
     finally:
         del accelerator.prepare  # the class's own shows again
+
+
+@contextmanager
+def own_errors(args: MPOConfig) -> Iterator[None]:
+    """Turn what the libraries say of a missing package, a folder or the LM head into this package's errors."""
+    try:
+        yield
+    except MPOError:
+        raise
+    except ImportError as error:
+        raise DependencyError(str(error)) from error
+    except (NotADirectoryError, PermissionError, FileExistsError) as error:
+        raise StorageError(f"the output folder '{args.output_dir}' cannot be made: {error}") from error
+    except ValueError as error:
+        if "lm_head" not in str(error):
+            raise
+        raise ConfigError(str(error)) from error

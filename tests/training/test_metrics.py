@@ -68,7 +68,8 @@ def test_a_log_and_an_evaluation_of_the_same_pairs_agree_with_a_plain_computatio
         metrics.add(tensors(pairs[part], retention[part]), torch.ones(len(pairs[part])))
     logged = metrics.log(1, ALONE)
     source = PairScore(0, "en", True, -1.0, -50.0, 49.0, 0.0)
-    evaluated = evaluation_metrics(Scores([source, *pairs], None, 0), LANGUAGES)
+    evaluated = evaluation_metrics(Scores([source, *pairs], 0.25, 0), 0.5, LANGUAGES)
+    assert (evaluated.pop("loss"), evaluated.pop("loss/retention")) == (0.5, 0.25)
     expected = plain(pairs)
     assert evaluated == pytest.approx(expected, abs=1e-12)
     losses = [(BETA * pair.gap - pair.reference_gap) ** 2 for pair in pairs]
