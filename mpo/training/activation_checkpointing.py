@@ -18,11 +18,7 @@ logger = get_logger(__name__)
 
 
 def prepare_checkpointing(args: MPOConfig) -> None:
-    """Settle, before a model is loaded, what the launcher decides: on where the model will be sharded.
-
-    Args:
-        args: Changed in place.
-    """
+    """Settle, before a model is loaded, what the launcher decides; ``args`` are changed in place."""
     if args.decide_checkpointing and will_be_sharded(args):
         _set(args, "", True)
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -39,14 +35,9 @@ def decide_checkpointing(
     collator: GroupCollator,
     accelerator: Accelerator,
 ) -> None:
-    """Recompute activations where the largest micro-batch would not fit otherwise, unless the user has said whether to.
+    """Recompute activations where the largest micro-batch of these groups would not fit otherwise.
 
-    Args:
-        model: The model to be trained, with its adapter.
-        args: Settings; changed in place where activations are recomputed.
-        groups: Tokenized training data.
-        collator: Makes model calls of them.
-        accelerator: Of the trainer.
+    Nothing is decided where the user has; ``args`` are changed in place.
     """
     memory = device_memory(accelerator.device)
     if not args.decide_checkpointing or memory is None or will_be_sharded(args):

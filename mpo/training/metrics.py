@@ -28,19 +28,11 @@ _NAMES = {
 
 
 class LanguageMetrics:
-    """Sums over target pairs per language, from one log to the next.
-
-    Args:
-        languages: Target languages; a pair's language is its index here.
-        beta: Scale of the target gap in ``loss/reward_gap``.
-        device: Where the pairs are.
-        dtype: Of the sums.
-    """
+    """Sums over target pairs per language, from one log to the next; ``beta`` is the scale of ``loss/reward_gap``."""
 
     def __init__(
         self,
         languages: Sequence[str],
-        *,
         beta: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -50,12 +42,7 @@ class LanguageMetrics:
         self._last_log: tuple[float, int] | None = None  # time and step
 
     def add(self, pairs: PairTensors, counts: Tensor) -> None:
-        """Add pairs, without waiting for the device.
-
-        Args:
-            pairs: T target pairs.
-            counts: ``[T]``, 1 for a pair that counts, 0 for a filler.
-        """
+        """Add T pairs, of which those count whose ``counts`` ``[T]`` is 1 and not 0; without waiting for the device."""
         with torch.no_grad():
             gap = reward_gap(pairs.chosen_logps, pairs.rejected_logps)
             columns = [torch.ones_like(gap)] * 8
@@ -105,13 +92,7 @@ class LanguageMetrics:
 
 
 def evaluation_metrics(scores: Scores, loss: float, languages: Sequence[str]) -> dict[str, float]:
-    """``loss``, ``loss/retention`` and the metrics of each language over scored pairs, named as in a training log.
-
-    Args:
-        scores: Of held-out groups; sources count for the retention only.
-        loss: Mean over the target pairs.
-        languages: Target languages, those of the scores among them.
-    """
+    """``loss``, ``loss/retention`` and the metrics of each language over scored pairs, named as in a training log."""
     index_of = {language: i for i, language in enumerate(languages)}
     targets = [record for record in scores.records if not record.is_source]
 

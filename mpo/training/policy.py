@@ -19,13 +19,7 @@ _OWN_INIT_KWARGS = ("revision", "trust_remote_code", "use_safetensors", "dtype",
 def open_policy(
     model: Any, tokenizer: Any, args: MPOConfig, quantization_config: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, with the chat template that training uses.
-
-    Args:
-        model: A loaded model, or the folder or Hub id of one, which is loaded.
-        tokenizer: Of the model; None for the one in its folder or on the Hub.
-        args: Settings, with ``model_init_kwargs`` and ``chat_template``.
-        quantization_config: For a model that is loaded.
+    """The model and its tokenizer, loaded where they are not yet, with the chat template that training uses.
 
     Raises:
         ModelError: Model or tokenizer cannot be loaded or used.

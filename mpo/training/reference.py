@@ -79,10 +79,7 @@ class SourceReference:
         return np.asarray(self.store.hidden[self.source_of_group[group]])
 
     def groups_above(self, min_gap: float | None) -> np.ndarray:
-        """The groups whose source has a reference gap above a limit; all without one.
-
-        Args:
-            min_gap: Nats per token.
+        """The groups whose source has a reference gap above a limit (nats per token); all without one.
 
         Raises:
             DataError: There is no such group.

@@ -37,13 +37,9 @@ class ReferencePolicy:
         policy: The model that is trained.
         explicit: An explicit reference, or None.
         new_adapter: Configuration of the adapter that the trainer has put on the policy, or None.
-        loaded_from: Folder or Hub id that the policy's weights were loaded from unchanged, or None.
+        loaded_from: Folder or Hub id that the policy's weights were loaded from, or None.
         cache_dir: Folder of the reference cache, shared by all ranks.
-        shape: How sources become model calls.
-
-    Attributes:
-        shape: The same, once values were asked for with the layout that the model takes.
-        known: Values of the datasets that are in memory.
+        shape: How sources become model calls; once values were asked for, with the layout that the model takes.
     """
 
     def __init__(
@@ -57,6 +53,7 @@ class ReferencePolicy:
         shape: BatchShape,
     ) -> None:
         self.shape = shape
+        # Values of the datasets that are still in memory.
         self.known: WeakKeyDictionary[Dataset, SourceReference] = WeakKeyDictionary()
         self._policy = policy
         self._explicit: Any = explicit
@@ -72,11 +69,7 @@ class ReferencePolicy:
         self._weights: str | None = None  # their fingerprint, once it is computed
 
     def values(self, dataset: Dataset, name: str) -> SourceReference:
-        """The reference's values of a tokenized dataset, computed or read from the cache when first asked for.
-
-        Args:
-            dataset: Tokenized groups.
-            name: Of the split, for the progress bar.
+        """The reference's values of tokenized groups, computed or read from the cache when first asked for.
 
         Raises:
             ModelError: The data is new and the reference is gone.

@@ -480,10 +480,7 @@ def training_collator(
     *,
     router_loss: bool,
 ) -> GroupCollator:
-    """What makes a micro-batch of training, with the budgets of the settings or of the device.
-
-    The languages are not weighed yet, see :meth:`GroupCollator.weigh_languages`.
-    """
+    """What makes a micro-batch of training, with the budgets of the settings or of the device; languages weigh the same."""
     assert isinstance(tokenizer.pad_token_id, int)
     shape = batch_shape(
         accelerator.device,
@@ -517,12 +514,9 @@ def training_loader(
     """A rank's micro-batches of training: by tokens where there is a budget, else by number of groups.
 
     Args:
-        dataset: All tokenized groups.
-        reference: The reference's values of them.
+        dataset, reference: All tokenized groups, and the reference's values of them.
         groups: ``[n]``, those to draw from.
-        collator: Makes tensors of a micro-batch.
-        args: Settings; the order depends on ``data_seed`` (or ``seed``) and the epoch only.
-        ranks: The process group.
+        collator, args, ranks: Of the trainer.
         batch_size: Groups per rank and micro-batch.
 
     Raises:

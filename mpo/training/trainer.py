@@ -138,7 +138,6 @@ class MPOTrainer(DPOTrainer):
         set_seed(args.seed)
         model, processing_class = open_policy(model, processing_class, args, quantization_config)
         check_adapter(model, peft_config)
-        continues_adapter = hasattr(model, "peft_config")
 
         self.dropped_rows: list[str] = []
         self.source_report: dict[str, int] = {}
@@ -159,7 +158,7 @@ class MPOTrainer(DPOTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        if continues_adapter and "ref" in self.model.peft_config:
+        if peft_config is None and "ref" in getattr(self.model, "peft_config", {}):
             # The reference pass runs before the adapter changes, so no frozen copy of it is needed, or saved.
             self.model.delete_adapter("ref")
         sharding.check_sharding(self.accelerator)
@@ -186,9 +185,7 @@ class MPOTrainer(DPOTrainer):
             shape=self.data_collator.shape,
         )
         # Sums over the pairs since the last log.
-        self._language_metrics = LanguageMetrics(
-            self.languages, beta=args.beta, device=self.accelerator.device
-        )
+        self._metrics_per_language = LanguageMetrics(self.languages, args.beta, self.accelerator.device)
         # What ends the run: before the optimizer's step, or at a log.
         self._finite = FiniteGuard(self.accelerator)
         self._collapse = CollapseDetector(args.collapse_window, args.collapse_drop)
@@ -245,7 +242,7 @@ class MPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
         loss = loss / count
         if self.model.training:
-            self._language_metrics.add(pairs, inputs["counts"])
+            self._metrics_per_language.add(pairs, inputs["counts"])
             self._finite.add(loss.detach(), inputs)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 # DeepSpeed takes the optimizer step at the end of this micro-batch's backward pass.
@@ -270,7 +267,7 @@ class MPOTrainer(DPOTrainer):
 
         def backward(pairs: PairTensors, places: Tensor) -> None:
             loss = (self._checked_pair_loss(pairs) * inputs["weight"][places]).sum() / count
-            self._language_metrics.add(pairs, inputs["counts"][places])
+            self._metrics_per_language.add(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
             total.add_(loss.detach())
 
@@ -391,10 +388,7 @@ class MPOTrainer(DPOTrainer):
             )
 
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
-        """The checkpoint that :meth:`train` would resume from, which is complete and fits this run.
-
-        Args:
-            resume: As ``resume_from_checkpoint`` of :meth:`train`.
+        """The checkpoint that :meth:`train` would resume from if given this, which is complete and fits the run.
 
         Raises:
             StorageError, ConfigError: As :meth:`train`.
@@ -417,7 +411,7 @@ class MPOTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics per language to a training log, see :meth:`mpo.training.metrics.LanguageMetrics.log`."""
         if self.model.training and "loss" in logs:
-            metrics = self._language_metrics.log(self.state.global_step, self.accelerator)
+            metrics = self._metrics_per_language.log(self.state.global_step, self.accelerator)
             logs.update(metrics)
             for collapse in self._collapse.watch(metrics):
                 if self.args.stop_on_collapse:
