@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from mpo.data import as_groups
-from mpo.errors import (
-    MPOError,
-)
+from mpo.errors import ModelError, MPOError
 from mpo.training import reference_policy
 from mpo.training.scoring import score_groups
 from tests import runs
@@ -140,3 +137,58 @@ def test_new_data_after_training_is_scored_with_the_right_reference_or_refused(
                 [r.reference_gap for r in base.records],
                 atol=1e-5,
             )
+
+
+@pytest.mark.parametrize("first", ["training", "batches", "scores"])
+def test_the_layout_is_checked_before_any_value_is_kept(
+    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    # A model that misreads packed trees would leave wrong values in the cache, where the next run finds them.
+    monkeypatch.setattr(reference_policy, "usable_layout", lambda *_: "padded")
+    layouts: list[str] = []
+    original = reference_policy.build_or_load
+
+    def watch(*args: Any, shape: Any, **kwargs: Any) -> Any:
+        layouts.append(shape.layout)
+        return original(*args, shape=shape, **kwargs)
+
+    monkeypatch.setattr(reference_policy, "build_or_load", watch)
+    trainer = runs.trainer(model, tmp_path, rows, eval_dataset=rows, max_steps=1)
+    if first == "batches":
+        list(trainer.get_train_dataloader())
+    elif first == "scores":
+        trainer.score()
+    trainer.train()
+    assert set(layouts) == {"padded"}
+
+
+@pytest.mark.parametrize("kind", ["explicit", "adapter", "policy"])
+def test_each_kind_of_reference_is_asked_in_eval_mode_and_leaves_the_policy_as_it_was(
+    model: Path, rows: Any, tmp_path: Path, kind: str
+) -> None:
+    explicit = build_model("llama", seed=8) if kind == "explicit" else None
+    trainer = runs.trainer(
+        model, tmp_path, rows, ref_model=explicit, peft_config=runs.lora() if kind == "adapter" else None
+    )
+    adapter = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
+    trainer.model.train()
+    with trainer._reference.forward() as called:
+        assert not called.training and called is (explicit or trainer.model)
+        assert all(module.disable_adapters for module in adapter)
+    assert trainer.model.training and not any(module.disable_adapters for module in adapter)
+
+
+def test_new_data_is_refused_once_its_reference_is_gone(model: Path, rows: Any, tmp_path: Path) -> None:
+    explicit = build_model("llama", seed=8)
+    trainer = runs.trainer(model, tmp_path, rows, ref_model=explicit, peft_config=runs.lora())
+    known = trainer._reference.values(trainer.train_dataset, "train")
+    trainer._reference.release()
+    assert trainer._reference.values(trainer.train_dataset, "train") is known
+    with pytest.raises(ModelError, match="after `ref_model` was freed"):
+        trainer._reference.values(trainer.train_dataset.select([0]), "new")
+    alone = runs.trainer(model, tmp_path, rows)
+    alone._reference.release()
+    alone._reference.values(alone.train_dataset, "train")  # the policy has not moved yet
+    alone.state.global_step = 1
+    with pytest.raises(ModelError, match="after training has begun"):
+        alone._reference.values(alone.train_dataset.select([0]), "new")
