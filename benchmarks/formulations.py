@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.layout import CALL_TOKENS, batch_shape, call_on_trees
 from mpo.modeling.loss import mpo_loss, reward_gap
+from mpo.modeling.pairs import PairTensors, run_in_calls, run_model
 from mpo.modeling.tree_attention import IMPLEMENTATION as TREE
 from mpo.modeling.trees import Tree
 from mpo.training.sampling import GroupCollator, to_device
-from mpo.training.scoring import PairTensors, run_in_calls, run_model
 
 Group = Mapping[str, Any]
 Pair = tuple[list[int], list[int], list[int]]
@@ -229,10 +229,7 @@ class Own:
         self.collator = GroupCollator(
             languages=["xx"],
             language_weights=[1.0],
-            layout=layout,
-            max_tokens_per_row=shape.max_tokens_per_row,
-            pad_token_id=_PAD,
-            pooling="mean",
+            shape=shape,
             pad_to_multiple_of=128 if attention == "flex_attention" else None,
             max_tokens_per_call=CALL_TOKENS.get(setting.device.type)
             if call_tokens is None

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mpo.common.tables import TextTable
-from mpo.modeling.adapters import spare_input_copies
+from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.trees import Tree, build_batch
 from mpo.planning.capacity import SHARDINGS, Memory, describe, memory
@@ -124,7 +124,7 @@ def measured(model_config: LlamaConfig, case: Case) -> int:
         adapter = lora(case)
         if adapter is not None:
             model = get_peft_model(model, adapter)
-            spare_input_copies(model)
+            skip_input_casts(model)
             model.enable_input_require_grads()
         if case.recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -138,7 +138,7 @@ def publish(folder: Path, target: Path) -> None:
     """Flush every file of a finished folder to disk and give it its name, in one step.
 
     Raises:
-        OSError: It cannot be renamed, for example because another process was first.
+        OSError: It cannot be renamed, for example because another process was first, or the disk is full.
     """
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         sync(path)
@@ -149,13 +149,21 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk; a file system that cannot is left alone."""
-    with contextlib.suppress(OSError):
+    """Flush a file, or the entries of a folder, to disk; a file system that cannot is left alone.
+
+    Raises:
+        OSError: What was written does not fit on the disk, or could not be stored.
+    """
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        # A network file system may report only now what it could not store.
+        if is_full_disk(error) or error.errno == errno.EIO:
+            raise
 
 
 def remove_leftovers(target: Path) -> None:

@@ -18,7 +18,7 @@ from mpo.errors import ConfigError, DataError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import load_policy
 from mpo.evaluation.safety import about_model, model_folder
-from mpo.training.scoring import text_likelihoods
+from mpo.modeling.likelihoods import text_likelihoods
 
 RESULT = "perplexity.json"
 

@@ -48,7 +48,7 @@ from mpo.modeling.loading import (
     pick_device,
     pick_dtype,
 )
-from mpo.training.reference import Ranks
+from mpo.training.ranks import Ranks
 
 NORM = "norm"
 POOLINGS = ("last", "mean")

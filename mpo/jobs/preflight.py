@@ -103,24 +103,24 @@ class Plan:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
 
-def make_plan(recipe: Recipe, *, for_real: bool = True) -> Plan:
+def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     """Checks a recipe against this machine, the model and the data, cheapest first, and says what the run will do.
 
     Args:
         recipe: what to run.
-        for_real: False for a plan that is only looked at: settings that this machine cannot honour become notes.
+        on_this_machine: False for a plan that is only looked at: settings that this machine cannot honour become notes.
 
     Raises:
         MPOError: the first thing that would make the run fail; see :mod:`mpo.errors`.
     """
     notes = list(recipe.unavailable)
-    if for_real and recipe.unavailable:
+    if on_this_machine and recipe.unavailable:
         raise ConfigError(
             f"{recipe.source_path}: {'; '.join(recipe.unavailable)}. Change it, or set `use_cpu: true` to train on the "
             "CPU on purpose."
         )
-    check_output_folder(recipe, create=for_real)
-    check_packages(recipe, for_real=for_real)
+    check_output_folder(recipe, create=on_this_machine)
+    check_packages(recipe, on_this_machine=on_this_machine)
     _check_data_files(recipe)
 
     training = recipe.training
@@ -128,7 +128,7 @@ def make_plan(recipe: Recipe, *, for_real: bool = True) -> Plan:
         str(recipe.model.model_name_or_path), recipe.model.model_revision, bool(training.trust_remote_code)
     )
     config = load_config(source)
-    recipe = _with_model_choices(recipe, config, for_real)
+    recipe = _with_model_choices(recipe, config, on_this_machine)
     tokenizer = load_tokenizer(source, training.chat_template)
     if recipe.model.reference_model_name_or_path is not None:
         load_config(ModelSource(recipe.model.reference_model_name_or_path, None, source.trust_remote_code))
@@ -170,13 +170,13 @@ def make_plan(recipe: Recipe, *, for_real: bool = True) -> Plan:
         notes.append(
             f"{shared} of the prompts of `eval_dataset` are also trained on, which flatters the result"
         )
-    if for_real and not is_installed("matplotlib"):
+    if on_this_machine and not is_installed("matplotlib"):
         notes.append("no plots will be drawn: matplotlib is not installed (`pip install 'mpo-align[plots]'`)")
     size = _checkpoint_sizes(plan)
     plan.facts = _facts(plan, tokens, size)
     plan.facts["Bad rows dropped"] = str(len(dropped) + len(errors))
     plan.notes = notes
-    if for_real:
+    if on_this_machine:
         _check_disk(plan, size)
     return plan
 
@@ -276,7 +276,7 @@ def _free_name(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ packages
 
 
-def check_packages(recipe: Recipe, *, for_real: bool = True) -> None:
+def check_packages(recipe: Recipe, *, on_this_machine: bool = True) -> None:
     """Makes sure that the optional packages which the recipe needs are installed and can work here.
 
     Raises:
@@ -285,7 +285,10 @@ def check_packages(recipe: Recipe, *, for_real: bool = True) -> None:
     """
     model, training = recipe.model, recipe.training
     check_compute_options(
-        training, load_in_4bit=model.load_in_4bit, load_in_8bit=model.load_in_8bit, for_real=for_real
+        training,
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        on_this_machine=on_this_machine,
     )
     if launched_with("DEEPSPEED"):
         require_package("deepspeed", "the Accelerate configuration", "deepspeed")
@@ -305,10 +308,10 @@ def check_packages(recipe: Recipe, *, for_real: bool = True) -> None:
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def _with_model_choices(recipe: Recipe, config: PretrainedConfig, for_real: bool) -> Recipe:
+def _with_model_choices(recipe: Recipe, config: PretrainedConfig, on_this_machine: bool) -> Recipe:
     """Fills in the type of the weights and the attention, and refuses combinations in which nothing is learned."""
     model, training = recipe.model, recipe.training
-    gpu = not for_real or (torch.cuda.is_available() and not training.use_cpu)
+    gpu = not on_this_machine or (torch.cuda.is_available() and not training.use_cpu)
     # What the recipe asks for decides, also in a plan made on another machine.
     bf16, fp16 = (
         bool(training.bf16 or recipe.given.get("bf16")),
@@ -362,7 +365,7 @@ def _count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig |
     """(configuration of the new adapter or None for an existing one, number of trained weights)."""
     from peft import PeftConfig, get_peft_model
 
-    from mpo.training.trainer import check_adapter_config
+    from mpo.training.checks import check_adapter_config
 
     existing = recipe.model.adapter_name_or_path
     if existing is None:

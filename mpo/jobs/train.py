@@ -68,7 +68,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     main = recipe.training.process_index == 0
     say = _Speaker(main)
     say(f"Checking {recipe.source_path}")
-    plan = make_plan(recipe, for_real=not dry_run)
+    plan = make_plan(recipe, on_this_machine=not dry_run)
     say(f"\n{plan.to_text()}\n")
     folder = Path(str(plan.recipe.training.output_dir))
     if dry_run:

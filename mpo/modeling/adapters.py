@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
-def spare_input_copies(model: nn.Module) -> None:
+def skip_input_casts(model: nn.Module) -> None:
     """
     Keep LoRA layers from copying their input to float32 under autocast.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PretrainedConfig
 
-from mpo.modeling.adapters import spare_input_copies
+from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.loading import ModelSource, empty_model
 from mpo.modeling.tree_attention import IMPLEMENTATION as TREE
 from mpo.modeling.tree_attention import tree_attention
@@ -182,7 +182,7 @@ def _run(layers: Layers, number: int, rows: int, length: int, backward: bool) ->
     if layers.adapter is not None:
         model = with_adapter(model, layers.adapter, layers.adapter_weights)
         if layers.autocast:
-            spare_input_copies(model)
+            skip_input_casts(model)
     model.train(backward)
     if layers.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

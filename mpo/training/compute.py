@@ -15,7 +15,7 @@ _TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
 def check_compute_options(
-    args: Any, *, load_in_4bit: bool = False, load_in_8bit: bool = False, for_real: bool = True
+    args: Any, *, load_in_4bit: bool = False, load_in_8bit: bool = False, on_this_machine: bool = True
 ) -> None:
     """
     Make sure that the packages and the device are there which the options of the step ask for.
@@ -23,13 +23,13 @@ def check_compute_options(
     Args:
         args: an ``MPOConfig``.
         load_in_4bit, load_in_8bit: whether the base model is quantised by bitsandbytes.
-        for_real: False for a run that is only planned, perhaps for another machine: devices are not looked at.
+        on_this_machine: False for a run that is only planned, perhaps for another machine: devices are not looked at.
 
     Raises:
         DependencyError: a package is missing, or needs a GPU that is not there.
         ConfigError: an option means nothing on this device.
     """
-    gpu = not for_real or (torch.cuda.is_available() and not args.use_cpu)
+    gpu = not on_this_machine or (torch.cuda.is_available() and not args.use_cpu)
     optimizer = str(getattr(args.optim, "value", args.optim))
     bitsandbytes = optimizer in _BITSANDBYTES or "bnb" in optimizer or optimizer.startswith("paged_")
     for setting, wanted in (
@@ -45,7 +45,11 @@ def check_compute_options(
     if args.use_liger_kernel:
         require_package("liger_kernel", "use_liger_kernel", "liger")
         _require_gpu(gpu, "use_liger_kernel", "liger-kernel")
-    if args.activation_offloading and for_real and (args.use_cpu or not torch.accelerator.is_available()):
+    if (
+        args.activation_offloading
+        and on_this_machine
+        and (args.use_cpu or not torch.accelerator.is_available())
+    ):
         raise ConfigError(
             "`activation_offloading` moves activations from an accelerator to the CPU's memory, and there is no "
             "accelerator here. Remove it; `gradient_checkpointing: true` saves memory anywhere."

@@ -11,14 +11,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mpo.errors import ConfigError
+from mpo.common.log import get_logger
+from mpo.errors import ConfigError, DataError
+from mpo.modeling.layout import BatchShape, batch_shape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
+from mpo.training.config import MPOConfig
+from mpo.training.ranks import Ranks
 from mpo.training.reference import SourceReference
+from mpo.training.sharding import tokens_per_call
+
+logger = get_logger(__name__)
 
 
 class GroupDataset(TorchDataset[dict[str, Any]]):
@@ -181,6 +190,21 @@ class TokenBudgetSampler(EpochSampler):
                 yield [~int(groups[self._places[self._starts[first + 1] - 1]])]
 
 
+def count_languages(tokenized: Dataset) -> dict[str, int]:
+    """Number of target pairs of each language of a tokenized dataset."""
+    counts: dict[str, int] = {}
+    for table in tokenized.with_format("arrow").select_columns(["target_language"]).iter(batch_size=10_000):
+        values = pc.value_counts(pc.list_flatten(table["target_language"]))
+        for value in values.to_pylist():
+            counts[value["values"]] = counts.get(value["values"], 0) + value["counts"]
+    return counts
+
+
+def target_languages(*datasets: Dataset) -> list[str]:
+    """Target languages of tokenized datasets, sorted."""
+    return sorted({language for dataset in datasets for language in count_languages(dataset)})
+
+
 def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
     """
     Tokens that each group brings to a micro-batch, without padding.
@@ -301,16 +325,16 @@ class GroupDataLoader(DataLoader[dict[str, Any]]):
 
 @dataclass
 class GroupCollator:
-    """
-    Turns groups into the tensors of one step.
+    """Turns groups into the tensors of one step.
 
     Args:
-        languages: target languages; a pair's language is its index in this list.
-        language_weights: weight of each of ``languages``.
-        layout, max_tokens_per_row, pad_token_id, pooling, pad_to_multiple_of: see :func:`mpo.modeling.trees.build_batch`.
-        run_source: whether the source pair is run, for the retention term.
-        score_source: whether the source pair's responses are scored, for evaluation.
-        max_tokens_per_call: a batch of more tokens is split into several model calls.
+        languages: Target languages; a pair's language is its index in this list.
+        language_weights: Weight of each of ``languages``.
+        shape: How trees become model calls.
+        run_source: Whether the source pair is run, for the retention term.
+        score_source: Whether the source pair's responses are scored, for evaluation.
+        pad_to_multiple_of: See :func:`mpo.modeling.trees.build_batch`.
+        max_tokens_per_call: A batch of more tokens is split into several model calls.
 
     The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T target pairs:
 
@@ -327,10 +351,7 @@ class GroupCollator:
 
     languages: Sequence[str]
     language_weights: Sequence[float]
-    layout: str
-    max_tokens_per_row: int
-    pad_token_id: int
-    pooling: str
+    shape: BatchShape
     run_source: bool = True
     score_source: bool = False
     pad_to_multiple_of: int | None = None
@@ -397,13 +418,17 @@ class GroupCollator:
         batch["rows"] = [list(example["row"]) for example in examples]
         return batch
 
+    def weigh_languages(self, groups: Dataset, weights: Mapping[str, float] | str | None) -> None:
+        """Weight the languages so that the mean weight is 1 over the pairs of these tokenized groups."""
+        self.language_weights = language_weights(self.languages, count_languages(groups), weights)
+
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
         return build_batch(
             trees,
-            layout=self.layout,
-            max_tokens_per_row=self.max_tokens_per_row,
-            pad_token_id=self.pad_token_id,
-            pooling=self.pooling,
+            layout=self.shape.layout,
+            max_tokens_per_row=self.shape.max_tokens_per_row,
+            pad_token_id=self.shape.pad_token_id,
+            pooling=self.shape.pooling,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
@@ -444,6 +469,92 @@ def language_weights(
             "Give at least one of them a weight above 0."
         )
     return [w * sum(counts) / total for w in raw]
+
+
+def training_collator(
+    args: MPOConfig,
+    languages: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    *,
+    router_loss: bool,
+) -> GroupCollator:
+    """What makes a micro-batch of training, with the budgets of the settings or of the device; languages weigh the same."""
+    assert isinstance(tokenizer.pad_token_id, int)
+    shape = batch_shape(
+        accelerator.device,
+        layout=args.batch_layout,
+        pad_token_id=tokenizer.pad_token_id,
+        pooling=args.retain_pooling,
+        max_tokens_per_row=args.max_tokens_per_row,
+        tokens_per_batch=args.reference_tokens_per_batch,
+        attention=model.config.get_text_config()._attn_implementation,
+    )
+    return GroupCollator(
+        languages,
+        [1.0] * len(languages),
+        shape,
+        run_source=args.retain_weight > 0,
+        pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
+        max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
+    )
+
+
+def training_loader(
+    dataset: Dataset,
+    reference: SourceReference,
+    groups: np.ndarray,
+    collator: GroupCollator,
+    args: MPOConfig,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+) -> GroupDataLoader:
+    """A rank's micro-batches of training: by tokens where there is a budget, else by number of groups.
+
+    Args:
+        dataset, reference: All tokenized groups, and the reference's values of them.
+        groups: ``[n]``, those to draw from.
+        collator, args, ranks: Of the trainer.
+        batch_size: Groups per rank and micro-batch.
+
+    Raises:
+        DataError: There is not one micro-batch.
+    """
+    options: dict[str, Any] = {
+        "num_ranks": ranks.num_processes,
+        "rank": ranks.process_index,
+        "seed": args.order_seed,
+        "drop_last": args.dataloader_drop_last,
+    }
+    sampler: EpochSampler
+    if args.max_tokens_per_batch is None:
+        sampler = GroupBatchSampler(groups, batch_size, **options)
+    else:
+        tokens = group_tokens(dataset, run_source=collator.run_source, layout=collator.shape.layout)[groups]
+        sampler = TokenBudgetSampler(groups, tokens, args.max_tokens_per_batch, **options)
+        if sampler.oversized:
+            logger.warning(
+                f"{sampler.oversized} groups have more than max_tokens_per_batch={args.max_tokens_per_batch} tokens (the "
+                f"largest {int(tokens.max())}) and are micro-batches of their own. `max_targets_per_group` makes groups "
+                "smaller."
+            )
+    if len(sampler) == 0:
+        raise DataError(
+            f"{len(groups)} groups are less than one micro-batch on each of {ranks.num_processes} ranks, and "
+            "`dataloader_drop_last` drops them."
+        )
+    workers = args.dataloader_num_workers
+    return GroupDataLoader(
+        GroupDataset(dataset, reference),
+        batch_sampler=sampler,
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory and ranks.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers if workers else False,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+    )
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

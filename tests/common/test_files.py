@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo.common.files import write_bytes, write_json, write_text
+from mpo.common.files import whole_folder, write_bytes, write_json, write_text
 from mpo.errors import MPOError, StorageError
 
 
@@ -130,3 +130,24 @@ def test_a_list_of_plain_values_takes_one_line_and_reads_back_the_same(tmp_path:
     text = write_json(tmp_path / "m.json", value).read_text(encoding="utf-8")
     assert json.loads(text) == value
     assert '"numbers": [1.5, null, true],' in text and '"a": [4, 5],' in text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_folder_whose_files_cannot_be_stored_is_not_published(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A network file system may take what is written and report at the flush that it could not keep it.
+    monkeypatch.setattr("os.fsync", _fail(number))
+    with pytest.raises(StorageError, match="Cannot write"), whole_folder(tmp_path / "result") as folder:
+        (folder / "a.bin").write_bytes(b"1")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_is_left_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", _fail(number))
+    with whole_folder(tmp_path / "result") as folder:
+        (folder / "a.bin").write_bytes(b"1")
+    assert (tmp_path / "result" / "a.bin").read_bytes() == b"1"

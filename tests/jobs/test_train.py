@@ -84,7 +84,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr("mpo.training.trainer.load_model", refuse)
+    monkeypatch.setattr("mpo.training.policy.load_model", refuse)
     monkeypatch.setattr("trl.trainer.utils.create_model_from_path", refuse)
 
 
@@ -250,7 +250,7 @@ def test_quantisation_without_a_gpu_is_refused(
     refused(make(load_in_4bit=True, **LORA), DependencyError, "needs bitsandbytes with a GPU")
     refused(make(optim="paged_adamw_8bit"), DependencyError, "needs bitsandbytes with a GPU")
     refused(make(use_liger_kernel=True), DependencyError, "needs liger-kernel with a GPU")
-    make_plan(make(optim="paged_adamw_8bit"), for_real=False)  # a plan may be for another machine
+    make_plan(make(optim="paged_adamw_8bit"), on_this_machine=False)  # a plan may be for another machine
 
 
 def test_deepspeed_of_the_launcher_is_required(
@@ -286,7 +286,7 @@ def test_a_setting_this_machine_cannot_honour_stops_a_run_but_not_a_plan(make, n
         pytest.skip("this machine has a GPU")
     recipe = make(bf16=True, use_cpu=False)
     refused(recipe, ConfigError, "no accelerator with bf16")
-    plan = make_plan(recipe, for_real=False)
+    plan = make_plan(recipe, on_this_machine=False)
     assert any("bf16" in note for note in plan.notes)
     assert plan.facts["Precision"].startswith("bf16")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from mpo.modeling.adapters import spare_input_copies
+from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.masks import attention_mask
 from mpo.planning.activations import Layers, _spans, layer_peaks, mask_bytes
 from mpo.planning.live_memory import LiveMemory
@@ -28,7 +28,7 @@ def really_taken(family: str, how: Layers, rows: int, length: int, spans: tuple[
     body = model.base_model
     if how.adapter is not None:
         model = get_peft_model(model, how.adapter)
-        spare_input_copies(model)
+        skip_input_casts(model)
     model.train()
     if how.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,7 @@ import torch
 
 from mpo.planning.capacity import SHARDINGS, describe, memory
 from mpo.planning.memory import step_needs_checkpointing
-from mpo.training import trainer as trainer_module
+from mpo.training import activation_checkpointing
 from tests import runs
 from tests.tiny import build_model, random_groups, save_tiny
 
@@ -87,7 +87,7 @@ def test_the_trainer_recomputes_only_where_memory_asks_for_it(
     rows = random_groups(0, 2, words=(1, 4))
 
     def calls(memory: int | None, **settings: Any) -> int:
-        monkeypatch.setattr(trainer_module, "device_memory", lambda device: memory)
+        monkeypatch.setattr(activation_checkpointing, "device_memory", lambda device: memory)
         peft = {"peft_config": runs.lora()} if lora else {}
         trainer = runs.trainer(folder, tmp_path, rows, max_steps=1, **peft, **settings)
         trainer._prepare_references()
@@ -108,8 +108,8 @@ def test_the_trainer_recomputes_only_where_memory_asks_for_it(
 def test_a_divided_model_is_recomputed_unless_the_user_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "_sharded", lambda args: True)
-    monkeypatch.setattr(trainer_module, "device_memory", lambda device: 10**12)
+    monkeypatch.setattr(activation_checkpointing, "will_be_sharded", lambda args: True)
+    monkeypatch.setattr(activation_checkpointing, "device_memory", lambda device: 10**12)
     folder = save_tiny("llama", tmp_path / "model")
     assert runs.trainer(folder, tmp_path).args.gradient_checkpointing
     assert not runs.trainer(folder, tmp_path, gradient_checkpointing=False).args.gradient_checkpointing
@@ -121,8 +121,8 @@ def test_a_model_that_cannot_be_counted_is_trained_as_it_is(
     def fail(*_: Any, **__: Any) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(trainer_module, "device_memory", lambda device: 10**9)
-    monkeypatch.setattr(trainer_module, "step_needs_checkpointing", fail)
+    monkeypatch.setattr(activation_checkpointing, "device_memory", lambda device: 10**9)
+    monkeypatch.setattr(activation_checkpointing, "step_needs_checkpointing", fail)
     with caplog.at_level("WARNING", logger="mpo"):
         trainer = runs.trainer(save_tiny("llama", tmp_path / "model"), tmp_path)
     assert not trainer.args.gradient_checkpointing

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError
+from mpo.modeling.layout import BatchShape
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
@@ -27,6 +28,11 @@ counts = st.integers(1, 60)
 ranks = st.integers(1, 7)
 sizes = st.integers(1, 5)
 orders = st.one_of(st.none(), st.integers(0, 100))
+
+
+def shape(layout: str) -> BatchShape:
+    """Short rows, of which a batch has several."""
+    return BatchShape(layout, max_tokens_per_row=20, pad_token_id=0, pooling="mean", tokens_per_batch=20)
 
 
 def draw(
@@ -316,7 +322,7 @@ def test_a_batch_holds_targets_in_order_each_with_its_own_group_language_weight_
     groups: list[dict[str, Any]], layout: str, run_source: bool
 ) -> None:
     weights = [1.0, 2.0, 0.5, 3.0]
-    batch = GroupCollator(LANGUAGES, weights, layout, 20, 0, "mean", run_source=run_source)(groups)
+    batch = GroupCollator(LANGUAGES, weights, shape(layout), run_source=run_source)(groups)
     pairs = [(g, i) for g, group in enumerate(groups) for i in range(len(group["target_language"]))]
     responses = [
         group["target_chosen"][i] + group["target_rejected"][i]
@@ -365,7 +371,7 @@ def test_a_batch_that_is_too_large_is_split_into_calls_that_share_its_pairs(
     groups: list[dict[str, Any]], layout: str, run_source: bool, limit: int
 ) -> None:
     options = {"run_source": run_source, "max_tokens_per_call": limit}
-    batch = GroupCollator(LANGUAGES, [1.0] * 4, layout, 20, 0, "mean", **options)(groups)
+    batch = GroupCollator(LANGUAGES, [1.0] * 4, shape(layout), **options)(groups)
     names = ("prompt", "chosen", "rejected")
     targets = [
         [group[f"target_{name}"][i] for name in names] for group in groups for i in range(len(group["row"]))
