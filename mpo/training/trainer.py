@@ -52,10 +52,11 @@ from mpo.errors import (
 )
 from mpo.modeling.adapters import spare_input_copies
 from mpo.modeling.head import attach_reward_gap_head
-from mpo.modeling.identity import fingerprint_folder, fingerprint_module
+from mpo.modeling.identity import identify_module
 from mpo.modeling.layout import CALL_TOKENS, batch_shape, usable_layout
-from mpo.modeling.loading import ModelSource, load_config, load_model, load_tokenizer, pick_attention
+from mpo.modeling.loading import ModelSource, load_tokenizer
 from mpo.modeling.loss import mpo_loss, reward_gap, reward_gap_loss
+from mpo.modeling.opening import OpenedModel, open_model
 from mpo.planning.memory import device_memory, step_needs_checkpointing
 from mpo.training.checkpoints import (
     is_complete,
@@ -227,9 +228,9 @@ class MPOTrainer(DPOTrainer):
         set_seed(args.seed)
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
-            if processing_class is None:
-                processing_class = load_tokenizer(_source(model, args), args.chat_template)
-            model = _load(model, args, quantization_config)
+            opened = _open(model, args, processing_class)
+            processing_class, args.chat_template_kwargs = opened.tokenizer, opened.chat_template_kwargs or None
+            model = opened.load(quantization_config=quantization_config, **_init_kwargs(args))
         if processing_class is None:
             name = get_config_model_id(model.config)
             if not name:
@@ -720,29 +721,18 @@ class MPOTrainer(DPOTrainer):
 
     def _reference_key(self) -> dict[str, Any]:
         if self._fingerprint is None:
-            found = [self._weights_fingerprint() if self.accelerator.is_main_process else None]
+            found = [self._reference_identity() if self.accelerator.is_main_process else None]
             broadcast_object_list(found, from_process=0)
             assert found[0] is not None
             self._fingerprint = found[0]
-        return {
-            "weights": self._fingerprint,
-            "dtype": str(self.model.dtype),
-            "mixed_precision": str(self.accelerator.mixed_precision),
-            "config": _computing_settings(self._explicit_reference or self.model),
-        }
+        return {"model": self._fingerprint, "mixed_precision": str(self.accelerator.mixed_precision)}
 
-    def _weights_fingerprint(self) -> str:
-        """What identifies the reference's weights: files where the model was loaded from them, tensors otherwise."""
-        if self._explicit_reference is None and self._model_source is not None and self._starts_at_files:
-            folder = Path(self._model_source)
-            if folder.is_dir():
-                return f"files:{fingerprint_folder(folder)}"
-            commit = getattr(self.model.config, "_commit_hash", None)
-            if commit:
-                return f"hub:{self._model_source}@{commit}"
-        tensors = fingerprint_module(self._explicit_reference or self.model)
-        # Partitioned weights cannot be told apart here, so such a reference is never reused.
-        return f"tensors:{tensors}" if tensors else f"unknown:{os.urandom(16).hex()}"
+    def _reference_identity(self) -> str:
+        files = self._model_source if self._explicit_reference is None and self._starts_at_files else None
+        adapter_on = self._explicit_reference is not None or not self._reference_without_adapter
+        return identify_module(
+            self._explicit_reference or self.model, adapter_on=adapter_on, files=files
+        ).digest
 
     @property
     def _starts_at_files(self) -> bool:
@@ -1232,14 +1222,6 @@ def _no_reference_model() -> Iterator[None]:
             trl_logger.setLevel(level)
 
 
-def _computing_settings(model: Any) -> dict[str, Any]:
-    """A model's configuration without what does not change what it computes."""
-    settings = json.loads(model.config.to_json_string(use_diff=False))
-    for name in ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id"):
-        settings.pop(name, None)
-    return dict(settings)
-
-
 def _refuse(**arguments: Any) -> None:
     reasons = {
         "data_collator": "the step packs preference trees with its own collator",
@@ -1255,29 +1237,30 @@ def _source(name: str, args: MPOConfig) -> ModelSource:
     return ModelSource(name, kwargs.get("revision"), args.trust_remote_code)
 
 
-def _load(name: str, args: MPOConfig, quantization_config: Any) -> PreTrainedModel:
-    source = _source(name, args)
-    kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in _OWN_INIT_KWARGS}  # type: ignore[union-attr]
+def _open(name: str, args: MPOConfig, tokenizer: PreTrainedTokenizerBase | None) -> OpenedModel:
     given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    return open_model(
+        _source(name, args),
+        tokenizer=tokenizer,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+        dtype=given.get("dtype", "float32"),
+        device=args.device,
+        attn_implementation=given.get("attn_implementation"),
+        layout=args.batch_layout,
+        trained=True,
+        compiled=bool(args.torch_compile),
+    )
+
+
+def _init_kwargs(args: MPOConfig) -> dict[str, Any]:
+    kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k not in _OWN_INIT_KWARGS}  # type: ignore[union-attr]
     if args.distributed_state is not None and args.distributed_state.distributed_type in (
         "MULTI_GPU",
         "DEEPSPEED",
     ):
         kwargs["device_map"] = None
-    attention = pick_attention(
-        load_config(source),
-        given.get("attn_implementation"),
-        layout=args.batch_layout,
-        gpu=args.device.type != "cpu",
-        compiled=bool(args.torch_compile),
-    )
-    return load_model(
-        source,
-        dtype=given.get("dtype", "float32"),
-        attn_implementation=attention,
-        quantization_config=quantization_config,
-        **kwargs,
-    )
+    return kwargs
 
 
 def check_adapter_config(config: Any) -> None:

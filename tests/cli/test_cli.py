@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
     def no_weights(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("mpo.training.trainer.load_model", no_weights)
+    monkeypatch.setattr("mpo.modeling.opening.load_model", no_weights)
     monkeypatch.setattr("mpo.modeling.loading.load_model", no_weights)
     assert cli.main(["train", str(recipe), *words]) == 0
     out = capsys.readouterr().out

@@ -38,6 +38,7 @@ from mpo.hidden_space.embed import (
 )
 from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
+from mpo.modeling import opening
 from mpo.modeling.loading import ModelSource
 from tests.tiny import build_model, build_tokenizer, random_text, save_tiny
 
@@ -244,8 +245,8 @@ def test_before_and_after_come_from_one_loaded_model(
     adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    load = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda *a, **k: loads.append(1) or load(*a, **k))
+    load = opening.load_model
+    monkeypatch.setattr(opening, "load_model", lambda *a, **k: loads.append(1) or load(*a, **k))
     model, adapter = adapted
     embedder = Embedder(ModelSource(str(model)), EVERYTHING, adapter=str(adapter), ranks=alone())
     texts = texts_of(6)
@@ -357,13 +358,13 @@ def test_several_ranks_give_what_one_gives(
     source = ModelSource(str(adapted[0]))
     expected = Embedder(source, EVERYTHING, ranks=alone()).embed(texts, tmp_path / "one")
     # transformers switches the tying of weights off for everyone while it loads: one at a time, or it stays off.
-    load, one_at_a_time = module.load_model, threading.Lock()
+    load, one_at_a_time = opening.load_model, threading.Lock()
 
     def load_alone(*args: Any, **kwargs: Any) -> Any:
         with one_at_a_time:
             return load(*args, **kwargs)
 
-    monkeypatch.setattr(module, "load_model", load_alone)
+    monkeypatch.setattr(opening, "load_model", load_alone)
     barrier, found = threading.Barrier(count, timeout=60), {}
 
     def work(index: int) -> None:

@@ -84,7 +84,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr("mpo.training.trainer.load_model", refuse)
+    monkeypatch.setattr("mpo.modeling.opening.load_model", refuse)
     monkeypatch.setattr("trl.trainer.utils.create_model_from_path", refuse)
 
 
