@@ -146,7 +146,9 @@ def tokenize_pair(
     kwargs = template_kwargs
     prompt_ids = render(tokenizer, prompt, kwargs, field="prompt")
     chosen_ids = render(tokenizer, [*prompt, *chosen], kwargs, add_generation_prompt=False, field="chosen")
-    rejected_ids = render(tokenizer, [*prompt, *rejected], kwargs, add_generation_prompt=False, field="rejected")
+    rejected_ids = render(
+        tokenizer, [*prompt, *rejected], kwargs, add_generation_prompt=False, field="rejected"
+    )
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
     if start < len(prompt_ids):
         logger.warning_once(

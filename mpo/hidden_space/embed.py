@@ -344,13 +344,13 @@ class Embedder:
         self.source, self.settings, self.adapter = source, settings, adapter
         device = pick_device(settings.device)
         self.ranks: Ranks = process_group(device) if ranks is None else ranks
-        if self.ranks.num_processes > 1:
-            if device.index is not None:
-                raise ConfigError(
-                    f"`device` is {settings.device!r}, but {self.ranks.num_processes} processes are launched, of which each "
-                    f"takes a device of its own. Write `device: {device.type}` or leave it out; `CUDA_VISIBLE_DEVICES` "
-                    "chooses among GPUs."
-                )
+        several = self.ranks.num_processes > 1
+        if several and device.index is not None:
+            raise ConfigError(
+                f"`device` is {settings.device!r}, but {self.ranks.num_processes} processes are launched, of which each takes "
+                f"a device of its own. Write `device: {device.type}` or leave it out; `CUDA_VISIBLE_DEVICES` chooses among "
+                "GPUs."
+            )
         self.opened = open_model(
             source,
             adapter=adapter,
@@ -358,7 +358,7 @@ class Embedder:
             chat_template_kwargs=settings.chat_template_kwargs,
             needs_template=settings.template == "chat",
             dtype=settings.dtype,
-            device=self.ranks.device if self.ranks.num_processes > 1 else device,
+            device=self.ranks.device if several else device,
             attn_implementation=settings.attn_implementation,
         )
         self.device = self.opened.device

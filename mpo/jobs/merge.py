@@ -23,7 +23,11 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 # Far above the rounding of float32, in which both sides compute, and far below what a module that is left out changes.
 _TOLERANCE = 5e-4
-_TEXTS = ("Good morning, how are you?", "\u4f60\u597d\uff0c\u8bf7\u95ee\u4f60\u53eb\u4ec0\u4e48\u540d\u5b57\uff1f", "Habari ya asubuhi?")
+_TEXTS = (
+    "Good morning, how are you?",
+    "\u4f60\u597d\uff0c\u8bf7\u95ee\u4f60\u53eb\u4ec0\u4e48\u540d\u5b57\uff1f",
+    "Habari ya asubuhi?",
+)
 
 
 def merge_adapter(

@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mpo.errors import ModelError
 
@@ -133,13 +133,21 @@ def _adapter_state(model: Any) -> Iterator[Any]:
         yield name, computing_settings(config.to_dict())
     for name, module in model.named_modules():
         if hasattr(module, "active_adapters") and isinstance(getattr(module, "scaling", None), dict):
-            yield name, module.active_adapters, module.scaling, module.disable_adapters, module.merged_adapters
+            yield (
+                name,
+                module.active_adapters,
+                module.scaling,
+                module.disable_adapters,
+                module.merged_adapters,
+            )
 
 
 def computing_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a configuration that change what is computed, ready for JSON: no paths, no library versions."""
     return {
-        key: sorted(value) if key in _UNORDERED and not isinstance(value, (str, type(None))) else _plain(value)
+        key: sorted(value)
+        if key in _UNORDERED and not isinstance(value, (str, type(None)))
+        else _plain(value)
         for key, value in settings.items()
         if key not in _INERT
     }
@@ -169,7 +177,9 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         content = backend.to_str()
     else:  # both are set by whoever called it last
         content = json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
+    }
     return hash_settings([content, special])
 
 

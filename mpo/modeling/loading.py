@@ -132,7 +132,9 @@ def load_model(
     model, report = loaded
     unexpected = report["unexpected_keys"]
     if is_quantized(model.config):  # scales and zero points lie beside the weights that they belong to
-        holders = {name for name, part in model.named_modules() if next(part.parameters(False), None) is not None}
+        holders = {
+            name for name, part in model.named_modules() if next(part.parameters(False), None) is not None
+        }
         unexpected = {key for key in unexpected if not any(key.startswith(f"{name}.") for name in holders)}
     problem = _misfit(report["missing_keys"], unexpected)
     if problem:
@@ -148,7 +150,9 @@ def _misfit(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     parts = []
     for keys, what in ((sorted(missing), "missing"), (sorted(unexpected), "of no use to it")):
         if keys:
-            parts.append(f"{counted(len(keys), 'tensor')} {'is' if len(keys) == 1 else 'are'} {what} ({keys[0]})")
+            parts.append(
+                f"{counted(len(keys), 'tensor')} {'is' if len(keys) == 1 else 'are'} {what} ({keys[0]})"
+            )
     return " and ".join(parts)
 
 
@@ -216,7 +220,9 @@ def adapter_tensors(adapter: str, *, revision: str | None = None) -> set[str]:
         )
     names = _open_safetensors(path)
     if not names:
-        raise ModelError(f"The adapter's {path} holds no tensor, so it would change nothing. Save the adapter again.")
+        raise ModelError(
+            f"The adapter's {path} holds no tensor, so it would change nothing. Save the adapter again."
+        )
     return names
 
 

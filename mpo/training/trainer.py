@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -229,7 +228,10 @@ class MPOTrainer(DPOTrainer):
         self._model_source = model if isinstance(model, str) else None
         if isinstance(model, str):
             opened = _open(model, args, processing_class)
-            processing_class, args.chat_template_kwargs = opened.tokenizer, opened.chat_template_kwargs or None
+            processing_class, args.chat_template_kwargs = (
+                opened.tokenizer,
+                opened.chat_template_kwargs or None,
+            )
             model = opened.load(quantization_config=quantization_config, **_init_kwargs(args))
         if processing_class is None:
             name = get_config_model_id(model.config)
