@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import xxhash
+from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
@@ -173,10 +174,12 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content = json.dumps(sorted(tokenizer.get_vocab().items()))
-    elif backend.truncation is None and backend.padding is None:
+    else:
+        if backend.truncation is not None or backend.padding is not None:  # set by whoever called it last
+            backend = Tokenizer.from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
         content = backend.to_str()
-    else:  # both are set by whoever called it last
-        content = json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
     special = {
         name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"
     }
