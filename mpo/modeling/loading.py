@@ -183,11 +183,15 @@ def load_adapter(
             )
         except (RuntimeError, ValueError, KeyError) as error:
             raise _misfitting_adapter(adapter, model, _first_sentence(error)) from error
-    missing = set(report.missing_keys)
+    tensors = dict(policy.named_parameters(remove_duplicate=False))
+    found = {id(tensor) for name, tensor in tensors.items() if name not in report.missing_keys}
+    # A tensor that layers share (VB-LoRA) is in the file under one of its names.
+    missing = {name for name in report.missing_keys if id(tensors.get(name)) not in found}
     if getattr(config, "bias", "none") != "none":  # PEFT looks for tensors of its own only
         stored = adapter_tensors(adapter, revision=revision)
         missing |= {key for key in get_peft_model_state_dict(policy) if key.endswith(".bias")} - stored
-    problem = _misfit(missing, report.unexpected_keys)
+    # A prompt's tensors are loaded into its encoder, which has checks of its own and is no part of this report.
+    problem = _misfit(missing, () if config.is_prompt_learning else report.unexpected_keys)
     if problem:
         raise _misfitting_adapter(adapter, model, f"{problem}.")
     return policy

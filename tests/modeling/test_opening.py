@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -203,6 +214,30 @@ def test_adapters_of_all_kinds_are_loaded_with_each_of_their_tensors_and_refused
         )
         with pytest.raises(ModelError, match="does not fit the model"):
             opened(tmp_path).load()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(target_modules=["q_proj"]),
+        VeraConfig(target_modules=["q_proj"], r=4),
+        VBLoRAConfig(target_modules=["q_proj", "v_proj"], vector_length=4, num_vectors=8, r=2),
+        PromptTuningConfig(num_virtual_tokens=2),
+        PrefixTuningConfig(num_virtual_tokens=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_what_other_kinds_of_adapters_share_or_keep_elsewhere_is_no_misfit(
+    place: Path, config: PeftConfig
+) -> None:
+    config.task_type = "CAUSAL_LM"
+    shutil.rmtree(place / "adapter")
+    get_peft_model(build_model("llama"), config).save_pretrained(place / "adapter")
+    expected = PeftModel.from_pretrained(build_model("llama"), place / "adapter").state_dict()
+    found = opened(place).load().state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_an_adapter_is_loaded_to_be_read_or_to_be_trained(place: Path) -> None:
