@@ -262,6 +262,27 @@ def test_evaluate_refuses_a_device_that_is_not_there(model: Path, capsys: pytest
     assert "expected cpu, cuda" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "reward-gap", "--data", str(PAIRS)],
+        ["evaluate", "perplexity", "--texts", "en=x.txt", "--out", "o"],
+        ["evaluate", "utility", "--out", "o"],
+        ["evaluate", "attack", "--prompts", "multijail", "--out", "o"],
+        ["evaluate", "over-refusal", "--prompts", "multijail", "--out", "o"],
+        ["analyze", "embed", "--languages", "en", "--out", "o"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_every_command_that_renders_a_chat_takes_the_arguments_of_its_template(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.evaluation.prompts.load_prompts", lambda *_, **__: SimpleNamespace(dropped=0))
+    for wrong in ("[1]", "{enable_thinking: false}"):
+        assert cli.main([*command, "--model", "m", "--chat_template_kwargs", wrong]) == 2
+        assert "--chat_template_kwargs: expected a JSON object" in capsys.readouterr().err
+
+
 def test_the_script_runs_from_anywhere_without_an_installation(tmp_path: Path, recipe: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(

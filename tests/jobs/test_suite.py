@@ -58,7 +58,9 @@ def _settings(place: Path, **changes: Any) -> dict[str, Any]:
 
 def _recipe(place: Path, **changes: Any) -> str:
     file = place / "suite.yaml"
-    settings = json.loads(json.dumps(_settings(place, **changes)))  # nothing shared, which YAML would refer to
+    settings = json.loads(
+        json.dumps(_settings(place, **changes))
+    )  # nothing shared, which YAML would refer to
     file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return str(file)
 
