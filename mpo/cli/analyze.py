@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.options import add_loading_options, show_help
+from mpo.cli.options import add_loading_options, chat_template_kwargs, show_help
 
 _HIDDEN_SPACE_EPILOG = """\
 Any key of the recipe can be changed after it:
@@ -109,6 +109,7 @@ def _embed(arguments: argparse.Namespace) -> int:
     from mpo.hidden_space.texts import TextSource, load_texts
     from mpo.modeling.loading import ModelSource
 
+    arguments.chat_template_kwargs = chat_template_kwargs(arguments)
     texts = load_texts(_fields(TextSource, arguments), arguments.languages)
     embedder = Embedder(
         ModelSource(arguments.model, arguments.revision, arguments.trust_remote_code),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from mpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpo.evaluation.engines import ModelChoice
@@ -34,7 +37,12 @@ def add_loading_options(parser: Any, *, adapter_revision: bool = False) -> None:
     if adapter_revision:
         parser.add_argument("--adapter_revision", help="revision of the adapter on the Hub")
     parser.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
+        "--chat_template", help="in place of the adapter's or the model's chat template: Jinja text or a file"
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="extra arguments of the chat template (default: those that the adapter or the model was trained with)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
 
@@ -53,9 +61,35 @@ def chosen_model(arguments: argparse.Namespace, **engine: Any) -> ModelChoice:
         revision=arguments.revision,
         adapter_revision=arguments.adapter_revision,
         chat_template=arguments.chat_template,
+        chat_template_kwargs=chat_template_kwargs(arguments),
         trust_remote_code=arguments.trust_remote_code,
         **engine,
     )
+
+
+def chat_template_kwargs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The value of ``--chat_template_kwargs``.
+
+    Raises:
+        ConfigError: It is no JSON object.
+    """
+    given = arguments.chat_template_kwargs
+    return None if given is None else json_object(given, "--chat_template_kwargs")
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """An option's value that is a JSON object.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: expected a JSON object, got {text!r} ({error}).") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option}: expected a JSON object, got {text!r}.")
+    return value
 
 
 def one_or_many(names: Sequence[str]) -> str | list[str]:

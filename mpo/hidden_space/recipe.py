@@ -189,6 +189,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         (hint,) = (one for one in get_args(hint) if one is not type(None))
     if dataclasses.is_dataclass(hint):
         return _typed(hint, value, where)
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected keys with values, found {value!r}.")
+        return {key: yaml.safe_load(item) if isinstance(item, str) else item for key, item in value.items()}
     if get_origin(hint) is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_value(get_args(hint)[0], item, where) for item in items)

@@ -30,9 +30,9 @@ from mpo.modeling.loading import (
     is_quantized,
     linear_layer_names,
     load_config,
-    load_tokenizer,
     pick_attention,
 )
+from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
 from mpo.training.compute import check_compute_options, is_installed, require_package
 from mpo.training.recipe import DATA_SUFFIXES, Recipe
 from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, group_tokens
@@ -129,7 +129,12 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     )
     config = load_config(source)
     recipe = _with_model_choices(recipe, config, on_this_machine)
-    tokenizer = load_tokenizer(source, training.chat_template)
+    adapter = recipe.model.adapter_name_or_path
+    if adapter is not None and (said := another_base(adapter, adapter_settings(adapter), source)):
+        notes.append(said.rstrip("."))
+    tokenizer = open_tokenizer(source, config, adapter, chat_template=training.chat_template)
+    if training.chat_template_kwargs is None:
+        training.chat_template_kwargs = trained_template_kwargs(source, adapter) or None
     if recipe.model.reference_model_name_or_path is not None:
         load_config(ModelSource(recipe.model.reference_model_name_or_path, None, source.trust_remote_code))
     model = empty_model(config, source)

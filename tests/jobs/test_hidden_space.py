@@ -254,6 +254,15 @@ def test_values_take_the_type_of_their_key(tmp_path: Path) -> None:
     assert recipe.layers == ("1", "norm") and recipe.confidence == 0.9 and recipe.data.limit == 5
 
 
+def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None:
+    text = MINIMAL + "chat_template_kwargs: {enable_thinking: false, tone: plain}\n"
+    recipe = load_analysis_recipe(written(tmp_path, text), ["--chat_template_kwargs.budget", "3"])
+    expected = {"enable_thinking": False, "tone": "plain", "budget": 3}
+    assert recipe.chat_template_kwargs == recipe.embedding.chat_template_kwargs == expected
+    with pytest.raises(ConfigError, match="chat_template_kwargs"):
+        load_analysis_recipe(written(tmp_path, MINIMAL + "chat_template_kwargs: off\n"))
+
+
 def test_settings_and_their_defaults_have_one_source(tmp_path: Path) -> None:
     recipe = load_analysis_recipe(written(tmp_path, MINIMAL))
     assert recipe.embedding == EmbeddingSettings()
