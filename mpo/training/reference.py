@@ -114,9 +114,12 @@ class SourceReference:
         }
 
 
-def source_trees(groups: Mapping[str, Sequence[Any]], **options: bool) -> list[Tree]:
-    """The source pairs of tokenized groups as trees; the options are those of :class:`mpo.modeling.trees.Tree`."""
-    return [Tree(*parts, **options) for parts in zip(*(groups[column] for column in _SOURCE), strict=True)]
+def source_trees(groups: Mapping[str, Sequence[Any]], *, pool: bool = False) -> list[Tree]:
+    """The source pairs of tokenized groups as trees that are scored, and pooled if asked for."""
+    columns = (groups[column] for column in _SOURCE)
+    return [
+        Tree(prompt, chosen, rejected, pool=pool) for prompt, chosen, rejected in zip(*columns, strict=True)
+    ]
 
 
 def probe_trees(tokenized: Dataset) -> list[Tree]:
@@ -273,9 +276,7 @@ def _run_pass(
         ):
             number = step * ranks.num_processes + ranks.process_index
             sources = batches[min(number, len(batches) - 1)]
-            trees = source_trees(
-                source_columns[[int(first_group[i]) for i in sources]], score=True, pool=True
-            )
+            trees = source_trees(source_columns[[int(first_group[i]) for i in sources]], pool=True)
             output = call_on_trees(call, trees, shape, ranks.device)
             assert output.response_logps is not None and output.pooled is not None
             if number >= len(batches):

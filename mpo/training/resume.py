@@ -28,7 +28,7 @@ class ResumableRun:
     """What a checkpoint of a trainer's run states, and which checkpoint the run may go on from."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+        self._trainer: Any = trainer
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint states of its run.

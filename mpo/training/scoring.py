@@ -102,14 +102,14 @@ def score_dataset(
             order[g] += 1
             if counts[i]:
                 language = languages[int(cpu_batch["language"][i])]
-                reference = float(cpu_batch["reference_gap"][i])
-                scored = _score(numbers[g], language, False, logps[i], reference)
+                source_gap = float(cpu_batch["reference_gap"][i])
+                scored = _score(numbers[g], language, False, logps[i], source_gap)
                 sums.records.append((numbers[g], order[g], scored))
         for g, group in enumerate(numbers):
             pair = pair_groups.index(g)
             if counts[pair]:
-                reference = float(cpu_batch["reference_gap"][pair])
-                scored = _score(group, source_language, True, logps[len(pair_groups) + g], reference)
+                source_gap = float(cpu_batch["reference_gap"][pair])
+                scored = _score(group, source_language, True, logps[len(pair_groups) + g], source_gap)
                 sums.records.append((group, 0, scored))
                 sums.retention[group] = float(pairs.retention[pair])
         if losses is not None:

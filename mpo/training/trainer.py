@@ -129,9 +129,10 @@ class MPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any | None = None,
     ) -> None:
-        name = model if isinstance(model, str) else None
+        loaded_from = model if isinstance(model, str) else None
         if args is None:
-            args = MPOConfig(output_dir=f"{Path(name or get_config_model_id(model.config)).name}-MPO")
+            name = loaded_from or get_config_model_id(model.config)  # type: ignore[union-attr]
+            args = MPOConfig(output_dir=f"{Path(name).name}-MPO")
         refused = {"data_collator": data_collator, "compute_metrics": compute_metrics}
         check_arguments(args, model, ref_model, train_dataset, quantization_config, **refused)
         prepare_checkpointing(args)
@@ -150,7 +151,7 @@ class MPOTrainer(DPOTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=list,  # MPO's own knows the languages, below
+                data_collator=dict,  # MPO's own knows the languages, below
                 train_dataset=groups_of(train_dataset),
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -180,7 +181,7 @@ class MPOTrainer(DPOTrainer):
             self._policy,
             ref_model,
             new_adapter=peft_config,
-            loaded_from=name,
+            loaded_from=loaded_from,
             cache_dir=args.reference_folder(),
             shape=self.data_collator.shape,
         )
