@@ -21,7 +21,7 @@ from mpo.common.fonts import drawable, families_for
 from mpo.errors import ConfigError, StorageError
 from mpo.hidden_space import pictures
 from mpo.hidden_space.compare import LanguageTexts, Settings
-from mpo.hidden_space.embed import EmbeddingSettings, ReadingSettings
+from mpo.hidden_space.settings import EmbeddingSettings, ReadingSettings
 from mpo.hidden_space.pictures import draw_all
 from mpo.hidden_space.recipe import AnalysisRecipe, load_analysis_recipe
 from mpo.hidden_space.results import HiddenSpace
