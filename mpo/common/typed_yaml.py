@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -22,12 +22,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from mpo.common.redaction import REDACTED, is_secret_name, redact_text
-from mpo.common.words import nearest, shortened, show_name
+from mpo.common.words import nearest, printable, shortened
 from mpo.errors import ConfigError, MPOError
 
 T = TypeVar("T")
 
-_PACKAGE = __name__.partition(".")[0]
 
 COMMAND_LINE = "command line"
 UNKNOWN = object()
@@ -66,24 +65,12 @@ class Key:
 @functools.cache
 def keys_of(kind: type) -> dict[str, Key]:
     """The fields of a dataclass as keys, by name."""
-    hints = typing.get_type_hints(kind)
-    return {
-        option.name: Key(
-            option.name,
-            hints[option.name],
-            tuple(option.metadata.get("choices", ())),
-            *_default(option),
-        )
-        for option in fields(kind)
-        if option.init
-    }
-
-
-def _default(option: Field[Any]) -> tuple[Any, bool]:
-    """The default of a field, and whether it has none."""
-    if option.default_factory is not MISSING:
-        return option.default_factory(), False
-    return (None, True) if option.default is MISSING else (option.default, False)
+    hints, keys = typing.get_type_hints(kind), {}
+    for option in fields(kind):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        choices = tuple(option.metadata.get("choices", ()))
+        keys[option.name] = Key(option.name, hints[option.name], choices, default, default is MISSING)
+    return keys
 
 
 @dataclass
@@ -114,7 +101,10 @@ class _Node:
 
 
 class _Mismatch(Exception):
-    """A value does not have its field's type. ``args`` may hold what exactly is wrong, and where."""
+    """A value does not have its field's type; ``detail`` may say what exactly is wrong."""
+
+    def __init__(self, node: _Node, detail: str = "") -> None:
+        self.place, self.detail = node.place, detail
 
 
 class Document:
@@ -167,9 +157,7 @@ class Document:
 
     def wrong(self, place: str, text: str) -> None:
         """Keeps a mistake until :meth:`check`."""
-        mistake = f"{place}: {text}"
-        if mistake not in self._mistakes:
-            self._mistakes.append(mistake)
+        self._mistakes.append(printable(f"{place}: {text}"))
 
     def check(self) -> None:
         """Refuses the recipe if anything in it is wrong.
@@ -177,19 +165,24 @@ class Document:
         Raises:
             ConfigError: It names every mistake with its place.
         """
-        if len(self._mistakes) > 1:
-            lines = "".join(f"\n  {mistake}" for mistake in self._mistakes)
-            raise ConfigError(f"{len(self._mistakes)} settings are wrong:{lines}")
-        if self._mistakes:
-            raise ConfigError(self._mistakes[0])
+        mistakes = [*dict.fromkeys(self._mistakes)]
+        if len(mistakes) > 1:
+            raise ConfigError("\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
+        if mistakes:
+            raise ConfigError(mistakes[0])
 
     def values(self, keys: Mapping[str, Key]) -> dict[str, Any]:
-        """What is set of a flat recipe, in its order and with the types of its keys.
+        """What is set of a flat recipe, in its order and with the types of its keys. No value becomes a dataclass.
 
         Raises:
             ConfigError: A key is unknown or set twice, a value does not have its key's type, or a secret is among them.
         """
-        found = self._fields(self._root, keys, "")
+        flat = {
+            name: replace(key, hint=Union[tuple(m for m in _members(key.hint) if not _is_section(m))])  # noqa: UP007
+            for name, key in keys.items()
+            if key.hint is not UNKNOWN
+        }
+        found = self._fields(self._root, {**keys, **flat}, "")
         self.check()
         return found
 
@@ -252,9 +245,7 @@ class Document:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.wrong(line(key_node), "a key must be a word, not a list or a mapping.")
             elif key_node.value in entries:
-                self.wrong(
-                    line(key_node), f"`{show_name(key_node.value)}` is set twice; remove one of the two."
-                )
+                self.wrong(line(key_node), f"`{key_node.value}` is set twice; remove one of the two.")
             else:
                 entries[key_node.value] = self._node(value, name, line(key_node))
         return _Node(entries, place)
@@ -278,7 +269,7 @@ class Document:
             base, *entry = option[2:].split(".")
             path = [base.replace("-", "_"), *entry]
             if not all(path):
-                self.wrong(COMMAND_LINE, f"`{show_name(option)}` names no key; expected `--key value`.")
+                self.wrong(COMMAND_LINE, f"`{option}` names no key; expected `--key value`.")
                 continue
             flag = _Node("true", COMMAND_LINE, plain=True, flag=True)
             given = flag if not items else items[0] if len(items) == 1 else _Node([*items], COMMAND_LINE)
@@ -352,18 +343,17 @@ class Document:
             value = self._typed(node, key.hint, shown)
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if key.choices and item is not None and item not in key.choices:
-                    raise _Mismatch("", node.place)
+                    raise _Mismatch(node)
         except _Mismatch as error:
-            detail, place = error.args
-            takes_several = any(_is_list(member) or _is_mapping(member) for member in members)
-            expected = _describe(key) + (f" ({detail})" if detail else "")
-            text = f"`{shown}` is {_show(node)}; expected {expected}."
-            if not isinstance(node.value, str) and not takes_several:
-                text = f"`{shown}` is {_show(node)}; expected one value, {expected}."
-                if isinstance(node.value, dict) and node.place == COMMAND_LINE:
-                    entry = f"--{shown}.{next(iter(node.value))}"
-                    text = f"`{entry}` sets an entry of a mapping, but `{shown}` takes {expected}."
-            self.wrong(place, text)
+            expected = _describe(key) + (f" ({error.detail})" if error.detail else "")
+            several = isinstance(node.value, (list, dict)) and not any(
+                _is_list(member) or _is_mapping(member) for member in members
+            )
+            text = f"`{shown}` is {_show(node)}; expected {'one value, ' if several else ''}{expected}."
+            if several and isinstance(node.value, dict) and node.place == COMMAND_LINE:
+                entry = f"--{shown}.{next(iter(node.value))}"
+                text = f"`{entry}` sets an entry of a mapping, but `{shown}` takes {expected}."
+            self.wrong(error.place, text)
             return None
         return beside(value, self.path.parent) if key.name in self.paths else value
 
@@ -416,31 +406,27 @@ class Document:
                 }
             if _is_list(member):
                 if isinstance(node.value, list):
-                    return self._items(node.value, member, shown)
+                    return self._items(node, node.value, member, shown)
                 if _section_of((*get_args(member), Any)[0]):
-                    return self._items([node], member, shown)
-        raise _Mismatch("", node.place)
+                    return self._items(node, [node], member, shown)
+        raise _Mismatch(node)
 
-    def _items(self, nodes: Sequence[_Node], member: Any, shown: str) -> Any:
+    def _items(self, parent: _Node, nodes: Sequence[_Node], member: Any, shown: str) -> Any:
         """A list or tuple of values in the types of its items."""
-        kind = get_origin(member) or member
+        kind = get_origin(member) or list
         hints = get_args(member) or (Any,)
-        if kind is tuple and len(hints) > 0 and hints[-1] is not Ellipsis:
-            if len(hints) != len(nodes):
-                raise _Mismatch(f"{len(hints)} of them", nodes[0].place if nodes else "")
-        else:
+        if kind is list or hints[-1] is Ellipsis:
             hints = (hints[0],) * len(nodes)
-        items = [
-            self._typed(node, hint, f"{shown}.{number}")
-            for number, (node, hint) in enumerate(zip(nodes, hints, strict=True))
-        ]
-        return tuple(items) if kind is tuple else items
+        if len(hints) != len(nodes):
+            raise _Mismatch(parent, f"{len(hints)} of them")
+        pairs = zip(nodes, hints, strict=True)
+        return kind(self._typed(item, hint, f"{shown}.{i}") for i, (item, hint) in enumerate(pairs))
 
     def _text(self, node: _Node, members: tuple[Any, ...], shown: str) -> Any:
         assert isinstance(node.value, str)
         text = node.value.strip(" \t\r\n") if node.plain else node.value
         takes_text = str in members
-        literals = [item for hint in members if get_origin(hint) is Literal for item in get_args(hint)]
+        literals = _literals(members)
         if Any in members:
             return _resolve(text) if node.plain else text
         for truth, words in ((True, ("yes", "on", "1")), (False, ("no", "off", "0"))):
@@ -457,7 +443,7 @@ class Document:
             if float(number).is_integer() and not written_as_share:
                 return int(number)
             if float not in members:
-                raise _Mismatch("not a whole number", node.place)
+                raise _Mismatch(node, "not a whole number")
         if float in members and number is not None:
             return float(number)
         for member in members:
@@ -466,26 +452,24 @@ class Document:
                 if text in known:
                     return text
                 near = next((one for one in known if text and one.startswith(text)), nearest(text, known))
-                raise _Mismatch(
-                    f"did you mean {near!r}?" if near else f"one of {', '.join(known)}", node.place
-                )
+                raise _Mismatch(node, f"did you mean {near!r}?" if near else f"one of {', '.join(known)}")
         if takes_text:
             return text
         for member in members:
             if _is_list(member):
-                return self._items([node], member, shown)
-        raise _Mismatch("", node.place)
+                return self._items(node, [node], member, shown)
+        raise _Mismatch(node)
 
     # ---------------------------------------------------------------------------------------------------------- refusals
 
     def _refuse_unknown(self, name: str, keys: Mapping[str, Key], place: str, prefix: str) -> str | None:
         """Keeps that a key is unknown, and gives the one that was most likely meant."""
         base, dot, entry = name.partition(".")
-        shown = f"{prefix}{show_name(name)}"
+        shown = f"{prefix}{name}"
         near = nearest(name, keys, 0.0)
         if dot and base in keys:
             text = (
-                f"is not a key. In a recipe write the mapping out (`{base}:` and an indented `{show_name(entry)}:`); "
+                f"is not a key. In a recipe write the mapping out (`{base}:` and an indented `{entry}:`); "
                 f"`--{shown} value` works on the command line."
             )
         elif name in self._renamed and not prefix:
@@ -502,7 +486,7 @@ class Document:
             self.wrong(node.place, f"a key looks like a token or a password. {_INSTEAD}")
         elif is_secret_name(name):
             place = "must not stand in a recipe or on a command line, where others can read it"
-            self.wrong(node.place, f"`{show_name(shown)}` {place}. {_INSTEAD}")
+            self.wrong(node.place, f"`{shown}` {place}. {_INSTEAD}")
         elif isinstance(node.value, dict):
             return sum(self._refuse_secret(k, item, f"{shown}.{k}") for k, item in node.value.items()) > 0
         elif isinstance(node.value, list):
@@ -596,6 +580,10 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def _literals(members: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(item for hint in members if get_origin(hint) is Literal for item in get_args(hint))
+
+
 def _is_list(hint: Any) -> bool:
     return hint is Any or (get_origin(hint) or hint) in (list, tuple)
 
@@ -605,8 +593,7 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def _is_section(hint: Any) -> bool:
-    """Whether a mapping becomes a dataclass of this package; what libraries have of their own is not written in recipes."""
-    return isinstance(hint, type) and is_dataclass(hint) and hint.__module__.partition(".")[0] == _PACKAGE
+    return isinstance(hint, type) and is_dataclass(hint)
 
 
 def _section_of(hint: Any) -> Any:
@@ -623,23 +610,18 @@ def _is_secret(text: str) -> bool:
 
 def _describe(key: Key) -> str:
     members, words = _members(key.hint), []
-    choices = key.choices or tuple(
-        c for hint in members if get_origin(hint) is Literal for c in get_args(hint)
-    )
-    if choices and (key.choices or str not in members):
+    choices = key.choices or (() if str in members else _literals(members))
+    if choices:
         return " or ".join(map(repr, choices))
+    of = {(int,): " of whole numbers", (float,): " of numbers"}
     enums = any(isinstance(member, type) and issubclass(member, Enum) for member in members)
     for kind, word in ((int, "a whole number"), (float, "a number"), (bool, "true or false")):
         if kind in members:
             words.append(word)
-    if enums:
-        words.append("a name that transformers knows")
-    elif str in members:
-        words.append("text")
-    if any(map(_is_list, members)):
-        words.append("a list")
-    if any(map(_is_mapping, members)):
-        words.append(_LINES if _section_of(key.hint) else "a mapping")
+    if enums or str in members:
+        words.append("a name that transformers knows" if enums else "text")
+    words += [f"a list{of.get(get_args(member)[:1], '')}" for member in members if _is_list(member)]
+    words += [f"a mapping{of.get(get_args(member)[1:], '')}" for member in members if _is_mapping(member)]
     if type(None) in members:
         words.append("null")
     return " or ".join(words) or "something that cannot be written in a recipe; remove it"

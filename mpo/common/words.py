@@ -60,9 +60,14 @@ def shortened(text: str, longest: int = 80) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """The text with an escape for every character that acts on a terminal; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def show_name(name: object) -> str:
     """A key, column or label as it may be printed: short, and without characters that act on a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shortened(str(name), 40))
+    return printable(shortened(str(name).replace("\n", "\\n"), 40))
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:

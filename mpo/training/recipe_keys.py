@@ -88,8 +88,8 @@ def _keys(owner: str) -> dict[str, Key]:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             name, hint = statement.target.id, _evaluated(statement.annotation, _TYPES)
             if typing.ClassVar not in (hint, typing.get_origin(hint)):
-                choices = _choices(statement.value, constants)
-                keys[name] = Key(name, hint, choices)
+                known = UNKNOWN if isinstance(hint, str) else hint
+                keys[name] = Key(name, known, _choices(statement.value, constants))
     return keys
 
 
@@ -122,32 +122,17 @@ _TYPES: Mapping[str, Any] = {
 
 def _evaluated(expression: ast.expr, names: Mapping[str, Any]) -> Any:
     """The value of an expression of literals and ``names``; :data:`UNKNOWN` where it needs anything else."""
-    allowed = (
-        ast.Name,
-        ast.Constant,
-        ast.List,
-        ast.Tuple,
-        ast.Dict,
-        ast.Subscript,
-        ast.BinOp,
-        ast.BitOr,
-        ast.Load,
-    )
-    for node in ast.walk(expression):
-        if not isinstance(node, allowed) or (isinstance(node, ast.Name) and node.id not in names):
-            return UNKNOWN
-    return eval(
-        compile(ast.Expression(expression), "<annotation>", "eval"), {"__builtins__": {}}, dict(names)
-    )
+    try:
+        return eval(compile(ast.Expression(expression), "<source>", "eval"), {"__builtins__": {}}, {**names})
+    except Exception:
+        return UNKNOWN
 
 
 def _choices(value: ast.expr | None, constants: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The ``choices`` in the metadata of a field: a list, or ``list(CONSTANT)``."""
+    """The ``choices`` in the metadata of a field; none where they cannot be known."""
     for node in ast.walk(value) if value is not None else ():
-        if isinstance(node, ast.Dict):
-            for key, item in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "choices":
-                    listed = isinstance(item, ast.Call) and ast.unparse(item.func) == "list"
-                    found = _evaluated(item.args[0] if listed else item, constants)  # type: ignore[attr-defined]
-                    return () if found is UNKNOWN else tuple(found)
+        for key, item in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and key.value == "choices":
+                found = _evaluated(item, {**constants, "list": list})
+                return () if found is UNKNOWN else tuple(found)
     return ()
