@@ -287,6 +287,47 @@ def test_a_faulty_recipe_is_refused_with_the_reason(tmp_path: Path, change: str,
         load_analysis_recipe(written(tmp_path, MINIMAL + change))
 
 
+TOKEN = "hf_" + "a1B2" * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (f"dtype: {TOKEN}", []),
+        ("hub_token: 0123456789", []),
+        (f"embeddings: https://user:{TOKEN}@example.org/x", []),
+        ("", ["--out", TOKEN]),
+        ("", ["--models.0.aligned_revision", TOKEN]),
+        ("", ["--data.api_key", "0123456789"]),
+        ("", ["--data.text", "a", TOKEN]),
+    ],
+)
+def test_a_secret_in_an_analysis_is_refused_as_everywhere(
+    tmp_path: Path, change: str, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="environment variable") as caught:
+        load_analysis_recipe(written(tmp_path, MINIMAL + change), words)
+    assert TOKEN not in str(caught.value) and "0123456789" not in str(caught.value)
+
+
+def test_all_mistakes_of_an_analysis_are_reported_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "folds: one\ncolor: red\n")
+    with pytest.raises(ConfigError) as caught:
+        load_analysis_recipe(path, ["--models.0.algined", "x", "--data.limit", "0"])
+    said = str(caught.value).splitlines()
+    assert said[0] == "4 settings are wrong:" and f"{path}, line 6: `folds` is 'one'" in str(caught.value)
+
+
+def test_models_and_folders_may_lie_beside_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "some" / "model").mkdir(parents=True)
+    recipe = load_analysis_recipe(written(tmp_path / "there", MINIMAL))
+    assert recipe.models[0].aligned == str(tmp_path / "there" / "some" / "model")
+    assert recipe.out == "runs/a"
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
