@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 MINUS = "\N{MINUS SIGN}"
@@ -57,3 +58,18 @@ def magnitude(count: float) -> str:
 def shortened(text: str, longest: int = 80) -> str:
     """The text, cut with ``...`` where it is longer."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """The text with an escape for every character that acts on a terminal; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def show_name(name: object) -> str:
+    """A key, column or label as it may be printed: short, and without characters that act on a terminal."""
+    return printable(shortened(str(name).replace("\n", "\\n"), 40))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """The known name that a misspelt one most likely meant, or None where none is as similar as ``cutoff``, of 0 to 1."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

@@ -15,13 +15,13 @@ response), and ``{"from": "human", "value": ...}`` for ``{"role": "user", "conte
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpo.common.words import nearest, show_name
 from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
 from mpo.errors import DataError
 
@@ -98,19 +98,6 @@ _FORMAT = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064
 def _visible(text: str) -> str:
     """The text without the blanks around it and the direction marks and joiners inside it."""
     return _FORMAT.sub("", text).strip()
-
-
-def show_name(name: object) -> str:
-    """A column name or label as it may be printed: short, and without characters that act on a terminal."""
-    text = str(name)
-    text = text if len(text) <= 40 else text[:37] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one most likely meant, or None."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return found[0] if found else None
 
 
 def _columns(row: Mapping[Any, Any]) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo.data.contract import Pair, RowError, is_blank, messages_text, parse_row, show_name, source_identity
+from mpo.common.words import show_name
+from mpo.data.contract import Pair, RowError, is_blank, messages_text, parse_row, source_identity
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError

@@ -117,6 +117,16 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     return folder
 
 
+def how_to_resume(recipe: Recipe) -> str:
+    """What an interrupted run leaves, and the command that goes on from it."""
+    folder = str(recipe.training.output_dir)
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume."
+    command = recipe.command(resume_from_checkpoint="auto")
+    return f"Interrupted. The last complete checkpoint is {last}. Go on with:\n  {command}"
+
+
 class _Speaker:
     """Prints on the main process, at once, so that lines keep their order in a log file."""
 

@@ -172,16 +172,18 @@ def test_one_process_keeps_to_one_gpu(
 ) -> None:
     import torch
 
+    from mpo.training.compute import keep_to_one_gpu
+
     for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    cli._use_one_gpu()
+    keep_to_one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
     assert "accelerate launch" in capsys.readouterr().out
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    cli._use_one_gpu()
+    keep_to_one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 

@@ -466,6 +466,72 @@ def test_a_single_prompt_set_may_be_written_without_a_list_and_a_section_switche
     assert recipe.out == "runs/suite"
 
 
+def test_every_key_can_be_changed_behind_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "models: {a.b: {model: m}, c: {model: n}}\nattack: {s: {prompts: [p, q]}}\nsecond_judge: {}\nout: x\n"
+    )
+    words = ["--models.a.b.dtype", "bfloat16", "--models.new.model=o", "--generation.max_new_tokens", "32"]
+    words += [
+        "--attack.s.languages",
+        "en",
+        "sw",
+        "--attack.s.prompts.1",
+        "r",
+        "--second_judge",
+        "null",
+        "--out",
+        "y",
+    ]
+    recipe = load_suite(file, [*words, "--models.c.trust_remote_code"])
+    assert recipe.models["a.b"].dtype == "bfloat16" and recipe.models["new"].model == "o"
+    assert recipe.models["c"].trust_remote_code and recipe.generation.max_new_tokens == 32
+    assert recipe.attack["s"].prompts == ["p", "r"] and recipe.attack["s"].languages == ["en", "sw"]
+    assert recipe.second_judge is None and recipe.out == "y"
+
+
+def test_words_behind_the_recipe_reach_the_suite(
+    place: Path, first_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(place)
+    for words in (
+        ["evaluate", "suite", recipe, "--generation.max_new_tokens", "6", "--dry_run"],
+        ["evaluate", "suite", "--dry_run", recipe, "--generation.max_new_tokens=6"],
+        ["evaluate", "suite", recipe, "--dry-run", "true", "--generation.max_new_tokens", "6"],
+    ):
+        assert main(words) == 0
+        states = _states(capsys.readouterr().out)
+        assert {name.partition("/")[2] for name, state in states.items() if state == "to do"} == {
+            "attack/unsafe",
+            "over_refusal/harmless",
+        }
+    for words in (
+        ["evaluate", "suite", "--out", str(place / "new"), recipe, "--dry_run"],
+        ["evaluate", "suite", recipe, "--out", str(place / "new"), "--dry_run"],
+    ):
+        assert main(words) == 0
+        assert set(_states(capsys.readouterr().out).values()) == {"to do"}
+    assert not (place / "new").exists()
+
+
+def test_all_mistakes_of_a_suite_are_reported_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "models:\n  a: {modle: m}\n  b:\n    model: m\n    batch_size: many\n"
+        "judge: {name: oracle}\nconfidance: 0.9\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_suite(file, ["--generation.max_new_tokens", "0"])
+    assert str(caught.value).splitlines() == [
+        "5 settings are wrong:",
+        f"  {file}, line 2: `models.a.modle` is not a key of a suite; the nearest is `models.a.model`.",
+        f"  {file}, line 5: `models.b.batch_size` is 'many'; expected a whole number.",
+        f"  {file}, line 6: `judge`: judge: expected refusal-phrases, llm, guard, got 'oracle'.",
+        f"  {file}, line 7: `confidance` is not a key of a suite; the nearest is `confidence`.",
+        "  command line: `generation`: max_new_tokens: expected at least 1, got 0.",
+    ]
+
+
 @pytest.mark.parametrize("name", ["demo", "paper"])
 def test_the_recipes_of_the_repository_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
