@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.checks import check_beta, check_confidence, check_max_length
+from mpo.common.files import check_writable
 from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
 from mpo.modeling.loading import (
@@ -76,7 +77,6 @@ def measure_reward_gap(
         MPOError: model, adapter or data cannot be used; found out before weights are loaded where possible.
     """
     from mpo.data import load_groups
-    from mpo.jobs.preflight import check_writable
     from mpo.training.scoring import score_groups
 
     check_confidence(confidence)
@@ -84,7 +84,7 @@ def measure_reward_gap(
     check_max_length(max_length)
     place = pick_device(device)
     if out is not None:
-        check_writable(out)
+        check_writable(out, setting="out")
     source = ModelSource(model, revision, trust_remote_code)
     config = load_config(source)
     if adapter is not None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -129,7 +127,7 @@ class TokenBudgetSampler(EpochSampler):
 
     Args:
         indices: ``[n]``, groups to draw from.
-        tokens: ``[n]``, tokens of each (:func:`group_tokens`).
+        tokens: ``[n]``, tokens of each (:func:`mpo.training.workload.group_tokens`).
         max_tokens: budget of a micro-batch on one rank.
         num_ranks, rank: the process group.
         seed: seed of the order.
@@ -179,55 +177,6 @@ class TokenBudgetSampler(EpochSampler):
             else:
                 # The step's first batch has groups; its smallest is the cheapest filler.
                 yield [~int(groups[self._places[self._starts[first + 1] - 1]])]
-
-
-def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
-    """
-    Tokens that each group brings to a micro-batch, without padding.
-
-    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
-
-    Args:
-        groups: tokenized groups.
-        run_source: whether the source is run while training.
-        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
-
-    Returns:
-        ``[groups]`` int64.
-    """
-    prompts = 1 if layout == "tree" else 2
-    factors = {
-        f"{side}_{part}": prompts if part == "prompt" else 1
-        for side in (("source", "target") if run_source else ("target",))
-        for part in ("prompt", "chosen", "rejected")
-    }
-    counts = [np.zeros(0, dtype=np.int64)]
-    for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
-        columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
-        counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
-    return np.concatenate(counts)
-
-
-def longest_tree(groups: Dataset) -> int:
-    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
-    columns = [f"{side}_{part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
-    longest = 0
-    for table in groups.with_format("arrow").select_columns(columns).iter(batch_size=10_000):
-        sources = sum(_tokens_of_rows(table[name]) for name in columns[:3])
-        targets = sum(_tokens_of_rows(pc.list_flatten(table[name])) for name in columns[3:])
-        longest = max(longest, int(np.max(sources)), int(np.max(targets)))
-    return longest
-
-
-def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:
-    """Tokens in each row of a column of token lists, or of lists of token lists."""
-    counts = []
-    for chunk in column.chunks:
-        offsets, values = chunk.offsets.to_numpy(), chunk.values
-        if not pa.types.is_integer(values.type):
-            offsets = values.offsets.to_numpy()[offsets]
-        counts.append(np.diff(offsets).astype(np.int64))
-    return np.concatenate(counts)
 
 
 def _rounded_up(tokens: np.ndarray) -> np.ndarray:

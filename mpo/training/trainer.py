@@ -40,7 +40,7 @@ from mpo.common.citations import MPO_BIBTEX
 from mpo.common.files import is_full_disk
 from mpo.common.log import get_logger
 from mpo.data import as_groups
-from mpo.data.tokenization import TOKENIZED_FEATURES, set_chat_template, tokenize_groups
+from mpo.data.tokenization import TOKENIZED_FEATURES, set_chat_template
 from mpo.errors import (
     ConfigError,
     DataError,
@@ -72,14 +72,11 @@ from mpo.training.records import Scores
 from mpo.training.reference import SourceReference, build_or_load, fingerprint_rows
 from mpo.training.sampling import (
     EpochSampler,
-    GroupBatchSampler,
     GroupCollator,
     GroupDataLoader,
     GroupDataset,
     TokenBudgetSampler,
-    group_tokens,
     language_weights,
-    longest_tree,
 )
 from mpo.training.scoring import (
     PairTensors,
@@ -101,6 +98,13 @@ from mpo.training.sharding import (
     launched_with,
     local_part,
     sharding_name,
+)
+from mpo.training.workload import (
+    group_tokens,
+    largest_micro_batch,
+    longest_tree,
+    tokenize_for_training,
+    train_sampler,
 )
 
 logger = get_logger(__name__)
@@ -416,14 +420,10 @@ class MPOTrainer(DPOTrainer):
         memory = device_memory(self.accelerator.device)
         if not self.args.decide_checkpointing or memory is None or _sharded(self.args):
             return
-        groups = np.sort(
-            group_tokens(
-                self.train_dataset, run_source=self.args.retain_weight > 0, layout=self._shape.layout
-            )
+        groups = group_tokens(
+            self.train_dataset, run_source=self.args.retain_weight > 0, layout=self._shape.layout
         )
-        tokens = int(groups[-self._train_batch_size :].sum())
-        if self.args.max_tokens_per_batch is not None:
-            tokens = max(int(groups[-1]), min(self.args.max_tokens_per_batch, int(groups.sum())))
+        tokens = largest_micro_batch(groups, self.args, self._train_batch_size)
         call = min(tokens, self._tokens_per_call() or tokens)
         try:
             needed = step_needs_checkpointing(
@@ -511,18 +511,7 @@ class MPOTrainer(DPOTrainer):
         self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset:
         with args.main_process_first(desc="tokenizing"):
-            tokenized, dropped = tokenize_groups(
-                dataset,
-                processing_class,
-                max_length=args.max_length,
-                max_response_length=args.max_response_length,
-                template_kwargs=args.chat_template_kwargs,
-                bad_rows=args.bad_rows,
-                group_by_source=args.group_by_source,
-                max_targets_per_group=args.max_targets_per_group,
-                num_proc=args.dataset_num_proc,
-                name=dataset_name,
-            )
+            tokenized, dropped = tokenize_for_training(dataset, processing_class, args, name=dataset_name)
         if dropped:
             logger.warning(
                 f"{len(dropped)} rows of the {dataset_name} data were dropped, the first: {dropped[0]}"
@@ -549,11 +538,6 @@ class MPOTrainer(DPOTrainer):
                 )
             self._weigh_languages(self.train_dataset.select_columns(["target_language"]).select(indices))
         sampler = self._train_sampler(indices)
-        if len(sampler) == 0:
-            raise DataError(
-                f"{len(indices)} groups are less than one micro-batch on each of {self.accelerator.num_processes} ranks, "
-                "and `dataloader_drop_last` drops them."
-            )
         workers = args.dataloader_num_workers
         return GroupDataLoader(
             GroupDataset(self.train_dataset, reference),
@@ -568,23 +552,24 @@ class MPOTrainer(DPOTrainer):
     def _train_sampler(self, indices: np.ndarray) -> EpochSampler:
         """What draws this rank's micro-batches from the groups with these indices: by count, or by tokens."""
         args = self.args
-        options: dict[str, Any] = {
-            "num_ranks": self.accelerator.num_processes,
-            "rank": self.accelerator.process_index,
-            "seed": args.data_seed if args.data_seed is not None else args.seed,
-            "drop_last": args.dataloader_drop_last,
-        }
-        if args.max_tokens_per_batch is None:
-            return GroupBatchSampler(indices, self._train_batch_size, **options)
-        self._check_layout()
-        tokens = group_tokens(
-            self.train_dataset, run_source=args.retain_weight > 0, layout=self._shape.layout
+        tokens = None
+        if args.max_tokens_per_batch is not None:
+            self._check_layout()
+            tokens = group_tokens(
+                self.train_dataset, run_source=args.retain_weight > 0, layout=self._shape.layout
+            )[indices]
+        sampler = train_sampler(
+            args,
+            indices,
+            tokens,
+            batch_size=self._train_batch_size,
+            num_ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
         )
-        sampler = TokenBudgetSampler(indices, tokens[indices], args.max_tokens_per_batch, **options)
-        if sampler.oversized:
+        if isinstance(sampler, TokenBudgetSampler) and sampler.oversized and tokens is not None:
             logger.warning(
                 f"{sampler.oversized} groups have more than max_tokens_per_batch={args.max_tokens_per_batch} tokens (the "
-                f"largest {int(tokens[indices].max())}) and are micro-batches of their own. `max_targets_per_group` makes "
+                f"largest {int(tokens.max())}) and are micro-batches of their own. `max_targets_per_group` makes "
                 "groups smaller."
             )
         return sampler

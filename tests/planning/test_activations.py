@@ -10,8 +10,7 @@ from peft import get_peft_model
 
 from mpo.modeling.adapters import spare_input_copies
 from mpo.modeling.masks import attention_mask
-from mpo.planning.activations import Layers, _spans, layer_peaks, mask_bytes
-from mpo.planning.live_memory import LiveMemory
+from mpo.planning.activations import Layers, LiveMemory, _spans, layer_peaks, mask_bytes
 from tests import runs
 from tests.tiny import build_model
 
