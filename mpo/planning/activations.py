@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 from unittest import mock
 
@@ -65,14 +65,15 @@ class Layers:
         return used != {self.compute}
 
     # Configurations have no hash of their own; two that say the same are the same here.
+    @cached_property
     def _text(self) -> str:
-        return repr({**vars(self), "config": self.config.to_json_string(use_diff=False)})
+        return repr(vars(self) | {"config": self.config.to_json_string(use_diff=False)})
 
     def __hash__(self) -> int:
-        return hash(self._text())
+        return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layers) and self._text() == other._text()
+        return isinstance(other, Layers) and self._text == other._text
 
 
 @dataclass(frozen=True)
