@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from mpo.cli import main
+from mpo.jobs import fit
 from mpo.jobs.fit import Machine, launch_command
+from mpo.modeling.loading import ModelSource, load_tokenizer
 from mpo.planning.fitting import Choice, row_lengths
 from mpo.planning.known_models import shape_config
 from mpo.planning.memory import SHARDINGS, Sharding, describe, memory
@@ -72,6 +74,53 @@ def test_a_micro_batch_of_several_groups_must_have_room_for_all() -> None:
     words = ("--per_device_train_batch_size", "3")
     recipe = load_recipe(ROOT / "recipes" / "llama_full.yaml", words)
     assert largest_micro_batch(np.array([700, 650, 700, 700, 100]), recipe.training) == 3 * 700
+
+
+def lines(printed: str) -> dict[str, str]:
+    """The facts below the table, by their names."""
+    found = (re.match(r"(\w+) +(.+)", line) for line in printed.splitlines())
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_what_is_said_of_micro_batches_by_tokens_is_about_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(ROOT / "recipes" / "llama.yaml"), "--model", "llama-3.2-1b", "--gpus", "8"]
+    ample = plan(capsys, *words, "--max_tokens_per_batch", "12000", "--scaling")
+    facts = lines(ample)
+    room = re.fullmatch(r"for `max_tokens_per_batch: (\d+)`, .*", facts["Room"])
+    assert room is not None and int(room[1]) > 12_000
+    # Two groups of 4,550 tokens in each micro-batch, on eight GPUs; 100 groups in all.
+    assert facts["Steps"].startswith("14 optimizer steps, 910,000 tokens in 2 epochs")
+    assert "9,100 tokens" in next(line for line in ample.splitlines() if "on more GPUs" in line)
+
+    narrow = ("--gpu_memory", "8", "--gradient_checkpointing", "true")
+    tight = lines(plan(capsys, *words, *narrow, "--max_tokens_per_batch", "100000"))
+    said = re.fullmatch(
+        r"a micro-batch has up to 100,000 tokens\. Set `max_tokens_per_batch: (\d+)`", tight["Note"]
+    )
+    assert said is not None and 4550 <= int(said[1]) < 100_000
+    assert f"a micro-batch of {int(said[1]):,} tokens" in tight["Best"]
+    groups = lines(plan(capsys, *words, *narrow, "--per_device_train_batch_size", "30"))
+    assert groups["Note"].startswith(
+        "a micro-batch of 30 groups has up to 136,500 tokens. Divide groups with"
+    )
+
+
+def test_a_tokenizer_in_the_hubs_cache_is_at_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    recipe = str(ROOT / "recipes" / "smoke.yaml")
+    words = [recipe, "--gpus", "1", "--model", str(folder), "--model_name_or_path", "org/tiny"]
+    assert "assumed, since " in plan(capsys, *words)
+    cached = str(folder / "tokenizer_config.json")
+    monkeypatch.setattr(fit, "try_to_load_from_cache", lambda *_, **__: cached)
+    monkeypatch.setattr(fit, "load_tokenizer", lambda *_: load_tokenizer(ModelSource(str(folder))))
+    assert "pairs.jsonl: 6 groups, 36 pairs" in plan(capsys, *words)
+
+
+def test_machines_have_nodes_of_any_size(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(ROOT / "recipes" / "llama.yaml"), "--model", "llama-3.2-1b", "--gpus_per_node", "6"]
+    assert "12 x 80 GB" in plan(capsys, *words, "--machines", "12x80")
 
 
 def recomputed(printed: str) -> dict[str, str]:
