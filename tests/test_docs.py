@@ -36,8 +36,9 @@ from mpo.jobs.train import _DESCRIPTIONS
 from mpo.modeling.masks import dense_mask
 from mpo.modeling.pairs import PairTensors
 from mpo.modeling.trees import Tree, build_batch
-from mpo.planning.capacity import SHARDINGS, describe, sent_per_step
-from mpo.planning.shapes import shape_config
+from mpo.planning.known_models import shape_config
+from mpo.planning.memory import SHARDINGS, describe
+from mpo.planning.throughput import sent_per_step
 from mpo.training.config import _MEANINGLESS, MPOConfig
 from mpo.training.recipe import load_recipe, recipe_fields
 from tests.tiny import save_tiny

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -38,6 +39,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def rough_duration(seconds: float) -> str:
+    """An estimate: ``42 seconds``, ``15 minutes``, ``2.5 hours``."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
 def size(count: float) -> str:
     """Bytes as ``16 MB``, with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -53,6 +63,11 @@ def magnitude(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g}{letter}"
     return f"{count:g}"
+
+
+def plain(value: object) -> str:
+    """A setting as a recipe writes it: the value of an enumeration's member, anything else as it is."""
+    return str(value.value if isinstance(value, Enum) else value)
 
 
 def shortened(text: str, longest: int = 80) -> str:

@@ -29,7 +29,9 @@ Pair = dict[str, Any]
 """``{"language": str, "prompt": messages, "chosen": messages, "rejected": messages, "row": int}``"""
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_PARTS = ("prompt", "chosen", "rejected")
+PARTS = ("prompt", "chosen", "rejected")
+"""What a pair is made of, in the order of a tree."""
+
 _OPTIONAL = ("target_language", "source_language")
 
 
@@ -262,7 +264,7 @@ def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bo
     apart by it.
     """
     pair: Pair = {"language": "", "row": row}
-    for part in _PARTS:
+    for part in PARTS:
         value, place = parts[part]
         if part == "prompt":
             pair[part] = _messages(value, place, role="user", may_be_blank=not is_source)
@@ -283,7 +285,7 @@ def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place)
                 "not in that language, set source_language."
             )
         return label
-    prompt, chosen, rejected = (messages_text(pair[part]) for part in _PARTS)
+    prompt, chosen, rejected = (messages_text(pair[part]) for part in PARTS)
     language = detect_pair_language(prompt, chosen, rejected, dominant)
     if language == dominant and language != UNDETERMINED:
         raise place.error(
@@ -299,14 +301,14 @@ def _own_row(value: Mapping[Any, Any], default: int) -> int:
 
 
 def _canonical(row: Mapping[Any, Any], place: _Place, source_language: str) -> ParsedRow:
-    known = ("language", "prompt", "chosen", "rejected", "row")
+    known = ("language", *PARTS, "row")
     origin = row.get("origin")
     origin = origin if isinstance(origin, str) and origin else None
 
     def read(value: object, where: _Place, *, is_source: bool) -> tuple[Pair, str | None]:
         if not isinstance(value, Mapping):
             raise where.error(f"is {_describe(value)}; expected an object with prompt, chosen and rejected.")
-        parts = {part: (_required(value, part, where, known), where.at(part)) for part in _PARTS}
+        parts = {part: (_required(value, part, where, known), where.at(part)) for part in PARTS}
         # Groups that were loaded before say which file and row a pair came from; anything else comes from
         # here.
         pair = _pair(parts, place.row if origin is None else _own_row(value, place.row), is_source=is_source)
@@ -336,7 +338,7 @@ def _canonical(row: Mapping[Any, Any], place: _Place, source_language: str) -> P
 
 def _flat(row: Mapping[Any, Any], place: _Place, source_language: str, prompt: str) -> ParsedRow:
     names = {
-        side: {part: f"{side}_{prompt if part == 'prompt' else part}" for part in _PARTS}
+        side: {part: f"{side}_{prompt if part == 'prompt' else part}" for part in PARTS}
         for side in ("source", "target")
     }
     known = {*names["source"].values(), *names["target"].values(), *_OPTIONAL}
@@ -389,5 +391,5 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
 
 def source_identity(source: Pair) -> tuple[Any, ...]:
     """What makes two sources the same: their language and the roles and contents of all their messages."""
-    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in _PARTS)
+    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in PARTS)
     return (source["language"], *texts)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.checks import check_beta, check_confidence, check_max_length
+from mpo.common.files import check_writable
 from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
 from mpo.modeling.loading import ModelSource
@@ -69,14 +70,13 @@ def measure_reward_gap(
         MPOError: model, adapter or data cannot be used; found out before weights are loaded where possible.
     """
     from mpo.data import load_groups
-    from mpo.jobs.preflight import check_writable
     from mpo.training.scoring import score_groups
 
     check_confidence(confidence)
     check_beta(beta)
     check_max_length(max_length)
     if out is not None:
-        check_writable(out)
+        check_writable(out, setting="out")
     opened = open_model(
         ModelSource(model, revision, trust_remote_code),
         adapter=adapter,

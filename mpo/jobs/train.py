@@ -22,10 +22,11 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
-from mpo.jobs.preflight import Plan, make_plan, precision
+from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight.model import PRECISIONS, half_precision
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
-from mpo.planning.memory import keep_freed_memory
+from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import last_complete_checkpoint
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
@@ -252,7 +253,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     training, model = plan.recipe.training, plan.recipe.model
     return collect(
         seed=training.seed,
-        precision=precision(plan.recipe),
+        precision=PRECISIONS[half_precision(plan.recipe)],
         data_fingerprint=plan.data.fingerprint,
         base_model=plan.source.name,
         base_model_revision=getattr(plan.config, "_commit_hash", None) or model.model_revision,

@@ -218,9 +218,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         {name: copy.copy(given[name]) for name in keys_of(owner) if name in given} for owner in _OWNERS
     )
     unavailable = _set_aside_unavailable(training)
-    parts = [_built(*part, document) for part in zip(_OWNERS, (model, data, training), strict=True)]
+    built = [_built(*part, document) for part in zip(_OWNERS, (model, data, training), strict=True)]
     document.check()
-    recipe = Recipe(*parts, document.path, given, unavailable, tuple(overrides))
+    recipe = Recipe(built[0], built[1], built[2], document.path, given, unavailable, tuple(overrides))
     _check_together(recipe, document)
     document.check()
     return recipe

@@ -29,6 +29,7 @@ from mpo.errors import (
 from mpo.evaluation import summarize
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight.folder import disk_space
 from mpo.jobs.train import _explaining, _placement, train
 from mpo.modeling.identity import fingerprint_folder
 from mpo.training.checkpoints import mark_complete
@@ -144,9 +145,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
 def test_the_disk_estimate_covers_what_a_run_writes(make, tmp_path: Path) -> None:
     recipe = make(save_strategy="steps", save_steps=1)
     plan = make_plan(recipe)
-    from mpo.jobs.preflight import _checkpoint_sizes
-
-    estimate = _checkpoint_sizes(plan)
+    estimate = disk_space(plan)
     train(recipe)
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size
     checkpoint = sum(
@@ -206,7 +205,7 @@ def test_adapter_modules_that_do_not_exist_are_named_with_those_that_do(make, no
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    for module in ("mpo.jobs.preflight", "mpo.training.compute"):
+    for module in ("mpo.jobs.preflight", "mpo.jobs.preflight.packages", "mpo.training.compute"):
         monkeypatch.setattr(f"{module}.is_installed", answer)
 
 
