@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -132,14 +131,22 @@ def _describe(adapter: Path, folder: Path, base: str) -> None:
             shutil.copyfile(adapter / name, folder / name)
     if not (folder / "metrics.json").is_file():
         return
-    from mpo.evaluation import RewardGapTable
+    from mpo.common.provenance import Provenance
+    from mpo.common.typed_json import read_typed
+    from mpo.evaluation.results import TrainingMetrics
     from mpo.report.card import write_card
 
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if not metrics.get("before") or not metrics.get("after"):
+    try:
+        metrics = read_typed(folder / "metrics.json", TrainingMetrics)
+        made = folder / "provenance.json"
+        provenance = read_typed(made, Provenance) if made.is_file() else {}
+    except StorageError as error:
+        print(f"No card of the merged model, since the adapter's measurements cannot be read. {error}")
         return
-    before, after = (RewardGapTable.from_dict(metrics[when]) for when in ("before", "after"))
-    retention = metrics.get("retention_loss") or {}
+    before, after, retention = metrics.before, metrics.after, metrics.retention_loss
+    if before is None or after is None:
+        return
+    known = retention is not None and retention.before is not None and retention.after is not None
     card = write_card(
         folder,
         base_model=base,
@@ -149,10 +156,8 @@ def _describe(adapter: Path, folder: Path, base: str) -> None:
         before=before,
         after=after,
         recipe_yaml=_text(folder / "recipe.yaml"),
-        provenance=json.loads(_text(folder / "provenance.json") or "{}"),
-        retention=None
-        if None in retention.values() or not retention
-        else (retention["before"], retention["after"]),
+        provenance=provenance,
+        retention=(retention.before, retention.after) if known else None,
     )
     text = card.read_text(encoding="utf-8")
     card.write_text(text.replace("A full fine-tune of", "A LoRA adapter folded into", 1), encoding="utf-8")

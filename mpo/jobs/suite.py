@@ -10,14 +10,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.common.files import write_json
-from mpo.errors import ConfigError, MPOError
+from mpo.common.typed_json import read_typed, write_typed
+from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.judges import check_judge
 from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
+from mpo.evaluation.results import (
+    PERPLEXITY,
+    REWARD_GAP,
+    SAFETY,
+    SUITE,
+    UTILITY,
+    SuiteIndex,
+    read_reward_gap,
+)
 from mpo.evaluation.reward_gap import RewardGapTable
 from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.tasks import TASKS
@@ -27,7 +36,6 @@ from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
 from mpo.modeling.identity import adapter_identity, model_identity
 from mpo.modeling.loading import ModelSource, adapter_settings, load_config
 from mpo.report.page import write_report
-from mpo.report.results import SUITE
 
 
 @dataclass(frozen=True)
@@ -236,7 +244,7 @@ def _reward_gap_job(
         "loaded": _how_loaded(model),
         "confidence": recipe.confidence,
     }
-    return Job(f"{name}/reward_gap", depends, out / name / "reward_gap.json", run)
+    return Job(f"{name}/reward_gap", depends, out / name / REWARD_GAP, run)
 
 
 def _base_table(earlier: Sequence[Job], depends: dict[str, Any], out: Path) -> RewardGapTable | None:
@@ -246,8 +254,8 @@ def _base_table(earlier: Sequence[Job], depends: dict[str, Any], out: Path) -> R
     for job in earlier:
         if job.settings == wanted and _is_done(job, done):
             try:
-                return RewardGapTable.from_dict(json.loads(job.file.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
+                return read_reward_gap(job.file).after
+            except StorageError:
                 return None
     return None
 
@@ -293,7 +301,7 @@ def _safety_job(
         "engine": [model.engine, model.batch_size, _how_loaded(model)],
         "confidence": recipe.confidence,
     }
-    return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / "result.json", run)
+    return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / SAFETY, run)
 
 
 def _capability_jobs(
@@ -311,7 +319,7 @@ def _capability_jobs(
                 "model": identity,
                 "loaded": _how_loaded(model),
             },
-            out / name / "utility.json",
+            out / name / UTILITY,
             lambda: measure_utility(**asdict(utility), model=model, out=out, name=name),
         )
     if perplexity is not None:
@@ -324,7 +332,7 @@ def _capability_jobs(
                 "model": identity,
                 "loaded": _how_loaded(model),
             },
-            out / name / "perplexity.json",
+            out / name / PERPLEXITY,
             lambda: measure_perplexity(
                 **asdict(perplexity), model=model, out=out, name=name, confidence=recipe.confidence
             ),
@@ -350,11 +358,10 @@ def _is_done(job: Job, done: dict[str, str]) -> bool:
 def _read_done(out: Path) -> dict[str, str]:
     """What the suite has finished in this folder; nothing where its file is missing or damaged."""
     try:
-        found = json.loads((out / SUITE).read_text(encoding="utf-8"))["done"]
-        return {str(name): str(value) for name, value in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_typed(out / SUITE, SuiteIndex).done
+    except StorageError:
         return {}
 
 
 def _write_done(out: Path, recipe: SuiteRecipe, done: dict[str, str]) -> None:
-    write_json(out / SUITE, {"models": list(recipe.models), "done": done})
+    write_typed(out / SUITE, SuiteIndex(models=list(recipe.models), done=done))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from hypothesis import strategies as st
 from mpo.common.journal import Journal, read_rows, settle
 from mpo.errors import ConfigError, StorageError
 from tests.evaluation.scripts import TEXTS
+
+
+@dataclass(frozen=True)
+class Text:
+    id: str
+    text: str
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -24,7 +31,7 @@ def test_rows_are_read_back_in_their_order_and_as_they_were(tmp_path: Path) -> N
     with Journal(path) as journal:
         for row in written:
             journal.append(row)
-    assert rows(path) == written == read_rows(path)
+    assert rows(path) == written == read_rows(path, dict)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -41,7 +48,7 @@ def test_a_file_that_is_cut_anywhere_is_continued(
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
-    assert read_rows(path) == written[: whole[:cut].count(b"\n")]
+    assert read_rows(path, dict) == written[: whole[:cut].count(b"\n")]
     with Journal(path) as journal:
         assert list(journal.rows.values()) == written[: whole[:cut].count(b"\n")]
         for row in written:
@@ -75,7 +82,7 @@ def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"id": "a", "text": "x"}\n{"id": "b"}\n')
     assert len(rows(path)) == 2
     with pytest.raises(StorageError, match="line 2, is damaged: expected a JSON object with `id`, `text`"):
-        Journal(path, ("id", "text"))
+        Journal(path, Text)
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:

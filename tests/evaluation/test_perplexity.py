@@ -95,9 +95,9 @@ def test_long_texts_weigh_more_and_the_fingerprint_is_of_all() -> None:
     scored = [(-part, count) for part, count in zip(nats, tokens, strict=True)]
     row = _summary("en", lines, scored, 0, 0.9)
     ends = ratio_interval(nats, tokens, confidence=0.9)
-    assert ends is not None and row["interval"] == [math.exp(end) for end in ends]
+    assert ends is not None and row.interval == tuple(math.exp(end) for end in ends)
     other = _summary("en", [*lines[:-1], "another"], scored, 0, 0.9)
-    assert other["fingerprint"] != row["fingerprint"]
+    assert other.fingerprint != row.fingerprint
 
 
 def test_texts_that_are_cut_are_counted_and_have_no_bits_per_byte(place: Path, tmp_path: Path) -> None:
