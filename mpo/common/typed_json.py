@@ -43,7 +43,14 @@ Share = Annotated[float, AfterValidator(_check_share)]
 Confidence = Annotated[float, Field(ge=1e-6, le=1 - 1e-9)]
 """Coverage of intervals."""
 
-FileName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^/\x00]+$")]
+
+def _check_file_name(name: str) -> str:
+    if not name or "\0" in name or len(name.encode()) > 230:
+        raise ValueError("part of a file's name: 1 to 230 bytes without a null")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_check_file_name)]
 """Part of the name of a file."""
 
 FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mpo.errors import ConfigError, ModelError, StorageError
+from mpo.errors import ConfigError, ModelError, MPOError, StorageError
 from mpo.modeling.loading import (
     ModelSource,
     adapter_settings,
@@ -140,25 +140,25 @@ def _describe(adapter: Path, folder: Path, base: str) -> None:
         metrics = read_typed(folder / "metrics.json", TrainingMetrics)
         made = folder / "provenance.json"
         provenance = read_typed(made, Provenance) if made.is_file() else {}
-    except StorageError as error:
-        print(f"No card of the merged model, since the adapter's measurements cannot be read. {error}")
+        before, after, retention = metrics.before, metrics.after, metrics.retention_loss
+        if before is None or after is None:
+            return
+        losses = (None, None) if retention is None else (retention.before, retention.after)
+        card = write_card(
+            folder,
+            base_model=base,
+            peft=False,
+            languages=[row.language for row in after.targets],
+            source_language=after.source.language if after.source is not None else "en",
+            before=before,
+            after=after,
+            recipe_yaml=_text(folder / "recipe.yaml"),
+            provenance=provenance,
+            retention=None if losses[0] is None or losses[1] is None else (losses[0], losses[1]),
+        )
+    except MPOError as error:
+        print(f"The merged model has no card, since the adapter's measurements cannot be used: {error}")
         return
-    before, after, retention = metrics.before, metrics.after, metrics.retention_loss
-    if before is None or after is None:
-        return
-    known = retention is not None and retention.before is not None and retention.after is not None
-    card = write_card(
-        folder,
-        base_model=base,
-        peft=False,
-        languages=[row.language for row in after.targets],
-        source_language=after.source.language if after.source is not None else "en",
-        before=before,
-        after=after,
-        recipe_yaml=_text(folder / "recipe.yaml"),
-        provenance=provenance,
-        retention=(retention.before, retention.after) if known else None,
-    )
     text = card.read_text(encoding="utf-8")
     card.write_text(text.replace("A full fine-tune of", "A LoRA adapter folded into", 1), encoding="utf-8")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,21 @@ def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:
     assert len(rows(path)) == 2
     with pytest.raises(StorageError, match="line 2, is damaged: expected a JSON object with `id`, `text`"):
         Journal(path, Text)
+    path.write_bytes(b'{"id": "a", "text": "x"}\n{"id": "b", "text": ["x"]}\n')
+    with pytest.raises(StorageError, match="line 2, is damaged"):
+        Journal(path, Text)
+
+
+def test_rows_that_are_whole_can_be_read_without_the_damaged_ones(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"id": "a", "text": "x"}\noops\n{"id": "b", "text": "\\ud83d."}\n{"id": "c"}\n{"id": "unfini'
+    )
+    damaged: list[str] = []
+    assert read_rows(path, Text, damaged) == [Text("a", "x"), Text("b", "\N{REPLACEMENT CHARACTER}.")]
+    assert [re.search("line (.), ", text)[1] for text in damaged] == ["2", "4"]  # type: ignore[index]
+    with pytest.raises(StorageError, match=r"rows\.jsonl, line 2, is no JSON"):
+        read_rows(path, Text)
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
@@ -113,7 +129,10 @@ def test_an_id_is_written_once(tmp_path: Path) -> None:
             journal.append({"id": "a"})
 
 
-@pytest.mark.parametrize("line", [b"{]", b'"text"', b"[]", b'{"no": "id"}', b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "line",
+    [b"{]", b'"text"', b"[]", b'{"no": "id"}', b"\xff\xfe", b"", b"[" * 5000, b'{"id": 3}', b'{"id": NaN}'],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": "a"}\n' + line + b'\n{"id": "b"}\n')
@@ -135,6 +154,10 @@ def test_other_settings_are_refused_once_there_are_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(length: 6 there, 7 now; seed: null there, 1 now\)"):
         settle(path, {"length": 7, "of": {"a": 1}, "seed": 1}, empty=False)
     assert json.loads((tmp_path / "rows.settings.json").read_text()) == {"length": 6, "of": {"a": 1}}
+    for content in ("[1]", "3", "{", "[" * 5000):
+        (tmp_path / "rows.settings.json").write_text(content)
+        with pytest.raises(StorageError, match="missing or damaged"):
+            settle(path, {}, empty=False)
     (tmp_path / "rows.settings.json").unlink()
     with pytest.raises(StorageError, match="missing or damaged"):
         settle(path, {}, empty=False)

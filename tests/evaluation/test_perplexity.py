@@ -100,6 +100,12 @@ def test_long_texts_weigh_more_and_the_fingerprint_is_of_all() -> None:
     assert other.fingerprint != row.fingerprint
 
 
+def test_a_ruined_model_has_the_largest_perplexity_and_not_none() -> None:
+    row = _summary("en", ["a b", "c d"], [(-1e6, 1), (-4e9, 2)], 0, 0.95)
+    assert row.interval is not None
+    assert row.perplexity == row.interval[0] == row.interval[1] == pytest.approx(math.exp(690))
+
+
 def test_texts_that_are_cut_are_counted_and_have_no_bits_per_byte(place: Path, tmp_path: Path) -> None:
     row = _measure(place, tmp_path, "--max_length", "4", "--limit", "2")["languages"]["en"]
     assert (row["cut"], row["tokens_per_text"], row["bits_per_byte"]) == (2, [3, 3], None)

@@ -315,6 +315,18 @@ def test_p_values_of_tasks_are_adjusted_for_their_number(tmp_path: Path) -> None
     assert rows[0][5:] == ["+50.0", "\N{EN DASH}"] and rows[1][6] == f"{larger:.3f}"
 
 
+def test_the_perplexity_of_a_ruined_model_is_reported(tmp_path: Path) -> None:
+    for n, model in enumerate(("base", "tuned")):
+        write_perplexity(tmp_path / model, 0)
+        file = tmp_path / model / "perplexity.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["languages"] = {"sw": values["languages"]["sw"]}
+        values["languages"]["sw"] |= {"perplexity": 1e299, "nats_per_text": [n * 1e9] * 8}
+        file.write_text(json.dumps(values), encoding="utf-8")
+    (row,) = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Perplexity")
+    assert row[3].startswith("1000") and row[5].startswith("**+") and len(row[5]) > 300
+
+
 @pytest.mark.parametrize("other", ["fingerprint", "tokens_per_text"])
 def test_the_perplexities_of_other_texts_or_tokens_are_not_compared(tmp_path: Path, other: str) -> None:
     for n, model in enumerate(("base", "tuned")):
