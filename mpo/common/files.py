@@ -108,8 +108,8 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically; see :func:`write_bytes`."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text atomically; see :func:`write_bytes`. Half a surrogate pair, which UTF-8 cannot hold, becomes ``?``."""
+    return write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import Annotated, Any, TextIO
+
+from pydantic import Field
 
 from mpo.common.statistics import LanguageAverage, language_average, wilson_interval
 from mpo.common.tables import TextTable, printable_name
+from mpo.common.typed_json import FROM_LIST, Confidence, Count, Share, as_dict, named_by_key
 from mpo.data import language_name
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
+
+Ends = Annotated[tuple[Share | None, Share | None], FROM_LIST] | None
+"""Lower and upper end of a rate's interval."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,52 @@ class LanguageRate:
         verdicts: How often each verdict was given, ``unparsed`` and ``blocked`` included.
         cut_off: Answers that were cut at the greatest length.
         rate: Share of the counted verdict among those that could be read; None where none could.
-        low: Lower end of the rate's Wilson interval; None with `rate`.
-        high: Upper end.
+        interval: Wilson interval of the rate; None with `rate`.
     """
 
-    language: str
-    count: int
-    verdicts: dict[str, int]
-    cut_off: int
-    rate: float | None
-    low: float | None
-    high: float | None
+    language: Annotated[str, Field(exclude=True)]
+    count: Count
+    verdicts: dict[str, Count]
+    cut_off: Count = 0
+    rate: Share | None = None
+    interval: Ends = None
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval."""
+        return None if self.interval is None else self.interval[0]
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval."""
+        return None if self.interval is None else self.interval[1]
+
+
+@dataclass(frozen=True)
+class MeanRate:
+    """Mean of the languages' rates; see :class:`~mpo.common.statistics.LanguageAverage`."""
+
+    rate: Share
+    interval: Ends = None
+    languages: Count = 0
+    prompts: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a file holds of a :class:`RateTable`.
+
+    Attributes:
+        counted: The verdict whose share is the rate; by default that of the task.
+        confidence: Coverage of the intervals.
+        languages: By code.
+        average: Mean over languages; None where no verdict could be read.
+    """
+
+    counted: str | None = None
+    confidence: Confidence = 0.95
+    languages: Annotated[dict[str, LanguageRate], named_by_key("language")]
+    average: MeanRate | None = None
 
 
 @dataclass(frozen=True)
@@ -54,29 +95,21 @@ class RateTable:
     average: LanguageAverage | None
     confidence: float
 
+    def stored(self) -> Rates:
+        """What goes into a file."""
+        mean = self.average
+        return Rates(
+            counted=self.task.counted,
+            confidence=self.confidence,
+            languages={row.language: row for row in self.rows},
+            average=None
+            if mean is None
+            else MeanRate(mean.mean, (mean.low, mean.high), mean.languages, mean.prompts),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: ``languages`` and ``average``."""
-        return {
-            "counted": self.task.counted,
-            "confidence": self.confidence,
-            "languages": {
-                row.language: {
-                    "count": row.count,
-                    "verdicts": row.verdicts,
-                    "cut_off": row.cut_off,
-                    "rate": row.rate,
-                    "interval": None if row.rate is None else [row.low, row.high],
-                }
-                for row in self.rows
-            },
-            "average": None
-            if self.average is None
-            else {
-                "rate": self.average.mean,
-                "interval": [self.average.low, self.average.high],
-                **{name: asdict(self.average)[name] for name in ("languages", "prompts")},
-            },
-        }
+        return as_dict(self.stored())
 
     def to_table(self, title: str, notes: Sequence[str] = ()) -> TextTable:
         """The table for people."""
@@ -167,12 +200,11 @@ def _language_rate(
     found = Counter(verdicts[row.id] for row in answers)
     counts = {name: found[name] for name in (*task.verdicts, *NO_VERDICT)}
     readable = len(answers) - sum(counts[name] for name in NO_VERDICT)
-    rate = low = high = None
-    if readable:
-        rate = counts[task.counted] / readable
-        low, high = wilson_interval(counts[task.counted], readable, confidence)
     cut_off = sum(not row.finished for row in answers)
-    return LanguageRate(language, len(answers), counts, cut_off, rate, low, high)
+    if not readable:
+        return LanguageRate(language, len(answers), counts, cut_off)
+    ends = wilson_interval(counts[task.counted], readable, confidence)
+    return LanguageRate(language, len(answers), counts, cut_off, counts[task.counted] / readable, ends)
 
 
 def _name(code: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from mpo.common.files import is_full_disk, whole_folder
 from mpo.data.tokenization import render
-from mpo.errors import ConfigError, ModelError, StorageError
+from mpo.errors import ConfigError, ModelError, MPOError, StorageError
 from mpo.modeling.loading import ModelSource, adapter_settings, is_quantized, load_config, load_model
 from mpo.modeling.opening import OpenedModel, another_base, named_base, open_model
 
@@ -199,28 +198,34 @@ def _describe(adapter: Path, folder: Path, base: str) -> None:
             shutil.copyfile(adapter / name, folder / name)
     if not (folder / "metrics.json").is_file():
         return
-    from mpo.evaluation import RewardGapTable
+    from mpo.common.provenance import Provenance
+    from mpo.common.typed_json import read_typed
+    from mpo.evaluation.results import TrainingMetrics
     from mpo.report.card import write_card
 
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if not metrics.get("before") or not metrics.get("after"):
+    try:
+        metrics = read_typed(folder / "metrics.json", TrainingMetrics)
+        made = folder / "provenance.json"
+        provenance = read_typed(made, Provenance) if made.is_file() else {}
+        before, after, retention = metrics.before, metrics.after, metrics.retention_loss
+        if before is None or after is None:
+            return
+        losses = (None, None) if retention is None else (retention.before, retention.after)
+        card = write_card(
+            folder,
+            base_model=base,
+            peft=False,
+            languages=[row.language for row in after.targets],
+            source_language=after.source.language if after.source is not None else "en",
+            before=before,
+            after=after,
+            recipe_yaml=_text(folder / "recipe.yaml"),
+            provenance=provenance,
+            retention=None if losses[0] is None or losses[1] is None else (losses[0], losses[1]),
+        )
+    except MPOError as error:
+        print(f"The merged model has no card, since the adapter's measurements cannot be used: {error}")
         return
-    before, after = (RewardGapTable.from_dict(metrics[when]) for when in ("before", "after"))
-    retention = metrics.get("retention_loss") or {}
-    card = write_card(
-        folder,
-        base_model=base,
-        peft=False,
-        languages=[row.language for row in after.targets],
-        source_language=after.source.language if after.source is not None else "en",
-        before=before,
-        after=after,
-        recipe_yaml=_text(folder / "recipe.yaml"),
-        provenance=json.loads(_text(folder / "provenance.json") or "{}"),
-        retention=None
-        if None in retention.values() or not retention
-        else (retention["before"], retention["after"]),
-    )
     text = card.read_text(encoding="utf-8")
     card.write_text(text.replace("A full fine-tune of", "A LoRA adapter folded into", 1), encoding="utf-8")
 

@@ -12,6 +12,7 @@ import torch
 
 from mpo.common.files import is_full_disk, write_json, write_text
 from mpo.common.progress import quiet_libraries
+from mpo.common.typed_json import write_typed
 from mpo.common.words import duration
 from mpo.errors import (
     DependencyError,
@@ -293,26 +294,36 @@ def _write_results(
     resolved: str,
     provenance: dict[str, Any],
 ) -> None:
+    from mpo.evaluation.results import METRICS, Retention, TrainingMetrics
     from mpo.report.card import write_card
     from mpo.report.plots import reward_gap_before_after, training_curve
 
     recipe, training = plan.recipe, plan.recipe.training
     folder = Path(str(training.output_dir))
     history = trainer.state.log_history
-    metrics: dict[str, Any] = {"beta": training.beta, "held_out_groups": 0}
+    measured: dict[str, Any] = {}
     retention: tuple[float, float] | None = None
     if comparison is not None and before is not None and after is not None:
-        metrics.update(comparison.to_dict(records=True))
-        metrics["held_out_groups"] = comparison.before.groups
-        metrics["retention_loss"] = {"before": before[0].retention, "after": after[0].retention}
-        if before[0].retention is not None and after[0].retention is not None:
-            retention = (before[0].retention, after[0].retention)
-    metrics["sources"] = dict(trainer.source_report)
-    metrics["steps"] = trainer.state.global_step
-    metrics["train_runtime"] = next(
-        (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
+        losses = Retention(before[0].retention, after[0].retention)
+        if losses.before is not None and losses.after is not None:
+            retention = (losses.before, losses.after)
+        measured = {
+            "held_out_groups": comparison.before.groups,
+            "before": comparison.before,
+            "after": comparison.after,
+            "change": comparison.to_dict()["change"],
+            "retention_loss": losses,
+        }
+    metrics = TrainingMetrics(
+        beta=training.beta,
+        **measured,
+        sources=dict(trainer.source_report),
+        steps=trainer.state.global_step,
+        train_runtime=next(
+            (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
+        ),
     )
-    write_json(folder / "metrics.json", metrics)
+    write_typed(folder / METRICS, metrics)
     if trainer.dropped_rows:
         _write_dropped(plan, trainer.dropped_rows)
     try:

@@ -131,7 +131,7 @@ def _range(measurement: Measurement) -> tuple[float, float]:
     low, high = min(values), max(values)
     if measurement.unit.signed:
         low, high = min(low, 0.0), max(high, 0.0)
-    margin = 0.04 * ((high - low) or 1.0)
+    margin = 0.04 * ((high - low) or abs(high) or 1.0)
     return low - margin, high + margin
 
 

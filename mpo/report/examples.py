@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Any
 
+from mpo.evaluation.answers import AnswerRow
+from mpo.report.build import in_order
+from mpo.report.folder import Results, SafetyRun
 from mpo.report.measurement import MIXED, shown_language
-from mpo.report.measurements import in_order
-from mpo.report.results import Results, SafetyResult
 from mpo.report.sections import Section
 
 _MOST_CHARACTERS = 2_000
@@ -61,24 +61,23 @@ def _prompt_set(results: Results, kind: str, name: str, per_language: int) -> st
 def _exchange(
     code: str,
     prompt_id: str,
-    found: list[tuple[str, SafetyResult | None]],
-    answers: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]],
+    found: list[tuple[str, SafetyRun | None]],
+    answers: Mapping[str, Mapping[tuple[str, str], AnswerRow]],
 ) -> str:
     rows = [rows[code, prompt_id] for rows in answers.values() if (code, prompt_id) in rows]
-    parts = [f'<p class="faint small">Prompt {escape(prompt_id)}</p>{_text(rows[0].get("prompt"), code)}']
+    parts = [f'<p class="faint small">Prompt {escape(prompt_id)}</p>{_text(rows[0].prompt, code)}']
     for model, result in found:
         row = answers.get(model, {}).get((code, prompt_id))
         if result is not None and row is not None:
             verdict = result.verdicts.get(code, {}).get(prompt_id, "not judged")
             parts.append(
                 f'<p class="small"><b>{escape(model)}</b> <span class="verdict">{escape(verdict)}</span></p>'
-                f"{_text(row.get('answer'), code)}"
+                f"{_text(row.answer, code)}"
             )
     return f'<div class="exchange">{"".join(parts)}</div>'
 
 
-def _text(text: Any, code: str) -> str:
-    shown = str(text if text is not None else "")
+def _text(shown: str, code: str) -> str:
     cut = len(shown) > _MOST_CHARACTERS
     more = f" \N{HORIZONTAL ELLIPSIS} ({len(shown):,} characters)" if cut else ""
     lang = f' lang="{escape(code)}"' if code != MIXED else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -15,13 +16,13 @@ from mpo.common.files import write_text
 from mpo.common.redaction import redact, redact_text
 from mpo.common.statistics import Coefficient
 from mpo.common.tables import escape_markdown
-from mpo.errors import DataError
+from mpo.errors import DataError, StorageError
 from mpo.report import charts
+from mpo.report.build import GapAgainstAttack, gap_against_attack, measurements
 from mpo.report.examples import examples_section
+from mpo.report.folder import Results, read_results
 from mpo.report.hidden_space import hidden_space_section
 from mpo.report.measurement import GAP, NONE, SHARE, Measurement, Row, listed, number, p_text
-from mpo.report.measurements import GapAgainstAttack, gap_against_attack, measurements
-from mpo.report.results import Results, read_results
 from mpo.report.sections import Section
 from mpo.report.tables import finding, html_table, markdown_table
 
@@ -57,7 +58,7 @@ def write_report(
     any. Texts of models and data are escaped and folded away.
 
     Args:
-        folder: Result folder; see :mod:`mpo.report.results`.
+        folder: Result folder; see :mod:`mpo.report.folder`.
         out: Folder of the two files; by default the result folder.
         models: Names of the models to show, the one to compare with first; by default all.
         title: Heading of the page.
@@ -69,11 +70,15 @@ def write_report(
     Raises:
         ConfigError: A model that was asked for is not there.
         DataError: The folder holds no measurement at all; one of them is enough.
-        StorageError: A file is damaged, or cannot be written.
+        StorageError: Every file is damaged, or the two cannot be written. What is damaged beside others is left out,
+            and both files and standard error say so.
     """
     results = read_results(folder, models)
     found = measurements(results)
-    more = [section for make in _MORE_SECTIONS if (section := make(results.folder)) is not None]
+    left_out = results.left_out
+    more = [s for make in _MORE_SECTIONS if (s := left_out.unless(make, results.folder)) is not None]
+    if not found and not more and left_out:
+        raise StorageError(f"{folder} holds nothing that can be reported. {' '.join(left_out)}")
     if not found and not more:
         raise DataError(
             f"{folder} holds no number to report. Run a measurement of `mpo evaluate` on it first."
@@ -87,6 +92,10 @@ def write_report(
         *([section] if (section := examples_section(results, examples)) else []),
         *([_provenance_section(results)] if results.models else []),
     ]
+    if left_out:
+        sections.insert(0, _left_out_section(left_out))
+    for text in left_out:
+        print(f"Left out: {text}", file=sys.stderr)
     target = Path(out) if out is not None else results.folder
     page = _page(results, found, sections, title)
     markdown = _markdown(results, found, sections, title)
@@ -283,6 +292,18 @@ def _text_coefficient(value: Coefficient | None) -> str:
         else ""
     )
     return f"{number(value.value, 2)}{ends} (p {p_text(value.p_value)})"
+
+
+def _left_out_section(left_out: Sequence[str]) -> Section:
+    """What the report lacks: files and rows that could not be read."""
+    texts = [redact_text(text) for text in left_out]
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return Section(
+        "left-out",
+        "Left out of this report",
+        f'<div class="warning">What follows is without this:<ul>{items}</ul></div>',
+        "**Left out of this report:**\n\n" + "\n".join(f"- {escape_markdown(text)}" for text in texts),
+    )
 
 
 def _reading_section() -> Section:

@@ -12,9 +12,13 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from mpo.common.typed_json import write_typed
 from mpo.errors import ConfigError, ModelError, StorageError
+from mpo.evaluation import compare, summarize
+from mpo.evaluation.results import Retention, TrainingMetrics
 from mpo.jobs.merge import merge_adapter
 from mpo.modeling import opening
+from tests.evaluation.simulated import simulated_scores
 from tests.tiny import build_model, build_tokenizer, save_tiny
 
 FAMILIES = ("llama", "gemma2", "qwen2")
@@ -290,3 +294,51 @@ def test_an_adapter_that_is_a_pickle_or_no_adapter_is_refused(
         merge_adapter(models["llama"], tmp_path / "merged")
     with pytest.raises(ModelError, match="no model folder"):
         merge_adapter(tmp_path / "missing", tmp_path / "merged")
+
+
+def _metrics(folder: Path) -> Path:
+    before, after = (summarize(scores, beta=1.0, resamples=100) for scores in simulated_scores(groups=3))
+    changed = compare(before, after)
+    losses = Retention(0.0, 0.25)
+    return write_typed(
+        folder / "metrics.json",
+        TrainingMetrics(
+            beta=1.0, before=before, after=after, change=changed.to_dict()["change"], retention_loss=losses
+        ),
+    )
+
+
+def test_the_adapters_measurements_are_on_the_merged_models_card(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(models["llama"], tmp_path / "adapter")
+    _metrics(adapter)
+    card = (merge_adapter(adapter, tmp_path / "merged") / "README.md").read_text(encoding="utf-8")
+    assert "A LoRA adapter folded into" in card and "| Swahili |" in card and "0 before, 0.25 after" in card
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics.json", b"{"),
+        ("metrics.json", b"\xff\xfe"),
+        ("metrics.json", b"[]"),
+        ("metrics.json", b"[" * 5000),
+        ("metrics.json", b'{"beta": 1.0, "before": 3, "after": {}}'),
+        ("metrics.json", b'{"beta": 1.0, "retention_loss": {"before": "x"}}'),
+        ("metrics.json", b'{"beta": 1.0, "version": 99}'),
+        ("provenance.json", b"no JSON"),
+        ("provenance.json", b'{"libraries": ["torch"]}'),
+        ("provenance.json", b'{"devices": {"accelerators": 3}}'),
+        ("recipe.yaml", b"- no\n- mapping\n"),
+    ],
+)
+def test_measurements_that_cannot_be_read_cost_the_card_and_not_the_model(
+    models: dict[str, Path], tmp_path: Path, file: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter(models["llama"], tmp_path / "adapter")
+    _metrics(adapter)
+    (adapter / file).write_bytes(content)
+    out = merge_adapter(adapter, tmp_path / "merged")
+    assert (out / "model.safetensors").is_file() and not (out / "README.md").exists()
+    assert "The merged model has no card" in capsys.readouterr().out
