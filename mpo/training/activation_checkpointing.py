@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
 
 from mpo.common.log import get_logger
 from mpo.planning.memory import device_memory, step_needs_checkpointing
 from mpo.training.config import MPOConfig
-from mpo.training.sampling import GroupCollator, group_tokens, longest_tree
+from mpo.training.sampling import GroupCollator
 from mpo.training.sharding import will_be_sharded
+from mpo.training.workload import group_tokens, largest_micro_batch, longest_tree
 
 logger = get_logger(__name__)
 
@@ -42,10 +42,8 @@ def decide_checkpointing(
     memory = device_memory(accelerator.device)
     if not args.decide_checkpointing or memory is None or will_be_sharded(args):
         return
-    sizes = np.sort(group_tokens(groups, run_source=collator.run_source, layout=collator.shape.layout))
-    tokens = int(sizes[-args.train_batch_size :].sum())
-    if args.max_tokens_per_batch is not None:
-        tokens = max(int(sizes[-1]), min(args.max_tokens_per_batch, int(sizes.sum())))
+    sizes = group_tokens(groups, run_source=collator.run_source, layout=collator.shape.layout)
+    tokens = largest_micro_batch(sizes, args, args.train_batch_size)
     call = min(tokens, collator.max_tokens_per_call or tokens)
     try:
         needed = step_needs_checkpointing(

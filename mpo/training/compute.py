@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from mpo.errors import ConfigError, DependencyError
 # Optimizers of bitsandbytes whose names do not say so.
 _BITSANDBYTES = ("adamw_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit")
 _TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
+
+
+def keep_to_one_gpu() -> None:
+    """Keeps a single process to one GPU: with several, transformers would split batches over them (DataParallel)."""
+    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU"):
+        return
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        print(
+            "Several GPUs are visible; one process uses one of them. For all of them: accelerate launch "
+            "scripts/train.py RECIPE ..."
+        )
 
 
 def check_compute_options(

@@ -379,18 +379,6 @@ class MPOConfig(DPOConfig):
         """What the order of the groups depends on, besides the epoch: ``data_seed``, or ``seed``."""
         return self.data_seed if self.data_seed is not None else self.seed
 
-    def tokenization(self) -> dict[str, Any]:
-        """Options of :func:`mpo.data.tokenization.tokenize_groups`."""
-        return {
-            "max_length": self.max_length,
-            "max_response_length": self.max_response_length,
-            "template_kwargs": self.chat_template_kwargs,
-            "bad_rows": self.bad_rows,
-            "group_by_source": self.group_by_source,
-            "max_targets_per_group": self.max_targets_per_group,
-            "num_proc": self.dataset_num_proc,
-        }
-
     def reference_folder(self) -> str:
         """Folder of the reference cache: ``reference_cache_dir``, or ``mpo/reference`` below ``HF_HOME``."""
         if self.reference_cache_dir is not None:

@@ -8,24 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.common.log import get_logger
-from mpo.errors import ConfigError, DataError
-from mpo.modeling.layout import BatchShape, batch_shape
+from mpo.errors import ConfigError
+from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
-from mpo.training.config import MPOConfig
-from mpo.training.ranks import Ranks
 from mpo.training.reference import SourceReference
-from mpo.training.sharding import tokens_per_call
 
 logger = get_logger(__name__)
 
@@ -135,7 +129,7 @@ class TokenBudgetSampler(EpochSampler):
 
     Args:
         indices: ``[n]``, groups to draw from.
-        tokens: ``[n]``, tokens of each (:func:`group_tokens`).
+        tokens: ``[n]``, tokens of each (:func:`mpo.training.workload.group_tokens`).
         max_tokens: Budget of a micro-batch on one rank.
         num_ranks, rank: The process group.
         seed: Seed of the order.
@@ -200,54 +194,6 @@ def count_languages(tokenized: Dataset) -> dict[str, int]:
 def target_languages(*datasets: Dataset) -> list[str]:
     """Target languages of tokenized datasets, sorted."""
     return sorted({language for dataset in datasets for language in count_languages(dataset)})
-
-
-def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
-    """Tokens that each group brings to a micro-batch, without padding.
-
-    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
-
-    Args:
-        groups: Tokenized groups.
-        run_source: Whether the source is run while training.
-        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
-
-    Returns:
-        ``[groups]`` int64.
-    """
-    prompts = 1 if layout == "tree" else 2
-    factors = {
-        f"{side}_{part}": prompts if part == "prompt" else 1
-        for side in (("source", "target") if run_source else ("target",))
-        for part in ("prompt", "chosen", "rejected")
-    }
-    counts = [np.zeros(0, dtype=np.int64)]
-    for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
-        columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
-        counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
-    return np.concatenate(counts)
-
-
-def longest_tree(groups: Dataset) -> int:
-    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
-    columns = [f"{side}_{part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
-    longest = 0
-    for table in groups.with_format("arrow").select_columns(columns).iter(batch_size=10_000):
-        sources = sum(_tokens_of_rows(table[name]) for name in columns[:3])
-        targets = sum(_tokens_of_rows(pc.list_flatten(table[name])) for name in columns[3:])
-        longest = max(longest, int(np.max(sources)), int(np.max(targets)))
-    return longest
-
-
-def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:
-    """Tokens in each row of a column of token lists, or of lists of token lists."""
-    counts = []
-    for chunk in column.chunks:
-        offsets, values = chunk.offsets.to_numpy(), chunk.values
-        if not pa.types.is_integer(values.type):
-            offsets = values.offsets.to_numpy()[offsets]
-        counts.append(np.diff(offsets).astype(np.int64))
-    return np.concatenate(counts)
 
 
 def _rounded_up(tokens: np.ndarray) -> np.ndarray:
@@ -463,92 +409,6 @@ def language_weights(
             "Give at least one of them a weight above 0."
         )
     return [w * sum(counts) / total for w in raw]
-
-
-def training_collator(
-    args: MPOConfig,
-    languages: Sequence[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    *,
-    router_loss: bool,
-) -> GroupCollator:
-    """What makes a micro-batch of training, with the budgets of the settings or of the device; languages weigh the same."""
-    assert isinstance(tokenizer.pad_token_id, int)
-    shape = batch_shape(
-        accelerator.device,
-        layout=args.batch_layout,
-        pad_token_id=tokenizer.pad_token_id,
-        pooling=args.retain_pooling,
-        max_tokens_per_row=args.max_tokens_per_row,
-        tokens_per_batch=args.reference_tokens_per_batch,
-        attention=model.config.get_text_config()._attn_implementation,
-    )
-    return GroupCollator(
-        languages,
-        [1.0] * len(languages),
-        shape,
-        run_source=args.retain_weight > 0,
-        pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
-        max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
-    )
-
-
-def training_loader(
-    dataset: Dataset,
-    reference: SourceReference,
-    groups: np.ndarray,
-    collator: GroupCollator,
-    args: MPOConfig,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-) -> GroupDataLoader:
-    """A rank's micro-batches of training: by tokens where there is a budget, else by number of groups.
-
-    Args:
-        dataset, reference: All tokenized groups, and the reference's values of them.
-        groups: ``[n]``, those to draw from.
-        collator, args, ranks: Of the trainer.
-        batch_size: Groups per rank and micro-batch.
-
-    Raises:
-        DataError: There is not one micro-batch.
-    """
-    options: dict[str, Any] = {
-        "num_ranks": ranks.num_processes,
-        "rank": ranks.process_index,
-        "seed": args.order_seed,
-        "drop_last": args.dataloader_drop_last,
-    }
-    sampler: EpochSampler
-    if args.max_tokens_per_batch is None:
-        sampler = GroupBatchSampler(groups, batch_size, **options)
-    else:
-        tokens = group_tokens(dataset, run_source=collator.run_source, layout=collator.shape.layout)[groups]
-        sampler = TokenBudgetSampler(groups, tokens, args.max_tokens_per_batch, **options)
-        if sampler.oversized:
-            logger.warning(
-                f"{sampler.oversized} groups have more than max_tokens_per_batch={args.max_tokens_per_batch} tokens (the "
-                f"largest {int(tokens.max())}) and are micro-batches of their own. `max_targets_per_group` makes groups "
-                "smaller."
-            )
-    if len(sampler) == 0:
-        raise DataError(
-            f"{len(groups)} groups are less than one micro-batch on each of {ranks.num_processes} ranks, and "
-            "`dataloader_drop_last` drops them."
-        )
-    workers = args.dataloader_num_workers
-    return GroupDataLoader(
-        GroupDataset(dataset, reference),
-        batch_sampler=sampler,
-        collate_fn=collator,
-        num_workers=workers,
-        pin_memory=args.dataloader_pin_memory and ranks.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers if workers else False,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-    )
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

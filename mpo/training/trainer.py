@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 from mpo.common.citations import MPO_BIBTEX
 from mpo.common.log import get_logger
 from mpo.data import as_groups
-from mpo.data.tokenization import TOKENIZED_FEATURES, tokenize_groups
+from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError, DataError, TrainingError
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
@@ -41,15 +41,17 @@ from mpo.training.checks import check_adapter, check_arguments, check_languages,
 from mpo.training.collapse import CollapseDetector
 from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
+from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import LanguageMetrics, evaluation_metrics
 from mpo.training.policy import open_policy
 from mpo.training.records import Scores
 from mpo.training.reference import SourceReference
 from mpo.training.reference_policy import ReferencePolicy
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import GroupCollator, target_languages, training_collator, training_loader
+from mpo.training.sampling import GroupCollator, target_languages
 from mpo.training.scoring import score_dataset
 from mpo.training.trl_contract import own_errors, without_reference_model, without_second_sharding
+from mpo.training.workload import tokenize_for_training
 
 logger = get_logger(__name__)
 
@@ -309,9 +311,7 @@ class MPOTrainer(DPOTrainer):
         self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset:
         with args.main_process_first(desc="tokenizing"):
-            tokenized, dropped = tokenize_groups(
-                dataset, processing_class, name=dataset_name, **args.tokenization()
-            )
+            tokenized, dropped = tokenize_for_training(dataset, processing_class, args, name=dataset_name)
         if dropped:
             logger.warning(
                 f"{len(dropped)} rows of the {dataset_name} data were dropped, the first: {dropped[0]}"
