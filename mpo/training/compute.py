@@ -30,17 +30,16 @@ def keep_to_one_gpu() -> None:
 def check_compute_options(
     args: Any, *, load_in_4bit: bool = False, load_in_8bit: bool = False, on_this_machine: bool = True
 ) -> None:
-    """
-    Make sure that the packages and the device are there which the options of the step ask for.
+    """Make sure that the packages and the device are there which the options of the step ask for.
 
     Args:
-        args: an ``MPOConfig``.
-        load_in_4bit, load_in_8bit: whether the base model is quantised by bitsandbytes.
+        args: An ``MPOConfig``.
+        load_in_4bit, load_in_8bit: Whether the base model is quantised by bitsandbytes.
         on_this_machine: False for a run that is only planned, perhaps for another machine: devices are not looked at.
 
     Raises:
-        DependencyError: a package is missing, or needs a GPU that is not there.
-        ConfigError: an option means nothing on this device.
+        DependencyError: A package is missing, or needs a GPU that is not there.
+        ConfigError: An option means nothing on this device.
     """
     gpu = not on_this_machine or (torch.cuda.is_available() and not args.use_cpu)
     optimizer = str(getattr(args.optim, "value", args.optim))
@@ -70,16 +69,15 @@ def check_compute_options(
 
 
 def require_package(module: str, setting: str, extra: str | None) -> None:
-    """
-    Make sure that an optional package is installed.
+    """Make sure that an optional package is installed.
 
     Args:
-        module: its import name.
-        setting: what asks for it.
-        extra: the extra of this distribution that brings it, if one does.
+        module: Its import name.
+        setting: What asks for it.
+        extra: The extra of this distribution that brings it, if one does.
 
     Raises:
-        DependencyError: it is not installed; says how to install it.
+        DependencyError: It is not installed; says how to install it.
     """
     if is_installed(module):
         return

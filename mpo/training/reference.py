@@ -322,7 +322,7 @@ def _flush(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
             if isinstance(array, np.memmap):  # an array of length 0 is none
                 array.flush()
     except OSError as error:
-        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+        raise _not_writable(folder, error) from error
 
 
 def _require_visible(folder: Path, ranks: Ranks) -> None:
@@ -421,7 +421,7 @@ def _complete(partial: Path, folder: Path, key: Mapping[str, Any]) -> None:
         if _verify(folder) is None:
             shutil.rmtree(partial, ignore_errors=True)
             return
-        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+        raise _not_writable(folder, error) from error
 
 
 def _verify(folder: Path) -> str | None:

@@ -25,8 +25,7 @@ logger = get_logger(__name__)
 
 
 class GroupDataset(TorchDataset[dict[str, Any]]):
-    """
-    Tokenized groups with the reference values of their sources.
+    """Tokenized groups with the reference values of their sources.
 
     A negative index ``~i`` is group ``i`` as a filler: it is computed, but weighs nothing and is counted nowhere. A
     rank that has no group left in a step takes one, so that all ranks make the same model calls.
@@ -71,18 +70,17 @@ class EpochSampler(Sampler[list[int]]):
 
 
 class GroupBatchSampler(EpochSampler):
-    """
-    Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
+    """Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
 
     A micro-batch takes ``batch_size`` groups on each rank. What is left at the end of an epoch is spread evenly over the
     ranks; a rank that gets none receives a filler (see :class:`GroupDataset`).
 
     Args:
-        indices: groups to draw from.
-        batch_size: groups per rank and micro-batch.
-        num_ranks, rank: the process group.
-        seed: seed of the order; None keeps the order of ``indices``.
-        drop_last: leave out what is left at the end of an epoch.
+        indices: Groups to draw from.
+        batch_size: Groups per rank and micro-batch.
+        num_ranks, rank: The process group.
+        seed: Seed of the order; None keeps the order of ``indices``.
+        drop_last: Leave out what is left at the end of an epoch.
     """
 
     def __init__(
@@ -119,8 +117,7 @@ class GroupBatchSampler(EpochSampler):
 
 
 class TokenBudgetSampler(EpochSampler):
-    """
-    Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
+    """Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
 
     Group sizes are spread over as few micro-batches as the budget allows, the largest first, each to the micro-batch with
     the fewest tokens so far. So all micro-batches come out nearly equal, and those of one step, one per rank, differ by
@@ -133,10 +130,10 @@ class TokenBudgetSampler(EpochSampler):
     Args:
         indices: ``[n]``, groups to draw from.
         tokens: ``[n]``, tokens of each (:func:`mpo.training.workload.group_tokens`).
-        max_tokens: budget of a micro-batch on one rank.
-        num_ranks, rank: the process group.
-        seed: seed of the order.
-        drop_last: leave out the step in which a rank would have no group and compute a filler.
+        max_tokens: Budget of a micro-batch on one rank.
+        num_ranks, rank: The process group.
+        seed: Seed of the order.
+        drop_last: Leave out the step in which a rank would have no group and compute a filler.
     """
 
     def __init__(
@@ -207,8 +204,7 @@ def _rounded_up(tokens: np.ndarray) -> np.ndarray:
 
 
 def _spread(sizes: np.ndarray, budget: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
+    """Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
 
     Returns:
         ``[n]`` batch of each, and the batches' loads.
@@ -381,17 +377,16 @@ class GroupCollator:
 def language_weights(
     languages: Sequence[str], pairs: Mapping[str, int], weights: Mapping[str, float] | str | None
 ) -> list[float]:
-    """
-    Weight of each language, scaled so that the mean over all pairs is 1.
+    """Weight of each language, scaled so that the mean over all pairs is 1.
 
     Args:
-        languages: target languages.
-        pairs: number of training pairs of each.
+        languages: Target languages.
+        pairs: Number of training pairs of each.
         weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
             (1 where not named).
 
     Raises:
-        ConfigError: a language is named that is not among ``languages``, or all pairs weigh 0.
+        ConfigError: A language is named that is not among ``languages``, or all pairs weigh 0.
     """
     if weights is None:
         return [1.0] * len(languages)
