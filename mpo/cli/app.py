@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mpo import __version__
 from mpo.cli import analyze, evaluate, plan, report
 from mpo.cli.options import add_data_options, one_or_many, show_help
+from mpo.common.characters import printable
 from mpo.errors import MPOError, ProcessLostError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _report(error: MPOError) -> int:
     if rank > 0 and not speaks:
         # The launcher ends all ranks as soon as one has gone. Mostly all fail alike: let the first say it, in full.
         time.sleep(3)
-    print(f"{f'[rank {rank}] ' if rank else ''}Error: {error}", file=sys.stderr, flush=True)
+    print(printable(f"{f'[rank {rank}] ' if rank else ''}Error: {error}"), file=sys.stderr, flush=True)
     return EXIT_ERROR
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpo.common.characters import without_halves
 from mpo.common.redaction import redact
 from mpo.errors import StorageError
 
@@ -79,8 +80,8 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically; see :func:`write_bytes`."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text atomically; see :func:`write_bytes`. Half a surrogate pair becomes U+FFFD."""
+    return write_bytes(path, without_halves(text).encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:

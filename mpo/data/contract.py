@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpo.common.characters import half_character, printable
+from mpo.common.words import shortened
 from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
 from mpo.errors import DataError
 
@@ -102,9 +104,7 @@ def _visible(text: str) -> str:
 
 def show_name(name: object) -> str:
     """A column name or label as it may be printed: short, and without characters that act on a terminal."""
-    text = str(name)
-    text = text if len(text) <= 40 else text[:37] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(shortened(str(name), 40), lines=False)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -160,13 +160,8 @@ _WRITTEN_LIST = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]
 def _check_text(text: object, place: _Place, *, may_be_blank: bool = False) -> str:
     if not isinstance(text, str):
         raise place.error(f"is {_describe(text)}; expected a text.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise place.error(
-            f"holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, half of a character "
-            "that was cut in two. Write the text again from its origin."
-        ) from error
+    if problem := half_character(text):
+        raise place.error(problem)
     if is_blank(text) and not may_be_blank:
         kind = "is empty" if not text else "is empty: it holds only whitespace or invisible characters"
         raise place.error(f"{kind}. Expected text.")

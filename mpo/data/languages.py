@@ -238,7 +238,7 @@ def _codes() -> dict[str, str]:
 def _resolve(label: str) -> tuple[str, str]:
     """The code of a label and an empty text, or an empty code and what is wrong."""
     text = " ".join(label.split())
-    name = text.casefold()
+    name = text.casefold() if len(text) <= 100 else ""  # longer than any name, and slow to compare with one
     if name in _names():
         return _names()[name], ""
     bare_name = re.sub(r"\s*\(.*\)$", "", name)
