@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from mpo import __version__
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "rest"):  # only `mpo plan` takes the keys of a recipe among its own options
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.rest = rest
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         # Read by tqdm when it is imported: bars belong on a terminal, a log file gets lines.
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from mpo.common.characters import printable, without_halves
 from mpo.common.redaction import REDACTED, redact_text
-from mpo.errors import ConfigError, ServerError
+from mpo.errors import ConfigError, DependencyError, ServerError
 
 Message = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -96,6 +96,7 @@ class ChatClient:
 
         Raises:
             ConfigError: The URL is none, a number is out of range, or the key is missing or cannot be sent.
+            DependencyError: httpx2 or tenacity is not installed.
         """
         self.url = _base_url(self.url)
         if self.timeout <= 0 or self.retries < 0 or self.concurrency < 1:
@@ -105,6 +106,13 @@ class ChatClient:
             )
         if self.key_variable is None and self.url == OPENAI_URL:
             self.key_variable = OPENAI_KEY
+        try:
+            import httpx2  # noqa: F401
+            import tenacity  # noqa: F401
+        except ImportError as error:
+            raise DependencyError(
+                f"Talking to a server needs the package {error.name}: pip install {error.name}"
+            ) from error
         if self.key_variable is not None:
             key = os.environ.get(self.key_variable, "").strip()
             if not key:
