@@ -153,14 +153,14 @@ def test_only_the_tags_of_the_judging_prompt_itself_are_escaped() -> None:
 @pytest.mark.parametrize("unit", ["!", "! ", "a!", "verdict!", "<think>", "</", "< "])
 def test_reading_a_reply_takes_time_in_proportion_to_its_length(unit: str) -> None:
     def seconds(length: int) -> float:
-        text = (unit * length)[:length] + "a"
+        text = f"a{unit * length}"[:length] + "a"
         started = time.process_time()
         parse_verdict(text, WORDS)
         fill_judging_prompt("<answer>{answer}</answer>{prompt}", Exchange("", text, "en"))
         return time.process_time() - started
 
     # In proportion: 8 times. By the square: 64 times.
-    assert min(seconds(80_000) for _ in range(2)) < 24 * max(seconds(10_000), 1e-3)
+    assert min(seconds(16_000) for _ in range(2)) < 24 * max(seconds(2_000), 1e-3)
 
 
 def test_what_stands_in_a_slot_is_not_filled_again() -> None:

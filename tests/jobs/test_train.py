@@ -610,7 +610,7 @@ def explained(plan: Plan, error: Exception) -> str:
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029"])
 def test_a_line_break_in_the_output_folder_stays_in_the_comment(end: str, tmp_path: Path) -> None:
-    folder = tmp_path / f"a{end}beta: 9 #"
+    folder = tmp_path / f"a{end}learning_rate: 9 #"
     training = SimpleNamespace(output_dir=str(folder))
     plan: Any = SimpleNamespace(recipe=SimpleNamespace(training=training), dropped=[])
     _write_start(plan, "beta: 1\n", {})
