@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from mpo.common.characters import printable
 from mpo.common.redaction import REDACTED, is_secret_name, redact_text
-from mpo.common.words import nearest, printable, shortened
+from mpo.common.words import nearest, shortened
 from mpo.errors import ConfigError, MPOError
 
 T = TypeVar("T")

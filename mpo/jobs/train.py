@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpo.common.characters import printable
 from mpo.common.files import is_full_disk, write_json, write_text
 from mpo.common.progress import quiet_libraries
 from mpo.common.typed_json import write_typed
@@ -269,10 +270,8 @@ def _provenance(plan: Plan) -> dict[str, Any]:
 def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     """What explains a run, written before it starts so that one that is cut off can be explained, too."""
     folder = Path(str(plan.recipe.training.output_dir))
-    write_text(
-        folder / "recipe.yaml",
-        f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml\n{resolved}",
-    )
+    header = printable(f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml", lines=False)
+    write_text(folder / "recipe.yaml", f"{header}\n{resolved}")
     write_json(folder / "provenance.json", provenance)
     if plan.dropped:
         _write_dropped(plan, [])

@@ -30,7 +30,7 @@ from mpo.evaluation import summarize
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import disk_space
-from mpo.jobs.train import _explaining, _placement, train
+from mpo.jobs.train import _explaining, _placement, _write_start, train
 from mpo.modeling.identity import fingerprint_folder
 from mpo.training.checkpoints import mark_complete
 from mpo.training.recipe import Recipe, load_recipe
@@ -671,6 +671,15 @@ def explained(plan: Plan, error: Exception) -> str:
     with pytest.raises(MPOError) as caught, _explaining(plan):
         raise error
     return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_a_line_break_in_the_output_folder_stays_in_the_comment(end: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"a{end}learning_rate: 9 #"
+    training = SimpleNamespace(output_dir=str(folder))
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(training=training), dropped=[])
+    _write_start(plan, "beta: 1\n", {})
+    assert yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == {"beta": 1}
 
 
 def test_want_of_memory_and_disk_is_explained(make, tmp_path: Path) -> None:
