@@ -16,6 +16,7 @@ from mpo.common.statistics import (
     paired_difference,
 )
 from mpo.common.tables import printable_name
+from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED
@@ -29,7 +30,6 @@ from mpo.report.measurement import (
     Measurement,
     Row,
     Value,
-    listed,
     shown_language,
 )
 from mpo.report.results import ModelResults, Results, SafetyResult
