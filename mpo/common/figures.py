@@ -146,8 +146,8 @@ def add_title(figure: Figure, title: str, subtitle: str, *, left: float) -> None
 
 
 def round_ticks(low: float, high: float, signed: bool = False) -> list[tuple[float, str]]:
-    """Three to six round numbers from `low` to `high`, and how they are written: with equally many digits."""
-    rough = (high - low) / 5
+    """Four to seven round numbers from `low` to `high`, and how they are written: with equally many digits."""
+    rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= 0.999 * rough)
     digits = max(0, -math.floor(math.log10(power)) + (step == 2.5 * power) - (step == 10 * power))

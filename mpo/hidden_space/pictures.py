@@ -139,7 +139,13 @@ def clusters(
                     axes.set_title(_name(language), fontsize=10, fontweight="bold", pad=5)
         place = (1 - 0.1 / style.WIDTH, 1 - 0.04 / height)
         figure.legend(
-            handles, list(_CLASSES), loc="upper right", bbox_to_anchor=place, ncols=2, handlelength=2.2
+            handles,
+            list(_CLASSES),
+            loc="upper right",
+            bbox_to_anchor=place,
+            ncols=2,
+            handlelength=2.2,
+            markerscale=2.2,
         )
         return style.save(figure, path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from mpo.modeling.loading import (
     load_model,
     load_tokenizer,
 )
+from mpo.report.card import write_merged_card
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -99,6 +99,13 @@ def merge_adapter(
     try:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_merged_card(
+            partial,
+            adapter=Path(adapter),
+            base_model=str(name),
+            adapter_settings=settings,
+            name=target.name,
+        )
         os.chmod(partial, 0o755)
         if target.exists():
             target.rmdir()
@@ -109,7 +116,6 @@ def merge_adapter(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _describe(Path(adapter), target, str(name))
     return target
 
 
@@ -123,40 +129,3 @@ def _check_target(target: Path) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise StorageError(f"{target} cannot be written: no permission in {parent}. Choose another folder.")
-
-
-def _describe(adapter: Path, folder: Path, base: str) -> None:
-    """Takes the adapter's measurements along, which hold for the merged model, too, and writes its card."""
-    for name in ("metrics.json", "provenance.json", "recipe.yaml", "reward_gap.png", "training_curve.png"):
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, folder / name)
-    if not (folder / "metrics.json").is_file():
-        return
-    from mpo.evaluation import RewardGapTable
-    from mpo.report.card import write_card
-
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if not metrics.get("before") or not metrics.get("after"):
-        return
-    before, after = (RewardGapTable.from_dict(metrics[when]) for when in ("before", "after"))
-    retention = metrics.get("retention_loss") or {}
-    card = write_card(
-        folder,
-        base_model=base,
-        peft=False,
-        languages=[row.language for row in after.targets],
-        source_language=after.source.language if after.source is not None else "en",
-        before=before,
-        after=after,
-        recipe_yaml=_text(folder / "recipe.yaml"),
-        provenance=json.loads(_text(folder / "provenance.json") or "{}"),
-        retention=None
-        if None in retention.values() or not retention
-        else (retention["before"], retention["after"]),
-    )
-    text = card.read_text(encoding="utf-8")
-    card.write_text(text.replace("A full fine-tune of", "A LoRA adapter folded into", 1), encoding="utf-8")
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""

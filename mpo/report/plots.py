@@ -111,7 +111,7 @@ def training_curve(
         _draw_gap_curves(bottom, gaps, held_out, source_gap, language_name(source_language))
         for axes in (top, bottom):
             _name_lines(axes)
-        bottom.margins(x=0.01)
+            axes.margins(x=0.01)
         bottom.locator_params(axis="x", nbins=8, integer=True, min_n_ticks=1)
         bottom.set_xlabel("Optimizer step")
         figure.align_ylabels([top, bottom])
