@@ -17,12 +17,15 @@ from markupsafe import Markup
 
 from mpo.common.citations import HIDDEN_SPACE_BIBTEX, MPO_BIBTEX
 from mpo.common.files import write_bytes, write_text
+from mpo.common.log import get_logger
 from mpo.common.redaction import portable_path, redact, redact_text
 from mpo.common.tables import escape_markdown
 from mpo.data.languages import language_name
-from mpo.errors import ConfigError, DataError, MPOError
+from mpo.errors import ConfigError, DataError
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable, compare, sort_languages
 from mpo.report.rendering import code, fence, markdown
+
+_log = get_logger(__name__)
 
 # Recipe keys worth a line of their own, in the order of the card.
 _SETTINGS = {
@@ -77,8 +80,6 @@ def write_card(
     dataset_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
     retention: tuple[float, float] | None = None,
-    license: str | None = None,
-    model_name: str | None = None,
     repository: str | None = None,
     merged_from: str | None = None,
     unread: Sequence[str] = (),
@@ -103,8 +104,6 @@ def write_card(
         dataset_name: Hub id, or file, of the training data; only a Hub id enters the metadata.
         settings: Resolved settings; by default those read from `recipe_yaml`.
         retention: Retention term on the held-out sources before and after training.
-        license: Licence id for the metadata. Left out where it is not given: the base model's terms decide.
-        model_name: Title; by default the base model's name with ``-MPO``.
         repository: Hub id the model is, or will be, under, or the name of its folder, for the loading example; by
             default the name of `folder`.
         merged_from: Name of the adapter that was merged into the base; None where this is no merged model.
@@ -115,7 +114,7 @@ def write_card(
 
     Raises:
         DataError: The tables hold different languages.
-        ConfigError: `recipe_yaml` is no YAML mapping, or `license` is no licence id.
+        ConfigError: `recipe_yaml` is no YAML mapping.
         StorageError: The file cannot be written.
     """
     if comparison is None and before is not None and after is not None:
@@ -132,10 +131,8 @@ def write_card(
     place = repository or folder.resolve().name
     text = markdown(
         "card.md",
-        metadata=Markup(
-            _metadata(hub_id, peft, [source_language, *targets], dataset_name, license).to_yaml()
-        ),
-        title=model_name or f"{os.path.basename(shown_base.rstrip('/'))}-MPO",
+        metadata=Markup(_metadata(hub_id, peft, [source_language, *targets], dataset_name).to_yaml()),
+        title=f"{os.path.basename(shown_base.rstrip('/'))}-MPO",
         kind=kind if merged_from is None else "A LoRA adapter folded into",
         base=_linked(base_model),
         targets=[language_name(language) for language in targets] or ["no language"],
@@ -188,17 +185,11 @@ def write_merged_card(
         try:
             content = (adapter / file).read_bytes()
             value = read(content)
-        except (
-            MPOError,
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ):
+        except Exception:  # whatever a damaged file leads to
             unread.append(file)
+            _log.warning(
+                "%s cannot be read: the merged model's card leaves out what it holds.", adapter / file
+            )
             return missing
         write_bytes(folder / file, content)
         return value
@@ -293,12 +284,8 @@ def read_settings(recipe_yaml: str) -> dict[str, Any]:
 
 
 def _metadata(
-    hub_id: str | None, peft: bool, languages: Sequence[str], dataset_name: str | None, license: str | None
+    hub_id: str | None, peft: bool, languages: Sequence[str], dataset_name: str | None
 ) -> ModelCardData:
-    if license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.\-+]*", license):
-        raise ConfigError(
-            f"`license` is {license!r}; expected an id as the Hub lists them, such as 'apache-2.0' or 'llama3.1'."
-        )
     tags = ["mpo", "trl", "safety", "multilingual", "alignment", "preference-optimization"]
     if peft:
         tags.append("lora")
@@ -313,7 +300,6 @@ def _metadata(
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
         language=list(dict.fromkeys(codes)) or None,
-        license=license,
         datasets=[dataset_name] if dataset_name and _is_hub_id(dataset_name) else None,
         tags=tags,
         **more,

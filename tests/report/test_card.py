@@ -45,7 +45,7 @@ def _write(folder: Path, **more: Any) -> str:
 
 
 def test_the_metadata_of_an_adapter_is_what_the_hub_expects(tmp_path: Path) -> None:
-    _write(tmp_path, dataset_name="org/data", license="llama3.1")
+    _write(tmp_path, dataset_name="org/data")
     data = metadata_load(tmp_path / "README.md")
     assert data is not None
     assert data["base_model"] == "org/base-model" and data["base_model_relation"] == "adapter"
@@ -54,7 +54,7 @@ def test_the_metadata_of_an_adapter_is_what_the_hub_expects(tmp_path: Path) -> N
     assert {"mpo", "trl", "safety", "multilingual", "alignment", "base_model:adapter:org/base-model"} <= set(
         data["tags"]
     )
-    assert data["datasets"] == ["org/data"] and data["license"] == "llama3.1"
+    assert data["datasets"] == ["org/data"] and "license" not in data
 
 
 def test_the_metadata_of_a_whole_model_says_so(tmp_path: Path) -> None:
@@ -211,7 +211,6 @@ def test_hostile_texts_stay_inert(tmp_path: Path) -> None:
         base_model=hostile,
         dataset_name=f"`{hostile}`",
         languages=["sw", hostile],
-        model_name=hostile,
         recipe_yaml=recipe,
         provenance={
             "precision": hostile,
@@ -242,20 +241,17 @@ def test_secrets_and_home_folders_do_not_reach_the_card(
         base_model="/home/somebody/models/llama",
         recipe_yaml=f"beta: 1.0\nhub_token: {token}\noutput_dir: /home/somebody/runs\nwandb_api_key: plainwords\n",
         dataset_name="/home/somebody/pairs.jsonl",
-        model_name=f"run {token}",
         provenance={"precision": token},
     )
     for hidden in (token, "somebody", "plainwords"):
         assert hidden not in text
 
 
-def test_a_recipe_that_is_no_mapping_and_a_licence_that_is_no_id_are_refused(tmp_path: Path) -> None:
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mapping"):
         _write(tmp_path, recipe_yaml="- a\n- b\n")
     with pytest.raises(ConfigError, match="no YAML"):
         _write(tmp_path, recipe_yaml="a: [")
-    with pytest.raises(ConfigError, match="license"):
-        _write(tmp_path, license="my own: licence")
     assert not (tmp_path / "README.md").exists()
 
 
