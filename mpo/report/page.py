@@ -94,9 +94,13 @@ def _measurement_section(measurement: Measurement) -> Section:
         )
         for row in measurement.rows
     ]
-    chart = charts.dumbbells(measurement)
     body = html(
-        "measurement.html", measurement=measurement, chart=chart, header=header(measurement), rows=rows
+        "measurement.html",
+        measurement=measurement,
+        scale=charts.scale(measurement),
+        from_to=charts.from_to,
+        header=header(measurement),
+        rows=rows,
     )
     return Section(measurement.anchor, measurement.title, body)
 
@@ -149,7 +153,7 @@ def _tile(measurement: Measurement) -> _Tile:
         how = unit.write_interval(last.value.low, last.value.high)
     over = f"{row.label.lower()} ({measurement.averaged})" if row.is_average else row.label
     name = "%" if unit is SHARE else "" if unit.name in ("score", "perplexity") else unit.name
-    values = charts.from_to(row.cells[:2], measurement)
+    values = charts.from_to(row.cells[:2], unit)
     return _Tile(measurement.title, values, name, f"{how}, {over}", strong, kind)
 
 

@@ -131,7 +131,9 @@ def _draw_gaps(
     table: RewardGapTable, series: Mapping[str, Sequence[RewardGapRow]], path: str | Path, title: str
 ) -> Path:
     rows = next(iter(series.values()))
-    positions = _positions(rows)
+    # One row of height each, with half a row of air after the source and before the mean of all targets.
+    airy = [n and (rows[n - 1].is_source or row.language == ALL_TARGETS) for n, row in enumerate(rows)]
+    positions = np.arange(len(rows)) + 0.45 * np.cumsum(airy)
     span = positions[-1] + 1
     height = _HEAD + _FOOT + _ROW * span + (0 if math.isclose(table.beta, 1.0) else _HEAD_LINE)
     with style.project_style():
@@ -157,7 +159,7 @@ def _draw_gaps(
                 label.set_fontweight("bold")
 
         axes.axvline(0, color=style.FAINT_INK, linewidth=0.9, zorder=1)
-        _draw_marks(axes, series, np.array(positions))
+        _draw_marks(axes, series, positions)
         _draw_reference(axes, table)
         axes.set_xticks(*zip(*style.round_ticks(*axes.get_xlim(), signed=True), strict=True))
         if len(series) > 1:
@@ -173,17 +175,6 @@ def _draw_gaps(
         subtitle = f"Mean over {counted(table.groups, 'group')}; {intervals}"
         style.add_title(figure, title, subtitle, left=0.18 / style.WIDTH)
         return style.save(figure, path)
-
-
-def _positions(rows: Sequence[RewardGapRow]) -> list[float]:
-    """One row of height each, with half a row of air after the source and before the mean of all targets."""
-    positions, at = [], 0.0
-    for n, row in enumerate(rows):
-        if n and (rows[n - 1].is_source or row.language == ALL_TARGETS):
-            at += 0.45
-        positions.append(at)
-        at += 1
-    return positions
 
 
 def _draw_marks(axes: Axes, series: Mapping[str, Sequence[RewardGapRow]], y: np.ndarray[Any, Any]) -> None:
