@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from markupsafe import Markup
 
 from mpo.common.citations import HIDDEN_SPACE_BIBTEX, MPO_BIBTEX
 from mpo.common.files import write_bytes, write_text
@@ -23,7 +22,7 @@ from mpo.common.tables import escape_markdown
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable, compare, sort_languages
-from mpo.report.rendering import code, fence, markdown
+from mpo.report.rendering import Raw, code, fence, markdown
 
 _log = get_logger(__name__)
 
@@ -131,7 +130,7 @@ def write_card(
     place = repository or folder.resolve().name
     text = markdown(
         "card.md",
-        metadata=Markup(_metadata(hub_id, peft, [source_language, *targets], dataset_name).to_yaml()),
+        metadata=Raw(_metadata(hub_id, peft, [source_language, *targets], dataset_name).to_yaml()),
         title=f"{os.path.basename(shown_base.rstrip('/'))}-MPO",
         kind=kind if merged_from is None else "A LoRA adapter folded into",
         base=_linked(base_model),
@@ -145,14 +144,14 @@ def write_card(
         peft=peft,
         is_local=hub_id is None,
         library="peft" if peft else "transformers",
-        loader=Markup("AutoPeftModelForCausalLM" if peft else "AutoModelForCausalLM"),
-        place=Markup(place if _is_hub_id(place) or _is_plain(place) else "path/to/this/folder"),
+        loader=Raw("AutoPeftModelForCausalLM" if peft else "AutoModelForCausalLM"),
+        place=Raw(place if _is_hub_id(place) or _is_plain(place) else "path/to/this/folder"),
         facts=_facts(values, peft or merged_from is not None, dataset_name, provenance),
-        recipe=Markup(recipe),
-        fence=Markup(fence(recipe, 3)),
+        recipe=Raw(recipe),
+        fence=Raw(fence(recipe, 3)),
         files=[name for name in _FILES if (folder / name).is_file()],
         unread=unread,
-        citations=Markup(f"{MPO_BIBTEX}\n\n{HIDDEN_SPACE_BIBTEX}"),
+        citations=Raw(f"{MPO_BIBTEX}\n\n{HIDDEN_SPACE_BIBTEX}"),
     )
     return write_text(folder / "README.md", text)
 
@@ -326,11 +325,11 @@ def _shown_path(name: str) -> str:
     return portable_path(name) if os.path.exists(name) else redact_text(name)
 
 
-def _linked(name: str, kind: str = "") -> Markup:
+def _linked(name: str, kind: str = "") -> Raw:
     """A link to the Hub, or a local name as code."""
     if not _is_hub_id(name):
         return code(_shown_path(name))
-    return Markup(f"[{escape_markdown(name)}](https://huggingface.co/{kind}{name})")
+    return Raw(f"[{escape_markdown(name)}](https://huggingface.co/{kind}{name})")
 
 
 def _findings(
@@ -349,7 +348,7 @@ def _findings(
         return [language_name(code) for code in codes]
 
     return {
-        "comparison": None if comparison is None else Markup(comparison.to_markdown()),
+        "comparison": None if comparison is None else Raw(comparison.to_markdown()),
         "change": None if comparison is None else comparison.all_targets,
         "percent": None if before is None else f"{100 * before.confidence:g}",
         "rows": pairs,

@@ -10,8 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from markupsafe import Markup
-
 import mpo
 from mpo.common.files import write_text
 from mpo.common.redaction import redact
@@ -114,7 +112,7 @@ def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Sec
     return html(
         "page.html",
         title=title,
-        style=Markup(style),
+        style=style,
         digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
         models=[model.name for model in results.models],
         made=datetime.now(UTC).strftime("%Y-%m-%d"),

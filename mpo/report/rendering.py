@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from mpo.common.redaction import redact_text
 from mpo.common.tables import escape_markdown, signed
@@ -31,13 +30,17 @@ class Section:
     markdown: str = ""
 
 
-def html(template: str, **values: Any) -> Markup:
+class Raw(str):
+    """Markdown that a template prints as it is."""
+
+
+def html(template: str, **values: Any) -> str:
     """A template as HTML, without the line breaks between its tags."""
-    return Markup(re.sub(r">\s*\n\s*<", "><", _HTML.get_template(template).render(values)).strip())
+    return re.sub(r">\s*\n\s*<", "><", _HTML.get_template(template).render(values)).strip()
 
 
 def markdown(template: str, **values: Any) -> str:
-    """A template as Markdown, with every value redacted and escaped."""
+    """A template as Markdown, with every value redacted and escaped but :class:`Raw` ones."""
     return _MARKDOWN.get_template(template).render(values)
 
 
@@ -46,21 +49,20 @@ def fence(text: str, least: int = 1) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
-def code(text: object) -> Markup:
+def code(text: object) -> Raw:
     """Inline code in Markdown, also inside a table and whatever backticks the text holds."""
     line = " ".join(redact_text(str(text)).split()).replace("|", "\\|") or " "
     space = " " if line.startswith("`") or line.endswith("`") else ""
-    return Markup(f"{fence(line)}{space}{line}{space}{fence(line)}")
+    return Raw(f"{fence(line)}{space}{line}{space}{fence(line)}")
 
 
-def _escaped(value: object) -> Markup:
-    return value if isinstance(value, Markup) else Markup(escape_markdown(redact_text(str(value))))
+def _escaped(value: object) -> str:
+    return value if isinstance(value, Raw) else escape_markdown(redact_text(str(value)))
 
 
 def _environment(**options: Any) -> Environment:
     return Environment(
         loader=PackageLoader("mpo.report"),
-        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -68,7 +70,7 @@ def _environment(**options: Any) -> Environment:
     )
 
 
-_HTML = _environment()
+_HTML = _environment(autoescape=True)
 _HTML.filters["redact"] = redact_text
 _MARKDOWN = _environment(finalize=_escaped, keep_trailing_newline=True)
 _MARKDOWN.filters |= {"code": code, "listed": listed, "signed": signed}

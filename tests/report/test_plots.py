@@ -233,6 +233,16 @@ def test_smoothing_keeps_a_constant_and_follows_a_line() -> None:
     assert len(plots._smooth([(float(n), 0.0) for n in range(5000)])) <= 400
 
 
+def test_the_lines_are_named_in_the_order_in_which_they_end(tmp_path: Path, figures: list[Any]) -> None:
+    ends = {"bn": 0.5, "sw": 2.0, "zh": -1.0}
+    logs = [{"step": n, **{f"reward_gap/{code}": n * end for code, end in ends.items()}} for n in (1, 2)]
+    logs += [{"step": 3, "reward_gap/ar": 1.5, "gap_to_source/ar": 0.0}]
+    plots.training_curve(logs, tmp_path / "curve.png")
+    legend = figures[0].axes[1].get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["Swahili", "English reference", "Arabic", "Bengali", "Chinese"]
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     before, after = _tables(LANGUAGES)
     first = plots.reward_gap_before_after(before, after, tmp_path / "a.png").read_bytes()
