@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mpo.common.redaction import portable_path, redact, redact_text
 from mpo.common.tables import escape_markdown
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError
-from mpo.evaluation.reward_gap import Comparison, RewardGapTable, compare, sort_languages
+from mpo.evaluation.reward_gap import Change, Comparison, RewardGapTable, compare, sort_languages
 from mpo.report.rendering import Raw, code, fence, markdown
 
 _log = get_logger(__name__)
@@ -122,7 +122,7 @@ def write_card(
         before, after = comparison.before, comparison.after
     folder = Path(folder)
     recipe = redact_text(recipe_yaml).strip()
-    values = redact(read_settings(recipe) if settings is None else dict(settings))
+    values = redact(_read_settings(recipe) if settings is None else dict(settings))
     hub_id = base_model if _is_hub_id(base_model) else None
     shown_base = hub_id or _shown_path(base_model)
     targets = sort_languages(languages)
@@ -227,7 +227,7 @@ def write_merged_card(
 
 def _read_recipe(content: bytes) -> tuple[str, dict[str, Any]]:
     text = content.decode("utf-8")
-    return text, read_settings(redact_text(text))
+    return text, _read_settings(redact_text(text))
 
 
 def _read_mapping(content: bytes) -> dict[str, Any]:
@@ -248,8 +248,8 @@ def _read_metrics(
     if (comparison := _compared(before, after)) is not None:
         comparison.to_markdown()
     retention = values.get("retention_loss") or {}
-    ends = retention.get("before"), retention.get("after")
-    return before, after, None if None in ends else (float(ends[0]), float(ends[1]))
+    old, new = retention.get("before"), retention.get("after")
+    return before, after, None if old is None or new is None else (float(old), float(new))
 
 
 def _compared(before: RewardGapTable, after: RewardGapTable) -> Comparison | None:
@@ -260,7 +260,7 @@ def _compared(before: RewardGapTable, after: RewardGapTable) -> Comparison | Non
     return compare(before, after) if before.records and after.records else None
 
 
-def read_settings(recipe_yaml: str) -> dict[str, Any]:
+def _read_settings(recipe_yaml: str) -> dict[str, Any]:
     """All keys of a recipe, those in sections beside those at the top.
 
     Raises:
@@ -336,31 +336,33 @@ def _findings(
     before: RewardGapTable | None, after: RewardGapTable | None, comparison: Comparison | None
 ) -> dict[str, Any]:
     """What a reader must not overlook: no clear change, a source that fell, chosen responses that became unlikely."""
-    changes = (
-        []
-        if comparison is None
-        else [c for c in comparison.changes if c.ci_low is not None and c.ci_high is not None]
-    )
-    source = next((c for c in changes if c.is_source and c.ci_high < 0), None)
+    changes = comparison.changes if comparison is not None else ()
     pairs = [] if before is None or after is None else list(zip(before.rows, after.rows, strict=True))
 
-    def named(codes: Iterable[str]) -> list[str]:
-        return [language_name(code) for code in codes]
+    def targets(direction: int) -> list[str]:
+        return [language_name(c.language) for c in changes if not c.is_source and _direction(c) == direction]
 
     return {
         "comparison": None if comparison is None else Raw(comparison.to_markdown()),
         "change": None if comparison is None else comparison.all_targets,
         "percent": None if before is None else f"{100 * before.confidence:g}",
         "rows": pairs,
-        "fell": named(c.language for c in changes if not c.is_source and c.ci_high < 0),
-        "unclear": named(c.language for c in changes if not c.is_source and c.ci_low <= 0 <= c.ci_high),
-        "source_fell": None if source is None else -source.change,
-        "unlikely": named(
-            old.language
+        "fell": targets(-1),
+        "unclear": targets(0),
+        "source_fell": next((-c.change for c in changes if c.is_source and _direction(c) == -1), None),
+        "unlikely": [
+            language_name(old.language)
             for old, new in pairs
             if not old.is_source and new.chosen < old.chosen and new.gap > old.gap
-        ),
+        ],
     }
+
+
+def _direction(change: Change) -> int | None:
+    """1 or -1 where the interval of a change leaves zero out, else 0; None where there is no interval."""
+    if change.ci_low is None or change.ci_high is None:
+        return None
+    return (change.ci_low > 0) - (change.ci_high < 0)
 
 
 def _facts(

@@ -383,7 +383,7 @@ def _draw_held_out(axes: Axes, series: _Series, colour: str) -> Any:
 def _name_lines(axes: Axes) -> None:
     """Names right of the axes, in the order in which their lines end."""
     named = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    named.sort(key=lambda line: -line.get_ydata()[-1])
+    named.sort(key=lambda line: -float(np.asarray(line.get_ydata())[-1]))
     if named:
         axes.legend(handles=named, loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, borderpad=0)
 
