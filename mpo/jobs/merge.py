@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from mpo.common.files import is_full_disk, whole_folder
 from mpo.data.tokenization import render
-from mpo.errors import ConfigError, ModelError, MPOError, StorageError
+from mpo.errors import ConfigError, ModelError, StorageError
 from mpo.modeling.loading import ModelSource, adapter_settings, is_quantized, load_config, load_model
 from mpo.modeling.opening import OpenedModel, another_base, named_base, open_model
+from mpo.report.card import write_merged_card
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -109,7 +109,9 @@ def merge_adapter(
         del merged
         saved = load_model(ModelSource(str(partial), None, trust_remote_code), device_map=None)
         _require_equal(_logits(saved, prompts), expected, str(adapter), "read from its files")
-    _describe(Path(adapter), target, name)
+        write_merged_card(
+            partial, adapter=Path(adapter), base_model=name, adapter_settings=settings, name=target.name
+        )
     return target
 
 
@@ -189,46 +191,3 @@ def _check_target(target: Path) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise StorageError(f"{target} cannot be written: no permission in {parent}. Choose another folder.")
-
-
-def _describe(adapter: Path, folder: Path, base: str) -> None:
-    """Takes the adapter's measurements along, which hold for the merged model, too, and writes its card."""
-    for name in ("metrics.json", "provenance.json", "recipe.yaml", "reward_gap.png", "training_curve.png"):
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, folder / name)
-    if not (folder / "metrics.json").is_file():
-        return
-    from mpo.common.provenance import Provenance
-    from mpo.common.typed_json import read_typed
-    from mpo.evaluation.results import TrainingMetrics
-    from mpo.report.card import write_card
-
-    try:
-        metrics = read_typed(folder / "metrics.json", TrainingMetrics)
-        made = folder / "provenance.json"
-        provenance = read_typed(made, Provenance) if made.is_file() else {}
-        before, after, retention = metrics.before, metrics.after, metrics.retention_loss
-        if before is None or after is None:
-            return
-        losses = (None, None) if retention is None else (retention.before, retention.after)
-        card = write_card(
-            folder,
-            base_model=base,
-            peft=False,
-            languages=[row.language for row in after.targets],
-            source_language=after.source.language if after.source is not None else "en",
-            before=before,
-            after=after,
-            recipe_yaml=_text(folder / "recipe.yaml"),
-            provenance=provenance,
-            retention=None if losses[0] is None or losses[1] is None else (losses[0], losses[1]),
-        )
-    except MPOError as error:
-        print(f"The merged model has no card, since the adapter's measurements cannot be used: {error}")
-        return
-    text = card.read_text(encoding="utf-8")
-    card.write_text(text.replace("A full fine-tune of", "A LoRA adapter folded into", 1), encoding="utf-8")
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
