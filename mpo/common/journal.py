@@ -156,7 +156,7 @@ def read_rows(path: str | Path, kind: type[T], damaged: list[str] | None = None)
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(parse_line(line, kind, f"{path}, line {number},"))
+            rows.append(parse_line(line, kind, f"{path}, line {number}"))
         except StorageError as error:
             if damaged is None:
                 raise

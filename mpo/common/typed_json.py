@@ -117,7 +117,7 @@ def named_by_key(key: str) -> BeforeValidator:
 
 def as_dict(value: Any) -> dict[str, Any]:
     """The JSON-ready form of a dataclass."""
-    found: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json")
+    found: dict[str, Any] = _adapter(type(value)).dump_python(value, mode="json")  # type: ignore[arg-type]
     return found
 
 
@@ -171,9 +171,10 @@ def parse(data: str | bytes, kind: type[T], where: str, remedy: str = REMEDY) ->
                 "Install a newer mpo to read it."
             )
     try:
-        return _adapter(kind).validate_json(data, strict=True)
+        value: T = _adapter(kind).validate_json(data, strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         raise StorageError(f"{where}: {_explain(error)} {remedy}") from None
+    return value
 
 
 def from_values(values: Mapping[str, Any], kind: type[T], where: str, remedy: str = REMEDY) -> T:

@@ -11,7 +11,16 @@ from pydantic import Field
 
 from mpo.common.statistics import LanguageAverage, language_average, wilson_interval
 from mpo.common.tables import TextTable, printable_name
-from mpo.common.typed_json import FROM_LIST, Confidence, Count, Share, as_dict, named_by_key
+from mpo.common.typed_json import (
+    FROM_LIST,
+    Confidence,
+    Count,
+    Share,
+    as_dict,
+    named_by_key,
+    open_mapping,
+    stored_as,
+)
 from mpo.data import language_name
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.prompts import MIXED
@@ -52,71 +61,53 @@ class LanguageRate:
         return None if self.interval is None else self.interval[1]
 
 
-@dataclass(frozen=True)
-class MeanRate:
-    """Mean of the languages' rates; see :class:`~mpo.common.statistics.LanguageAverage`."""
+def _read_mean(mean: dict[str, Any]) -> LanguageAverage:
+    low, high = mean.get("interval") or (None, None)
+    return LanguageAverage(mean["rate"], low, high, mean.get("languages", 0), mean.get("prompts", 0))
 
-    rate: Share
-    interval: Ends = None
-    languages: Count = 0
-    prompts: Count = 0
+
+def _write_mean(mean: LanguageAverage) -> dict[str, Any]:
+    sizes = {"languages": mean.languages, "prompts": mean.prompts}
+    return {"rate": mean.mean, "interval": [mean.low, mean.high], **sizes}
+
+
+_StoredMean = Annotated[
+    dict[str, Any], open_mapping("rate", rate=Share, interval=Ends, languages=Count, prompts=Count)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What a file holds of a :class:`RateTable`.
+class RateTable:
+    """The result of a task on one prompt set, as its file holds it.
 
     Attributes:
-        counted: The verdict whose share is the rate; by default that of the task.
+        counted: The verdict whose share is the rate; None in old files, where it is that of the task.
         confidence: Coverage of the intervals.
-        languages: By code.
-        average: Mean over languages; None where no verdict could be read.
+        languages: By code, in the order of the prompts.
+        average: Mean of the languages' rates; None where no verdict could be read.
     """
 
     counted: str | None = None
     confidence: Confidence = 0.95
     languages: Annotated[dict[str, LanguageRate], named_by_key("language")]
-    average: MeanRate | None = None
+    average: Annotated[LanguageAverage, stored_as(_StoredMean, _read_mean, _write_mean)] | None = None
 
-
-@dataclass(frozen=True)
-class RateTable:
-    """The result of a task on one prompt set.
-
-    Attributes:
-        task: What was measured.
-        rows: One per language, in the order of the prompts.
-        average: Mean of the languages' rates; None where no verdict could be read.
-        confidence: Coverage of the intervals.
-    """
-
-    task: Task
-    rows: tuple[LanguageRate, ...]
-    average: LanguageAverage | None
-    confidence: float
-
-    def stored(self) -> Rates:
-        """What goes into a file."""
-        mean = self.average
-        return Rates(
-            counted=self.task.counted,
-            confidence=self.confidence,
-            languages={row.language: row for row in self.rows},
-            average=None
-            if mean is None
-            else MeanRate(mean.mean, (mean.low, mean.high), mean.languages, mean.prompts),
-        )
+    @property
+    def rows(self) -> tuple[LanguageRate, ...]:
+        """One row per language."""
+        return tuple(self.languages.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: ``languages`` and ``average``."""
-        return as_dict(self.stored())
+        """Ready for JSON."""
+        return as_dict(self)
 
     def to_table(self, title: str, notes: Sequence[str] = ()) -> TextTable:
         """The table for people."""
-        seen = [name for name in NO_VERDICT if any(row.verdicts[name] for row in self.rows)]
-        columns = [*self.task.verdicts, *seen]
-        percent = f"{100 * self.confidence:g}"
-        header = ("Language", "Answers", f"Rate [{percent} %]", *columns, "cut off")
+        total = Counter[str]()
+        for row in self.rows:
+            total.update(row.verdicts)
+        columns = [name for name in total if name not in NO_VERDICT or total[name]]
+        header = ("Language", "Answers", f"Rate [{100 * self.confidence:g} %]", *columns, "cut off")
         rows = [
             (
                 _name(row.language),
@@ -130,9 +121,6 @@ class RateTable:
         rules = frozenset[int]()
         if self.average is not None and len(rows) > 1:
             rules = frozenset({len(rows)})
-            total = Counter[str]()
-            for row in self.rows:
-                total.update(row.verdicts)
             rows.append(
                 (
                     "Mean of languages",
@@ -142,23 +130,18 @@ class RateTable:
                     str(sum(row.cut_off for row in self.rows)),
                 )
             )
-        return TextTable(title, header, tuple(rows), rules, (*self._notes(), *notes), frozenset({2}))
+        below = [f"The rate is the share of `{self.counted}`."]
+        if total[UNPARSED]:
+            below.append(f"{total[UNPARSED]} replies of the judge name no verdict; they are part of no rate.")
+        if total[BLOCKED]:
+            below.append(
+                f"{total[BLOCKED]} prompts were blocked by the model's server, not by the model; they are part of no rate."
+            )
+        return TextTable(title, header, tuple(rows), rules, (*below, *notes), frozenset({2}))
 
     def show(self, title: str, notes: Sequence[str] = (), file: TextIO | None = None) -> None:
         """Prints the table."""
         self.to_table(title, notes).show(file)
-
-    def _notes(self) -> list[str]:
-        notes = [f"The rate is the share of `{self.task.counted}`."]
-        count = sum(row.verdicts[UNPARSED] for row in self.rows)
-        if count:
-            notes.append(f"{count} replies of the judge name no verdict; they are part of no rate.")
-        blocked = sum(row.verdicts[BLOCKED] for row in self.rows)
-        if blocked:
-            notes.append(
-                f"{blocked} prompts were blocked by the model's server, not by the model; they are part of no rate."
-            )
-        return notes
 
 
 def tabulate(
@@ -178,9 +161,9 @@ def tabulate(
     by_language: dict[str, list[AnswerRow]] = {}
     for row in answers:
         by_language.setdefault(row.language, []).append(row)
-    rows = tuple(
-        _language_rate(task, language, found, verdicts, confidence) for language, found in by_language.items()
-    )
+    languages = {
+        code: _language_rate(task, code, found, verdicts, confidence) for code, found in by_language.items()
+    }
     outcomes: dict[str, dict[Hashable, float]] = {
         language: {
             row.prompt_id: float(verdicts[row.id] == task.counted)
@@ -189,9 +172,8 @@ def tabulate(
         }
         for language, found in by_language.items()
     }
-    known = any(outcomes.values())
-    average = language_average(outcomes, confidence=confidence) if known else None
-    return RateTable(task, rows, average, confidence)
+    average = language_average(outcomes, confidence=confidence) if any(outcomes.values()) else None
+    return RateTable(counted=task.counted, confidence=confidence, languages=languages, average=average)
 
 
 def _language_rate(

@@ -39,8 +39,9 @@ from mpo.common.typed_json import (
     open_mapping,
     read_typed,
 )
-from mpo.evaluation.rates import Rates
+from mpo.evaluation.rates import RateTable
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable
+from mpo.evaluation.tasks import TASKS
 
 REWARD_GAP = "reward_gap.json"
 SAFETY = "result.json"
@@ -124,7 +125,7 @@ class TrainingMetrics(Result):
         train_runtime: Seconds.
     """
 
-    beta: Number
+    beta: Number | None = None
     held_out_groups: Count = 0
     before: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     after: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
@@ -157,7 +158,7 @@ SecondJudge = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafetyResult(Result, Rates):
+class SafetyResult(Result, RateTable):
     """``result.json`` of one model on one prompt set; beside it are the answers and the verdicts.
 
     Attributes:
@@ -170,7 +171,7 @@ class SafetyResult(Result, Rates):
         second_judge: A second opinion on the same answers.
     """
 
-    measurement: Literal["attack", "over_refusal"]
+    measurement: Annotated[str, Field(pattern=f"^({'|'.join(TASKS)})$")]
     prompt_set: str = ""
     prompts: dict[str, Any] = field(default_factory=dict)
     model: Model = field(default_factory=dict)

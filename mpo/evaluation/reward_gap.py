@@ -79,7 +79,7 @@ def _columns(records: Sequence[PairScore]) -> dict[str, list[Any]]:
 
 def _records(columns: Any) -> Any:
     names = [f.name for f in fields(PairScore)]
-    lists = [columns.get(name) for name in names] if isinstance(columns, dict) else []
+    lists: list[Any] = [columns.get(name) for name in names] if isinstance(columns, dict) else []
     if not all(isinstance(some, list) for some in lists) or len({len(some) for some in lists}) != 1:
         raise ValueError(f"lists of one length for {', '.join(names)}")
     return tuple(dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True))
@@ -188,12 +188,17 @@ class RewardGapTable(Tabular):
             rows=tuple(rows),
             rules=self._rules(),
             notes=(
-                f"{self.source_label} reference gap {signed(self.reference_gap)}; beta {self.beta:g}: targets are "
-                f"trained towards {signed(self.goal)}.",
+                self._aim(),
                 "To source: gap minus the reference gap. Error: mean (beta * gap - reference gap)^2.",
                 "Intervals: bootstrap over groups. Chosen, Rejected: mean log-likelihood per token.",
             ),
             emphasis=frozenset({2}),
+        )
+
+    def _aim(self) -> str:
+        return (
+            f"{self.source_label} reference gap {signed(self.reference_gap)}; beta {self.beta:g}: targets are trained "
+            f"towards {signed(self.goal)}."
         )
 
     def _rules(self) -> frozenset[int]:
@@ -273,7 +278,7 @@ def summarize(
         gaps = [p.gap for p in pairs]
         groups = [p.group for p in pairs]
         ends = grouped_mean_interval(gaps, groups, confidence=confidence, resamples=resamples, seed=seed)
-        low, high = (None, None) if ends is None else ends
+        low, high = ends or (None, None)
         error = None if is_source else _mean((beta * p.gap - p.reference_gap) ** 2 for p in pairs)
         return RewardGapRow(
             language=language,
@@ -364,8 +369,7 @@ class Comparison(Tabular):
             for b, a, c in zip(self.before.all_rows, self.after.all_rows, self.all_changes, strict=True)
         ]
         return TextTable(
-            title=f"Reward gap per language, before -> after, nats per token, on "
-            f"{counted(self.before.groups, 'group')}",
+            title=f"Reward gap per language, before -> after, nats per token, on {counted(self.before.groups, 'group')}",
             header=(
                 "Language",
                 "Pairs",
@@ -378,8 +382,7 @@ class Comparison(Tabular):
             rows=tuple(rows),
             rules=self.before._rules(),
             notes=(
-                f"{self.before.source_label} reference gap {signed(self.before.reference_gap)}; beta "
-                f"{self.before.beta:g}: targets are trained towards {signed(self.before.goal)}.",
+                self.before._aim(),
                 "Change: mean over pairs of after - before, with its interval (bootstrap over groups).",
                 "Chosen: change of its log-likelihood per token. Error: mean (beta * gap - reference gap)^2.",
             ),
@@ -445,7 +448,7 @@ def compare(before: RewardGapTable, after: RewardGapTable) -> Comparison:
             resamples=before.resamples,
             seed=before.seed,
         )
-        return Change(language, is_source, _mean(values), *((None, None) if ends is None else ends))
+        return Change(language, is_source, _mean(values), *(ends or (None, None)))
 
     every = [pair for (is_source, _), pairs in differences.items() if not is_source for pair in pairs]
     return Comparison(

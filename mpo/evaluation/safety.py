@@ -96,7 +96,7 @@ def measure_safety(
         notes.append(_agreement_note(judges[1], kappa, unparsed(verdicts[1])))
     base = model.model if model.engine != "server" else None
     result = SafetyResult(
-        **vars(table.stored()),
+        **vars(table),
         measurement=task.name,
         prompt_set=prompts.name,
         prompts=_about_prompts(prompts, framing),

@@ -17,7 +17,7 @@ from mpo.common.statistics import (
 from mpo.common.tables import printable_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
-from mpo.evaluation.rates import LanguageRate, MeanRate
+from mpo.evaluation.rates import LanguageRate
 from mpo.evaluation.results import Score, TaskScores, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, TASKS, UNPARSED
@@ -185,17 +185,14 @@ def _rate_cells(
     """Cells by language; None is the mean over languages."""
     if run is None:
         return {}
-    changes = _rate_changes(base, run, codes)
-    rates = {**{code: run.result.languages.get(code) for code in codes}, None: run.result.average}
-    return {
-        code: Cell(value, changes.get(code))
-        for code, rate in rates.items()
-        if (value := _rate(rate)) is not None
-    }
+    changes, mean = _rate_changes(base, run, codes), run.result.average
+    rates: dict[str | None, Value | None] = {code: _rate(run.result.languages.get(code)) for code in codes}
+    rates[None] = None if mean is None else Value(mean.mean, mean.low, mean.high)
+    return {code: Cell(rate, changes.get(code)) for code, rate in rates.items() if rate is not None}
 
 
-def _rate(row: LanguageRate | MeanRate | None) -> Value | None:
-    return None if row is None or row.rate is None else Value(row.rate, *(row.interval or ()))
+def _rate(row: LanguageRate | None) -> Value | None:
+    return None if row is None or row.rate is None else Value(row.rate, row.low, row.high)
 
 
 def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) -> dict[str | None, Change]:

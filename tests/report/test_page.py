@@ -652,7 +652,7 @@ def test_rows_that_are_whole_are_reported_though_another_is_damaged(tmp_path: Pa
         lines[6] = lines[6].replace(b"safe", b"safe \\ud83d")
         file.write_bytes(b"".join(lines))
     page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path, examples=12))
-    assert "verdicts.refusal-phrases.jsonl, line 2," in page and "answers.jsonl, line 2," in page
+    assert "verdicts.refusal-phrases.jsonl, line 2 " in page and "answers.jsonl, line 2 " in page
     assert page.count("1 more of its rows are damaged, too.") == table.count("1 more of its rows") == 2
     # Ten pairs are left of twelve: what holds half a surrogate pair is none of the damaged rows.
     (left,) = _cells(table, "Attack success")
