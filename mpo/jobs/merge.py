@@ -127,9 +127,6 @@ def _fold(opened: OpenedModel, prompts: list[Tensor]) -> Any:
             f"The adapter {opened.adapter} cannot be folded into weights: {error} Use it as an adapter."
         ) from error
     _require_equal(_logits(merged, prompts), expected, str(opened.adapter), "folded in")
-    if merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight:
-        for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = False
     return merged
 
 

@@ -97,8 +97,9 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     config = load_config(source)
     recipe = with_model_choices(recipe, config, on_this_machine=on_this_machine)
     adapter = recipe.model.adapter_name_or_path
-    if adapter is not None and (said := another_base(adapter, adapter_settings(adapter), source)):
-        notes.append(said.rstrip("."))
+    # Reads the weights of a folder, and the notes are the main process's to print.
+    if adapter is not None and training.process_index == 0:
+        notes.extend(filter(None, [another_base(adapter, adapter_settings(adapter), source)]))
     tokenizer = open_tokenizer(source, config, adapter, chat_template=training.chat_template)
     if training.chat_template_kwargs is None:
         training.chat_template_kwargs = trained_template_kwargs(source, adapter) or None
