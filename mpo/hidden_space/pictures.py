@@ -125,7 +125,10 @@ def clusters(
                     axes.set_ylabel(state, fontsize=10, fontweight="bold", labelpad=6)
                 if row == 0:
                     axes.set_title(_name(language), fontsize=10, fontweight="bold", pad=5)
-        place = {"loc": "upper right", "bbox_to_anchor": (1 - 0.1 / style.WIDTH, 1 - 0.04 / height)}
+        place: dict[str, Any] = {
+            "loc": "upper right",
+            "bbox_to_anchor": (1 - 0.1 / style.WIDTH, 1 - 0.04 / height),
+        }
         figure.legend(handles, list(_CLASSES), ncols=2, handlelength=2.2, markerscale=2.2, **place)
         return style.save(figure, path)
 
@@ -205,7 +208,7 @@ def by_layer(model: ModelResult, source_language: str, path: str | Path) -> Path
             for state, line in (BEFORE, (0, (3, 1.6))), (AFTER, "-"):
                 grid[0][0].plot([], [], color=style.FAINT_INK, linestyle=line, label=state)
         handles, names = grid[0][0].get_legend_handles_labels()
-        place = {"loc": "upper left", "bbox_to_anchor": (0.06, 1 - 0.6 / height)}
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.06, 1 - 0.6 / height)}
         figure.legend(handles, names, ncols=min(len(names), 8), columnspacing=1.3, **place)
         return style.save(figure, path)
 

@@ -162,7 +162,7 @@ def _draw_gaps(
         _draw_reference(axes, table)
         axes.set_xticks(*zip(*style.round_ticks(*axes.get_xlim(), signed=True), strict=True))
         if len(series) > 1:
-            place = {"loc": "lower left", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3}
+            place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3}
             axes.legend(ncols=2, handlelength=1, columnspacing=0.9, **place)
         intervals = f"bands are {100 * table.confidence:g} % bootstrap intervals"
         subtitle = f"Mean over {counted(table.groups, 'group')}; {intervals}"
@@ -176,7 +176,7 @@ def _draw_marks(axes: Axes, series: Mapping[str, Sequence[RewardGapRow]], y: np.
     for name, rows in series.items():
         ends = np.array([[row.ci_low, row.ci_high] for row in rows], dtype=float).T
         places = np.stack([y, y]) + apart[name]
-        band = {"linewidth": 5.5, "solid_capstyle": "butt", "alpha": 0.28, "zorder": 2}
+        band: dict[str, Any] = {"linewidth": 5.5, "solid_capstyle": "butt", "alpha": 0.28, "zorder": 2}
         axes.plot(ends, places, color=colours[name], **band)
     gaps = np.array([[row.gap for row in rows] for rows in series.values()])
     axes.plot(gaps, np.stack([y] * len(gaps)), color=style.FAINT_INK, linewidth=1.1, zorder=3)
