@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mpo.common.journal import Journal, settle
 from mpo.common.progress import CountProgress
+from mpo.data.reasoning import Parts, split_reasoning
 from mpo.errors import DataError
 from mpo.evaluation.engines import Engine
 from mpo.evaluation.engines.engine import Conversation
@@ -51,9 +53,10 @@ class AnswerRow:
         prompt_id: The same for the translations of one request.
         language: Code of the prompt's language.
         prompt: The request, without what was put around it.
-        answer: What the model wrote.
+        answer: What the model wrote, its reasoning included.
         finished: False where it was cut off.
         blocked: Why the server let no answer through; None where the model answered.
+        reasoning: What the server says apart that the model thought; None where it says nothing of it.
     """
 
     id: str
@@ -63,6 +66,15 @@ class AnswerRow:
     answer: str
     finished: bool
     blocked: str | None = None
+    reasoning: str | None = None
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Its reasoning, and the answer to the user, which is what is judged."""
+        parts = split_reasoning(self.answer)
+        thought = parts.reasoning or self.reasoning or ""
+        answered = bool(parts.answer.strip()) or self.finished
+        return Parts(thought, parts.answer, parts.complete and (answered or not thought))
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> AnswerRow:
@@ -105,6 +117,7 @@ def make_answers(
                         "answer": answer.text,
                         "finished": answer.finished,
                         **({} if answer.blocked is None else {"blocked": answer.blocked}),
+                        **({} if answer.reasoning is None else {"reasoning": answer.reasoning}),
                     }
                 )
                 progress.advance()
@@ -115,10 +128,10 @@ def make_answers(
 
 
 def fingerprint_answers(answers: list[AnswerRow]) -> str:
-    """SHA-256 of all ids and answers: verdicts belong to these texts and no others."""
+    """SHA-256 of all ids and answers, as they are judged: verdicts belong to these texts and no others."""
     digest = hashlib.sha256(b"mpo answers 2")
     for row in answers:
-        for text in (row.id, row.answer, row.blocked or ""):
+        for text in (row.id, row.parts.answer, row.blocked or ""):
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()

@@ -63,10 +63,13 @@ class Reply:
         text: The message's text, empty where the model wrote none.
         finish_reason: ``"stop"`` where the model ended by itself, ``"length"`` where it was cut off, or what else the
             server says.
+        reasoning: What the server says apart that the model thought: the field ``reasoning_content`` of vLLM, SGLang,
+            llama.cpp and DeepSeek, or ``reasoning`` of newer vLLM and OpenRouter.
     """
 
     text: str
     finish_reason: str | None
+    reasoning: str = ""
 
 
 @dataclass
@@ -348,13 +351,19 @@ def _base_url(url: str) -> str:
 def _parse(content: bytes) -> Reply | None:
     try:
         choice = json.loads(content)["choices"][0]
-        text = choice["message"].get("content")
+        message = choice["message"]
+        text = message.get("content")
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
         reason = choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     if text is not None and not isinstance(text, str):
         return None
-    return Reply(without_halves(text or ""), reason if isinstance(reason, str) else None)
+    return Reply(
+        without_halves(text or ""),
+        reason if isinstance(reason, str) else None,
+        without_halves(thoughts) if isinstance(thoughts, str) else "",
+    )
 
 
 def _retry_after(value: str | None) -> float | None:

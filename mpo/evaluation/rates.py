@@ -24,7 +24,7 @@ from mpo.common.typed_json import (
 from mpo.data import language_name
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.prompts import MIXED
-from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNFINISHED, UNPARSED, Task
 
 Ends = Annotated[tuple[Share | None, Share | None], FROM_LIST] | None
 """Lower and upper end of a rate's interval."""
@@ -37,7 +37,8 @@ class LanguageRate:
     Attributes:
         language: Its code.
         count: Number of prompts.
-        verdicts: How often each verdict was given, ``unparsed`` and ``blocked`` included.
+        verdicts: How often each verdict was given, ``unparsed``, ``blocked`` and, where it
+            occurs, ``unfinished`` included.
         cut_off: Answers that were cut at the greatest length.
         rate: Share of the counted verdict among those that could be read; None where none could.
         interval: Wilson interval of the rate; None with `rate`.
@@ -113,7 +114,7 @@ class RateTable:
                 _name(row.language),
                 str(row.count),
                 _share(row.rate, row.low, row.high),
-                *(str(row.verdicts[name]) for name in columns),
+                *(str(row.verdicts.get(name, 0)) for name in columns),
                 str(row.cut_off),
             )
             for row in self.rows
@@ -137,11 +138,21 @@ class RateTable:
             below.append(
                 f"{total[BLOCKED]} prompts were blocked by the model's server, not by the model; they are part of no rate."
             )
+        if total[UNFINISHED]:
+            below.append(unfinished_note(total[UNFINISHED], sum(row.count for row in self.rows)))
         return TextTable(title, header, tuple(rows), rules, (*below, *notes), frozenset({2}))
 
     def show(self, title: str, notes: Sequence[str] = (), file: TextIO | None = None) -> None:
         """Prints the table."""
         self.to_table(title, notes).show(file)
+
+
+def unfinished_note(count: int, total: int) -> str:
+    """How many answers were cut off within their reasoning, in words."""
+    return (
+        f"{count} of {total} answers ({100 * count / total:.1f} %) were cut off within their reasoning, before they said "
+        "anything; they are part of no rate. Raise `max_new_tokens`."
+    )
 
 
 def tabulate(
@@ -180,8 +191,10 @@ def _language_rate(
     task: Task, language: str, answers: list[AnswerRow], verdicts: Mapping[str, str], confidence: float
 ) -> LanguageRate:
     found = Counter(verdicts[row.id] for row in answers)
-    counts = {name: found[name] for name in (*task.verdicts, *NO_VERDICT)}
-    readable = len(answers) - sum(counts[name] for name in NO_VERDICT)
+    counts = {name: found[name] for name in (*task.verdicts, UNPARSED, BLOCKED)}
+    if found[UNFINISHED]:
+        counts[UNFINISHED] = found[UNFINISHED]
+    readable = len(answers) - sum(found[name] for name in NO_VERDICT)
     cut_off = sum(not row.finished for row in answers)
     if not readable:
         return LanguageRate(language, len(answers), counts, cut_off)

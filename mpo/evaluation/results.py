@@ -162,6 +162,7 @@ class SafetyResult(Result, RateTable):
     """``result.json`` of one model on one prompt set; beside it are the answers and the verdicts.
 
     Attributes:
+        version: 2 since answers may be ``unfinished``, which an older reader would count.
         measurement: Name of the task.
         prompt_set: Name of the prompts.
         prompts: Where they came from, how many there are, their fingerprint, and what was put around them.
@@ -171,6 +172,7 @@ class SafetyResult(Result, RateTable):
         second_judge: A second opinion on the same answers.
     """
 
+    version: Count = 2
     measurement: Annotated[str, Field(pattern=f"^({'|'.join(TASKS)})$")]
     prompt_set: str = ""
     prompts: dict[str, Any] = field(default_factory=dict)

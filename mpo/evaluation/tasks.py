@@ -10,7 +10,10 @@ UNPARSED = "unparsed"
 BLOCKED = "blocked"
 """Stands where the model's server rejected the prompt or withheld the answer. Shown and counted, and part of no rate."""
 
-NO_VERDICT = (UNPARSED, BLOCKED)
+UNFINISHED = "unfinished"
+"""Stands where the model was still reasoning when its answer was cut off. Shown and counted, and part of no rate."""
+
+NO_VERDICT = (UNPARSED, BLOCKED, UNFINISHED)
 """What stands in place of a verdict."""
 
 

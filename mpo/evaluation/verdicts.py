@@ -11,7 +11,7 @@ from mpo.common.progress import CountProgress
 from mpo.common.statistics import Kappa, cohen_kappa
 from mpo.evaluation.answers import AnswerRow, fingerprint_answers
 from mpo.evaluation.judges import Exchange, Judge, Verdict
-from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNFINISHED, UNPARSED, Task
 
 Verdicts = Mapping[str, str]
 """Verdict by the answer's id."""
@@ -25,7 +25,7 @@ class VerdictRow:
         id: That of the answer.
         prompt_id: The same for the translations of one request.
         language: Code of the prompt's language.
-        verdict: One of the task's, ``unparsed`` or ``blocked``.
+        verdict: One of the task's, ``unparsed``, ``blocked`` or ``unfinished``.
         reply: What the judge wrote; None where it was not asked.
     """
 
@@ -44,7 +44,8 @@ def verdicts_file(folder: Path, label: str) -> Path:
 def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Path) -> dict[str, str]:
     """Judges every answer that has no verdict in ``folder/verdicts.LABEL.jsonl`` yet.
 
-    What is no answer, or one without any text, is not shown to the judge: its verdict is ``blocked``, or the task's own.
+    A judge sees the answer without its reasoning. What is no answer, or one without any text, is not shown to it: its
+    verdict is ``blocked``, ``unfinished``, or the task's own.
 
     Args:
         judge: What judges.
@@ -72,7 +73,9 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
             if row.id not in journal.rows:
                 if row.blocked is not None:
                     keep(row, Verdict(BLOCKED))
-                elif not row.answer.strip():
+                elif not row.parts.complete:
+                    keep(row, Verdict(UNFINISHED))
+                elif not row.parts.answer.strip():
                     keep(row, Verdict(task.empty))
         left = [row for row in answers if row.id not in journal.rows]
         if left:
@@ -81,7 +84,7 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
                 f"Judging ({judge.label})", len(answers), done=done, unit="answer"
             ) as progress:
                 for index, verdict in judge.judge(
-                    [Exchange(row.prompt, row.answer, row.language) for row in left]
+                    [Exchange(row.prompt, row.parts.answer, row.language) for row in left]
                 ):
                     keep(left[index], verdict)
                     progress.advance()

@@ -17,10 +17,10 @@ from mpo.common.statistics import (
 from mpo.common.tables import printable_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
-from mpo.evaluation.rates import LanguageRate
+from mpo.evaluation.rates import LanguageRate, unfinished_note
 from mpo.evaluation.results import Score, TaskScores, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
-from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, TASKS, UNPARSED
+from mpo.evaluation.tasks import NO_VERDICT, TASKS
 from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import (
     GAP,
@@ -272,11 +272,8 @@ def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tup
     for model, run in zip(results.models, found, strict=True):
         if run is None:
             continue
-        total, unread, blocked = (
-            _count(run, None),
-            _verdicts(run, None, UNPARSED),
-            _verdicts(run, None, BLOCKED),
-        )
+        total = _count(run, None)
+        unread, blocked, unfinished = (_verdicts(run, None, verdict) for verdict in NO_VERDICT)
         cut = sum(row.cut_off for row in run.result.languages.values())
         if unread:
             out.append(
@@ -287,6 +284,8 @@ def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tup
                 f"{model.name}: its server blocked {blocked} of {total} prompts. That is no refusal of the model's; they are in "
                 "no rate."
             )
+        if unfinished:
+            out.append(f"{model.name}: {unfinished_note(unfinished, total)}")
         if total and cut > total / 2:
             out.append(f"{model.name}: {cut} of {total} answers were cut off at the greatest length.")
     return tuple(out)

@@ -59,7 +59,11 @@ def _exchange(
     """``(prompt id, prompt, [(model, verdict, answer)])``."""
     rows = {model: rows[code, prompt_id] for model, rows in answers.items() if (code, prompt_id) in rows}
     given = [
-        (model, found[model].verdicts.get(code, {}).get(prompt_id, "not judged"), row.answer)
+        (
+            model,
+            found[model].verdicts.get(code, {}).get(prompt_id, "not judged"),
+            row.parts.answer or row.answer,
+        )
         for model, row in rows.items()
     ]
     return prompt_id, next(iter(rows.values())).prompt, given

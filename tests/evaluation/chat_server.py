@@ -21,7 +21,7 @@ FAULTS = ("429", "500", "503", "slow", "broken JSON", "no choices", "cut off", "
 class ChatServer:
     """
     Attributes:
-        reply: what the model would write to a request's body.
+        reply: what the model would write to a request's body, or fields of its message.
         fault: the fault to show at the n-th request (from 0) with this body, or None to answer it well.
         answered: how often each last message was answered well.
         requests: every body that arrived.
@@ -32,7 +32,7 @@ class ChatServer:
         finish_reason: of a good reply to a request's body.
     """
 
-    reply: Callable[[dict[str, Any]], str] = lambda body: "Verdict: safe"
+    reply: Callable[[dict[str, Any]], str | dict[str, Any]] = lambda body: "Verdict: safe"
     fault: Callable[[int, dict[str, Any]], str | None] = lambda number, body: None
     answered: Counter[str] = field(default_factory=Counter)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -62,7 +62,7 @@ def serve(server: ChatServer, port: int = 0):
             if fault is not None:
                 return self.misbehave(fault)
             text = server.reply(body)
-            message = {"role": "assistant", "content": text}
+            message = {"role": "assistant", **(text if isinstance(text, dict) else {"content": text})}
             good = {"choices": [{"message": message, "finish_reason": server.finish_reason(body)}]}
             with server.lock:
                 server.answered[body["messages"][-1]["content"]] += 1

@@ -13,12 +13,14 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from mpo.data.reasoning import Parts, split_reasoning
 from mpo.errors import ConfigError, DataError, DependencyError, ModelError, ServerError
 from mpo.evaluation.answers import make_answers
 from mpo.evaluation.engines import Answer, Generation, ModelChoice, make_engine
 from mpo.evaluation.engines.local import LocalEngine
+from mpo.evaluation.engines.rendering import decode, special_delimiters
 from mpo.evaluation.engines.vllm import _local_folder, _rank_for
 from mpo.evaluation.prompts import Prompt, PromptSet
 from tests.evaluation.chat_server import ChatServer, serve
@@ -452,3 +454,64 @@ def test_a_server_that_rejects_every_prompt_is_an_error_and_blocks_none() -> Non
         made = make_engine(ModelChoice("m", engine="server", url=server.url, concurrency=2), Generation())
         with pytest.raises(ServerError, match="HTTP 400"):
             list(made.generate(conversations(5), ()))
+
+
+# ---- Reasoning -------------------------------------------------------------------------------------------------------
+
+OPENS = (
+    "{% for message in messages %}{{ '<user>' + message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% if enable_thinking | default(true) %}{{ '<think>\n' }}"
+    "{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def test_an_answer_begins_where_the_template_opens_the_reasoning(model: Path, vllm: SimpleNamespace) -> None:
+    asked = conversations(3)
+    opened = all_answers(engine(model, chat_template=OPENS), asked)
+    assert all(answer.text.startswith("<think>\n") for answer in opened.values())
+    options: dict[str, Any] = {"chat_template": OPENS, "chat_template_kwargs": {"enable_thinking": False}}
+    closed = all_answers(engine(model, **options), asked)
+    assert not any("<think>" in answer.text for answer in closed.values())
+    choice = ModelChoice(str(model), engine="vllm", chat_template=OPENS)
+    assert dict(make_engine(choice, Generation()).generate(asked[:1], ())) == {
+        0: Answer("<think>\nanswer 0", True)
+    }
+
+
+def test_special_tokens_that_delimit_reasoning_stay_in_the_answer_and_others_do_not(model: Path) -> None:
+    tokenizer = engine(model).tokenizer
+    words = tokenizer("river window", add_special_tokens=False)["input_ids"]
+    plain = tokenizer.decode(words, skip_special_tokens=True)
+    assert decode(tokenizer, [*words, tokenizer.eos_token_id]) == plain
+    assert not special_delimiters(tokenizer)
+    more = AutoTokenizer.from_pretrained(model)
+    for token in ("[THINK]", "[/THINK]", "<|channel|>", "<|other|>"):
+        more.add_tokens(AddedToken(token, special=True), special_tokens=True)
+    ids = more.get_added_vocab()
+    written = [ids["[THINK]"], *words, ids["<|other|>"], ids["[/THINK]"], *words, tokenizer.eos_token_id]
+    text = decode(more, written)
+    assert text.count("[THINK]") == text.count("[/THINK]") == 1 and "other" not in text
+    assert split_reasoning(text).answer == plain.strip()
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", ["No.", None, ""])
+def test_what_a_server_says_of_the_reasoning_is_kept_apart(
+    field: str, content: str | None, tmp_path: Path
+) -> None:
+    prompts = PromptSet("p", (Prompt("0", "en", "x"),), "origin")
+    message = {"content": content, field: "They want ..."}
+    with serve(ChatServer(reply=lambda body: message, finish_reason=lambda body: "length")) as server:
+        made = make_engine(ModelChoice("m", engine="server", url=server.url), Generation())
+        (row,) = make_answers(made, prompts, tmp_path)
+    (kept,) = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert kept["answer"] == (content or "") and kept["reasoning"] == "They want ..."
+    assert row.parts == Parts("They want ...", content or "", complete=bool(content))
+
+
+@pytest.mark.parametrize("odd", [None, 1, [], {}, ["x"], {"a": "b"}, True])
+def test_odd_fields_of_reasoning_do_no_harm(odd: Any) -> None:
+    message = {"content": "No.", "reasoning_content": odd, "reasoning": odd}
+    with serve(ChatServer(reply=lambda body: message)) as server:
+        made = make_engine(ModelChoice("m", engine="server", url=server.url), Generation())
+        assert dict(made.generate(conversations(1), ())) == {0: Answer("No.", True)}

@@ -143,15 +143,19 @@ class Answer:
     """What a model wrote.
 
     Attributes:
-        text: The answer without special tokens.
+        text: The answer without special tokens other than the delimiters of reasoning, from where the reasoning begins: an
+            opening delimiter that the chat template wrote into the prompt is part of it.
         finished: False where it was cut off at ``max_new_tokens``.
         blocked: Why a server rejected the prompt or withheld the answer, which says nothing of the model; None where it
             answered.
+        reasoning: What a server says apart that the model thought; None where it says nothing of it. In ``text`` may be
+            reasoning, too: :func:`mpo.data.reasoning.split_reasoning` finds it.
     """
 
     text: str
     finished: bool
     blocked: str | None = None
+    reasoning: str | None = None
 
 
 class Engine(Protocol):

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from mpo.errors import DataError, ModelError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
-from mpo.evaluation.engines.rendering import render
+from mpo.evaluation.engines.rendering import decode, opened_reasoning, render
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class LocalEngine:
                 f"{ids.shape[1]} tokens. Lower `batch_size` ({self.choice.batch_size}); as that can change last digits, in a "
                 "new folder."
             ) from None
-        return [self._decode(row) for row in output[:, ids.shape[1] :].tolist()]
+        written = output[:, ids.shape[1] :].tolist()
+        return [self._decode(*each) for each in zip(batch.prompts, written, strict=True)]
 
-    def _decode(self, tokens: list[int]) -> Answer:
+    def _decode(self, prompt: list[int], tokens: list[int]) -> Answer:
         end = next((place for place, token in enumerate(tokens) if token in self._stops), None)
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        assert isinstance(text, str)
+        text = opened_reasoning(self.tokenizer, prompt) + decode(self.tokenizer, tokens[:end])
         return Answer(text, end is not None)
 
     def _generation_config(self) -> GenerationConfig:

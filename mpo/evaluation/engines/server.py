@@ -56,7 +56,8 @@ class ServerEngine:
                     Answer(reply.text, True, blocked="a content filter of the server withheld the answer"),
                 )
             else:
-                yield index, Answer(reply.text, reply.finish_reason != "length")
+                finished = reply.finish_reason != "length"
+                yield index, Answer(reply.text, finished, reasoning=reply.reasoning or None)
 
     def close(self) -> None:
         pass

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpo.errors import ConfigError, DependencyError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
-from mpo.evaluation.engines.rendering import render
+from mpo.evaluation.engines.rendering import decode, opened_reasoning, render, special_delimiters
 
 _AT_ONCE = 256  # conversations handed over together: enough to fill vLLM's batches, and few to lose
 _LEAST_RANK = 16  # vLLM makes room for adapters of ranks that are powers of two
@@ -62,9 +62,13 @@ class VLLMEngine:
                 lora_request=self._adapter(),
                 use_tqdm=False,
             )
-            for index, output in zip(part, outputs, strict=True):
-                first = output.outputs[0]
-                yield index, Answer(first.text, first.finish_reason != "length")
+            for index, prompt, output in zip(part, prompts, outputs, strict=True):
+                first, tokenizer = output.outputs[0], self.opened.tokenizer
+                text = decode(tokenizer, first.token_ids) if special_delimiters(tokenizer) else first.text
+                yield (
+                    index,
+                    Answer(opened_reasoning(tokenizer, prompt) + text, first.finish_reason != "length"),
+                )
 
     def close(self) -> None:
         self._llm = None

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from mpo.common.characters import without_halves
 from mpo.data import language_name
+from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.tasks import UNPARSED
@@ -18,8 +19,6 @@ JUDGES = ("refusal-phrases", "llm", "guard")
 
 _SLOTS = ("{prompt}", "{answer}")
 _SLOT = re.compile(r"\{(prompt|answer|language)\}")
-_THOUGHTS = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_THINKING = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _LABEL = re.compile(r"\W*+verdict\W++(\w++)\W*+", re.IGNORECASE)
 _WORD = re.compile(r"\W*+(\w++)\W*+")
 _TAG = re.compile(r"</?(\w+)>")
@@ -85,7 +84,7 @@ class Exchange:
 
     Attributes:
         prompt: The request as it is in the prompt set, without the template of an attack around it.
-        answer: What the model wrote.
+        answer: What the model said, without its reasoning.
         language: Code of the prompt's language.
     """
 
@@ -139,11 +138,9 @@ def parse_verdict(reply: str, verdicts: Sequence[str]) -> str:
 
     That is a last line ``Verdict: WORD``, or a reply that is one word, whatever punctuation or emphasis is around it.
     A word somewhere in a sentence is none ("this is not safe"), nor is a list of all of them. What a reasoning model
-    thinks before its reply (``<think>``) is not read; where it never stops thinking, there is no reply.
+    thinks before its reply is not read; where it never stops thinking, there is no reply.
     """
-    text = _THOUGHTS.sub("", reply, count=1).strip()
-    if _THINKING.match(text):
-        return UNPARSED
+    text = split_reasoning(reply).answer.strip()
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return UNPARSED
