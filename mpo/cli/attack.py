@@ -123,8 +123,8 @@ def _add_judge_options(group: Any, prefix: str, default: str | None) -> None:
     group.add_argument(f"--{prefix}_prompt", metavar="FILE", help="judging prompt with {prompt} and {answer}")
     group.add_argument(
         f"--{prefix}_format",
-        choices=("llama-guard", "llama-guard-4", "polyguard", "chat"),
-        help="how a guard is asked (default: from its name)",
+        metavar="FORMAT",
+        help="how a guard is asked, one of docs/evaluation.md (default: from its name)",
     )
     group.add_argument(f"--{prefix}_request", metavar="JSON", help="further fields of each request to an llm")
     group.add_argument(

@@ -41,19 +41,20 @@ def opened_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) 
 
 def special_delimiters(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Special tokens that delimit reasoning: without them it could not be told from the answer."""
-    return frozenset(token for token, text in _special_tokens(tokenizer).items() if text in DELIMITERS)
+    return frozenset(token for token, text in special_tokens(tokenizer).items() if text in DELIMITERS)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, written: Sequence[int]) -> str:
     """The text of tokens that a model wrote, without special tokens other than the delimiters of reasoning."""
     kept = special_delimiters(tokenizer)
     if kept:
-        dropped = _special_tokens(tokenizer).keys() - kept
+        dropped = special_tokens(tokenizer).keys() - kept
         written = [token for token in written if token not in dropped]
     text = tokenizer.decode(written, skip_special_tokens=not kept)
     assert isinstance(text, str)
     return text
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Texts of the special tokens by id. Where one is written out in a text, a tokenizer reads the token."""
     return {token: each.content for token, each in tokenizer.added_tokens_decoder.items() if each.special}

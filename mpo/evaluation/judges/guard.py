@@ -1,15 +1,7 @@
 """A judge in this process: a guard model, or any chat model that is asked for a verdict.
 
-How a guard is asked and what its replies mean is its *format*, in ``guards.json``:
-
-- ``llama-guard``: Llama-Guard-1 to 3. Their chat template holds the question; they reply ``safe``, or ``unsafe`` and
-  the categories.
-- ``llama-guard-4``: the same with the message parts that Llama-Guard-4's template wants.
-- ``polyguard``: PolyGuard replies three lines, of which "Harmful response" decides an attack and "Response refusal" an
-  over-refusal. The text that asks it is ours; with ``judge_prompt`` it can be that of its model card.
-- ``chat``: any chat model; it is asked as an LLM judge is.
-
-A guard calls an answer safe or unsafe and never invalid.
+How a guard is asked and what its replies mean is its format, a row of :data:`mpo.evaluation.judges.formats.GUARDS`. A guard
+calls an answer safe or unsafe and never invalid.
 """
 
 from __future__ import annotations
@@ -17,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib.resources import files
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
-from mpo.evaluation.engines import Generation, ModelChoice, make_engine
+from mpo.evaluation.engines import Generation, ModelChoice
+from mpo.evaluation.judges.formats import GUARDS, GuardFormat, Messages, guard_format
 from mpo.evaluation.judges.judge import (
     Exchange,
     JudgeChoice,
@@ -37,8 +29,6 @@ from mpo.evaluation.judges.judge import (
 from mpo.evaluation.judges.llm import judging_prompt
 from mpo.evaluation.tasks import UNPARSED, Task
 
-FORMATS = ("llama-guard", "llama-guard-4", "polyguard", "chat")
-
 
 class GuardJudge:
     """Asks a model in this process for one verdict per answer."""
@@ -49,12 +39,15 @@ class GuardJudge:
         Raises:
             MPOError: The model or the prompt cannot be used, or the guard's replies say nothing about this task.
         """
+        from mpo.evaluation.engines.local import LocalEngine
+        from mpo.evaluation.engines.rendering import special_tokens
+
         assert choice.model is not None
         self.task = task
         self.label = f"guard-{short_name(choice.model)}"
-        question = guard_question(choice, task)
-        self.format, self.messages, self.patterns = question.format, question.messages, question.patterns
-        self.engine = make_engine(
+        self.question = guard_question(choice, task)
+        row = self.question.row
+        self.engine = LocalEngine(
             ModelChoice(
                 choice.model,
                 batch_size=choice.batch_size,
@@ -62,15 +55,18 @@ class GuardJudge:
                 device=choice.device,
                 revision=choice.revision,
                 trust_remote_code=choice.trust_remote_code,
+                chat_template=row.chat_template,
+                chat_template_kwargs=dict(row.template_kwargs) or None,
             ),
-            Generation(max_new_tokens=question.max_new_tokens),
+            Generation(max_new_tokens=row.max_new_tokens),
         )
+        self._marker = _one_of((*row.markers, *special_tokens(self.engine.tokenizer).values()))
 
     def settings(self) -> dict[str, Any]:
-        asked = json.dumps([self.messages, self.patterns], sort_keys=True)
+        asked = json.dumps([self.question.messages, self.question.patterns], sort_keys=True)
         return {
             "judge": "guard",
-            "format": self.format,
+            "format": self.question.format,
             "question": hashlib.sha256(asked.encode("ascii")).hexdigest()[:16],
             **self.engine.settings(),
         }
@@ -84,19 +80,24 @@ class GuardJudge:
         self.engine.close()
 
     def _conversation(self, exchange: Exchange) -> list[dict[str, Any]]:
+        """What the guard is shown. A token of its own that is written out in a text would be read as that token."""
+        if self._marker is not None:
+            exchange = replace(
+                exchange,
+                prompt=self._marker.sub(_broken, exchange.prompt),
+                answer=self._marker.sub(_broken, exchange.answer),
+            )
         return [
             {"role": message["role"], "content": _fill(message["content"], exchange)}
-            for message in self.messages
+            for message in self.question.messages
         ]
 
     def _verdict(self, reply: str) -> str:
-        if self.patterns is None:
+        patterns = self.question.patterns
+        if patterns is None:
             return parse_verdict(reply, self.task.verdicts)
-        found = [
-            verdict
-            for verdict, pattern in self.patterns.items()
-            if re.search(pattern, reply, re.IGNORECASE | re.MULTILINE)
-        ]
+        said = split_reasoning(reply).answer
+        found = [v for v, pattern in patterns.items() if re.search(pattern, said, re.I | re.M)]
         return found[0] if len(found) == 1 else UNPARSED
 
 
@@ -105,16 +106,16 @@ class GuardQuestion:
     """How a guard is asked.
 
     Attributes:
-        format: One of :data:`FORMATS`.
+        format: Name of its format.
+        row: The format.
         messages: The conversation it is shown, with the slots of a judging prompt.
         patterns: The regular expression of each verdict; None where the reply is read as an LLM judge's is.
-        max_new_tokens: Longest reply.
     """
 
     format: str
-    messages: list[dict[str, Any]]
-    patterns: dict[str, str] | None
-    max_new_tokens: int
+    row: GuardFormat
+    messages: Messages
+    patterns: Mapping[str, str] | None
 
 
 def guard_question(choice: JudgeChoice, task: Task) -> GuardQuestion:
@@ -124,52 +125,44 @@ def guard_question(choice: JudgeChoice, task: Task) -> GuardQuestion:
         ConfigError: Its format is unknown or says nothing about the task, or its prompt cannot be used.
     """
     assert choice.model is not None
-    format = choice.format or guess_format(choice.model)
-    if format not in FORMATS:
-        raise ConfigError(f"judge_format: expected {', '.join(FORMATS)}, got {format!r}.")
-    description = _descriptions()[format]
-    patterns: dict[str, str] | None = description["verdicts"].get(task.name)
-    if patterns is None and format != "chat":
+    format = guard_format(choice.model, choice.format)
+    row = GUARDS[format]
+    messages, patterns = row.messages, row.verdicts.get(task.name)
+    if row.verdicts and patterns is None:
+        able = ", ".join(f"`{name}`" for name, each in GUARDS.items() if task.name in each.verdicts)
         raise ConfigError(
-            f"judge: {format} does not say whether an answer refuses. For {task.name} take another guard, `llm` or "
+            f"judge: {format} does not say whether an answer refuses. For {task.name} take another guard ({able}), `llm` or "
             "`refusal-phrases`."
         )
-    messages: list[dict[str, Any]] = description["messages"]
-    if format == "chat":
-        messages = [{"role": "user", "content": judging_prompt(choice.prompt, task)}]
+    if not row.verdicts:
+        messages = ({"role": "user", "content": judging_prompt(choice.prompt, task)},)
     elif choice.prompt is not None:
-        if format != "polyguard":
+        if not row.takes_prompt:
             raise ConfigError(
-                f"judge_prompt: the question that {format} is asked is in its chat template; it takes no other."
+                f"judge_prompt: {format} asks a question that the guard was trained on; it takes no other."
             )
-        messages = [{"role": "user", "content": read_judging_prompt(choice.prompt)}]
-    return GuardQuestion(format, messages, patterns, description["max_new_tokens"])
+        messages = ({"role": "user", "content": read_judging_prompt(choice.prompt)},)
+    return GuardQuestion(format, row, messages, patterns)
 
 
 def has_own_replies(choice: JudgeChoice) -> bool:
     """Whether one prompt serves all tasks: the guard says more than one thing in a form of its own."""
-    return choice.name == "guard" and (choice.format or guess_format(choice.model or "")) == "polyguard"
+    if choice.name != "guard":
+        return False
+    row = GUARDS[guard_format(choice.model or "", choice.format)]
+    return row.takes_prompt and bool(row.verdicts)
 
 
-def guess_format(model: str) -> str:
-    """The format that a model's name speaks of: ``llama-guard-4`` for ``meta-llama/Llama-Guard-4-12B``."""
-    name = re.sub(r"[^a-z0-9]", "", model.lower())
-    if "polyguard" in name:
-        return "polyguard"
-    if "llamaguard4" in name:
-        return "llama-guard-4"
-    return "llama-guard" if "llamaguard" in name else "chat"
+def _one_of(markers: Sequence[str]) -> re.Pattern[str] | None:
+    longest_first = sorted({marker for marker in markers if len(marker) > 1}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _broken(marker: re.Match[str]) -> str:
+    return f"{marker[0][0]} {marker[0][1:]}"
 
 
 def _fill(content: Any, exchange: Exchange) -> Any:
     if isinstance(content, str):
         return fill_judging_prompt(content, exchange)
     return [{**part, "text": fill_judging_prompt(part["text"], exchange)} for part in content]
-
-
-@lru_cache(maxsize=1)
-def _descriptions() -> dict[str, Any]:
-    descriptions: dict[str, Any] = json.loads(
-        files("mpo.evaluation.judges").joinpath("guards.json").read_text(encoding="utf-8")
-    )
-    return descriptions

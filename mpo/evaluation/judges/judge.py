@@ -12,6 +12,7 @@ from mpo.common.characters import without_halves
 from mpo.data import language_name
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
+from mpo.evaluation.judges.formats import guard_format
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.tasks import UNPARSED
 
@@ -35,8 +36,8 @@ class JudgeChoice:
         url: Base URL of the server; OpenAI's by default.
         key_variable: Environment variable with its key; see :class:`mpo.evaluation.chat_client.ChatClient`.
         prompt: File with the judging prompt, in place of the built-in one.
-        format: How a guard is asked and what its replies mean: see :data:`mpo.evaluation.judges.guard.FORMATS`; by
-            default guessed from its name.
+        format: How a guard is asked and what its replies mean: see :data:`mpo.evaluation.judges.formats.GUARDS`; by
+            default that of its name, which has to be a known one.
         request: Further fields of each request to the server; None takes one out (``{"temperature": None}``).
         cache: Folder for the server's replies, by content.
         concurrency, timeout: Of requests to the server.
@@ -76,6 +77,8 @@ class JudgeChoice:
         for setting in unused:
             if getattr(self, setting) is not None:
                 raise ConfigError(f"judge: `{self.name}` has no use for `{setting}`.")
+        if self.name == "guard":
+            guard_format(self.model or "", self.format)
 
 
 @dataclass(frozen=True)
