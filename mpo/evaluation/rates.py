@@ -111,9 +111,9 @@ class RateTable:
         header = ("Language", "Answers", f"Rate [{100 * self.confidence:g} %]", *columns, "cut off")
         rows = [
             (
-                _name(row.language),
+                shown_language(row.language),
                 str(row.count),
-                _share(row.rate, row.low, row.high),
+                shown_share(row.rate, row.low, row.high),
                 *(str(row.verdicts.get(name, 0)) for name in columns),
                 str(row.cut_off),
             )
@@ -126,7 +126,7 @@ class RateTable:
                 (
                     "Mean of languages",
                     str(sum(row.count for row in self.rows)),
-                    _share(self.average.mean, self.average.low, self.average.high),
+                    shown_share(self.average.mean, self.average.low, self.average.high),
                     *(str(total[name]) for name in columns),
                     str(sum(row.cut_off for row in self.rows)),
                 )
@@ -202,11 +202,13 @@ def _language_rate(
     return LanguageRate(language, len(answers), counts, cut_off, counts[task.counted] / readable, ends)
 
 
-def _name(code: str) -> str:
+def shown_language(code: str) -> str:
+    """Name of a language in a table."""
     return "Mixed" if code == MIXED else printable_name(language_name(code))
 
 
-def _share(rate: float | None, low: float | None, high: float | None) -> str:
+def shown_share(rate: float | None, low: float | None, high: float | None) -> str:
+    """A share in per cent, with the ends of its interval."""
     if rate is None:
         return "-"
     text = f"{100 * rate:.1f}"

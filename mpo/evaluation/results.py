@@ -36,12 +36,14 @@ from mpo.common.typed_json import (
     FileName,
     Number,
     Share,
+    named_by_key,
     open_mapping,
     read_typed,
 )
 from mpo.evaluation.rates import RateTable
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable
 from mpo.evaluation.tasks import TASKS
+from mpo.evaluation.wording import Wording
 
 REWARD_GAP = "reward_gap.json"
 SAFETY = "result.json"
@@ -162,7 +164,6 @@ class SafetyResult(Result, RateTable):
     """``result.json`` of one model on one prompt set; beside it are the answers and the verdicts.
 
     Attributes:
-        version: 2 since answers may be ``unfinished``, which an older reader would count.
         measurement: Name of the task.
         prompt_set: Name of the prompts.
         prompts: Where they came from, how many there are, their fingerprint, and what was put around them.
@@ -170,9 +171,9 @@ class SafetyResult(Result, RateTable):
         engine: What ran it, and how it answered.
         judge: What judged.
         second_judge: A second opinion on the same answers.
+        wording: Language and repetition of the answers, by the prompts' language; empty in older files.
     """
 
-    version: Count = 2
     measurement: Annotated[str, Field(pattern=f"^({'|'.join(TASKS)})$")]
     prompt_set: str = ""
     prompts: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +181,9 @@ class SafetyResult(Result, RateTable):
     engine: dict[str, Any] = field(default_factory=dict)
     judge: Judge
     second_judge: Annotated[SecondJudge | None, NO_KEY_IF_EMPTY] = None
+    wording: Annotated[dict[str, Wording], named_by_key("language"), NO_KEY_IF_EMPTY] = field(
+        default_factory=dict
+    )
 
 
 # --------------------------------------------------------------------------------------------- utility and perplexity

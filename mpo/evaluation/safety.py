@@ -20,6 +20,7 @@ from mpo.evaluation.rates import RateTable, tabulate
 from mpo.evaluation.results import SAFETY, SafetyResult
 from mpo.evaluation.tasks import Task
 from mpo.evaluation.verdicts import agreement, judge_answers, unparsed
+from mpo.evaluation.wording import measure_wording, wording_table
 
 CACHE = "judge_cache"
 
@@ -85,6 +86,7 @@ def measure_safety(
         for each in judges:
             each.close()
     table = tabulate(task, answers, verdicts[0], confidence)
+    wording = measure_wording(answers, verdicts[0], confidence)
     second, notes = None, []
     if second_judge is not None:
         kappa = agreement(verdicts[0], verdicts[1], confidence)
@@ -104,13 +106,15 @@ def measure_safety(
         engine=about_engine,
         judge=_about_judge(judges[0], verdicts[0]),
         second_judge=second,
+        wording=wording,
         provenance=collect(base_model=base, data_fingerprint=prompts.fingerprint),
     )
     written = write_typed(folder / SAFETY, result)
+    of = f"{folder.parent.parent.name} on {prompts.name}"
     print()
-    table.show(
-        f"{task.title}: {folder.parent.parent.name} on {prompts.name}, judged by {judges[0].label}", notes
-    )
+    table.show(f"{task.title}: {of}, judged by {judges[0].label}", notes)
+    print()
+    wording_table(f"Language of the answers: {of}", task, wording, confidence).show()
     print(f"\nWritten: {written}")
     return table
 
