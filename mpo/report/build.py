@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
 from mpo.common.statistics import (
@@ -12,6 +13,7 @@ from mpo.common.statistics import (
     average_change,
     correlation,
     holm,
+    language_average,
     paired_difference,
 )
 from mpo.common.tables import printable_name
@@ -21,6 +23,7 @@ from mpo.evaluation.rates import LanguageRate, unfinished_note
 from mpo.evaluation.results import Score, TaskScores, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
+from mpo.evaluation.wording import Wording
 from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import (
     GAP,
@@ -51,7 +54,8 @@ def measurements(results: Results) -> list[Measurement]:
     """Every measurement of the folder, in the order of the report."""
     found = [reward_gap(results)]
     for kind in TASKS:
-        found += [safety(results, kind, name) for name in results.prompt_sets(kind)]
+        for name in results.prompt_sets(kind):
+            found += [safety(results, kind, name), answer_language(results, kind, name)]
     found += [*utility(results), perplexity(results)]
     return [measurement for measurement in found if measurement is not None]
 
@@ -158,7 +162,7 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
         # A language without a single readable verdict has no rate, and is shown all the same.
         if max(counts):
             label = "Mean of languages" if code is None else shown_language(code)
-            detail = tuple(_verdict_shares(found, code, verdict) for verdict in verdicts)
+            detail = tuple(_shares(found, code, partial(_verdicts, verdict=v)) for v in verdicts)
             rows.append(Row(label, cells, max(counts), code is None, detail))
     attack = kind == "attack"
     name = printable_name(prompt_set, 40)
@@ -198,7 +202,16 @@ def _rate(row: LanguageRate | None) -> Value | None:
 def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) -> dict[str | None, Change]:
     if base is None:
         return {}
-    old, new, confidence = base.outcomes(), run.outcomes(), run.result.confidence
+    return _paired_changes(base.outcomes(), run.outcomes(), codes, run.result.confidence)
+
+
+def _paired_changes(
+    old: Mapping[str, Mapping[str, float]],
+    new: Mapping[str, Mapping[str, float]],
+    codes: Sequence[str],
+    confidence: float,
+) -> dict[str | None, Change]:
+    """Changes by language, paired by prompt; None is the mean over languages."""
     pairs = {}
     for code in codes:
         both = sorted(old.get(code, {}).keys() & new.get(code, {}).keys())
@@ -221,12 +234,17 @@ def _occurs(found: Sequence[SafetyRun | None], verdict: str) -> bool:
     return any(_verdicts(run, None, verdict) for run in found if run)
 
 
-def _verdict_shares(found: Sequence[SafetyRun | None], code: str | None, verdict: str) -> str:
-    """``60 / 12``: the verdict's share of all answers, in per cent, model by model."""
-    totals = [0 if run is None else _count(run, code) for run in found]
+def _shares(
+    found: Sequence[SafetyRun | None],
+    code: str | None,
+    count: Callable[[SafetyRun, str | None], int],
+    total: Callable[[SafetyRun, str | None], int] | None = None,
+) -> str:
+    """``60 / 12``: a share of all answers, in per cent, model by model."""
+    totals = [0 if run is None else (total or _count)(run, code) for run in found]
     return " / ".join(
-        f"{100 * _verdicts(run, code, verdict) / total:.0f}" if run and total else NONE
-        for run, total in zip(found, totals, strict=True)
+        f"{100 * count(run, code) / whole:.0f}" if run and whole else NONE
+        for run, whole in zip(found, totals, strict=True)
     )
 
 
@@ -289,6 +307,93 @@ def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tup
         if total and cut > total / 2:
             out.append(f"{model.name}: {cut} of {total} answers were cut off at the greatest length.")
     return tuple(out)
+
+
+# --------------------------------------------------------------------------------------------- language of the answers
+
+
+def answer_language(results: Results, kind: str, prompt_set: str) -> Measurement | None:
+    """Share of answers in the language of the prompt; changes are paired by prompt. None where it was not measured."""
+    found = [model.safety.get((kind, prompt_set)) for model in results.models]
+    measured = [run if run is not None and run.result.wording else None for run in found]
+    known = [run for run in measured if run]
+    if not known:
+        return None
+    codes = in_order({code for run in known for code in run.result.wording}, results.dominant)
+    base = measured[0]
+    columns = [_language_cells(run, base if n else None, codes) for n, run in enumerate(measured)]
+    refused = "refusal" if kind == "over_refusal" else "safe"
+    rows = []
+    for code in [*codes, *([None] if len(codes) > 1 else [])]:
+        counts = [sum(row.count for row in _wordings(run, code)) for run in known]
+        if max(counts):
+            label = "Mean of languages" if code is None else shown_language(code)
+            detail = tuple(
+                _shares(
+                    measured,
+                    code,
+                    lambda run, code, part=part: sum(map(part, _wordings(run, code))),  # type: ignore[misc]
+                    lambda run, code: sum(row.count for row in _wordings(run, code)),
+                )
+                for part in (
+                    lambda row: sum(row.others.values()),
+                    lambda row: row.others_by_verdict.get(refused, 0),
+                    lambda row: row.unknown,
+                    lambda row: row.repetitive,
+                )
+            )
+            rows.append(
+                Row(label, tuple(column.get(code) for column in columns), max(counts), code is None, detail)
+            )
+    name = printable_name(prompt_set, 40)
+    return Measurement(
+        anchor=f"language-{kind.replace('_', '-')}-{results.prompt_sets(kind).index(prompt_set) + 1}",
+        title=f"Language of the answers: {name}",
+        short=f"In the language asked, {name} (%)",
+        unit=SHARE,
+        better="higher",
+        models=tuple(model.name for model in results.models),
+        rows=tuple(rows),
+        lead=(
+            "The share of answers in the language of the prompt, among those whose language can be told. Higher is better: "
+            "who asks in Bengali and is refused in English has been told nothing."
+        ),
+        detail=("Elsewhere", f"{refused.capitalize()}, elsewhere", "Unknown", "Repetitive"),
+        notes=(
+            "Unknown are answers that are too short, without letters, or in languages too close to be told apart; they are in "
+            "no share. Repetitive are answers of which more than half repeats what stood in them before. These columns are "
+            "shares of all answers with any text, in per cent.",
+        ),
+        confidence=known[0].result.confidence,
+        axis=(0.0, 1.0),
+    )
+
+
+def _language_cells(
+    run: SafetyRun | None, base: SafetyRun | None, codes: Sequence[str]
+) -> dict[str | None, Cell]:
+    """Cells by language; None is the mean over languages, for which the answers have to be there."""
+    if run is None:
+        return {}
+    confidence = run.result.confidence
+    outcomes = run.in_language_asked
+    changes = {} if base is None else _paired_changes(base.in_language_asked, outcomes, codes, confidence)
+    cells: dict[str | None, Cell] = {
+        code: Cell(Value(row.share, *(row.interval or (None, None))), changes.get(code))
+        for code, row in run.result.wording.items()
+        if row.share is not None
+    }
+    if outcomes:
+        mean = language_average(
+            {code: dict[Hashable, float](values) for code, values in outcomes.items()}, confidence=confidence
+        )
+        cells[None] = Cell(Value(mean.mean, mean.low, mean.high), changes.get(None))
+    return cells
+
+
+def _wordings(run: SafetyRun, code: str | None) -> list[Wording]:
+    """The row of a language; all for None."""
+    return [row for name, row in run.result.wording.items() if code in (None, name)]
 
 
 # ------------------------------------------------------------------------------------- utility of lm-evaluation-harness

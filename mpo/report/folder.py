@@ -33,6 +33,7 @@ from mpo.evaluation.results import (
 from mpo.evaluation.reward_gap import RewardGapTable
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
 from mpo.evaluation.verdicts import VerdictRow, verdicts_file
+from mpo.evaluation.wording import in_language_asked
 from mpo.report.hidden_space import has_hidden_space
 
 T = TypeVar("T")
@@ -95,6 +96,11 @@ class SafetyRun:
             language: {p: float(v == counted) for p, v in rows.items() if v not in NO_VERDICT}
             for language, rows in self.verdicts.items()
         }
+
+    @cached_property
+    def in_language_asked(self) -> dict[str, dict[str, float]]:
+        """``{language: {prompt id: 1 or 0}}``: whether the answer is in the language of its prompt, where it can be told."""
+        return in_language_asked(list(self.answers().values()))
 
     def answers(self) -> dict[tuple[str, str], AnswerRow]:
         """``{(language, prompt id): row}`` of ``answers.jsonl``; empty where it was not kept."""
