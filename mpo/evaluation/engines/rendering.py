@@ -34,7 +34,7 @@ def render(
 
 def opened_reasoning(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str:
     """The delimiter of reasoning that a prompt ends in, so that the answer begins within it; empty where there is none."""
-    end = tokenizer.decode(prompt[-_LONGEST_OPENING:], skip_special_tokens=False)
+    end = tokenizer.decode(list(prompt[-_LONGEST_OPENING:]), skip_special_tokens=False)
     assert isinstance(end, str)
     return left_open(end)
 
@@ -50,7 +50,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, written: Sequence[int]) -> str:
     if kept:
         dropped = special_tokens(tokenizer).keys() - kept
         written = [token for token in written if token not in dropped]
-    text = tokenizer.decode(written, skip_special_tokens=not kept)
+    text = tokenizer.decode(list(written), skip_special_tokens=not kept)
     assert isinstance(text, str)
     return text
 
