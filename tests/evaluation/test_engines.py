@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -350,6 +351,7 @@ def test_a_server_gets_the_decoding_and_one_seed_per_prompt() -> None:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stands where vLLM would, with the part of its interface that is used, and writes down what it is told."""
+    importlib.import_module("trl")  # which looks for vLLM when it is first imported
     told = SimpleNamespace(options=None, calls=[])
 
     class LLM:
