@@ -62,6 +62,8 @@ _BEARER = re.compile(
 )
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 _ASSIGNMENT = re.compile(
+    # A name begins where none is before it: else a long word is looked through from each of its letters.
+    r"""(?<![A-Za-z0-9_\-.])"""
     rf"""(?P<name>[A-Za-z0-9_\-.]*(?:{_SECRET_WORD}|[_\-.]pwd))"""
     r"""(?P<between>["']?\s*[=:]\s*["']?)(?P<value>[^\s"'&,;}\])]{4,})""",
     re.IGNORECASE,

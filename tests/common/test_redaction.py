@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import string
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,15 @@ def test_user_names_and_home_folders_are_hidden(monkeypatch: pytest.MonkeyPatch,
 def test_redaction_twice_is_redaction_once_and_never_fails(text: str) -> None:
     once = redact_text(text)
     assert redact_text(once) == once
+
+
+@pytest.mark.parametrize("part", ["9", "a-", "A.b_", "eyJ", "token", "authorization"])
+def test_a_long_word_is_looked_through_once(part: str) -> None:
+    """The time grows with the length, not with its square."""
+    text = part * (30_000 // len(part))
+    started = time.process_time()
+    assert redact_text(text) == text
+    assert time.process_time() - started < 2
 
 
 def test_the_argument_is_left_as_it_was_and_sets_become_sorted_lists() -> None:
