@@ -361,6 +361,7 @@ class Document:
     def _section(self, node: _Node, kind: type, path: str, given: Mapping[str, Any] | None = None) -> Any:
         """The dataclass ``kind`` from a mapping, or None where anything in it is wrong."""
         before = len(self._mistakes)
+        node = self._opened(node, kind)
         if not isinstance(node.value, dict):
             self.wrong(node.place, f"`{path}` is {_show(node)}; expected {_LINES}.")
             return None
