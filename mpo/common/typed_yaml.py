@@ -206,7 +206,7 @@ class Document:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            here = sorted(path.parent.glob("*.yaml")) or sorted(Path("recipes").glob("*.yaml"))
+            here = sorted(path.parent.glob("[!.]*.yaml")) or sorted(Path("recipes").glob("[!.]*.yaml"))
             hint = f" Recipes here: {', '.join(map(str, here[:12]))}." if here else ""
             raise ConfigError(f"There is no recipe {path}.{hint}") from None
         except OSError as error:
