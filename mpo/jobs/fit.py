@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -227,7 +228,7 @@ class Fit:
     def choices(self, machine: Machine) -> list[Choice]:
         """Each way to divide the model there."""
         given = self.recipe.given.get("gradient_checkpointing")
-        # A group that is divided as far as it can be: one target and, where it is held still, its source.
+        # A group that is divided as far as it can be: one target and, for the retention term, its source.
         least = math.ceil(self.work.mean_tree * (2 if self.recipe.training.retain_weight > 0 else 1))
         return choices(
             self.training,
@@ -358,10 +359,10 @@ def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row
             # Without it Accelerate asks for pdsh and a file of hosts.
             words += ["--deepspeed_multinode_launcher standard"]
         words += ["--machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"]
-    words += ["scripts/train.py", str(recipe.source_path)]
+    script = ["scripts/train.py", str(recipe.source_path)]
     if choice.row != default_row:
-        words.append(f"--max_tokens_per_row {choice.row}")
-    return " ".join([*words, *recipe.overrides])
+        script += ["--max_tokens_per_row", str(choice.row)]
+    return " ".join([*words, shlex.join([*script, *recipe.overrides])])
 
 
 def _config_file(name: str) -> str:
