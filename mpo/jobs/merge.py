@@ -140,10 +140,10 @@ def _describe(adapter: Path, folder: Path, base: str) -> None:
         metrics = read_typed(folder / "metrics.json", TrainingMetrics)
         made = folder / "provenance.json"
         provenance = read_typed(made, Provenance) if made.is_file() else {}
-        before, after, retention = metrics.before, metrics.after, metrics.retention_loss
+        before, after = metrics.before, metrics.after
         if before is None or after is None:
             return
-        losses = (None, None) if retention is None else (retention.before, retention.after)
+        first, last = (metrics.retention_loss.get(when) for when in ("before", "after"))
         card = write_card(
             folder,
             base_model=base,
@@ -154,7 +154,7 @@ def _describe(adapter: Path, folder: Path, base: str) -> None:
             after=after,
             recipe_yaml=_text(folder / "recipe.yaml"),
             provenance=provenance,
-            retention=None if losses[0] is None or losses[1] is None else (losses[0], losses[1]),
+            retention=None if first is None or last is None else (first, last),
         )
     except MPOError as error:
         print(f"The merged model has no card, since the adapter's measurements cannot be used: {error}")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from mpo.common.typed_json import write_typed
 from mpo.errors import ConfigError, ModelError, StorageError
 from mpo.evaluation import compare, summarize
-from mpo.evaluation.results import Retention, TrainingMetrics
+from mpo.evaluation.results import TrainingMetrics
 from mpo.jobs.merge import merge_adapter
 from tests.evaluation.simulated import simulated_scores
 from tests.tiny import build_tokenizer, save_tiny
@@ -175,7 +175,7 @@ def test_an_adapter_that_is_a_pickle_or_no_adapter_is_refused(
 def _metrics(folder: Path) -> Path:
     before, after = (summarize(scores, beta=1.0, resamples=100) for scores in simulated_scores(groups=3))
     changed = compare(before, after)
-    losses = Retention(0.0, 0.25)
+    losses = {"before": 0.0, "after": 0.25}
     return write_typed(
         folder / "metrics.json",
         TrainingMetrics(
