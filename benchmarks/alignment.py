@@ -33,8 +33,8 @@ from mpo.common.provenance import collect
 from mpo.data import load_groups
 from mpo.evaluation import Scores, compare, summarize
 from mpo.jobs.demo import prepare_demo_model
-from mpo.planning.memory import keep_freed_memory
-from mpo.training.scoring import perplexity
+from mpo.modeling.likelihoods import perplexity
+from mpo.training.allocator import keep_freed_memory
 
 
 def squared_distance(scores: Scores, beta: float) -> float:

@@ -37,16 +37,16 @@ from mpo.common.tables import TextTable
 from mpo.errors import ConfigError
 from mpo.modeling.head import RewardGapOutput
 from mpo.modeling.layout import BatchShape
-from mpo.planning.shapes import SHAPES, shape_config
+from mpo.planning.known_models import SHAPES, shape_config
 from mpo.training.reference import SourceReference, build_or_load, unique_sources
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
     GroupDataset,
     TokenBudgetSampler,
-    group_tokens,
+    count_languages,
 )
-from mpo.training.scoring import count_languages
+from mpo.training.workload import group_tokens
 
 PARTS = ("targets", "length", "vocabulary", "groups")
 LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")
@@ -269,7 +269,8 @@ def measure_groups(count: int, folder: Path, *, reference_pass: bool = True) -> 
     with watched(records, "reference opened from its cache"):
         values = reference()
     dataset = GroupDataset(groups, values)
-    collator = GroupCollator(LANGUAGES, [1.0] * len(LANGUAGES), "tree", 1 << 20, 0, "mean")
+    shape = BatchShape("tree", 1 << 20, 0, "mean", 1 << 20)
+    collator = GroupCollator(LANGUAGES, [1.0] * len(LANGUAGES), shape)
     order = GroupBatchSampler(indices, 4, seed=0)
     with watched(records, "200 micro-batches of 4 groups"):
         for _, batch in zip(range(200), order, strict=False):

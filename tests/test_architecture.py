@@ -25,7 +25,7 @@ FLOORS = (
     "cli",
 )
 # Documented old places that only pass on names.
-EARLIER_NAMES = ("analysis",)
+EARLIER_NAMES = ("analysis", "scoring")
 LONGEST_FILE = 700
 
 

@@ -18,7 +18,7 @@ from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import load_policy
 from mpo.evaluation.results import LARGEST_LOG, PERPLEXITY, PerplexityResult, TextPerplexity
 from mpo.evaluation.safety import about_model, model_folder
-from mpo.training.scoring import text_likelihoods
+from mpo.modeling.likelihoods import text_likelihoods
 
 
 def measure_perplexity(
@@ -73,7 +73,7 @@ def measure_perplexity(
         max_length=max_length,
         confidence=confidence,
         languages=languages,
-        provenance=collect(base_model=model.model, precision=policy.dtype),
+        provenance=collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
     )
     path = write_typed(folder / PERPLEXITY, result)
     print()

@@ -37,6 +37,11 @@ class Estimate:
     high: float | None = None
     p_value: float | None = None
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval, of a change, leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
     def to_list(self) -> list[float | None]:
         """``[value, low, high]``, followed by the p-value where there is one, to seven digits."""
         parts = [self.value, self.low, self.high, *([] if self.p_value is None else [self.p_value])]

@@ -30,10 +30,9 @@ def require_packages() -> None:
     Raises:
         DependencyError: they are; the message says how to install them.
     """
-    missing = [name for name in ("sklearn", "scipy") if find_spec(name) is None]
-    if missing:
+    if find_spec("sklearn") is None:
         raise DependencyError(
-            f"The analysis needs {' and '.join(missing)}, not installed here. Install what it needs with: pip install "
+            "The analysis needs scikit-learn, which is not installed. Install what it needs with: pip install "
             "'mpo-align[analysis]'"
         )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpo.common.characters import printable
 from mpo.common.files import is_full_disk, write_json, write_text
 from mpo.common.progress import quiet_libraries
 from mpo.common.typed_json import write_typed
@@ -23,9 +24,11 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
-from mpo.jobs.preflight import Plan, make_plan, precision
+from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight.model import PRECISIONS, half_precision
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
-from mpo.planning.memory import keep_freed_memory
+from mpo.modeling.opening import folder_content
+from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import last_complete_checkpoint
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
@@ -69,7 +72,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     main = recipe.training.process_index == 0
     say = _Speaker(main)
     say(f"Checking {recipe.source_path}")
-    plan = make_plan(recipe, for_real=not dry_run)
+    plan = make_plan(recipe, on_this_machine=not dry_run)
     say(f"\n{plan.to_text()}\n")
     folder = Path(str(plan.recipe.training.output_dir))
     if dry_run:
@@ -115,6 +118,16 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
     return folder
+
+
+def how_to_resume(recipe: Recipe) -> str:
+    """What an interrupted run leaves, and the command that goes on from it."""
+    folder = str(recipe.training.output_dir)
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume."
+    command = recipe.command(resume_from_checkpoint="auto")
+    return f"Interrupted. The last complete checkpoint is {last}. Go on with:\n  {command}"
 
 
 class _Speaker:
@@ -242,10 +255,11 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     training, model = plan.recipe.training, plan.recipe.model
     return collect(
         seed=training.seed,
-        precision=precision(plan.recipe),
+        precision=PRECISIONS[half_precision(plan.recipe)],
         data_fingerprint=plan.data.fingerprint,
         base_model=plan.source.name,
         base_model_revision=getattr(plan.config, "_commit_hash", None) or model.model_revision,
+        base_model_weights=folder_content(plan.source.name) if training.process_index == 0 else None,
         data_origin=plan.data.origin,
         dropped_rows=len(plan.dropped),
         trainable_parameters=plan.trainable,
@@ -256,10 +270,8 @@ def _provenance(plan: Plan) -> dict[str, Any]:
 def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     """What explains a run, written before it starts so that one that is cut off can be explained, too."""
     folder = Path(str(plan.recipe.training.output_dir))
-    write_text(
-        folder / "recipe.yaml",
-        f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml\n{resolved}",
-    )
+    header = printable(f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml", lines=False)
+    write_text(folder / "recipe.yaml", f"{header}\n{resolved}")
     write_json(folder / "provenance.json", provenance)
     if plan.dropped:
         _write_dropped(plan, [])

@@ -15,6 +15,7 @@ from mpo.common.statistics import (
     paired_difference,
 )
 from mpo.common.tables import printable_name
+from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.rates import LanguageRate
 from mpo.evaluation.results import LARGEST_LOG, Score, TaskScores, TextPerplexity
@@ -32,7 +33,6 @@ from mpo.report.measurement import (
     Measurement,
     Row,
     Value,
-    listed,
     shown_language,
 )
 

@@ -3,36 +3,87 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from mpo.common.files import is_full_disk, sync, write_text
+from mpo.common.log import get_logger
+from mpo.training.ranks import Ranks, gathered
+
+logger = get_logger(__name__)
 
 MARKER = "complete.json"
 EARLIER = "earlier-run"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
-def mark_complete(folder: str | Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path,
+    write: Callable[[], str | None],
+    state: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    keep: int | None,
+) -> None:
+    """Save a checkpoint and remove old ones, or, on a full disk, leave those as they are and log what happened.
+
+    All ranks call this. Old checkpoints go only when the new one is complete, so that a kill at any moment leaves one to
+    resume from.
+
+    Args:
+        folder: The checkpoint's, beside the other ones of the run.
+        write: Writes its files, on all ranks, and returns a checkpoint that is never removed, such as the best one.
+        state, keep: As for :func:`mark_complete` and :func:`rotate`.
+        ranks: The process group; the main process declares and removes checkpoints.
     """
-    Declare a checkpoint complete: write the sizes of all its files, and ``state``, to its marker file.
+    main = ranks.is_main_process
+    if main and folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait_for_everyone()
+    problem = protected = None
+    try:
+        protected = write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not (isinstance(error, OSError) or is_full_disk(error)):
+            raise
+        problem = str(error)
+    problem = next((found for found in gathered([problem], ranks) if found), None)
+    if main and problem is None:
+        try:
+            mark_complete(folder, state)
+            rotate(folder.parent, keep, protected, newest=folder)
+        except OSError as error:
+            problem = str(error)
+    if main and problem is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        last = last_complete_checkpoint(folder.parent)
+        logger.error(
+            f"The checkpoint of step {folder.name.rpartition('-')[2]} could not be saved ({problem}). Training goes on; the "
+            f"last complete checkpoint is {last or 'none'}. Free some space in '{folder.parent}' before the next one."
+        )
+    ranks.wait_for_everyone()
+
+
+def mark_complete(folder: str | Path, state: Mapping[str, Any]) -> None:
+    """Declare a checkpoint complete: write the sizes of all its files, and ``state``, to its marker file.
 
     The files are flushed to disk first, so a marker never stands for data that a power cut can still take.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written.
     """
     folder = Path(folder)
     sizes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    partial = folder / (MARKER + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"files": sizes, "state": dict(state)}, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MARKER)
+    marker = {"files": sizes, "state": dict(state)}
+    write_text(folder / MARKER, json.dumps(marker, indent=2, sort_keys=True))
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -76,15 +127,14 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def set_aside(folder: str | Path, resumed: str | Path | None = None) -> list[Path]:
-    """
-    Declare that a new run goes on from one checkpoint, or from none, and not from those of later steps in its folder.
+    """Declare that a new run goes on from one checkpoint, or from none, and not from those of later steps in its folder.
 
     They stay, and can be resumed from by name, but :func:`last_complete_checkpoint` passes over them: the highest step
     it finds is then always of the run's own history.
 
     Args:
-        folder: output folder of the run.
-        resumed: the checkpoint that the run goes on from; None for a fresh start.
+        folder: Output folder of the run.
+        resumed: The checkpoint that the run goes on from; None for a fresh start.
 
     Returns:
         The complete checkpoints that were set aside now.
@@ -105,14 +155,13 @@ def set_aside(folder: str | Path, resumed: str | Path | None = None) -> list[Pat
 def rotate(
     folder: str | Path, keep: int | None, protected: str | None = None, newest: Path | None = None
 ) -> None:
-    """
-    Delete old checkpoints.
+    """Delete old checkpoints.
 
     Args:
-        folder: output folder of the run.
-        keep: number of complete checkpoints to keep; None keeps all. The newest one is always kept.
-        protected: a checkpoint that is never deleted, for example the best one.
-        newest: the checkpoint just written; by default the complete one with the highest step. In a folder with the
+        folder: Output folder of the run.
+        keep: Number of complete checkpoints to keep; None keeps all. The newest one is always kept.
+        protected: A checkpoint that is never deleted, for example the best one.
+        newest: The checkpoint just written; by default the complete one with the highest step. In a folder with the
             checkpoints of an earlier run the two are not the same.
 
     Half-written checkpoints are deleted in any case, unless their step is higher than the newest's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,7 @@ class Collapse:
 
 
 class CollapseDetector:
-    """
-    Watches the mean log-likelihood of chosen responses and the reward gap of each language.
+    """Watches the mean log-likelihood of chosen responses and the reward gap of each language.
 
     A collapse is a steady fall: over ``window`` logging points the least-squares line of the chosen log-likelihood falls
     by at least ``drop`` nats per token and by six of its standard errors, and the gap's line rises. The error comes
@@ -40,8 +40,8 @@ class CollapseDetector:
     points sees chance falls of three or four errors. Each language is reported once.
 
     Args:
-        window: number of consecutive logging points.
-        drop: fall in nats per token.
+        window: Number of consecutive logging points.
+        drop: Fall in nats per token.
     """
 
     def __init__(self, window: int, drop: float) -> None:
@@ -49,14 +49,27 @@ class CollapseDetector:
         self._history: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=8 * window))
         self._reported: set[str] = set()
 
-    def update(self, language: str, chosen: float, gap: float) -> Collapse | None:
-        """
-        Add one logging point.
+    def watch(self, metrics: Mapping[str, float]) -> list[Collapse]:
+        """Add the logging point of each language that a training log has metrics of; what is seen now.
 
         Args:
-            language: language code.
-            chosen: mean log-likelihood of chosen responses, nats per token.
-            gap: mean reward gap, nats per token.
+            metrics: From :meth:`mpo.training.metrics.LanguageMetrics.log`.
+        """
+        chosen = "logps/chosen/"
+        languages = [name.removeprefix(chosen) for name in metrics if name.startswith(chosen)]
+        found = (
+            self.update(language, metrics[f"{chosen}{language}"], metrics[f"reward_gap/{language}"])
+            for language in languages
+        )
+        return [collapse for collapse in found if collapse is not None]
+
+    def update(self, language: str, chosen: float, gap: float) -> Collapse | None:
+        """Add one logging point.
+
+        Args:
+            language: Language code.
+            chosen: Mean log-likelihood of chosen responses, nats per token.
+            gap: Mean reward gap, nats per token.
 
         Returns:
             The collapse, the first time it is seen for this language. A point that is not finite is left out.

@@ -6,61 +6,48 @@ gradients, and stored as plain ``.npy`` files that training reads through a memo
 memory while training and nothing grows with the size of the data.
 
 A cache belongs to one key: weights, rows (as token ids, so tokenizer, chat template and maximum length are in it),
-pooling and precision. Any change of these is another key. A cache is written to a temporary folder and renamed when it
-is complete; its files' checksums are verified whenever it is opened.
+pooling and precision. Any change of these is another key. A cache is written whole or not at all, as
+:mod:`mpo.common.files` does it; its files' checksums are verified whenever it is opened.
 """
 
 from __future__ import annotations
 
-import glob
 import json
-import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import tqdm
 from datasets import Dataset
 
-from mpo.errors import StorageError
+from mpo.common.files import PART, publish, remove_leftovers, write_text
+from mpo.common.log import get_logger
+from mpo.errors import DataError, StorageError
 from mpo.modeling.identity import hash_file
 from mpo.modeling.layout import BatchShape, call_on_trees
 from mpo.modeling.trees import Tree
+from mpo.training.ranks import Ranks, from_main
 
-# Not accelerate's logger, which fails in a process without an Accelerator; only the main process warns here.
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _FORMAT = 1
 _INDEX = "index.json"
 _ARRAYS = ("logps", "hidden")
-_PARTIAL = ".partial"
+_SOURCE = ("source_prompt", "source_chosen", "source_rejected")
 _VISIBLE_WITHIN = 60.0  # seconds after which a folder that another node has made must be seen
-_ABANDONED = 24 * 3600.0  # seconds without a write after which a partial folder is nobody's
-
-
-class Ranks(Protocol):
-    """The part of ``accelerate.Accelerator`` that the pass needs; tests and single processes may bring their own."""
-
-    num_processes: int
-    process_index: int
-    is_main_process: bool
-    device: torch.device
-
-    def wait_for_everyone(self) -> None: ...
 
 
 class ReferenceStore:
-    """
-    Memory-mapped results of a reference pass over ``n`` unique sources with hidden size ``H``.
+    """Memory-mapped results of a reference pass over ``n`` unique sources with hidden size ``H``.
 
     Attributes:
         logps: ``[n, 2]`` float32, mean log-likelihood per token of chosen and rejected, nats.
@@ -91,27 +78,73 @@ class SourceReference:
         """``[2, H]`` pooled reference states of the group's source."""
         return np.asarray(self.store.hidden[self.source_of_group[group]])
 
+    def groups_above(self, min_gap: float | None) -> np.ndarray:
+        """The groups whose source has a reference gap above a limit (nats per token); all without one.
+
+        Raises:
+            DataError: There is no such group.
+        """
+        if min_gap is None:
+            return np.arange(len(self.gap))
+        groups = np.flatnonzero(self.gap > min_gap)
+        if len(groups) == 0:
+            raise DataError(
+                f"no source has a reference gap above min_source_gap={min_gap}; the largest is "
+                f"{float(self.gap.max()):.3f}. Lower `min_source_gap`, or check that chosen and rejected are not swapped."
+            )
+        return groups
+
+    def report(self, min_gap: float | None) -> dict[str, int]:
+        """Count the sources: ``sources``, ``not_positive`` (gap of 0 or less), ``dropped`` (not above ``min_gap``).
+
+        Sources that are kept although the model prefers their rejected answer are warned of.
+        """
+        gaps = self.store.gaps()
+        dropped = gaps <= min_gap if min_gap is not None else np.zeros(len(gaps), dtype=bool)
+        if count := int(((gaps <= 0) & ~dropped).sum()):
+            logger.warning(
+                f"{count} of {len(gaps)} sources that are trained on have a reference gap of 0 or less: on them the model "
+                "prefers the rejected answer in its dominant language, too, and teaches that to the target languages. "
+                "`min_source_gap: 0.0` drops them."
+            )
+        return {
+            "sources": len(gaps),
+            "not_positive": int((gaps <= 0).sum()),
+            "dropped": int(dropped.sum()),
+        }
+
+
+def source_trees(groups: Mapping[str, Sequence[Any]], *, pool: bool = False) -> list[Tree]:
+    """The source pairs of tokenized groups as trees that are scored, and pooled if asked for."""
+    columns = (groups[column] for column in _SOURCE)
+    return [
+        Tree(prompt, chosen, rejected, pool=pool) for prompt, chosen, rejected in zip(*columns, strict=True)
+    ]
+
+
+def probe_trees(tokenized: Dataset) -> list[Tree]:
+    """A few source trees of a tokenized dataset, for :func:`mpo.modeling.layout.usable_layout`."""
+    return source_trees(tokenized[: min(3, len(tokenized))])
+
 
 def unique_sources(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
-    """
-    Find the groups that share a source.
+    """Find the groups that share a source.
 
     Args:
-        dataset: tokenized groups (:data:`mpo.data.tokenization.TOKENIZED_FEATURES`).
+        dataset: Tokenized groups (:data:`mpo.data.tokenization.TOKENIZED_FEATURES`).
 
     Returns:
         ``source_of_group`` ``[groups]``, ``first_group`` ``[sources]`` (a group that holds each source), and a hash of
         all sources' tokens in order.
     """
-    columns = ("source_prompt", "source_chosen", "source_rejected")
     seen: dict[bytes, int] = {}
     source_of_group = np.empty(len(dataset), dtype=np.int64)
     first_group: list[int] = []
     total = xxhash.xxh3_128()
     start = 0
-    for table in dataset.with_format("arrow").select_columns(list(columns)).iter(batch_size=1000):
+    for table in dataset.with_format("arrow").select_columns(list(_SOURCE)).iter(batch_size=1000):
         fields = []
-        for column in columns:
+        for column in _SOURCE:
             lists = table[column].combine_chunks()
             tokens = np.ascontiguousarray(lists.flatten(), dtype=np.int32).data
             fields.append((np.concatenate([[0], np.cumsum(pc.list_value_length(lists))]).tolist(), tokens))
@@ -157,24 +190,23 @@ def build_or_load(
     ranks: Ranks,
     name: str = "train",
 ) -> SourceReference:
-    """
-    The reference values of a dataset, from the cache or by a pass over its unique sources.
+    """The reference values of a dataset, from the cache or by a pass over its unique sources.
 
     Every rank calls this with the same arguments and gets the same values.
 
     Args:
-        dataset: tokenized groups.
-        forward: returns a context manager that yields the reference model's forward; entered only when a pass is
+        dataset: Tokenized groups.
+        forward: Returns a context manager that yields the reference model's forward; entered only when a pass is
             needed.
-        cache_dir: folder shared by all ranks.
-        key: what identifies the reference besides the rows: weights, pooling, precision.
-        shape: how sources become model calls.
+        cache_dir: Folder shared by all ranks.
+        key: What identifies the reference besides the rows: weights, pooling, precision.
+        shape: How sources become model calls.
         hidden_size: H.
-        ranks: the process group.
-        name: name of the split, for the progress bar.
+        ranks: The process group.
+        name: Name of the split, for the progress bar.
 
     Raises:
-        StorageError: the folder cannot be written, is not shared by all ranks, or the disk is full.
+        StorageError: The folder cannot be written, is not shared by all ranks, or the disk is full.
     """
     source_of_group, first_group, rows_hash = unique_sources(dataset)
     full_key = {
@@ -195,11 +227,7 @@ def build_or_load(
                     f"the reference cache '{folder}' is damaged ({problem}) and cannot be removed. Remove it, or set "
                     "`reference_cache_dir` to another folder."
                 )
-    # One rank decides for all: on a network file system another node may see a new folder later.
-    known = [folder.exists()]
-    if ranks.num_processes > 1:
-        broadcast_object_list(known, from_process=0)
-    if not known[0]:
+    if not from_main(folder.exists(), ranks):
         _run_pass(dataset, first_group, forward, folder, full_key, shape, hidden_size, ranks, name)
     _require_visible(folder, ranks)
     return SourceReference(ReferenceStore(folder), source_of_group)
@@ -217,15 +245,13 @@ def _run_pass(
     name: str,
 ) -> None:
     # Runs that differ in their settings only share a key and may start together, so each has a folder of its own.
-    token = [uuid.uuid4().hex[:12]]
-    if ranks.num_processes > 1:
-        broadcast_object_list(token, from_process=0)
-    partial = folder.with_name(f"{folder.name}.{token[0]}{_PARTIAL}")
+    token = from_main(uuid.uuid4().hex[:12], ranks)
+    partial = folder.with_name(f".{folder.name}.{token}{PART}")
     batches = list(_source_batches(dataset, first_group, shape.tokens_per_batch))
     shares = [_share(batches, rank, ranks.num_processes) for rank in range(ranks.num_processes)]
     mine = shares[ranks.process_index]
     if ranks.is_main_process:
-        _remove_abandoned(folder)
+        remove_leftovers(folder)
         _check_space(partial.parent, _bytes_of(len(first_group), hidden_size) * (2 if len(shares) > 1 else 1))
         _create(partial, len(first_group), hidden_size)
     ranks.wait_for_everyone()
@@ -238,7 +264,7 @@ def _run_pass(
         _create(own, len(mine), hidden_size)
     arrays = _open_arrays(own)
 
-    source_columns = dataset.select_columns(["source_prompt", "source_chosen", "source_rejected"])
+    source_columns = dataset.select_columns(list(_SOURCE))
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
     written = 0
@@ -250,13 +276,7 @@ def _run_pass(
         ):
             number = step * ranks.num_processes + ranks.process_index
             sources = batches[min(number, len(batches) - 1)]
-            rows = source_columns[[int(first_group[i]) for i in sources]]
-            trees = [
-                Tree(*parts, score=True, pool=True)
-                for parts in zip(
-                    rows["source_prompt"], rows["source_chosen"], rows["source_rejected"], strict=True
-                )
-            ]
+            trees = source_trees(source_columns[[int(first_group[i]) for i in sources]], pool=True)
             output = call_on_trees(call, trees, shape, ranks.device)
             assert output.response_logps is not None and output.pooled is not None
             if number >= len(batches):
@@ -302,15 +322,14 @@ def _flush(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
             if isinstance(array, np.memmap):  # an array of length 0 is none
                 array.flush()
     except OSError as error:
-        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+        raise _not_writable(folder, error) from error
 
 
 def _require_visible(folder: Path, ranks: Ranks) -> None:
-    """
-    Wait until this rank sees a folder that the main process has made.
+    """Wait until this rank sees a folder that the main process has made.
 
     Raises:
-        StorageError: it does not, so the ranks do not share their file system.
+        StorageError: It does not, so the ranks do not share their file system.
     """
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not folder.is_dir():
@@ -327,11 +346,10 @@ def _require_visible(folder: Path, ranks: Ranks) -> None:
 def _source_batches(dataset: Dataset, first_group: np.ndarray, tokens_per_batch: int) -> Iterator[list[int]]:
     """Sources by falling length, cut into batches of at most ``tokens_per_batch`` tokens."""
     lengths = np.zeros(len(first_group), dtype=np.int64)
-    columns = ["source_prompt", "source_chosen", "source_rejected"]
-    table = dataset.with_format("arrow").select_columns(columns)
+    table = dataset.with_format("arrow").select_columns(list(_SOURCE))
     for start in range(0, len(first_group), 1000):
         part = table[[int(i) for i in first_group[start : start + 1000]]]
-        for column in columns:
+        for column in _SOURCE:
             lengths[start : start + len(part)] += np.asarray([len(ids) for ids in part[column]])
     batch: list[int] = []
     tokens = 0
@@ -343,17 +361,6 @@ def _source_batches(dataset: Dataset, first_group: np.ndarray, tokens_per_batch:
         tokens += int(lengths[source])
     if batch:
         yield batch
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed passes with this key have left, but not what another run is writing now."""
-    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.*{_PARTIAL}"):
-        try:
-            written = max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
-        except OSError:
-            continue
-        if time.time() - written > _ABANDONED:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _bytes_of(sources: int, hidden_size: int) -> int:
@@ -407,17 +414,14 @@ def _complete(partial: Path, folder: Path, key: Mapping[str, Any]) -> None:
             }
             for array in _ARRAYS
         }
-        with open(partial / _INDEX, "w", encoding="utf-8") as file:
-            json.dump({"key": key, "files": files}, file, indent=2, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder)
+        write_text(partial / _INDEX, json.dumps({"key": key, "files": files}, indent=2, sort_keys=True))
+        publish(partial, folder)
     except OSError as error:
         # Another run with the same key may have finished first; its result is as good.
         if _verify(folder) is None:
             shutil.rmtree(partial, ignore_errors=True)
             return
-        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+        raise _not_writable(folder, error) from error
 
 
 def _verify(folder: Path) -> str | None:

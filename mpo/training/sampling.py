@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -16,14 +15,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from mpo.common.log import get_logger
 from mpo.errors import ConfigError
+from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.reference import SourceReference
 
+logger = get_logger(__name__)
+
 
 class GroupDataset(TorchDataset[dict[str, Any]]):
-    """
-    Tokenized groups with the reference values of their sources.
+    """Tokenized groups with the reference values of their sources.
 
     A negative index ``~i`` is group ``i`` as a filler: it is computed, but weighs nothing and is counted nowhere. A
     rank that has no group left in a step takes one, so that all ranks make the same model calls.
@@ -68,18 +70,17 @@ class EpochSampler(Sampler[list[int]]):
 
 
 class GroupBatchSampler(EpochSampler):
-    """
-    Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
+    """Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
 
     A micro-batch takes ``batch_size`` groups on each rank. What is left at the end of an epoch is spread evenly over the
     ranks; a rank that gets none receives a filler (see :class:`GroupDataset`).
 
     Args:
-        indices: groups to draw from.
-        batch_size: groups per rank and micro-batch.
-        num_ranks, rank: the process group.
-        seed: seed of the order; None keeps the order of ``indices``.
-        drop_last: leave out what is left at the end of an epoch.
+        indices: Groups to draw from.
+        batch_size: Groups per rank and micro-batch.
+        num_ranks, rank: The process group.
+        seed: Seed of the order; None keeps the order of ``indices``.
+        drop_last: Leave out what is left at the end of an epoch.
     """
 
     def __init__(
@@ -116,8 +117,7 @@ class GroupBatchSampler(EpochSampler):
 
 
 class TokenBudgetSampler(EpochSampler):
-    """
-    Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
+    """Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
 
     Group sizes are spread over as few micro-batches as the budget allows, the largest first, each to the micro-batch with
     the fewest tokens so far. So all micro-batches come out nearly equal, and those of one step, one per rank, differ by
@@ -129,11 +129,11 @@ class TokenBudgetSampler(EpochSampler):
 
     Args:
         indices: ``[n]``, groups to draw from.
-        tokens: ``[n]``, tokens of each (:func:`group_tokens`).
-        max_tokens: budget of a micro-batch on one rank.
-        num_ranks, rank: the process group.
-        seed: seed of the order.
-        drop_last: leave out the step in which a rank would have no group and compute a filler.
+        tokens: ``[n]``, tokens of each (:func:`mpo.training.workload.group_tokens`).
+        max_tokens: Budget of a micro-batch on one rank.
+        num_ranks, rank: The process group.
+        seed: Seed of the order.
+        drop_last: Leave out the step in which a rank would have no group and compute a filler.
     """
 
     def __init__(
@@ -181,53 +181,19 @@ class TokenBudgetSampler(EpochSampler):
                 yield [~int(groups[self._places[self._starts[first + 1] - 1]])]
 
 
-def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
-    """
-    Tokens that each group brings to a micro-batch, without padding.
-
-    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
-
-    Args:
-        groups: tokenized groups.
-        run_source: whether the source is run while training.
-        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
-
-    Returns:
-        ``[groups]`` int64.
-    """
-    prompts = 1 if layout == "tree" else 2
-    factors = {
-        f"{side}_{part}": prompts if part == "prompt" else 1
-        for side in (("source", "target") if run_source else ("target",))
-        for part in ("prompt", "chosen", "rejected")
-    }
-    counts = [np.zeros(0, dtype=np.int64)]
-    for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
-        columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
-        counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
-    return np.concatenate(counts)
+def count_languages(tokenized: Dataset) -> dict[str, int]:
+    """Number of target pairs of each language of a tokenized dataset."""
+    counts: dict[str, int] = {}
+    for table in tokenized.with_format("arrow").select_columns(["target_language"]).iter(batch_size=10_000):
+        values = pc.value_counts(pc.list_flatten(table["target_language"]))
+        for value in values.to_pylist():
+            counts[value["values"]] = counts.get(value["values"], 0) + value["counts"]
+    return counts
 
 
-def longest_tree(groups: Dataset) -> int:
-    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
-    columns = [f"{side}_{part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
-    longest = 0
-    for table in groups.with_format("arrow").select_columns(columns).iter(batch_size=10_000):
-        sources = sum(_tokens_of_rows(table[name]) for name in columns[:3])
-        targets = sum(_tokens_of_rows(pc.list_flatten(table[name])) for name in columns[3:])
-        longest = max(longest, int(np.max(sources)), int(np.max(targets)))
-    return longest
-
-
-def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:
-    """Tokens in each row of a column of token lists, or of lists of token lists."""
-    counts = []
-    for chunk in column.chunks:
-        offsets, values = chunk.offsets.to_numpy(), chunk.values
-        if not pa.types.is_integer(values.type):
-            offsets = values.offsets.to_numpy()[offsets]
-        counts.append(np.diff(offsets).astype(np.int64))
-    return np.concatenate(counts)
+def target_languages(*datasets: Dataset) -> list[str]:
+    """Target languages of tokenized datasets, sorted."""
+    return sorted({language for dataset in datasets for language in count_languages(dataset)})
 
 
 def _rounded_up(tokens: np.ndarray) -> np.ndarray:
@@ -238,8 +204,7 @@ def _rounded_up(tokens: np.ndarray) -> np.ndarray:
 
 
 def _spread(sizes: np.ndarray, budget: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
+    """Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
 
     Returns:
         ``[n]`` batch of each, and the batches' loads.
@@ -301,16 +266,16 @@ class GroupDataLoader(DataLoader[dict[str, Any]]):
 
 @dataclass
 class GroupCollator:
-    """
-    Turns groups into the tensors of one step.
+    """Turns groups into the tensors of one step.
 
     Args:
-        languages: target languages; a pair's language is its index in this list.
-        language_weights: weight of each of ``languages``.
-        layout, max_tokens_per_row, pad_token_id, pooling, pad_to_multiple_of: see :func:`mpo.modeling.trees.build_batch`.
-        run_source: whether the source pair is run, for the retention term.
-        score_source: whether the source pair's responses are scored, for evaluation.
-        max_tokens_per_call: a batch of more tokens is split into several model calls.
+        languages: Target languages; a pair's language is its index in this list.
+        language_weights: Weight of each of ``languages``.
+        shape: How trees become model calls.
+        run_source: Whether the source pair is run, for the retention term.
+        score_source: Whether the source pair's responses are scored, for evaluation.
+        pad_to_multiple_of: See :func:`mpo.modeling.trees.build_batch`.
+        max_tokens_per_call: A batch of more tokens is split into several model calls.
 
     The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T target pairs:
 
@@ -327,10 +292,7 @@ class GroupCollator:
 
     languages: Sequence[str]
     language_weights: Sequence[float]
-    layout: str
-    max_tokens_per_row: int
-    pad_token_id: int
-    pooling: str
+    shape: BatchShape
     run_source: bool = True
     score_source: bool = False
     pad_to_multiple_of: int | None = None
@@ -397,13 +359,17 @@ class GroupCollator:
         batch["rows"] = [list(example["row"]) for example in examples]
         return batch
 
+    def weigh_languages(self, groups: Dataset, weights: Mapping[str, float] | str | None) -> None:
+        """Weight the languages so that the mean weight is 1 over the pairs of these tokenized groups."""
+        self.language_weights = language_weights(self.languages, count_languages(groups), weights)
+
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
         return build_batch(
             trees,
-            layout=self.layout,
-            max_tokens_per_row=self.max_tokens_per_row,
-            pad_token_id=self.pad_token_id,
-            pooling=self.pooling,
+            layout=self.shape.layout,
+            max_tokens_per_row=self.shape.max_tokens_per_row,
+            pad_token_id=self.shape.pad_token_id,
+            pooling=self.shape.pooling,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
@@ -411,17 +377,16 @@ class GroupCollator:
 def language_weights(
     languages: Sequence[str], pairs: Mapping[str, int], weights: Mapping[str, float] | str | None
 ) -> list[float]:
-    """
-    Weight of each language, scaled so that the mean over all pairs is 1.
+    """Weight of each language, scaled so that the mean over all pairs is 1.
 
     Args:
-        languages: target languages.
-        pairs: number of training pairs of each.
+        languages: Target languages.
+        pairs: Number of training pairs of each.
         weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
             (1 where not named).
 
     Raises:
-        ConfigError: a language is named that is not among ``languages``, or all pairs weigh 0.
+        ConfigError: A language is named that is not among ``languages``, or all pairs weigh 0.
     """
     if weights is None:
         return [1.0] * len(languages)

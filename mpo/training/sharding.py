@@ -1,4 +1,4 @@
-"""Models whose weights are divided over ranks: DeepSpeed ZeRO and FSDP2.
+"""How a model is called, whole or with its weights divided over ranks by DeepSpeed ZeRO or FSDP2.
 
 Accelerate places and divides a model when the training loop begins. The reference pass and the first scoring come before,
 so they ask here for a model that can be called, and get the one that training will compute with: same precision, same
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import Trainer
 
 from mpo.errors import ConfigError
+from mpo.modeling.layout import CALL_TOKENS
 from mpo.training.compute import is_installed
+
+if TYPE_CHECKING:
+    from mpo.training.config import MPOConfig
 
 
 def launched_with(engine: str) -> bool:
@@ -33,20 +37,19 @@ def _is_set(variable: str) -> bool:
 
 
 def deepspeed_backend(use_cpu: bool) -> str | None:
-    """
-    What DeepSpeed's processes communicate with where it has to be said, before they begin to.
+    """What DeepSpeed's processes communicate with where it has to be said, before they begin to.
 
     Without an accelerator that is gloo: left to themselves, Accelerate takes the processes for single ones. DeepSpeed's own
     sum over shared memory, which it compiles for a minute or more on its first start, is left out.
 
     Args:
-        use_cpu: whether the settings ask for the CPU.
+        use_cpu: Whether the settings ask for the CPU.
 
     Returns:
         A backend of torch, or None to leave it to Accelerate.
 
     Raises:
-        ConfigError: the CPU is asked for, where Accelerate sets DeepSpeed aside.
+        ConfigError: The CPU is asked for, where Accelerate sets DeepSpeed aside.
     """
     if not launched_with("DEEPSPEED"):
         return None
@@ -64,6 +67,16 @@ def deepspeed_backend(use_cpu: bool) -> str | None:
     return "gloo"
 
 
+def will_be_sharded(args: Any) -> bool:
+    """Whether a trainer with these settings will divide its model over ranks, before it has an accelerator."""
+    return bool(getattr(args, "deepspeed_plugin", None) or args.fsdp or launched_with("FSDP"))
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed or FSDP divides the model, its gradients or its optimizer over ranks."""
+    return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
 def sharding_name(accelerator: Accelerator) -> str:
     """``"none"``, ``"DDP"``, ``"ZeRO-1"`` to ``"ZeRO-3"`` or ``"FSDP2"``."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -74,8 +87,7 @@ def sharding_name(accelerator: Accelerator) -> str:
 
 
 def check_sharding(accelerator: Accelerator) -> None:
-    """
-    Refuse Accelerate configurations under which a run could not keep its promises, and mend what can be mended.
+    """Refuse Accelerate configurations under which a run could not keep its promises, and correct what can be.
 
     Raises:
         ConfigError: FSDP on a CPU; FSDP1; or ZeRO-3 that would save a model nobody can load.
@@ -107,23 +119,105 @@ def check_sharding(accelerator: Accelerator) -> None:
             )
 
 
-def deepspeed_inference_engine(model: nn.Module, accelerator: Accelerator) -> Any:
+def tokens_per_call(args: MPOConfig, accelerator: Accelerator, *, router_loss: bool) -> int | None:
+    """Tokens beyond which a micro-batch is split into several model calls; None where it is always one.
+
+    Raises:
+        ConfigError: A split is asked for where ranks would wait for each other, or the loss is of a whole micro-batch.
     """
-    A DeepSpeed engine without an optimizer around a model that training has not wrapped yet.
+    wanted = args.max_tokens_per_call
+    split = not (accelerator.num_processes > 1 or is_sharded(accelerator) or router_loss or args.fp16)
+    if wanted is not None and not split:
+        raise ConfigError(
+            f"`max_tokens_per_call` is {wanted}, but a micro-batch is one model call with several processes, DeepSpeed, "
+            "FSDP, fp16 or a mixture-of-experts model. Remove it, and lower `max_targets_per_group` to save memory."
+        )
+    return wanted or (CALL_TOKENS.get(accelerator.device.type) if split else None)
+
+
+class CallablePolicy:
+    """The model of a trainer as it can be called for a forward pass, before the training loop begins and in it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._early_engine: Any = None  # DeepSpeed's, until training makes its own
+
+    @property
+    def model(self) -> Any:
+        """The model itself, with its adapter."""
+        return self._trainer.model
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The trainer's."""
+        return self._trainer.accelerator
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether there has been an optimizer step."""
+        return self._trainer.state.global_step > 0
+
+    def callable(self) -> Any:
+        """What to call. Before training, a model that will be divided over ranks is divided here."""
+        trainer = self._trainer
+        if trainer.is_deepspeed_enabled and trainer.model_wrapped is trainer.model:
+            if self._early_engine is None:
+                self._early_engine = _deepspeed_inference_engine(trainer.model, trainer.accelerator)
+            return self._early_engine
+        if trainer.is_fsdp_enabled and not is_fsdp_sharded(trainer.model):
+            trainer.model = trainer.model_wrapped = _fsdp_shard(trainer.model, trainer.accelerator)
+        return trainer.model_wrapped if is_sharded(trainer.accelerator) else trainer.model
+
+    def release(self) -> None:
+        """Give up what was made for calls before training, so that training's engine can take the model."""
+        destroy_engine(self._early_engine)
+        self._early_engine = None
+
+
+@contextmanager
+def inference(model: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """A model in eval mode, under the mixed precision of training; afterwards it is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Sharding engines cast the weights themselves.
+        with nullcontext() if is_sharded(accelerator) else accelerator.autocast():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def place_frozen(model: Any, accelerator: Accelerator) -> Any:
+    """A frozen model, beside the one that is trained, as it can be called: on the device, divided where that one is."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_inference_engine(model, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
+
+
+def destroy_engine(model: Any) -> None:
+    """Take down a DeepSpeed engine, before another takes its model; anything else is left alone."""
+    if hasattr(model, "destroy"):
+        model.destroy()
+
+
+def _deepspeed_inference_engine(model: nn.Module, accelerator: Accelerator) -> Any:
+    """A DeepSpeed engine without an optimizer around a model that training has not wrapped yet.
 
     The weights are cast and placed as training's engine will have them; under ZeRO-3 they are divided over the ranks.
-    Call its ``destroy()`` before another engine takes the model.
     """
     from trl.models.utils import prepare_deepspeed
 
     return prepare_deepspeed(model, accelerator)
 
 
-def fsdp_shard(model: Any, accelerator: Accelerator) -> Any:
-    """
-    Divide a model with FSDP2, for good: there is no way back, so training goes on with the result.
+def _fsdp_shard(model: Any, accelerator: Accelerator) -> Any:
+    """Divide a model with FSDP2, for good: there is no way back, so training goes on with the result.
 
-    See :func:`fsdp_sharded_before`, under which the training loop does not divide it again.
+    See :func:`mpo.training.trl_contract.without_second_sharding`, under which the training loop does not divide it again.
     """
     # Accelerate takes a model only together with its optimizer; training's own is made when the loop begins.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -132,28 +226,16 @@ def fsdp_shard(model: Any, accelerator: Accelerator) -> Any:
     return model
 
 
-def fsdp_shard_reference(model: Any, accelerator: Accelerator) -> Any:
-    """Divide a frozen model with FSDP2, beside the one that is trained."""
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-    return fsdp2_prepare_model(accelerator, model)
-
-
-@contextmanager
-def fsdp_sharded_before(accelerator: Accelerator) -> Iterator[None]:
-    """``accelerator.prepare(model, optimizer)`` for a model that is divided already and an optimizer made of its shards."""
-
-    def prepare(model: Any, optimizer: Any) -> tuple[Any, Any]:
-        accelerator._models.append(model)
-        return model, accelerator.prepare_optimizer(optimizer)
-
-    with mock.patch.object(accelerator, "prepare", prepare):
-        yield
+def fsdp_whole_state(model: Any, accelerator: Accelerator) -> dict[str, Any]:
+    """The weights of a model that FSDP2 has divided, whole and each once. All ranks call this."""
+    state: dict[str, Any] = accelerator.get_state_dict(model)
+    for tied in getattr(model, "all_tied_weights_keys", None) or {}:
+        state.pop(tied, None)
+    return state
 
 
 def fsdp_reshard(model: nn.Module) -> None:
-    """
-    Give up the gathered weights that a forward pass has left behind.
+    """Give up the gathered weights that a forward pass has left behind.
 
     Units that are not divided again after their forward pass (the last norm and the head, the root) show their whole
     weights until a backward pass. An optimizer made in between would be given those, and never move the shards.
@@ -163,7 +245,7 @@ def fsdp_reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def is_fsdp_sharded(model: nn.Module) -> bool:
+def is_fsdp_sharded(model: Any) -> bool:
     """Whether FSDP2 has divided the model."""
     return isinstance(model, FSDPModule)
 

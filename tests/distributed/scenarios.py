@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 
 from mpo.errors import TrainingError
 from mpo.modeling.loading import ModelSource, load_adapter, load_model, load_tokenizer
+from mpo.modeling.pairs import PairTensors
 from mpo.training.checkpoints import checkpoints
 from mpo.training.config import MPOConfig
-from mpo.training.scoring import PairTensors
 from mpo.training.trainer import MPOTrainer
 from tests.runs import lora
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny

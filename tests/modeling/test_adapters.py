@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig
 
-from mpo.modeling.adapters import spare_input_copies
+from mpo.modeling.adapters import skip_input_casts
 from tests.tiny import build_model
 
 
@@ -49,7 +49,7 @@ def step(model: Any, *, autocast: bool = True) -> tuple[Tensor, dict[str, Tensor
 
 def test_results_are_the_same_to_the_last_bit_with_fewer_bytes_saved() -> None:
     before, spared = adapted(), adapted()
-    spare_input_copies(spared)
+    skip_input_casts(spared)
     logits, gradients, saved = step(before)
     other_logits, other_gradients, other_saved = step(spared)
     assert torch.equal(logits, other_logits)
@@ -63,7 +63,7 @@ def test_results_are_the_same_to_the_last_bit_with_fewer_bytes_saved() -> None:
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.3}, {"use_dora": True}])
 def test_where_it_would_change_results_nothing_changes(settings: dict[str, Any]) -> None:
     before, spared = adapted(**settings), adapted(**settings)
-    spare_input_copies(spared)
+    skip_input_casts(spared)
     logits, gradients, saved = step(before)
     other_logits, other_gradients, other_saved = step(spared)
     assert torch.equal(logits, other_logits) and saved == other_saved
@@ -73,7 +73,7 @@ def test_where_it_would_change_results_nothing_changes(settings: dict[str, Any])
 def test_without_autocast_and_in_a_copy_the_model_works_as_before() -> None:
     model = adapted()
     expected = step(adapted(), autocast=False)[0]
-    spare_input_copies(model)
+    skip_input_casts(model)
     twin = copy.deepcopy(model)
     assert torch.equal(step(model, autocast=False)[0], expected)
     with torch.no_grad():

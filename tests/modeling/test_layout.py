@@ -18,7 +18,7 @@ from mpo.errors import ModelError
 from mpo.modeling.head import RewardGapOutput, attach_reward_gap_head
 from mpo.modeling.layout import BatchShape, batch_shape, default_attention, usable_layout
 from mpo.modeling.trees import Tree
-from mpo.training.scoring import probe_trees
+from mpo.training.reference import probe_trees
 from tests import runs
 from tests.tiny import MODEL_FAMILIES, build_model, build_tokenizer, random_groups, save_tiny
 
@@ -193,9 +193,9 @@ def test_a_trainer_falls_back_as_a_whole_and_trains(tmp_path: Path, monkeypatch:
         calls.append(1)
         return original(ignoring(forward, **WRONG["its positions count through the row"]), *arguments)
 
-    monkeypatch.setattr("mpo.training.trainer.usable_layout", misread)
+    monkeypatch.setattr("mpo.training.reference_policy.usable_layout", misread)
     trainer = runs.trainer(folder, tmp_path, max_steps=2)
     trainer.train()
     assert calls == [1], "the layout is settled once"
-    assert trainer.data_collator.layout == "padded"
+    assert trainer.data_collator.shape.layout == "padded"
     assert runs.differing(expected, runs.weights(trainer.model)) == []

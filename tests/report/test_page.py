@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -226,6 +227,34 @@ def test_the_table_has_the_rates_intervals_and_adjusted_p_values_of_scipy(tmp_pa
     assert rows[1][6] == f"{p_values[0]:.3f}"
     assert [rows[2][6], rows[0][6]] == [f"{p_values[1]:.3f}", "1.000"]
     assert rows[3][3].startswith("43.3 ") and rows[3][4].startswith("16.7 ")
+
+
+def test_a_chart_has_the_rows_values_and_intervals_of_its_table(folder: Path) -> None:
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(folder))
+    section = re.search('<section id="reward-gap">.*?</section>', page)
+    assert section is not None
+    strips = re.findall('<span class="name">(.*?)</span>(.*?)<span class="values">(.*?)</span>', section[0])
+    rows = _cells(table, "Reward gap")
+    assert [name for name, _, _ in strips] == [row[1].strip("*") for row in rows]
+    for (_, svg, values), row in zip(strips, rows, strict=True):
+        assert values == " \N{RIGHTWARDS ARROW} ".join(row[n].split(" ")[0] for n in (3, 4))
+        way, *marks = re.findall(r'<line class="way" x1="([\d.]+)%"|<svg x="([\d.]+)%"', svg)
+        assert (
+            min(float(x) for _, x in marks) == float(way[0]) and len(marks) == svg.count('class="band') == 2
+        )
+    # Places are linear in the numbers: the mean's lies where that of the languages says.
+    places = [[float(x) for x in re.findall(r'<svg x="([\d.]+)%"', svg)] for _, svg, _ in strips]
+    numbers = [[float(row[n].split(" ")[0].replace("\N{MINUS SIGN}", "-")) for n in (3, 4)] for row in rows]
+    slope, start = np.polyfit(np.ravel(numbers[:2]), np.ravel(places[:2]), 1)
+    assert np.ravel(places) == pytest.approx(start + slope * np.ravel(numbers), abs=0.1)
+
+
+def test_the_page_and_its_charts_need_no_matplotlib(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = write_report(folder, out=tmp_path)[0].read_text(encoding="utf-8")
+    assert page.count('<div class="chart" role="img"') == 5 and '<div class="chart plot"' in page
 
 
 def test_every_measurement_has_a_block_and_all_rows_the_same_columns(folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_marked_checkpoint_is_complete_and_carries_its_state(tmp_path: Path) -
     mark_complete(checkpoint, {"data_seed": 7, "min_source_gap": None})
     assert is_complete(checkpoint)
     assert saved_state(checkpoint) == {"data_seed": 7, "min_source_gap": None}
-    assert not list(checkpoint.glob("*.partial"))
+    assert not list(checkpoint.glob("*.part"))
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -117,7 +117,7 @@ def test_files_are_on_the_disk_before_the_marker_says_so(
     mark_complete(checkpoint, {})
     written = events[: events.index("renamed")]
     assert {Path(name).name for name in FILES} <= set(written)
-    assert written[-1].startswith(MARKER)
+    assert written[-1].lstrip(".").startswith(MARKER)
 
 
 def test_a_marker_that_was_being_written_marks_nothing(
@@ -128,7 +128,7 @@ def test_a_marker_that_was_being_written_marks_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subject.os, "replace", stop)
+    monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         mark_complete(checkpoint, {})
     assert not is_complete(checkpoint)
@@ -324,7 +324,7 @@ FAILURES: dict[str, tuple[str, Exception]] = {
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ),
     "the trainer's state": ("transformers.TrainerState.save_to_json", NO_SPACE),
-    "the marker": ("mpo.training.trainer.mark_complete", NO_SPACE),
+    "the marker": ("mpo.training.checkpoints.mark_complete", NO_SPACE),
 }
 
 
@@ -406,7 +406,7 @@ def test_what_another_rank_could_not_save_is_not_declared_complete(
     trainer.train()
     trainer.state.global_step = 2
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    monkeypatch.setattr("mpo.training.trainer.gather_object", lambda problems: [*problems, "full over there"])
+    monkeypatch.setattr("mpo.training.ranks.gather_object", lambda problems: [*problems, "full over there"])
     trainer._save_checkpoint(trainer.model_wrapped, None)
     assert steps(tmp_path / "out") == [1]
     assert any("full over there" in message for message in caplog.messages)
@@ -427,7 +427,7 @@ def test_only_the_main_process_declares_and_removes_checkpoints(
     trainer._save_checkpoint(trainer.model_wrapped, None)
     assert steps(out) == [2, 3] and left.exists()
     assert not is_complete(out / "checkpoint-3")
-    trainer._set_earlier_checkpoints_aside(None)
+    trainer._run.set_earlier_aside(None)
     assert last_complete_checkpoint(out) == out / "checkpoint-2"
 
 

@@ -121,7 +121,7 @@ def build(
 def caches(folder: Path) -> list[Path]:
     """Finished cache folders below ``folder``."""
     return (
-        sorted(path for path in folder.iterdir() if not path.name.endswith(".partial"))
+        sorted(path for path in folder.iterdir() if not path.name.endswith(".part"))
         if folder.exists()
         else []
     )
@@ -389,7 +389,7 @@ def test_a_kill_before_the_index_is_whole_leaves_nothing_that_is_used(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subject.os, "replace", stop)
+    monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         build(dataset, Forward(model), tmp_path)
     monkeypatch.undo()
@@ -404,7 +404,7 @@ def test_what_killed_passes_leave_is_removed_when_it_is_old(
     build(dataset, Forward(model), tmp_path)
     (folder,) = caches(tmp_path)
     old, young, foreign = (
-        tmp_path / f"{name}.partial" for name in (f"{folder.name}.aaa", f"{folder.name}.bbb", "another.ccc")
+        tmp_path / f".{name}.part" for name in (f"{folder.name}.aaa", f"{folder.name}.bbb", "another.ccc")
     )
     for path in (old, young, foreign):
         path.mkdir()
@@ -489,7 +489,7 @@ def test_the_space_of_the_cache_is_reserved_before_the_pass(
     model: PreTrainedModel, dataset: Dataset, tmp_path: Path
 ) -> None:
     def look(call: int) -> None:
-        (partial,) = (path for path in tmp_path.iterdir() if path.name.endswith(".partial"))
+        (partial,) = (path for path in tmp_path.iterdir() if path.name.endswith(".part"))
         for path in partial.glob("*.npy"):
             status = path.stat()
             assert status.st_blocks * 512 >= status.st_size, (
@@ -506,7 +506,7 @@ def test_a_rank_that_does_not_see_the_folder_says_that_it_must_be_shared(
     class SecondRank(OneRank):
         num_processes, process_index, is_main_process = 2, 1, False
 
-    monkeypatch.setattr(subject, "broadcast_object_list", lambda objects, from_process: objects)
+    monkeypatch.setattr("mpo.training.ranks.broadcast_object_list", lambda objects, from_process: objects)
     monkeypatch.setattr(subject, "_VISIBLE_WITHIN", 0.1)
     with pytest.raises(StorageError, match="shared"):
         build(dataset, forbidden, tmp_path, ranks=SecondRank())
@@ -517,7 +517,7 @@ def test_a_rank_that_sees_the_cache_late_waits_for_it_instead_of_starting_a_pass
 ) -> None:
     expected = values(build(dataset, Forward(model), tmp_path))
     (folder,) = caches(tmp_path)
-    unseen = folder.rename(tmp_path / "not yet.partial")
+    unseen = folder.rename(tmp_path / "not yet.part")
 
     class SecondRank(OneRank):
         num_processes, process_index, is_main_process = 2, 1, False
@@ -526,7 +526,7 @@ def test_a_rank_that_sees_the_cache_late_waits_for_it_instead_of_starting_a_pass
         assert objects == [False]
         objects[:] = [True]
 
-    monkeypatch.setattr(subject, "broadcast_object_list", broadcast)
+    monkeypatch.setattr("mpo.training.ranks.broadcast_object_list", broadcast)
     appear = threading.Timer(0.3, unseen.rename, (folder,))
     appear.start()
     found = values(build(dataset, forbidden, tmp_path, ranks=SecondRank()))
@@ -551,7 +551,7 @@ def test_ranks_divide_the_sources_and_agree_with_a_single_one(
         barrier.wait()
         return objects
 
-    monkeypatch.setattr(subject, "broadcast_object_list", broadcast)
+    monkeypatch.setattr("mpo.training.ranks.broadcast_object_list", broadcast)
 
     class Rank(OneRank):
         num_processes = ranks
@@ -702,6 +702,18 @@ def test_adapters_to_go_on_from_are_told_apart(tmp_path: Path) -> None:
     for number, seed in enumerate((0, 1), start=1):
         torch.manual_seed(seed)
         model = get_peft_model(build_model("llama"), runs.lora(init_lora_weights=False))
+        assert look_up(model, tmp_path, processing_class=build_tokenizer("llama")) == number
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 64}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}]
+)
+def test_adapters_of_the_same_tensors_that_compute_something_else_are_told_apart(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    for number, more in enumerate(({}, settings), start=1):
+        torch.manual_seed(0)
+        model = get_peft_model(build_model("llama"), runs.lora(init_lora_weights=False, **more))
         assert look_up(model, tmp_path, processing_class=build_tokenizer("llama")) == number
 
 

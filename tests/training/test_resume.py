@@ -284,7 +284,7 @@ def run_and_die(model: Path, folder: Path, kind: str, where: str, settings: dict
     elif where == "the random state":
         _kill_in_file(torch, "save", 1, "rng_state.pth")
     elif where == "before the marker":
-        trainer_module.mark_complete = third(trainer_module.mark_complete)
+        checkpoints.mark_complete = third(checkpoints.mark_complete)
     elif where == "in the marker":
         os.replace = third(os.replace, lambda _, target: Path(target).name == MARKER)
     elif where == "in rotation":
@@ -602,7 +602,9 @@ def test_auto_goes_on_from_the_new_run_and_not_from_later_steps_of_an_earlier_on
     assert is_complete(out / f"checkpoint-{STEPS}"), "what is set aside can still be named"
     assert new.resolve_checkpoint("auto") == str(out / "checkpoint-2")
     assert new.resolve_checkpoint(True) == str(out / "checkpoint-2")
-    monkeypatch.setattr(new, "_as_main_sees", lambda found: out / "checkpoint-1")  # on another rank
+    monkeypatch.setattr(
+        "mpo.training.resume.from_main", lambda found, ranks: out / "checkpoint-1"
+    )  # on another rank
     assert new.resolve_checkpoint("auto") == str(out / "checkpoint-1")
     monkeypatch.undo()
     # Before its own first checkpoint, a new run has nothing to go on from.

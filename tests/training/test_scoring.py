@@ -18,8 +18,11 @@ from transformers import PreTrainedModel
 from mpo import MPOConfig, MPOTrainer
 from mpo.data import as_groups
 from mpo.errors import DataError, MPOError
+from mpo.modeling.likelihoods import perplexity
+from mpo.modeling.pairs import PairTensors
+from mpo.training.ranks import SingleRank
 from mpo.training.records import PairScore, Scores
-from mpo.training.scoring import evaluation_loader, perplexity, score_groups, score_loader
+from mpo.training.scoring import score_dataset, score_groups
 from tests.plain import (
     Exact,
     Group,
@@ -316,34 +319,29 @@ def test_several_ranks_together_give_the_scores_of_one(
             parameter.mul_(1.1)
 
     def run(rank: int, of: int) -> tuple[Scores, float]:
-        loader = evaluation_loader(
+        one: Any = SingleRank(torch.device("cpu"))
+        one.process_index, one.num_processes = rank, of
+        return score_dataset(
+            trainer.model.eval(),
             data,
             reference,
             languages=trainer.languages,
-            shape=trainer._shape,
-            batch_size=size,
-            num_ranks=of,
-            rank=rank,
-        )
-        return score_loader(
-            trainer.model.eval(),
-            loader,
-            languages=trainer.languages,
             source_language="en",
-            device=torch.device("cpu"),
+            shape=trainer.data_collator.shape,
+            ranks=one,
+            batch_size=size,
             pair_loss=trainer.pair_loss,
-            num_ranks=of,
             progress=False,
         )
 
     alone, alone_loss = run(0, 1)
     # Every rank's part is collected first, then handed to a rank as the others would.
     parts: list[Any] = []
-    monkeypatch.setattr("mpo.training.scoring.gather_object", lambda part: parts.extend(part) or part)
+    monkeypatch.setattr("mpo.training.ranks.gather_object", lambda part: parts.extend(part) or part)
     for rank in range(ranks):
         run(rank, ranks)
     assert len(parts) == ranks
-    monkeypatch.setattr("mpo.training.scoring.gather_object", lambda part: parts)
+    monkeypatch.setattr("mpo.training.ranks.gather_object", lambda part: parts)
     together, together_loss = run(ranks - 1, ranks)
     assert_records(together.records, alone.records)
     assert alone.retention is not None and alone.retention > 1e-3
@@ -452,3 +450,10 @@ def test_the_perplexity_of_a_peft_model_is_that_with_its_adapter() -> None:
 def test_texts_of_one_token_have_no_perplexity() -> None:
     with pytest.raises(DataError, match="nothing to predict"):
         perplexity(build_model("qwen2"), build_tokenizer("qwen2"), ["a", ""])
+
+
+def test_the_documented_names_are_found_where_they_are_documented() -> None:
+    import mpo.scoring as documented
+
+    assert documented.score_groups is score_groups and documented.perplexity is perplexity
+    assert documented.PairTensors is PairTensors and documented.PairScore is PairScore

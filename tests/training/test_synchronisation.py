@@ -138,7 +138,7 @@ def test_a_step_waits_once_for_its_finite_flag(
     assert trainer.state.global_step == steps
     # Besides, the loader draws a seed at the start of each epoch, and the loss is read at the end of the run.
     others = {"trainer.py:_run_epoch": math.ceil(trainer.state.epoch), "trainer.py:_finalize_training": 1}
-    assert dict(trainer.watch.found) == {"trainer.py:_require_finite": steps, **others}
+    assert dict(trainer.watch.found) == {"guards.py:not_finite": steps, **others}
 
 
 def test_logging_waits_only_when_something_is_logged(models: dict[str, Path], tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_logging_waits_only_when_something_is_logged(models: dict[str, Path], tm
         settings = {"max_steps": 4, "logging_steps": interval}
         trainer = runs.trainer(models["llama"], tmp_path, kind=Watched, **settings)
         trainer.train()
-        assert trainer.watch.found["trainer.py:_require_finite"] == 4
+        assert trainer.watch.found["guards.py:not_finite"] == 4
         waits.append(sum(trainer.watch.found.values()))
     assert waits[0] - waits[1] == 2 * (waits[1] - waits[2]) > 0, "4, 2 and 1 logs"
 

@@ -139,7 +139,7 @@ class Bench:
                 peft_config=peft_config,
             )
             self.trainer._prepare_references()
-        assert self.trainer.data_collator.layout == case.layout
+        assert self.trainer.data_collator.shape.layout == case.layout
         if move:
             move_weights(self.trainer.model, case.seed)
 

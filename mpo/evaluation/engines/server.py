@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from mpo.evaluation.chat_client import ChatClient, RejectedRequest, Reply
+from mpo.evaluation.chat_client import ChatClient, RejectedRequest
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
 
 
@@ -20,7 +20,7 @@ class ServerEngine:
 
     def __init__(self, choice: ModelChoice, generation: Generation) -> None:
         assert choice.url is not None
-        self.generation = generation
+        self.choice, self.generation = choice, generation
         self.client = ChatClient(
             choice.url,
             choice.model,
@@ -30,7 +30,12 @@ class ServerEngine:
         )
 
     def settings(self) -> dict[str, Any]:
-        return {"engine": "server", "served_model": self.client.model, **self.generation.settings()}
+        return {
+            "engine": "server",
+            "served_model": self.client.model,
+            **self._template_kwargs(),
+            **self.generation.settings(),
+        }
 
     def describe(self) -> dict[str, Any]:
         return {"name": "server", "url": self.client.url}
@@ -39,11 +44,10 @@ class ServerEngine:
         self, conversations: Sequence[Conversation], done: Collection[int]
     ) -> Iterator[tuple[int, Answer]]:
         missing = [index for index in range(len(conversations)) if index not in done]
-
-        def ask(index: int) -> Reply:
-            return self.client.ask(conversations[index], self._parameters(index))
-
-        for index, reply in self.client.for_all(missing, ask, accepted=bool(done)):
+        asked = self.client.for_all(
+            missing, lambda index: (conversations[index], self._parameters(index)), accepted=bool(done)
+        )
+        for index, reply in asked:
             if isinstance(reply, RejectedRequest):
                 yield index, Answer("", True, blocked=str(reply))
             elif reply.finish_reason == "content_filter":
@@ -55,11 +59,20 @@ class ServerEngine:
                 yield index, Answer(reply.text, reply.finish_reason != "length")
 
     def close(self) -> None:
-        self.client.close()
+        pass
 
     def _parameters(self, index: int) -> dict[str, Any]:
         generation = self.generation
-        parameters = {"max_tokens": generation.max_new_tokens, "temperature": generation.temperature}
+        parameters = {
+            "max_tokens": generation.max_new_tokens,
+            "temperature": generation.temperature,
+            **self._template_kwargs(),
+        }
         if generation.greedy:
             return parameters
         return {**parameters, "top_p": generation.top_p, "seed": generation.seed + index}
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        """A field of requests that vLLM, SGLang and llama.cpp take; other servers never see it unasked."""
+        given = self.choice.chat_template_kwargs
+        return {} if given is None else {"chat_template_kwargs": given}

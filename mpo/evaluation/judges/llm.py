@@ -85,7 +85,9 @@ class LLMJudge:
                 continue
             yield from ((index, self._verdict(reply)) for index in indices)
         asked = self.client.for_all(
-            missing, lambda key: self._ask(key, contents[key]), accepted=len(missing) < len(places)
+            missing,
+            lambda key: ([{"role": "user", "content": contents[key]}], self.parameters),
+            accepted=len(missing) < len(places),
         )
         for key, outcome in asked:
             # A text that a filter or a limit of the server keeps out is an answer without a verdict.
@@ -93,16 +95,12 @@ class LLMJudge:
                 verdict = Verdict(UNPARSED, str(outcome))
             else:
                 verdict = self._verdict(outcome)
+                if self.cache is not None:
+                    self.cache.put(key, outcome)
             yield from ((index, verdict) for index in places[key])
 
     def close(self) -> None:
-        self.client.close()
-
-    def _ask(self, key: str, content: str) -> Reply:
-        reply = self.client.ask([{"role": "user", "content": content}], self.parameters)
-        if self.cache is not None:
-            self.cache.put(key, reply)
-        return reply
+        pass
 
     def _verdict(self, reply: Reply) -> Verdict:
         return Verdict(parse_verdict(reply.text, self.task.verdicts), reply.text)

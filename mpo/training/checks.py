@@ -1,0 +1,133 @@
+"""What the trainer refuses before it spends time: arguments, adapters and weights that training could not honour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpo.errors import ConfigError, DataError
+from mpo.training.compute import check_compute_options
+from mpo.training.config import MPOConfig
+
+_REFUSED = {
+    "data_collator": "the step packs preference trees with its own collator",
+    "compute_metrics": "no logits are built that it could read; `trainer.score()` gives the score of every pair",
+}
+
+
+def check_arguments(
+    args: Any, model: Any, ref_model: Any, train_dataset: Any, quantization_config: Any, **refused: Any
+) -> None:
+    """Refuse arguments of the trainer that contradict each other, have no meaning (``refused``), or need what is missing.
+
+    Raises:
+        ConfigError, DataError, DependencyError: Says what to pass or install instead.
+    """
+    if not isinstance(args, MPOConfig):
+        raise ConfigError(f"`args` is a {type(args).__name__}; expected an `mpo.MPOConfig`.")
+    for name, value in refused.items():
+        if value is not None:
+            raise ConfigError(f"`{name}` is not supported by MPOTrainer: {_REFUSED[name]}.")
+    if train_dataset is None:
+        raise DataError("`train_dataset` is missing; expected groups, see `mpo.data.load_groups`.")
+    if ref_model is model:
+        raise ConfigError(
+            "`ref_model` is the model itself. Leave it out: the reference is the starting policy."
+        )
+    if quantization_config is not None and not isinstance(model, str):
+        raise ConfigError(
+            "`quantization_config` was given with a loaded model; quantization happens while loading. Pass the model's "
+            "name or folder instead."
+        )
+    check_compute_options(
+        args,
+        load_in_4bit=getattr(quantization_config, "load_in_4bit", False),
+        load_in_8bit=getattr(quantization_config, "load_in_8bit", False),
+    )
+
+
+def check_adapter(model: Any, peft_config: Any) -> None:
+    """Refuse a new adapter that the model cannot take, or an existing one that cannot be trained further.
+
+    Raises:
+        ConfigError: Says how to pass the adapter instead.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "the model holds an adapter of transformers' own (`add_adapter`). Load it with `peft.PeftModel` instead, or "
+            "pass the bare model with `peft_config`."
+        )
+    if hasattr(model, "peft_config"):
+        if peft_config is not None:
+            raise ConfigError(
+                "`peft_config` asks for a new adapter, but the model has one already. Leave it out to train that one "
+                "further, or merge it first (`mpo merge`)."
+            )
+        if "default" not in model.peft_config:
+            raise ConfigError(
+                f"the model's adapter is called {', '.join(model.peft_config)}; the trainer trains the one called "
+                "'default'. Load it without `adapter_name`."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                "the model's adapter was loaded frozen. Load it with `is_trainable=True` to train it further."
+            )
+    check_adapter_config(
+        peft_config if peft_config is not None else getattr(model, "active_peft_config", None)
+    )
+
+
+def check_adapter_config(config: Any) -> None:
+    """Refuse adapters that the reward-gap head cannot train: prompt learning, and copies of the LM head.
+
+    Args:
+        config: A ``peft.PeftConfig`` or None.
+
+    Raises:
+        ConfigError: Names what to use instead.
+    """
+    if config is None:
+        return
+    if getattr(config, "is_prompt_learning", False):
+        raise ConfigError(
+            f"{type(config).__name__} puts virtual tokens before the prompt, which preference trees do not have. Use LoRA "
+            "(or DoRA, rsLoRA) instead."
+        )
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, str) and "lm_head" in (targets or []):
+        raise ConfigError(
+            "`target_modules` names lm_head: the reward-gap head reads the LM head's weight directly, so an adapter on it "
+            "would never be trained. Remove it; `all-linear` leaves it out."
+        )
+    saved = set(getattr(config, "modules_to_save", None) or [])
+    if saved & {"lm_head", "embed_tokens"}:
+        raise ConfigError(
+            f"`modules_to_save` names {', '.join(sorted(saved & {'lm_head', 'embed_tokens'}))}: the reward-gap head reads "
+            "the LM head's weight directly and would train a copy that it does not use. Remove it."
+        )
+
+
+def check_languages(found: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a DataError for data with target languages that the trainer was not made with."""
+    if unknown := sorted(set(found) - set(known)):
+        raise DataError(
+            f"the data has target languages the trainer was not made with: {', '.join(unknown)}. Pass it as `eval_dataset` "
+            "when the trainer is made."
+        )
+
+
+def check_master_weights(model: Any) -> None:
+    """Raise a ConfigError if all weights of a model are to be trained that is loaded in half precision."""
+    half = {
+        str(p.dtype)
+        for p in model.parameters()
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
+    if half and not hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"the weights to be trained are {', '.join(sorted(half))}: at the learning rates of preference training their "
+            "updates are rounded away. Load the model with `dtype: float32` and set `bf16: true`, which computes in bf16 "
+            "and keeps float32 master weights."
+        )

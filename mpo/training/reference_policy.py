@@ -1,0 +1,148 @@
+"""Which model is the reference of a run, how it is called, what identifies it, and how long it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from mpo.errors import ModelError
+from mpo.modeling.head import attach_reward_gap_head
+from mpo.modeling.identity import identify_module
+from mpo.modeling.layout import BatchShape, usable_layout
+from mpo.training.ranks import from_main
+from mpo.training.reference import SourceReference, build_or_load, probe_trees
+from mpo.training.sharding import CallablePolicy, destroy_engine, inference, place_frozen
+
+# Initialisations under which a fresh adapter computes exactly what the base model does.
+_NEUTRAL_ADAPTER_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
+
+
+class ReferencePolicy:
+    """The frozen model that gives training its targets, asked before the first step and then freed.
+
+    It is the explicit model where there is one; the base model, with the adapter switched off, below a new adapter that
+    changes nothing yet; otherwise the policy itself as it is before its first step.
+
+    Args:
+        policy: The model that is trained.
+        explicit: An explicit reference, or None.
+        new_adapter: Configuration of the adapter that the trainer has put on the policy, or None.
+        loaded_from: Folder or Hub id that the policy's weights were loaded from, or None.
+        cache_dir: Folder of the reference cache, shared by all ranks.
+        shape: How sources become model calls; once values were asked for, with the layout that the model takes.
+    """
+
+    def __init__(
+        self,
+        policy: CallablePolicy,
+        explicit: PreTrainedModel | None,
+        *,
+        new_adapter: Any,
+        loaded_from: str | None,
+        cache_dir: str,
+        shape: BatchShape,
+    ) -> None:
+        self.shape = shape
+        # Values of the datasets that are still in memory.
+        self.known: WeakKeyDictionary[Dataset, SourceReference] = WeakKeyDictionary()
+        self._policy = policy
+        self._explicit: Any = explicit
+        self._placed: Any = None  # the explicit reference as it can be called
+        self._released = False
+        self._adapter_off = (
+            new_adapter is not None
+            and getattr(new_adapter, "init_lora_weights", True) in _NEUTRAL_ADAPTER_INITS
+        )
+        self._loaded_from = loaded_from
+        self._cache_dir = cache_dir
+        self._layout_checked = False
+        self._identity: str | None = None  # once it is computed
+
+    def values(self, dataset: Dataset, name: str) -> SourceReference:
+        """The reference's values of tokenized groups, computed or read from the cache when first asked for.
+
+        Raises:
+            ModelError: The data is new and the reference is gone.
+        """
+        if dataset not in self.known:
+            self._require_still_there()
+            if not self._layout_checked:
+                self._check_layout(dataset)
+            self.known[dataset] = build_or_load(
+                dataset,
+                self.forward,
+                cache_dir=self._cache_dir,
+                key=self._key(),
+                shape=self.shape,
+                hidden_size=self._policy.model.config.get_text_config().hidden_size,
+                ranks=self._policy.accelerator,
+                name=name,
+            )
+        return self.known[dataset]
+
+    @contextmanager
+    def forward(self) -> Iterator[Any]:
+        """The reference as it is called in the reference pass: in eval mode, under the mixed precision of training."""
+        accelerator = self._policy.accelerator
+        if self._explicit is not None:
+            if self._placed is None:
+                attach_reward_gap_head(self._explicit)
+                self._placed = place_frozen(self._explicit, accelerator)
+            with inference(self._placed, accelerator) as model:
+                yield model
+        else:
+            with (
+                inference(self._policy.callable(), accelerator) as model,
+                self._policy.model.disable_adapter() if self._adapter_off else nullcontext(),
+            ):
+                yield model
+
+    def release(self) -> None:
+        """Free an explicit reference and all that was made to call the reference: training is about to begin."""
+        self._policy.release()
+        destroy_engine(self._placed)
+        self._released = self._released or self._explicit is not None
+        self._explicit = self._placed = None
+
+    def _require_still_there(self) -> None:
+        if self._released:
+            raise ModelError(
+                "the reference of new data is asked for after `ref_model` was freed. Pass the data as `eval_dataset` when "
+                "the trainer is made."
+            )
+        if self._policy.has_moved and not (self._adapter_off or self._explicit):
+            raise ModelError(
+                "the reference of new data is asked for after training has begun, when the starting policy is gone. "
+                "Pass the data as `eval_dataset` when the trainer is made, or pass `ref_model`."
+            )
+
+    def _check_layout(self, dataset: Dataset) -> None:
+        accelerator = self._policy.accelerator
+        mixed = accelerator.mixed_precision in ("bf16", "fp16")
+        dtype = torch.get_autocast_dtype(accelerator.device.type) if mixed else self._policy.model.dtype
+        with self.forward() as forward:
+            layout = usable_layout(forward, probe_trees(dataset), self.shape, accelerator.device, dtype)
+        self.shape = replace(self.shape, layout=layout)
+        self._layout_checked = True
+
+    def _key(self) -> dict[str, Any]:
+        """What identifies the reference's values besides the data."""
+        accelerator = self._policy.accelerator
+        if self._identity is None:
+            self._identity = from_main(self._identify() if accelerator.is_main_process else "", accelerator)
+        return {"model": self._identity, "mixed_precision": str(accelerator.mixed_precision)}
+
+    def _identify(self) -> str:
+        """Who the reference is: by its files where its weights still equal them, by its tensors otherwise."""
+        model = self._policy.model
+        starts_at_files = self._adapter_off or not hasattr(model, "peft_config")
+        files = self._loaded_from if self._explicit is None and starts_at_files else None
+        adapter_on = self._explicit is not None or not self._adapter_off
+        return identify_module(self._explicit or model, adapter_on=adapter_on, files=files).digest
