@@ -434,25 +434,22 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], confidenc
             "least one."
         )
     count = len(first)
-    cells = {pair: n / count for pair, n in Counter(zip(first, second, strict=True)).items()}
-    rows = {label: n / count for label, n in Counter(first).items()}
-    columns = {label: n / count for label, n in Counter(second).items()}
-    labels = rows.keys() | columns.keys()
-    observed = math.fsum(share for (a, b), share in cells.items() if a == b)
-    if len(labels) == 1:
+    places = {label: place for place, label in enumerate(dict.fromkeys([*first, *second]))}
+    table = np.zeros((len(places), len(places)))
+    for pair, number in Counter(zip(first, second, strict=True)).items():
+        table[places[pair[0]], places[pair[1]]] = number
+    rows, columns = table.sum(axis=1) / count, table.sum(axis=0) / count
+    observed = float(table.trace()) / count
+    if len(places) == 1:
         return Kappa(count, observed, None, None, None)
-    expected = math.fsum(rows.get(label, 0.0) * columns.get(label, 0.0) for label in labels)
+    expected = float(rows @ columns)
     kappa = (observed - expected) / (1 - expected)
-    # Fleiss et al., equation 8: agreement cells, other cells, correction.
-    agreeing = math.fsum(
-        share * (1 - (rows[a] + columns[a]) * (1 - kappa)) ** 2 for (a, b), share in cells.items() if a == b
-    )
-    differing = (1 - kappa) ** 2 * math.fsum(
-        share * (columns.get(a, 0.0) + rows.get(b, 0.0)) ** 2 for (a, b), share in cells.items() if a != b
-    )
-    correction = (kappa - expected * (1 - kappa)) ** 2
-    variance = max(0.0, agreeing + differing - correction) / (count * (1 - expected) ** 2)
-    half = _normal_quantile(confidence) * math.sqrt(variance)
+    # Fleiss et al., equation 8: a weight for each cell of agreement and one for each other.
+    agreeing = (1 - (rows + columns) * (1 - kappa)) ** 2
+    differing = (1 - kappa) ** 2 * (columns[:, None] + rows) ** 2
+    weights = np.where(np.eye(len(places), dtype=bool), agreeing, differing)
+    spread = float((table * weights).sum()) / count - (kappa - expected * (1 - kappa)) ** 2
+    half = _normal_quantile(confidence) * math.sqrt(max(0.0, spread) / count) / (1 - expected)
     return Kappa(count, observed, kappa, max(-1.0, kappa - half), min(1.0, kappa + half))
 
 
@@ -536,8 +533,9 @@ def correlation(
         else random.permuted(np.tile(np.arange(count), (resamples, 1)), axis=1)
     )
     pearson = _coefficient(first, second, first[draws], second[draws], orders, exact, confidence)
-    ranks = [rankdata(values, axis=-1) for values in (first, second, first[draws], second[draws])]
-    spearman = _coefficient(*ranks, orders, exact, confidence)
+    x_ranks, y_ranks = rankdata(first), rankdata(second)
+    drawn_ranks = rankdata(first[draws], axis=-1), rankdata(second[draws], axis=-1)
+    spearman = _coefficient(x_ranks, y_ranks, *drawn_ranks, orders, exact, confidence)
     return Correlation(count, pearson, spearman)
 
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -99,7 +99,7 @@ class ChatClient:
             DependencyError: httpx2 or tenacity is not installed.
         """
         self.url = _base_url(self.url)
-        if self.timeout <= 0 or self.retries < 0 or self.concurrency < 1:
+        if not self.timeout > 0 or self.retries < 0 or self.concurrency < 1:
             raise ConfigError(
                 f"timeout, retries and concurrency: expected more than 0, at least 0 and at least 1, got {self.timeout!r}, "
                 f"{self.retries!r} and {self.concurrency!r}."
@@ -139,7 +139,7 @@ class ChatClient:
             RejectedRequest: The server refuses this request and would refuse it again.
             ServerError: The server refuses any request (wrong key, unknown model), or gave no usable reply in time.
         """
-        with self._session() as session:
+        with closing(_Session(self)) as session:
             return session.begin(messages, parameters).result()
 
     def for_all(
@@ -167,7 +167,7 @@ class ChatClient:
         waiting = iter(items)
         under_way: dict[Future[Reply], Item] = {}
         failure: BaseException | None = None
-        with self._session() as session:
+        with closing(_Session(self)) as session:
             while True:
                 if failure is None:
                     for item in islice(waiting, self.concurrency - len(under_way)):
@@ -199,14 +199,6 @@ class ChatClient:
         if failure is not None:
             raise failure
 
-    @contextmanager
-    def _session(self) -> Iterator[_Session]:
-        session = _Session(self)
-        try:
-            yield session
-        finally:
-            session.close()
-
 
 class _Session:
     """Requests under way, in an event loop in a daemon thread, which neither an interrupt nor the program's end waits for."""
@@ -229,9 +221,7 @@ class _Session:
         self._retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Unusable),
             stop=stop_after_attempt(client.retries + 1),
-            wait=lambda state: _delay(
-                state.attempt_number - 1, getattr(state.outcome.exception(), "wait", None)
-            ),
+            wait=_wait,
             sleep=self._pause,
             reraise=True,
         )
@@ -243,10 +233,8 @@ class _Session:
         """Sends a request; see :meth:`ChatClient.ask`."""
         body = {"model": self._client.model, "messages": list(messages), **parameters}
         # ASCII, in which half a surrogate pair can be sent, too.
-        content = json.dumps({name: value for name, value in body.items() if value is not None}).encode(
-            "ascii"
-        )
-        return asyncio.run_coroutine_threadsafe(self._ask(content), self._loop)
+        content = json.dumps({name: value for name, value in body.items() if value is not None})
+        return asyncio.run_coroutine_threadsafe(self._ask(content.encode("ascii")), self._loop)
 
     def stop_asking_again(self) -> None:
         """Ends the requests that wait for another attempt; those that wait for a reply still get it."""
@@ -383,7 +371,12 @@ def _retry_after(value: str | None) -> float | None:
     return min(max(seconds, 0.0), _LONGEST_DEMANDED_WAIT) if seconds == seconds else None
 
 
+def _wait(state: Any) -> float:
+    """Seconds that tenacity waits after a failed attempt."""
+    return _delay(state.attempt_number - 1, state.outcome.exception().wait)
+
+
 def _delay(attempt: int, demanded: float | None) -> float:
-    """Seconds before the next attempt: doubled each time, spread at random so that threads do not return as one."""
+    """Seconds before the next attempt: doubled each time, spread at random so that requests do not return as one."""
     growing = min(_FIRST_WAIT * 2.0**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
     return growing if demanded is None else max(demanded, growing)

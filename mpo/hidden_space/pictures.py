@@ -98,34 +98,22 @@ def clusters(
     with style.project_style():
         figure = _figure(height, f"Harmful and harmless texts in {model.name}", _where(model))
         grid = figure.subplots(bands * len(states), columns, squeeze=False)
-        figure.subplots_adjust(
-            left=0.5 / style.WIDTH,
-            right=1 - 0.15 / style.WIDTH,
-            top=1 - 0.9 / height,
-            bottom=0.12 / height,
-            hspace=0.12,
-            wspace=0.06,
-        )
+        left, right = 0.5 / style.WIDTH, 1 - 0.15 / style.WIDTH
+        top, bottom = 1 - 0.9 / height, 0.12 / height
+        figure.subplots_adjust(left=left, right=right, top=top, bottom=bottom, hspace=0.12, wspace=0.06)
         for axes in grid.flat:
             axes.set_visible(False)
         for n, (language, given) in enumerate(texts.items()):
             band, column = divmod(n, _PER_BAND)
-            coordinates = _plane_coordinates(
-                {state: load(state, language) for state in states}, given.harmful
-            )
+            clouds = {state: load(state, language) for state in states}
+            coordinates = _plane_coordinates(clouds, given.harmful)
             outermost = [np.abs(np.quantile(c, [0.005, 0.995], axis=0)).max() for c in coordinates.values()]
             reach = 1.08 * max(outermost) or 1.0
+            ends = (-reach, reach)
             for row, state in enumerate(states):
                 axes = grid[band * len(states) + row][column]
                 handles = _scatter(axes, coordinates[state], given.harmful)
-                axes.set(
-                    visible=True,
-                    xlim=(-reach, reach),
-                    ylim=(-reach, reach),
-                    aspect="equal",
-                    xticks=[],
-                    yticks=[],
-                )
+                axes.set(visible=True, xlim=ends, ylim=ends, aspect="equal", xticks=[], yticks=[])
                 axes.spines[:].set_visible(True)
                 found = model.shown.languages[language].state(state)
                 shown = found.get("between_class_ratio_2_shared") or found.get("between_class_ratio_2")
@@ -137,16 +125,11 @@ def clusters(
                     axes.set_ylabel(state, fontsize=10, fontweight="bold", labelpad=6)
                 if row == 0:
                     axes.set_title(_name(language), fontsize=10, fontweight="bold", pad=5)
-        place = (1 - 0.1 / style.WIDTH, 1 - 0.04 / height)
-        figure.legend(
-            handles,
-            list(_CLASSES),
-            loc="upper right",
-            bbox_to_anchor=place,
-            ncols=2,
-            handlelength=2.2,
-            markerscale=2.2,
-        )
+        place: dict[str, Any] = {
+            "loc": "upper right",
+            "bbox_to_anchor": (1 - 0.1 / style.WIDTH, 1 - 0.04 / height),
+        }
+        figure.legend(handles, list(_CLASSES), ncols=2, handlelength=2.2, markerscale=2.2, **place)
         return style.save(figure, path)
 
 
@@ -222,20 +205,11 @@ def by_layer(model: ModelResult, source_language: str, path: str | Path) -> Path
             axes.set_xticks(ticks, [layers[tick] for tick in ticks])
             axes.set_xlabel("Layer (0: embeddings, norm: after the final norm)")
         if model.is_comparison:
-            grid[0][0].plot(
-                [], [], color=style.FAINT_INK, linestyle=(0, (3, 1.6)), linewidth=1.1, label=BEFORE
-            )
-            grid[0][0].plot([], [], color=style.FAINT_INK, label=AFTER)
+            for state, line in (BEFORE, (0, (3, 1.6))), (AFTER, "-"):
+                grid[0][0].plot([], [], color=style.FAINT_INK, linestyle=line, label=state)
         handles, names = grid[0][0].get_legend_handles_labels()
-        place = (0.06, 1 - 0.6 / height)
-        figure.legend(
-            handles,
-            names,
-            loc="upper left",
-            bbox_to_anchor=place,
-            ncols=min(len(names), 8),
-            columnspacing=1.3,
-        )
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.06, 1 - 0.6 / height)}
+        figure.legend(handles, names, ncols=min(len(names), 8), columnspacing=1.3, **place)
         return style.save(figure, path)
 
 

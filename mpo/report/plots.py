@@ -146,10 +146,9 @@ def _draw_gaps(
         )
         axes.set_yticks(positions, [printable_name(table.label(row)) for row in rows])
         values = axes.secondary_yaxis("right")
-        texts = zip(
-            *([number(row.gap, 2, signed=True) for row in rows] for rows in series.values()), strict=True
-        )
-        values.set_yticks(positions, [f" {ARROW} ".join(text) for text in texts])
+        per_row = zip(*series.values(), strict=True)
+        texts = [f" {ARROW} ".join(number(row.gap, 2, signed=True) for row in both) for both in per_row]
+        values.set_yticks(positions, texts)
         for side in (axes, values):
             side.tick_params(axis="y", length=0, pad=8)
             side.spines[["left" if side is axes else "right"]].set_visible(False)
@@ -163,14 +162,8 @@ def _draw_gaps(
         _draw_reference(axes, table)
         axes.set_xticks(*zip(*style.round_ticks(*axes.get_xlim(), signed=True), strict=True))
         if len(series) > 1:
-            axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(1, 1),
-                ncols=2,
-                borderaxespad=0.3,
-                handlelength=1,
-                columnspacing=0.9,
-            )
+            place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3}
+            axes.legend(ncols=2, handlelength=1, columnspacing=0.9, **place)
         intervals = f"bands are {100 * table.confidence:g} % bootstrap intervals"
         subtitle = f"Mean over {counted(table.groups, 'group')}; {intervals}"
         style.add_title(figure, title, subtitle, left=0.18 / style.WIDTH)
@@ -183,9 +176,8 @@ def _draw_marks(axes: Axes, series: Mapping[str, Sequence[RewardGapRow]], y: np.
     for name, rows in series.items():
         ends = np.array([[row.ci_low, row.ci_high] for row in rows], dtype=float).T
         places = np.stack([y, y]) + apart[name]
-        axes.plot(
-            ends, places, color=colours[name], alpha=0.28, linewidth=5.5, solid_capstyle="butt", zorder=2
-        )
+        band: dict[str, Any] = {"linewidth": 5.5, "solid_capstyle": "butt", "alpha": 0.28, "zorder": 2}
+        axes.plot(ends, places, color=colours[name], **band)
     gaps = np.array([[row.gap for row in rows] for rows in series.values()])
     axes.plot(gaps, np.stack([y] * len(gaps)), color=style.FAINT_INK, linewidth=1.1, zorder=3)
     for n, (name, rows) in enumerate(series.items()):

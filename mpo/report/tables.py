@@ -19,13 +19,13 @@ class Shown(NamedTuple):
 
 
 def header(measurement: Measurement) -> list[str]:
-    """Headings of the page's table, that of the languages or tasks first."""
+    """Headings of the page's table, that of the languages or tasks first; those of the rows' detail are not among them."""
     percent = f"[{100 * measurement.confidence:g}\N{NO-BREAK SPACE}%]"
     first = "Task" if measurement.anchor.startswith("utility") else "Language"
     heads = [first, "n", f"{measurement.models[0]} {percent}"]
     for model in measurement.models[1:]:
         heads += [f"{model} {percent}", f"Change {percent}", *(["p"] if measurement.is_tested else [])]
-    return [*heads, *(f"{name},\N{NO-BREAK SPACE}%" for name in measurement.detail)]
+    return heads
 
 
 def cells(row: Row, measurement: Measurement, is_tested: bool) -> list[Shown]:
