@@ -258,7 +258,7 @@ def _read_settings(recipe_yaml: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(recipe_yaml) if recipe_yaml else {}
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError for a date that does not exist
         raise ConfigError(
             f"`recipe_yaml` is no YAML: {error}. Pass the text of the resolved recipe."
         ) from error
