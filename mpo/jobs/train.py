@@ -293,7 +293,7 @@ def _write_results(
     resolved: str,
     provenance: dict[str, Any],
 ) -> None:
-    from mpo.evaluation.results import METRICS, Retention, TrainingMetrics
+    from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
     from mpo.report.plots import reward_gap_before_after, training_curve
 
@@ -303,15 +303,15 @@ def _write_results(
     measured: dict[str, Any] = {}
     retention: tuple[float, float] | None = None
     if comparison is not None and before is not None and after is not None:
-        losses = Retention(before[0].retention, after[0].retention)
-        if losses.before is not None and losses.after is not None:
-            retention = (losses.before, losses.after)
+        losses = (before[0].retention, after[0].retention)
+        if losses[0] is not None and losses[1] is not None:
+            retention = (losses[0], losses[1])
         measured = {
             "held_out_groups": comparison.before.groups,
             "before": comparison.before,
             "after": comparison.after,
             "change": comparison.to_dict()["change"],
-            "retention_loss": losses,
+            "retention_loss": dict(zip(("before", "after"), losses, strict=True)),
         }
     metrics = TrainingMetrics(
         beta=training.beta,

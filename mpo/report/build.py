@@ -18,7 +18,7 @@ from mpo.common.tables import printable_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.rates import LanguageRate
-from mpo.evaluation.results import Score, TaskScores, TextPerplexity
+from mpo.evaluation.results import LARGEST_LOG, Score, TaskScores, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, TASKS, UNPARSED
 from mpo.report.folder import ModelResults, Results, SafetyRun
@@ -148,7 +148,7 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
     base = found[0]
     columns = [_rate_cells(result, base if n else None, codes) for n, result in enumerate(found)]
     names = ("safe", "unsafe", "invalid", "answer", "refusal", *NO_VERDICT)
-    verdicts = [name for name in names if _occurs(found, name)]
+    verdicts = [name for name in names if any(_verdicts(run, None, name) for run in found if run)]
     rows = []
     for code in [*codes, None]:
         cells = tuple(column.get(code) for column in columns)
@@ -217,10 +217,6 @@ def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) 
     return changes
 
 
-def _occurs(found: Sequence[SafetyRun | None], verdict: str) -> bool:
-    return any(_verdicts(run, None, verdict) for run in found if run)
-
-
 def _verdict_shares(found: Sequence[SafetyRun | None], code: str | None, verdict: str) -> str:
     """``60 / 12``: the verdict's share of all answers, in per cent, model by model."""
     totals = [0 if run is None else _count(run, code) for run in found]
@@ -272,11 +268,8 @@ def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tup
     for model, run in zip(results.models, found, strict=True):
         if run is None:
             continue
-        total, unread, blocked = (
-            _count(run, None),
-            _verdicts(run, None, UNPARSED),
-            _verdicts(run, None, BLOCKED),
-        )
+        total = _count(run, None)
+        unread, blocked = (_verdicts(run, None, verdict) for verdict in (UNPARSED, BLOCKED))
         cut = sum(row.cut_off for row in run.result.languages.values())
         if unread:
             out.append(
@@ -294,7 +287,6 @@ def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tup
 
 # ------------------------------------------------------------------------------------- utility of lm-evaluation-harness
 
-_LARGEST = 690.0  # of a logarithm whose exponential a float holds
 _LIKELIHOOD = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 
 
@@ -356,10 +348,9 @@ def _utility_cell(task: TaskScores | None, base: TaskScores | None, metric: str)
     score = None if task is None else task.metrics.get(metric)
     if task is None or score is None or score.value is None:
         return None
-    ends = (
-        () if score.stderr is None else (score.value - 1.96 * score.stderr, score.value + 1.96 * score.stderr)
-    )
-    return Cell(Value(score.value, *ends), None if base is None else _item_change(base, task, metric))
+    half = None if score.stderr is None else 1.96 * score.stderr
+    value = Value(score.value, *(() if half is None else (score.value - half, score.value + half)))
+    return Cell(value, None if base is None else _item_change(base, task, metric))
 
 
 def _item_change(base: TaskScores, task: TaskScores, metric: str) -> Change | None:
@@ -445,7 +436,7 @@ def _perplexity_change(
         return None
     change = [b - a for a, b in zip(base.nats_per_text, entry.nats_per_text, strict=True)]
     ends = ratio_interval(change, tokens, confidence=confidence) or ()
-    return Change(*(math.expm1(min(nats, _LARGEST)) for nats in (math.fsum(change) / sum(tokens), *ends)))
+    return Change(*(math.expm1(min(nats, LARGEST_LOG)) for nats in (math.fsum(change) / sum(tokens), *ends)))
 
 
 # --------------------------------------------------------------------------------------------------------- correlation
