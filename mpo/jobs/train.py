@@ -30,9 +30,9 @@ from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.launcher import launched_with
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
-from mpo.training.sharding import launched_with
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer

@@ -339,7 +339,7 @@ def _experts_counted() -> Iterator[None]:
     The kernel that transformers calls has no form for tensors without memory. A contract test watches its name.
     """
     original = moe._grouped_mm
-    moe._grouped_mm = _grouped_mm
+    moe._grouped_mm = _grouped_mm  # type: ignore[assignment]
     try:
         yield
     finally:
