@@ -51,9 +51,9 @@ class ModelIdentity:
     """What tells one computation from another. Two models with equal identities compute the same.
 
     Attributes:
-        weights: ``files:CONTENT:SETTINGS`` (hashes of the safetensors and of the configuration, quantization included),
-            ``hub:NAME@COMMIT``, ``tensors:CONTENT:SETTINGS`` of a model in memory, or ``unknown:...``, which equals no
-            other.
+        model: The model without its adapter: ``files:CONTENT:SETTINGS`` (hashes of the safetensors and of the
+            configuration, quantization included), ``hub:NAME@COMMIT``, ``tensors:CONTENT:SETTINGS`` of a model in memory,
+            or ``unknown:...``, which equals no other.
         adapter: The same of the adapter that is switched on; None without one.
         tokenizer: Hash of the tokenizer's content; None where the token ids themselves are known.
         chat_template: Hash of the chat template, likewise.
@@ -62,7 +62,7 @@ class ModelIdentity:
         attention: Attention implementation; None for the model's own.
     """
 
-    weights: str
+    model: str
     adapter: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
@@ -81,7 +81,7 @@ class ModelIdentity:
 
 
 def identify_files(name: str, settings_file: str, commit: str | None) -> str:
-    """A model or an adapter that is read from files, see :attr:`ModelIdentity.weights`.
+    """A model or an adapter that is read from files, see :attr:`ModelIdentity.model`.
 
     Args:
         name: Folder or Hub name.

@@ -83,7 +83,7 @@ def test_every_setting_of_an_adapter_that_changes_what_it_computes_is_part_of_wh
     edit(folders / "adapter" / "adapter_config.json", **changes)
     after = identity(folders)
     assert after.adapter != before.adapter and after.digest != before.digest
-    assert after.weights == before.weights
+    assert after.model == before.weights
 
 
 def test_paths_versions_and_the_order_of_a_set_are_not(folders: Path) -> None:
@@ -240,16 +240,16 @@ def test_a_switched_off_adapters_settings_do_not_count(place: Path) -> None:
 def test_files_and_configuration_both_count_for_a_model_that_was_read_from_files(place: Path) -> None:
     model = build_model("llama")
     before = identify_module(model, files=str(place / "model"))
-    assert before.weights.startswith("files:")
+    assert before.model.startswith("files:")
     changed = copy.deepcopy(model)
     changed.config.rms_norm_eps = 0.1
-    assert identify_module(changed, files=str(place / "model")).weights != before.weights
+    assert identify_module(changed, files=str(place / "model")).model != before.weights
 
 
 def test_weights_that_are_divided_over_ranks_equal_no_others() -> None:
     model = build_model("llama").to("meta")  # as under ZeRO-3, the tensors are not here
     first, second = identify_module(model), identify_module(model)
-    assert first.weights.startswith("unknown:") and first.digest != second.digest
+    assert first.model.startswith("unknown:") and first.digest != second.digest
 
 
 def test_an_adapter_that_is_loaded_has_the_identity_of_its_copy_in_memory(place: Path) -> None:
