@@ -730,7 +730,9 @@ class MPOTrainer(DPOTrainer):
         return {"model": self._fingerprint, "mixed_precision": str(self.accelerator.mixed_precision)}
 
     def _reference_identity(self) -> str:
-        files = self._model_source if self._explicit_reference is None and self._starts_at_files else None
+        files = None
+        if self._explicit_reference is None and self._model_source is not None and self._starts_at_files:
+            files = _source(self._model_source, self.args)
         adapter_on = self._explicit_reference is not None or not self._reference_without_adapter
         return identify_module(
             self._explicit_reference or self.model, adapter_on=adapter_on, files=files
