@@ -183,7 +183,7 @@ class MPOTrainer(DPOTrainer):
             self._policy,
             ref_model,
             new_adapter=peft_config,
-            loaded_from=loaded_from,
+            loaded_from=None if loaded_from is None else source_of(loaded_from, args),
             cache_dir=args.reference_folder(),
             shape=self.data_collator.shape,
         )
