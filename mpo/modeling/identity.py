@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import xxhash
-from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
@@ -183,7 +182,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         content = json.dumps(sorted(tokenizer.get_vocab().items()))
     else:
         if backend.truncation is not None or backend.padding is not None:  # set by whoever called it last
-            backend = Tokenizer.from_str(backend.to_str())
+            backend = type(backend).from_str(backend.to_str())
             backend.no_truncation()
             backend.no_padding()
         content = backend.to_str()

@@ -43,7 +43,7 @@ from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
 from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import LanguageMetrics, evaluation_metrics
-from mpo.training.policy import open_policy
+from mpo.training.policy import open_policy, source_of
 from mpo.training.records import Scores
 from mpo.training.reference import SourceReference
 from mpo.training.reference_policy import ReferencePolicy
