@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 # Set before transformers, datasets or trl are imported: they read these once.
@@ -23,6 +24,17 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure is reported from another process, which cannot take half a character of a text it is about."""
+    report = yield
+    if report.failed and report.longrepr is not None:
+        text = str(report.longrepr)
+        if text != (kept := text.encode("utf-8", "backslashreplace").decode("utf-8")):
+            report.longrepr = kept
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -42,16 +42,6 @@ Share = Annotated[float, AfterValidator(_check_share)]
 
 Confidence = Annotated[float, Field(ge=1e-6, le=1 - 1e-9)]
 """Coverage of intervals."""
-
-
-def _check_file_name(name: str) -> str:
-    if not name or "\0" in name or len(name.encode()) > 230:
-        raise ValueError("part of a file's name: 1 to 230 bytes without a null")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_check_file_name)]
-"""Part of the name of a file."""
 
 FROM_LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """In the annotation of a ``tuple``: the file has a list, also where another validator has been at it before."""
@@ -175,19 +165,6 @@ def parse(data: str | bytes, kind: type[T], where: str, remedy: str = REMEDY) ->
     except ValidationError as error:
         raise StorageError(f"{where}: {_explain(error)} {remedy}") from None
     return value
-
-
-def from_values(values: Mapping[str, Any], kind: type[T], where: str, remedy: str = REMEDY) -> T:
-    """A value from what :func:`as_dict` gave.
-
-    Raises:
-        StorageError: It has another form.
-    """
-    try:
-        text = json.dumps(values)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StorageError(f"{where} cannot be JSON: {error}. {remedy}") from None
-    return parse(text, kind, where, remedy)
 
 
 def parse_line(line: bytes, kind: type[T], where: str) -> T:

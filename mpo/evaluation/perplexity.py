@@ -16,12 +16,9 @@ from mpo.data.languages import language_name, normalize_language_setting
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import load_policy
-from mpo.evaluation.results import PERPLEXITY, PerplexityResult, TextPerplexity
+from mpo.evaluation.results import LARGEST_LOG, PERPLEXITY, PerplexityResult, TextPerplexity
 from mpo.evaluation.safety import about_model, model_folder
 from mpo.modeling.likelihoods import text_likelihoods
-
-_LARGEST = 690.0
-"""Of a logarithm whose exponential is written: a perplexity of a ruined model that no float could hold is e^690."""
 
 
 def measure_perplexity(
@@ -135,7 +132,7 @@ def _summary(
 
 
 def _exp(nats: float) -> float:
-    return math.exp(min(nats, _LARGEST))
+    return math.exp(min(nats, LARGEST_LOG))
 
 
 def _table(languages: Mapping[str, TextPerplexity], name: str, confidence: float) -> TextTable:

@@ -33,7 +33,6 @@ from mpo.common.typed_json import (
     NO_KEY_IF_EMPTY,
     Confidence,
     Count,
-    FileName,
     Number,
     Share,
     named_by_key,
@@ -103,14 +102,6 @@ def read_reward_gap(path: str | Path) -> RewardGapResult:
     return RewardGapResult(after=read_typed(path, RewardGapTable), provenance=made.provenance)
 
 
-@dataclass(frozen=True)
-class Retention:
-    """Retention term on the held-out sources before and after training; None where it was not computed."""
-
-    before: Number | None = None
-    after: Number | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingMetrics(Result):
     """``metrics.json``: what a training run measured of itself.
@@ -121,7 +112,7 @@ class TrainingMetrics(Result):
         before: Table before training.
         after: Table after it.
         change: The paired change, as :meth:`Comparison.to_dict` gives it.
-        retention_loss: The retention term before and after.
+        retention_loss: The retention term on the held-out sources ``before`` and ``after``; None where it was not computed.
         sources: How many sources were trained on and left out.
         steps: Number of optimizer steps.
         train_runtime: Seconds.
@@ -132,7 +123,7 @@ class TrainingMetrics(Result):
     before: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     after: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     change: Annotated[dict[str, Any] | None, NO_KEY_IF_EMPTY] = None
-    retention_loss: Annotated[Retention | None, NO_KEY_IF_EMPTY] = None
+    retention_loss: Annotated[dict[str, Number | None], NO_KEY_IF_EMPTY] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     steps: Count = 0
     train_runtime: Number | None = None
@@ -140,14 +131,14 @@ class TrainingMetrics(Result):
 
 # -------------------------------------------------------------------------------------------- attack and over-refusal
 
-Judge = Annotated[dict[str, Any], open_mapping("name", name=FileName, unparsed=Count)]
+Judge = Annotated[dict[str, Any], open_mapping("name", name=str, unparsed=Count)]
 """Name and settings of a judge, and how many of its replies name no verdict."""
 
 SecondJudge = Annotated[
     dict[str, Any],
     open_mapping(
         "name",
-        name=FileName,
+        name=str,
         unparsed=Count,
         languages=dict[str, Any],
         agreement=Annotated[
@@ -222,7 +213,10 @@ class UtilityResult(Result):
     tasks: dict[str, TaskScores]
 
 
-Perplexity = Annotated[float, Field(gt=0, le=1e305)]
+LARGEST_LOG = 690.0
+"""Of a number whose exponential is taken: the perplexity of a ruined model that no float could hold is e^690."""
+
+Perplexity = Annotated[float, Field(gt=0, le=1e300)]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from mpo.common.bootstrap import check_settings, grouped_mean_interval
 from mpo.common.checks import check_beta
 from mpo.common.tables import Tabular, TextTable, interval, printable_name, signed
-from mpo.common.typed_json import Confidence, Count, Number, Share, as_dict, from_values, stored_as
+from mpo.common.typed_json import Confidence, Count, Number, Share, as_dict, parse, stored_as
 from mpo.common.words import counted
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError, ModelError
@@ -228,7 +229,7 @@ class RewardGapTable(Tabular):
         Raises:
             StorageError: A field is missing or has the wrong type.
         """
-        return from_values(values, cls, "The reward-gap table")
+        return parse(json.dumps(values, default=str), cls, "The reward-gap table")
 
 
 def summarize(

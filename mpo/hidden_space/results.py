@@ -11,7 +11,7 @@ from pydantic import Field
 
 from mpo.common.provenance import Result
 from mpo.common.tables import TextTable, interval, printable_name, signed
-from mpo.common.typed_json import Confidence, FileName, named_by_key, read_typed
+from mpo.common.typed_json import Confidence, named_by_key, read_typed
 from mpo.data.languages import language_name
 from mpo.hidden_space.compare import LanguageResult, LayerResult
 
@@ -52,7 +52,7 @@ class ModelResult:
         layers: estimates by layer.
     """
 
-    name: Annotated[FileName, Field(exclude=True)]
+    name: Annotated[str, Field(exclude=True)]
     reference: str | None
     aligned: str | None
     adapter: str | None

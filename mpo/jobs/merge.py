@@ -88,7 +88,8 @@ def merge_adapter(
         )
     if base is None and (said := another_base(str(adapter), settings, source)):
         raise ModelError(f"{said} Name the model to fold it into all the same with `--base`.")
-    opened = open_model(source, adapter=str(adapter), dtype="float32", device="cpu")
+    # The weights are the same whatever the template is given, so a damaged recipe beside the adapter is no obstacle.
+    opened = open_model(source, adapter=str(adapter), chat_template_kwargs={}, dtype="float32", device="cpu")
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     wanted = getattr(torch, stored if dtype in (None, "auto") else str(dtype))
     prompts = _prompts(opened)

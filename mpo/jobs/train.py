@@ -26,13 +26,14 @@ from mpo.errors import (
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
+from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.launcher import launched_with
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
-from mpo.training.sharding import launched_with
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer
@@ -258,7 +259,8 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         precision=PRECISIONS[half_precision(plan.recipe)],
         data_fingerprint=plan.data.fingerprint,
         base_model=plan.source.name,
-        base_model_revision=getattr(plan.config, "_commit_hash", None) or model.model_revision,
+        base_model_revision=hub_commit(plan.source.name, "config.json", model.model_revision)
+        or model.model_revision,
         base_model_weights=folder_content(plan.source.name) if training.process_index == 0 else None,
         data_origin=plan.data.origin,
         dropped_rows=len(plan.dropped),
@@ -293,7 +295,7 @@ def _write_results(
     resolved: str,
     provenance: dict[str, Any],
 ) -> None:
-    from mpo.evaluation.results import METRICS, Retention, TrainingMetrics
+    from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
     from mpo.report.plots import reward_gap_before_after, training_curve
 
@@ -303,15 +305,15 @@ def _write_results(
     measured: dict[str, Any] = {}
     retention: tuple[float, float] | None = None
     if comparison is not None and before is not None and after is not None:
-        losses = Retention(before[0].retention, after[0].retention)
-        if losses.before is not None and losses.after is not None:
-            retention = (losses.before, losses.after)
+        losses = (before[0].retention, after[0].retention)
+        if losses[0] is not None and losses[1] is not None:
+            retention = (losses[0], losses[1])
         measured = {
             "held_out_groups": comparison.before.groups,
             "before": comparison.before,
             "after": comparison.after,
             "change": comparison.to_dict()["change"],
-            "retention_loss": losses,
+            "retention_loss": dict(zip(("before", "after"), losses, strict=True)),
         }
     metrics = TrainingMetrics(
         beta=training.beta,

@@ -20,7 +20,7 @@ from mpo.common.tables import printable_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.rates import LanguageRate, unfinished_note
-from mpo.evaluation.results import Score, TaskScores, TextPerplexity
+from mpo.evaluation.results import LARGEST_LOG, Score, TaskScores, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
 from mpo.evaluation.wording import Wording
@@ -152,7 +152,7 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
     base = found[0]
     columns = [_rate_cells(result, base if n else None, codes) for n, result in enumerate(found)]
     names = ("safe", "unsafe", "invalid", "answer", "refusal", *NO_VERDICT)
-    verdicts = [name for name in names if _occurs(found, name)]
+    verdicts = [name for name in names if any(_verdicts(run, None, name) for run in found if run)]
     rows = []
     for code in [*codes, None]:
         cells = tuple(column.get(code) for column in columns)
@@ -228,10 +228,6 @@ def _paired_changes(
     average = average_change(old, new, confidence=confidence)
     changes[None] = Change(average.change.mean, average.change.low, average.change.high, average.p_value)
     return changes
-
-
-def _occurs(found: Sequence[SafetyRun | None], verdict: str) -> bool:
-    return any(_verdicts(run, None, verdict) for run in found if run)
 
 
 def _shares(
@@ -398,7 +394,6 @@ def _wordings(run: SafetyRun, code: str | None) -> list[Wording]:
 
 # ------------------------------------------------------------------------------------- utility of lm-evaluation-harness
 
-_LARGEST = 690.0  # of a logarithm whose exponential a float holds
 _LIKELIHOOD = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 
 
@@ -460,10 +455,9 @@ def _utility_cell(task: TaskScores | None, base: TaskScores | None, metric: str)
     score = None if task is None else task.metrics.get(metric)
     if task is None or score is None or score.value is None:
         return None
-    ends = (
-        () if score.stderr is None else (score.value - 1.96 * score.stderr, score.value + 1.96 * score.stderr)
-    )
-    return Cell(Value(score.value, *ends), None if base is None else _item_change(base, task, metric))
+    half = None if score.stderr is None else 1.96 * score.stderr
+    value = Value(score.value, *(() if half is None else (score.value - half, score.value + half)))
+    return Cell(value, None if base is None else _item_change(base, task, metric))
 
 
 def _item_change(base: TaskScores, task: TaskScores, metric: str) -> Change | None:
@@ -549,7 +543,7 @@ def _perplexity_change(
         return None
     change = [b - a for a, b in zip(base.nats_per_text, entry.nats_per_text, strict=True)]
     ends = ratio_interval(change, tokens, confidence=confidence) or ()
-    return Change(*(math.expm1(min(nats, _LARGEST)) for nats in (math.fsum(change) / sum(tokens), *ends)))
+    return Change(*(math.expm1(min(nats, LARGEST_LOG)) for nats in (math.fsum(change) / sum(tokens), *ends)))
 
 
 # --------------------------------------------------------------------------------------------------------- correlation

@@ -234,13 +234,12 @@ def _read_metrics(
 ) -> tuple[RewardGapTable | None, RewardGapTable | None, tuple[float, float] | None]:
     """The tables before and after and the retention term, each None where it was not measured."""
     metrics = read_typed(file, TrainingMetrics)
-    before, after, losses = metrics.before, metrics.after, metrics.retention_loss
+    before, after = metrics.before, metrics.after
     if before is None or after is None:
         return None, None, None
     _compared(before, after)  # tables that do not belong together are damage, too
-    if losses is None or losses.before is None or losses.after is None:
-        return before, after, None
-    return before, after, (losses.before, losses.after)
+    first, last = (metrics.retention_loss.get(when) for when in ("before", "after"))
+    return before, after, None if first is None or last is None else (first, last)
 
 
 def _compared(before: RewardGapTable, after: RewardGapTable) -> Comparison | None:
@@ -259,7 +258,7 @@ def _read_settings(recipe_yaml: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(recipe_yaml) if recipe_yaml else {}
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError for a date that does not exist
         raise ConfigError(
             f"`recipe_yaml` is no YAML: {error}. Pass the text of the resolved recipe."
         ) from error

@@ -40,7 +40,7 @@ def scale(measurement: Measurement) -> Scale:
     values = [v for value in found for v in (value.value, value.low, value.high) if v is not None]
     values += [measurement.reference[0]] if measurement.reference is not None else []
     values += [0.0] if unit.signed else []
-    margin = 0.04 * ((max(values) - min(values)) or 1.0)
+    margin = 0.04 * ((max(values) - min(values)) or abs(max(values)) or 1.0)
     return Scale(unit, min(values) - margin, max(values) + margin)
 
 

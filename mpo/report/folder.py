@@ -54,14 +54,14 @@ class LeftOut(list[str]):
         """What a function reads, or None where it finds its file damaged."""
         try:
             return read(*arguments)
-        except StorageError as error:
+        except OSError as error:  # also where a damaged file names one that the system refuses to look for
             self.add(error)
             return None
 
     def rows(self, path: Path, kind: type[T]) -> list[T]:
         """The rows of a journal that are whole; none where there is no such file."""
         damaged: list[str] = []
-        rows = self.unless(read_rows, path, kind, damaged) if path.is_file() else None
+        rows = self.unless(lambda: read_rows(path, kind, damaged) if path.is_file() else [])
         if damaged:
             more = f" {len(damaged) - 1} more of its rows are damaged, too." if len(damaged) > 1 else ""
             self.add(f"{damaged[0].rstrip()}{more}")

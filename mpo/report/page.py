@@ -57,7 +57,8 @@ def write_report(
     Raises:
         ConfigError: A model that was asked for is not there.
         DataError: The folder holds no measurement at all; one of them is enough.
-        StorageError: A file is damaged, or cannot be written.
+        StorageError: Every file is damaged, or the two cannot be written. What is damaged beside others is left out,
+            and both files and standard error say so.
     """
     results = read_results(folder, models)
     found = measurements(results)

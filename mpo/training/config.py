@@ -16,7 +16,7 @@ from trl import DPOConfig
 
 from mpo.common.redaction import is_secret_name
 from mpo.errors import ConfigError
-from mpo.training.sharding import deepspeed_backend
+from mpo.training.launcher import deepspeed_backend
 
 RETAIN_POOLINGS = ("mean", "last")
 BATCH_LAYOUTS = ("tree", "padded")

@@ -331,13 +331,16 @@ def test_a_kept_reply_is_for_one_model_one_request_and_one_text(tmp_path: Path) 
     assert asked == [1, 2, 3, 4, 4]
 
 
-def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"text": 3, "finish_reason": null}', '{"text": "safe"}', "[" * 5000]
+)
+def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path, content: str) -> None:
     rows = answers(3)
     with serve(ChatServer()) as server:
         judge = make_judge(llm(server, tmp_path / "cache"), ATTACK)
         judge_answers(judge, ATTACK, rows, tmp_path / "a")
         for file in (tmp_path / "cache").rglob("*.json"):
-            file.write_text("{")
+            file.write_text(content)
         judge_answers(judge, ATTACK, rows, tmp_path / "b")
         judge_answers(judge, ATTACK, rows, tmp_path / "c")
     assert set(server.answered.values()) == {2}

@@ -157,6 +157,25 @@ def test_the_disk_estimate_covers_what_a_run_writes(make, tmp_path: Path) -> Non
     assert estimate.kept == len(list((tmp_path / "out").glob("checkpoint-*")))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 6},
+        {"max_steps": 3},
+        {"max_steps": "unset", "num_train_epochs": 1.5},
+        {"max_steps": 7, "save_strategy": "steps", "save_steps": 0.3},
+    ],
+    ids=str,
+)
+def test_as_many_checkpoints_are_expected_as_are_written(
+    make, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    recipe = make(**{"save_strategy": "epoch", "held_out": 0, "per_device_train_batch_size": 5, **settings})
+    kept = disk_space(make_plan(recipe)).kept
+    train(recipe)
+    assert kept == len(list((tmp_path / "out").glob("checkpoint-*")))
+
+
 def test_the_checkpoints_of_an_earlier_run_are_not_overwritten(
     make, no_weights: None, tmp_path: Path
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mpo.common.files import write_text
+from mpo.common.typed_json import parse_line
 from mpo.errors import ConfigError
 from mpo.evaluation.chat_client import OPENAI_URL, ChatClient, RejectedRequest, Reply
 from mpo.evaluation.judges.judge import (
@@ -120,9 +121,8 @@ class ReplyCache:
     def get(self, key: str) -> Reply | None:
         """The reply, or None where there is none or its file is damaged."""
         try:
-            value: Mapping[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return Reply(value["text"], value["finish_reason"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return parse_line(self._path(key).read_bytes(), Reply, key)
+        except OSError:
             return None
 
     def put(self, key: str, reply: Reply) -> None:

@@ -6,16 +6,13 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpo.common.files import check_writable
 from mpo.common.words import counted, plain, size
 from mpo.errors import ConfigError, StorageError
+from mpo.jobs.preflight.plan import Plan
 from mpo.training.checkpoints import last_complete_checkpoint
 from mpo.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from mpo.jobs.preflight import Plan
 
 # Bytes that AdamW keeps for each trained weight: two float32 moments.
 _OPTIMIZER_BYTES = 8
@@ -104,9 +101,11 @@ def disk_space(plan: Plan) -> DiskSpace:
     strategy = plain(training.save_strategy)
     written = 0
     if strategy == "epoch":
-        written = math.ceil(training.num_train_epochs)
+        written = math.ceil(plan.schedule.epochs)
     elif strategy in ("steps", "best"):
-        every = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * plan.steps)
+        every = (
+            training.save_steps if training.save_steps >= 1 else math.ceil(training.save_steps * plan.steps)
+        )
         written = math.ceil(plan.steps / every)
     limit = training.save_total_limit
     # The new checkpoint is written before the oldest is removed.
