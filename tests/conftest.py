@@ -20,6 +20,15 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 
+@pytest.fixture
+def accelerator_of_its_own() -> None:
+    """Mixed precision and compilation are settings of the process; each test with this starts as a process would."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 

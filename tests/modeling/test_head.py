@@ -165,6 +165,7 @@ def emptied(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.usefixtures("accelerator_of_its_own")
 @pytest.mark.parametrize("wrapped", ["not", "before", "after"])
 def test_a_copy_computes_with_its_own_weights(wrapped: str) -> None:
     model: Any = build_model("llama")
