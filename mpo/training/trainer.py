@@ -193,7 +193,7 @@ class MPOTrainer(DPOTrainer):
         self._finite = FiniteGuard(self.accelerator)
         self._collapse = CollapseDetector(args.collapse_window, args.collapse_drop)
         # What its checkpoints state, and which of them it can go on from.
-        self._run = ResumableRun(self)
+        self._run = ResumableRun(self, self._reference)
 
     # ---- The loss ------------------------------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class MPOTrainer(DPOTrainer):
 
         Raises:
             StorageError: There is no complete checkpoint to resume from.
-            ConfigError: The checkpoint was made with another order of the data.
+            ConfigError: The checkpoint was made with other settings or another order of the data.
             TrainingError: A loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
         """
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
@@ -388,6 +388,11 @@ class MPOTrainer(DPOTrainer):
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
 
+    @property
+    def resume_changes(self) -> list[str]:
+        """What was changed on purpose where the run was resumed: ``from step 3: learning_rate 0.001 → 0.0005``."""
+        return self._run.changes
+
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         """The checkpoint that :meth:`train` would resume from if given this, which is complete and fits the run.
 
@@ -395,6 +400,23 @@ class MPOTrainer(DPOTrainer):
             StorageError, ConfigError: As :meth:`train`.
         """
         return self._run.find_checkpoint(resume)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer where there is none yet, as in ``transformers.Trainer``."""
+        optimizer = super().create_optimizer(model)
+        self._run.optimizer_created(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._run.optimizer_restored(self.optimizer, self.lr_scheduler)
+
+    def _init_training_state(self, max_steps: int, *arguments: Any, **kwargs: Any) -> tuple[int, int]:
+        started: tuple[int, int] = super()._init_training_state(max_steps, *arguments, **kwargs)
+        # A checkpoint's state brings along how often its run logged, evaluated and saved.
+        self.state.compute_steps(self.args, max_steps)
+        return started
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
