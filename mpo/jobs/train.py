@@ -29,10 +29,11 @@ from mpo.jobs.preflight.model import PRECISIONS, half_precision
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
 from mpo.training.allocator import keep_freed_memory
-from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
 from mpo.training.sharding import launched_with
+from mpo.training.stopping import StopSignals
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer
@@ -67,8 +68,14 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     Raises:
         MPOError: something is wrong with the recipe, the model, the data or this machine. Whatever can be found out
             without loading weights is found out before.
+        StoppedBySignal: SIGINT, SIGTERM or SIGUSR1 has ended the run, after its current step where checkpoints are saved.
     """
     quiet_libraries()
+    with StopSignals():
+        return _train(recipe, dry_run)
+
+
+def _train(recipe: Recipe, dry_run: bool) -> Path:
     main = recipe.training.process_index == 0
     say = _Speaker(main)
     say(f"Checking {recipe.source_path}")
@@ -97,7 +104,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
             before = _score(trainer, plan, "before", say)
         # How many sources `min_source_gap` leaves out is known only after the reference pass.
         say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
-        result = trainer.train(resume_from_checkpoint=_resume(plan))
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
         after = _score(trainer, plan, "after", say) if before is not None else None
         say("Saving")
@@ -125,7 +132,13 @@ def how_to_resume(recipe: Recipe) -> str:
     folder = str(recipe.training.output_dir)
     last = last_complete_checkpoint(folder)
     if last is None:
-        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume."
+        kept = "" if recipe.training.save_strategy != "no" else " (`save_strategy: steps` keeps checkpoints)"
+        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume{kept}."
+    if holds_weights_only(last):
+        return (
+            f"Interrupted. The last checkpoint, {last}, holds weights only (`save_only_model: true`), so the run cannot go on "
+            "from it."
+        )
     command = recipe.command(resume_from_checkpoint="auto")
     return f"Interrupted. The last complete checkpoint is {last}. Go on with:\n  {command}"
 

@@ -22,15 +22,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
-from mpo.errors import ConfigError, MPOError, StorageError
+from mpo.errors import ConfigError, MPOError, StoppedBySignal, StorageError
 from mpo.training import checkpoints, reference
 from mpo.training import trainer as trainer_module
 from mpo.training.checkpoints import MARKER, is_complete, last_complete_checkpoint, mark_complete, saved_state
 from mpo.training.resume import check_resumable
+from mpo.training.stopping import SIGNALS, StopSignals
 from mpo.training.trainer import MPOTrainer
 from tests import runs
 from tests.tiny import build_model, random_groups, save_tiny
@@ -366,6 +368,149 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_with_the_same_weights(
     assert last_complete_checkpoint(out) is not None, f"killed after {delay:.3f} s, left {left}"
     weights = resumed(model, tmp_path, "lora", save_total_limit=2)
     assert runs.differing(weights, unbroken["lora"].weights) == [], f"killed after {delay:.3f} s, left {left}"
+
+
+# ---- Told to end -------------------------------------------------------------------------------------------------
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal in a step, as a scheduler would."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "settings"),
+    [
+        (signal.SIGTERM, 3, {}),
+        (signal.SIGINT, 6, {"save_steps": 100}),
+        (signal.SIGUSR1, 2, {"save_strategy": "epoch"}),
+        (signal.SIGTERM, 4, {"save_strategy": "no", "enable_jit_checkpoint": True}),  # the end of an epoch
+        (signal.SIGTERM, 5, {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_dataset": "rows"}),
+        (signal.SIGTERM, 7, {"save_steps": 2, "save_total_limit": 1, "enable_jit_checkpoint": True}),
+    ],
+)
+def test_a_signal_ends_the_run_after_its_step_and_it_resumes_as_if_it_had_not(
+    model: Path,
+    unbroken: dict[str, Unbroken],
+    tmp_path: Path,
+    number: int,
+    step: int,
+    settings: dict[str, Any],
+) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    expected = unbroken["lora"].weights
+    if "eval_dataset" in settings:  # an evaluation between the steps is part of the run
+        settings = {**settings, "eval_dataset": random_groups(9, 2, (1, 2), words=(1, 4))}
+        whole = trainer(model, tmp_path / "whole", "lora", **settings)
+        whole.train()
+        expected = runs.weights(whole.model)
+    run = trainer(model, tmp_path, "lora", callbacks=[SignalAt(step, number)], **settings)
+    with pytest.raises(StoppedBySignal) as stop:
+        run.train()
+    assert stop.value.exit_code == 128 + number
+    assert run.state.global_step == step, "the step under way is finished, and no other begun"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert last_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{step}"
+    assert not any("train_runtime" in log for log in run.state.log_history)
+    evaluated = [log["epoch"] for log in run.state.log_history if "eval_loss" in log]
+    assert evaluated == ([1.0] if "eval_strategy" in settings else [])
+    again = trainer(model, tmp_path, "lora", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert runs.differing(runs.weights(again.model), expected) == []
+    assert [log["step"] for log in again.state.log_history if "loss" in log] == list(range(1, STEPS + 1))
+
+
+def test_the_checkpoint_at_the_end_of_an_epoch_knows_of_its_evaluation(model: Path, tmp_path: Path) -> None:
+    settings = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "eval_dataset": random_groups(9, 2, (1, 2), words=(1, 4)),
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+    }
+    run = trainer(model, tmp_path, "lora", callbacks=[SignalAt(4, signal.SIGTERM)], **settings)
+    with pytest.raises(StoppedBySignal):
+        run.train()
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "eval_loss" in log] == [4]
+    assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-4")
+
+
+def test_the_last_checkpoint_stays_beside_the_best_one(model: Path, tmp_path: Path) -> None:
+    run = trainer(
+        model,
+        tmp_path,
+        "lora",
+        callbacks=[SignalAt(6, signal.SIGTERM)],
+        eval_dataset=random_groups(9, 2, (1, 2), words=(1, 4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="epoch_of_the_best",
+        greater_is_better=False,
+        save_total_limit=1,
+    )
+    score = run.evaluate
+    values = iter(range(100))  # the first is the best
+    run.evaluate = lambda *_, **__: {**score(), "eval_epoch_of_the_best": float(next(values))}  # type: ignore[method-assign]
+    with pytest.raises(StoppedBySignal):
+        run.train()
+    saved = [path.name for path in checkpoints.checkpoints(tmp_path / "out")]
+    assert saved == ["checkpoint-1", "checkpoint-6"]
+
+
+def test_without_checkpoints_a_signal_does_what_it_always_did(model: Path, tmp_path: Path) -> None:
+    run = trainer(model, tmp_path, "lora", save_strategy="no", callbacks=[SignalAt(2, signal.SIGINT)])
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run.train()
+    assert not isinstance(stop.value, StoppedBySignal)
+    assert run.state.global_step == 1
+
+
+def test_what_someone_else_does_at_a_signal_stays(model: Path, tmp_path: Path) -> None:
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("their own"))
+    try:
+        trainer(model, tmp_path, "lora", callbacks=[SignalAt(2, signal.SIGTERM)], max_steps=3).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["their own"]
+
+
+def test_a_second_press_ends_the_run_at_once_but_not_the_launchers_echo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mpo.training.stopping.time.monotonic", lambda: now[0])
+    with StopSignals(keep=True) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] = 0.5
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] = 5.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked == signal.SIGINT
+        with pytest.raises(StoppedBySignal):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_one_rank_receives_ends_all_of_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(model, tmp_path, "lora")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+
+    def with_the_other(flags: Tensor, op: Any) -> None:
+        flags.copy_(torch.minimum(flags, torch.tensor([1.0, 1.0, -float(signal.SIGTERM)])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_the_other)
+    assert run._finite.not_finite(torch.tensor(1.0)) is None
+    assert run._finite.stopped_by == signal.SIGTERM and run._signals.asked == 0
 
 
 # ---- The reference -----------------------------------------------------------------------------------------------
