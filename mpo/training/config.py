@@ -147,6 +147,9 @@ class MPOConfig(DPOConfig):
             Settings that may differ from those of the checkpoint that the run resumes from, for example
             `["learning_rate"]`: the new value holds from there on, and the run's files say so. Every other difference
             in what is trained and how is refused. What may be named: :data:`mpo.training.run_settings.CHANGEABLE`.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Have `mpo train` replace the result of an earlier run in `output_dir`, which is otherwise refused. The earlier
+            result lies in `output_dir/earlier-result` until the new one is complete.
 
     > [!NOTE]
     > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` by need (on), `bf16` on only where
@@ -211,9 +214,12 @@ class MPOConfig(DPOConfig):
         default=None, metadata={"help": "Token budget of a batch of the reference pass."}
     )
 
-    # Resuming
+    # Resuming, and what is there already
     resume_changes: list[str] | None = field(
         default=None, metadata={"help": "Settings that may change where the run is resumed."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an earlier result in output_dir once the run is complete."}
     )
 
     # Defaults that differ from DPOConfig

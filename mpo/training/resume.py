@@ -179,8 +179,6 @@ class ResumableRun:
         self._changed = check_settings(checkpoint, then, now, allowed, trains_adapter=trains_adapter)
         step = int(Path(checkpoint).name.rpartition("-")[2])
         self.changes = [*saved.get("changes", []), *changes_at(step, self._changed, then, now)]
-        for change in self.changes:
-            logger.warning(f"Changed on purpose {change}.")
 
     def optimizer_created(self, optimizer: Any) -> None:
         """Remember the settings of the optimizer as the arguments give them."""
