@@ -423,8 +423,17 @@ class MPOTrainer(DPOTrainer):
         if checkpoint is not None:
             self._run.optimizer_restored(self.optimizer, self.lr_scheduler)
 
-    def _init_training_state(self, max_steps: int, *arguments: Any, **kwargs: Any) -> tuple[int, int]:
-        started: tuple[int, int] = super()._init_training_state(max_steps, *arguments, **kwargs)
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        started: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         # A checkpoint's state brings along how often its run logged, evaluated and saved.
         self.state.compute_steps(self.args, max_steps)
         return started
@@ -442,18 +451,30 @@ class MPOTrainer(DPOTrainer):
             self.model_wrapped.optimizer.check_grad_overflow = True
         return prepared
 
-    def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
         if self._finite.stopped_by:
             self._last_step.direct(self.control, self.state)
-        super()._maybe_log_save_evaluate(*arguments, **kwargs)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
 
-    def _finalize_training(self, *arguments: Any, **kwargs: Any) -> TrainOutput:
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if self._finite.stopped_by:
             # Nothing of what follows a finished run: it may even remove the last checkpoint in favour of the best one.
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
             raise StoppedBySignal(self._finite.stopped_by)
-        output: TrainOutput = super()._finalize_training(*arguments, **kwargs)
+        output: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
