@@ -445,6 +445,10 @@ def test_a_run_goes_through_every_overridden_method(folder: Path, tmp_path: Path
         "log": 2 + 2 + 1,  # steps, evaluations and the summary
         "evaluate": 2,
         "train": 1,
+        "create_optimizer": 1,
+        "_init_training_state": 1,
+        "_maybe_log_save_evaluate": 2 + 1,  # steps, and the end of the epoch
+        "_finalize_training": 1,
     }
 
 
