@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"\n{str(interruption) or 'Interrupted.'}", file=sys.stderr)
-        return getattr(interruption, "exit_code", EXIT_INTERRUPTED)
+        return int(getattr(interruption, "exit_code", EXIT_INTERRUPTED))
     except BrokenPipeError:  # `mpo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,11 @@ class ResumableRun:
             self._intact.add(resume)
         now = self.state()
         problems = []
-        for check in (
+        checks: tuple[Callable[..., None], ...] = (
             partial(check_resumable, skips_seen_groups=not trainer.args.ignore_data_skip),
             self._take_over,
-        ):
+        )
+        for check in checks:
             try:
                 check(resume, now, trains_adapter=trains_adapter)
             except ConfigError as error:
