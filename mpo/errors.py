@@ -61,5 +61,26 @@ class ProcessLostError(TrainingError):
     """Another process of a run on several has died or cannot be reached."""
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """A run was told to end, by SIGTERM for example. No error: like any interruption it passes ``except Exception``.
+
+    Args:
+        number: The signal.
+        message: What is left, and how to go on.
+
+    Attributes:
+        number: The signal.
+        exit_code: What a shell expects of a process that a signal has ended.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(number, message)
+        self.number, self.exit_code = number, 128 + number
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class ServerError(MPOError, ConnectionError):
     """A model server cannot be reached, refuses a request, or sends nothing that can be used."""

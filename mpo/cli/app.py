@@ -28,7 +28,9 @@ _COMMANDS = (train, plan, data, evaluate, report, analyze, merge)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for an error that is the user's to mend, 130 when interrupted."""
+    """Runs a command and returns its exit code: 0, 2 for an error that is the user's to mend, 128 and the signal's number (130 for
+    Ctrl-C) when interrupted.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interruption:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"\n{str(interruption) or 'Interrupted.'}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return int(getattr(interruption, "exit_code", EXIT_INTERRUPTED))
     except BrokenPipeError:  # `mpo ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

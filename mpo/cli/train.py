@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from signal import SIGINT
 from typing import Any
 
 from mpo.cli.options import add_recipe, overrides_of
@@ -51,12 +52,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
+    from mpo.errors import StoppedBySignal
     from mpo.jobs.train import how_to_resume, train
     from mpo.training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, overrides)
     try:
         train(recipe, dry_run=dry_run)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_resume(recipe)) from None
+    except KeyboardInterrupt as stop:
+        raise StoppedBySignal(getattr(stop, "number", SIGINT), how_to_resume(recipe)) from None
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from mpo.common.files import write_json
+from mpo.common.locks import lock
 from mpo.common.redaction import redact
 from mpo.common.typed_json import parse_line, read_typed
 from mpo.common.words import shortened
@@ -61,7 +61,10 @@ class Journal:
         except OSError as error:
             raise StorageError(f"Cannot open {self.path}: {error.strerror or error}.") from error
         try:
-            self._lock()
+            lock(
+                self._file,
+                f"Another process is writing {self.path}. Let it finish, or choose another folder.",
+            )
             self.rows = self._read(kind)
         except BaseException:
             self._file.close()
@@ -107,16 +110,6 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"Another process is writing {self.path}. Let it finish, or choose another folder."
-            ) from None
-        except OSError:
-            pass  # a file system without locks; then two processes at once are the user's to avoid
 
     def _read(self, kind: type[Any]) -> dict[str, dict[str, Any]]:
         self._file.seek(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 
 from mpo.common.characters import printable
 from mpo.common.files import is_full_disk, write_json, write_text
+from mpo.common.locks import locked_folder
 from mpo.common.progress import quiet_libraries
 from mpo.common.typed_json import write_typed
 from mpo.common.words import duration
@@ -25,15 +26,22 @@ from mpo.errors import (
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
 from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight.folder import (
+    check_output_folder,
+    remove_earlier_result,
+    set_result_aside,
+    wanted_checkpoint,
+)
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
 from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
 from mpo.training.allocator import keep_freed_memory
-from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
 from mpo.training.launcher import launched_with
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
+from mpo.training.stopping import StopSignals
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer
@@ -68,8 +76,14 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     Raises:
         MPOError: something is wrong with the recipe, the model, the data or this machine. Whatever can be found out
             without loading weights is found out before.
+        StoppedBySignal: SIGINT, SIGTERM or SIGUSR1 has ended the run, after its current step where checkpoints are saved.
     """
     quiet_libraries()
+    with StopSignals(), ExitStack() as held:
+        return _train(recipe, dry_run, held)
+
+
+def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     main = recipe.training.process_index == 0
     say = _Speaker(main)
     say(f"Checking {recipe.source_path}")
@@ -83,22 +97,32 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     resolved = plan.recipe.to_yaml()
     provenance = _provenance(plan)
     if main:
-        _write_start(plan, resolved, provenance)
+        held.enter_context(
+            locked_folder(
+                folder, f"Another run is training in {folder}. Let it finish, or choose another `output_dir`."
+            )
+        )
+        check_output_folder(plan.recipe)  # another run may have ended since
     say(f"Loading {plan.source.name}")
     if recipe.training.device.type == "cpu":
         keep_freed_memory()
     with _explaining(plan):
         trainer = _build_trainer(plan)
         # A checkpoint that does not fit is named before anything is scored.
-        checkpoint = trainer.resolve_checkpoint(_resume(plan))
+        checkpoint = trainer.resolve_checkpoint(wanted_checkpoint(plan.recipe))
+        if trainer.resume_changes:
+            provenance["resume_changes"] = trainer.resume_changes
+        if main:
+            set_result_aside(plan.recipe)
+            _write_start(plan, resolved, provenance)
         if checkpoint is not None:
-            say(f"Going on from {checkpoint}")
+            say("\n".join([f"Going on from {checkpoint}", *trainer.resume_changes]))
         before = None
         if plan.held_out is not None:
             before = _score(trainer, plan, "before", say)
         # How many sources `min_source_gap` leaves out is known only after the reference pass.
         say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
-        result = trainer.train(resume_from_checkpoint=_resume(plan))
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
         after = _score(trainer, plan, "after", say) if before is not None else None
         say("Saving")
@@ -108,6 +132,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
         if before is not None and after is not None:
             comparison = compare(before[1], after[1])
         _write_results(plan, trainer, comparison, before, after, resolved, provenance)
+        remove_earlier_result(folder)
         if comparison is not None:
             say("")
             comparison.show()
@@ -126,7 +151,13 @@ def how_to_resume(recipe: Recipe) -> str:
     folder = str(recipe.training.output_dir)
     last = last_complete_checkpoint(folder)
     if last is None:
-        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume."
+        kept = "" if recipe.training.save_strategy != "no" else " (`save_strategy: steps` keeps checkpoints)"
+        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume{kept}."
+    if holds_weights_only(last):
+        return (
+            f"Interrupted. The last checkpoint, {last}, holds weights only (`save_only_model: true`), so the run cannot go on "
+            "from it."
+        )
     command = recipe.command(resume_from_checkpoint="auto")
     return f"Interrupted. The last complete checkpoint is {last}. Go on with:\n  {command}"
 
@@ -216,16 +247,6 @@ def _is_alone(training: Any) -> bool:
     return training.world_size == 1 and not (launched_with("DEEPSPEED") or launched_with("FSDP"))
 
 
-def _resume(plan: Plan) -> str | bool | None:
-    wanted = plan.recipe.training.resume_from_checkpoint
-    text = str(wanted).lower()
-    if wanted is None or text in ("false", "no"):
-        return None
-    if text in ("true", "yes"):
-        return True
-    return "auto" if text == "auto" else str(wanted)
-
-
 def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[Scores, RewardGapTable]:
     scores = trainer.score(description=f"Scoring held-out pairs {when} training")
     table = summarize(scores.records, beta=plan.recipe.training.beta)
@@ -273,7 +294,10 @@ def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     """What explains a run, written before it starts so that one that is cut off can be explained, too."""
     folder = Path(str(plan.recipe.training.output_dir))
     header = printable(f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml", lines=False)
-    write_text(folder / "recipe.yaml", f"{header}\n{resolved}")
+    changes = [
+        printable(f"# Changed {change}", lines=False) for change in provenance.get("resume_changes", ())
+    ]
+    write_text(folder / "recipe.yaml", "\n".join([header, *changes, resolved]))
     write_json(folder / "provenance.json", provenance)
     if plan.dropped:
         _write_dropped(plan, [])

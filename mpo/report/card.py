@@ -371,6 +371,8 @@ def _facts(
         unused = value is None or value is False or (key == "max_steps" and value == -1)
         if not unused and (adapter or key not in _ADAPTER_SETTINGS.values()):
             out.append((label, _setting(value)))
+    if isinstance(changes := found.get("resume_changes"), list) and changes:
+        out.append(("Changed where the run was resumed", "; ".join(map(str, changes))))
     devices, libraries = _mapping(found.get("devices")), _mapping(found.get("libraries"))
     accelerators = _mapping(devices.get("accelerators"))
     if devices:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from mpo.common.files import is_full_disk, sync, write_text
 from mpo.common.log import get_logger
+from mpo.modeling.identity import hash_file
 from mpo.training.ranks import Ranks, gathered
 
 logger = get_logger(__name__)
@@ -70,7 +71,7 @@ def save_checkpoint(
 
 
 def mark_complete(folder: str | Path, state: Mapping[str, Any]) -> None:
-    """Declare a checkpoint complete: write the sizes of all its files, and ``state``, to its marker file.
+    """Declare a checkpoint complete: write the sizes and hashes of all its files, and ``state``, to its marker file.
 
     The files are flushed to disk first, so a marker never stands for data that a power cut can still take.
 
@@ -78,16 +79,17 @@ def mark_complete(folder: str | Path, state: Mapping[str, Any]) -> None:
         OSError: The disk is full, or the folder cannot be written.
     """
     folder = Path(folder)
-    sizes = {}
+    sizes, hashes = {}, {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
         sync(path)
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    marker = {"files": sizes, "state": dict(state)}
+        name = path.relative_to(folder).as_posix()
+        sizes[name], hashes[name] = path.stat().st_size, hash_file(path)
+    marker = {"files": sizes, "xxh3": hashes, "state": dict(state)}
     write_text(folder / MARKER, json.dumps(marker, indent=2, sort_keys=True))
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a checkpoint has its marker and every file has the size the marker states."""
+    """Whether a checkpoint has its marker and every file has the size the marker states; see :func:`damaged_files`."""
     folder = Path(folder)
     try:
         with open(folder / MARKER, encoding="utf-8") as file:
@@ -99,10 +101,34 @@ def is_complete(folder: str | Path) -> bool:
 
 def saved_state(folder: str | Path) -> dict[str, Any]:
     """The ``state`` given to :func:`mark_complete`, empty for a checkpoint without a marker."""
+    return _marked(folder, "state")
+
+
+def damaged_files(folder: str | Path) -> list[str]:
+    """Files of a complete checkpoint whose content is not what was saved. Reads all of it.
+
+    A checkpoint of an earlier version, whose marker has no hashes, shows no damage.
+    """
+    damaged = []
+    for name, saved in sorted(_marked(folder, "xxh3").items()):
+        try:
+            if hash_file(Path(folder) / name) != saved:
+                damaged.append(name)
+        except OSError:
+            damaged.append(name)
+    return damaged
+
+
+def holds_weights_only(folder: str | Path) -> bool:
+    """Whether a checkpoint was saved with ``save_only_model``: no optimizer, schedule or random state to go on with."""
+    return not any(Path(folder).glob("rng_state*.pth"))
+
+
+def _marked(folder: str | Path, part: str) -> dict[str, Any]:
     try:
         with open(Path(folder) / MARKER, encoding="utf-8") as file:
-            state = json.load(file)["state"]
-        return state if isinstance(state, dict) else {}
+            found = json.load(file)[part]
+        return found if isinstance(found, dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -121,9 +147,14 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """The complete checkpoint with the highest step below ``folder``, or None; none that was :func:`set_aside`."""
     for path in reversed(checkpoints(folder)):
-        if is_complete(path) and not (path / EARLIER).exists():
+        if is_complete(path) and not is_set_aside(path):
             return path
     return None
+
+
+def is_set_aside(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of an earlier run, see :func:`set_aside`."""
+    return (checkpoint / EARLIER).exists()
 
 
 def set_aside(folder: str | Path, resumed: str | Path | None = None) -> list[Path]:
@@ -146,7 +177,7 @@ def set_aside(folder: str | Path, resumed: str | Path | None = None) -> list[Pat
     found = []
     for path in checkpoints(folder):
         later = int(path.name.rpartition("-")[2]) > start
-        if later and is_complete(path) and not (path / EARLIER).exists():
+        if later and is_complete(path) and not is_set_aside(path):
             (path / EARLIER).touch()
             found.append(path)
     return found

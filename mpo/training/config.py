@@ -17,6 +17,7 @@ from trl import DPOConfig
 from mpo.common.redaction import is_secret_name
 from mpo.errors import ConfigError
 from mpo.training.launcher import deepspeed_backend
+from mpo.training.run_settings import check_names
 
 RETAIN_POOLINGS = ("mean", "last")
 BATCH_LAYOUTS = ("tree", "padded")
@@ -140,6 +141,16 @@ class MPOConfig(DPOConfig):
         reference_tokens_per_batch (`int`, *optional*):
             Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 8192 on an accelerator.
 
+        > Parameters that control resuming
+
+        resume_changes (`list[str]`, *optional*):
+            Settings that may differ from those of the checkpoint that the run resumes from, for example
+            `["learning_rate"]`: the new value holds from there on, and the run's files say so. Every other difference
+            in what is trained and how is refused. What may be named: :data:`mpo.training.run_settings.CHANGEABLE`.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Have `mpo train` replace the result of an earlier run in `output_dir`, which is otherwise refused. The earlier
+            result lies in `output_dir/earlier-result` until the new one is complete.
+
     > [!NOTE]
     > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` by need (on), `bf16` on only where
     > the hardware has it (always), `learning_rate` 1e-6 as there, `lr_scheduler_type` cosine, `warmup_steps` 0.1 (a
@@ -201,6 +212,14 @@ class MPOConfig(DPOConfig):
     reference_cache_dir: str | None = field(default=None, metadata={"help": "Folder of the reference cache."})
     reference_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Token budget of a batch of the reference pass."}
+    )
+
+    # Resuming, and what is there already
+    resume_changes: list[str] | None = field(
+        default=None, metadata={"help": "Settings that may change where the run is resumed."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an earlier result in output_dir once the run is complete."}
     )
 
     # Defaults that differ from DPOConfig
@@ -336,6 +355,7 @@ class MPOConfig(DPOConfig):
         )
         if self.max_steps == -1:
             require("num_train_epochs", _is_positive, "a number above 0")
+        check_names(self.resume_changes or ())
         if isinstance(self.language_weights, dict):
             require(
                 "language_weights",

@@ -20,10 +20,20 @@ _GROUPS_NAMED = 8
 
 
 class FiniteGuard:
-    """Watches the losses and the gradient of one optimizer step, on all ranks."""
+    """Watches the losses and the gradient of one optimizer step, on all ranks, and whether one of them was told to end.
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    Args:
+        accelerator: The process group.
+        asked: Number of the signal that this rank has received, or 0.
+
+    Attributes:
+        stopped_by: Number of the signal that ends the run after the current step, the same on all ranks, or 0.
+    """
+
+    def __init__(self, accelerator: Accelerator, asked: Callable[[], int] = lambda: 0) -> None:
+        self.stopped_by = 0
         self._accelerator = accelerator
+        self._asked = asked
         self._loss: Tensor | None = None  # of the step so far
         self._groups: list[tuple[str, list[int]]] = []  # it is made of, as origin and rows
         self._overflows = 0  # steps in a row
@@ -48,10 +58,12 @@ class FiniteGuard:
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         loss = torch.zeros((), device=device) if self._loss is None else self._loss.float()
-        flags = torch.stack([torch.isfinite(loss), torch.isfinite(norm)]).float()
+        finite = torch.stack([torch.isfinite(loss), torch.isfinite(norm)]).float()
+        flags = torch.cat([finite, finite.new_tensor([-self._asked()])])
         if self._accelerator.num_processes > 1:
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MIN)
-        loss_finite, norm_finite = (bool(flag) for flag in flags.tolist())
+        loss_finite, norm_finite, asked = flags.tolist()
+        self.stopped_by = -int(asked)
         if loss_finite and norm_finite:
             self._overflows = 0
             return None

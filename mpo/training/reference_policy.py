@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mpo.errors import ModelError
 from mpo.modeling.head import attach_reward_gap_head
-from mpo.modeling.identity import identify_module
+from mpo.modeling.identity import ModelIdentity, identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
 from mpo.modeling.loading import ModelSource
 from mpo.training.ranks import from_main
@@ -64,7 +64,7 @@ class ReferencePolicy:
         self._loaded_from = loaded_from
         self._cache_dir = cache_dir
         self._layout_checked = False
-        self._identity: str | None = None  # once it is computed
+        self._identity: ModelIdentity | None = None  # once it is computed
 
     def values(self, dataset: Dataset, name: str) -> SourceReference:
         """The reference's values of tokenized groups, computed or read from the cache when first asked for.
@@ -135,15 +135,24 @@ class ReferencePolicy:
 
     def _key(self) -> dict[str, Any]:
         """What identifies the reference's values besides the data."""
+        return {
+            "model": self.identity().digest,
+            "mixed_precision": str(self._policy.accelerator.mixed_precision),
+        }
+
+    def identity(self) -> ModelIdentity:
+        """Who the reference is, found out when first asked for: before training changes the policy. All ranks call this."""
         accelerator = self._policy.accelerator
         if self._identity is None:
-            self._identity = from_main(self._identify() if accelerator.is_main_process else "", accelerator)
-        return {"model": self._identity, "mixed_precision": str(accelerator.mixed_precision)}
+            found = self._identify() if accelerator.is_main_process else None
+            self._identity = from_main(found, accelerator)
+            assert self._identity is not None
+        return self._identity
 
-    def _identify(self) -> str:
-        """Who the reference is: by its files where its weights still equal them, by its tensors otherwise."""
+    def _identify(self) -> ModelIdentity:
+        """By its files where its weights still equal them, by its tensors otherwise."""
         model = self._policy.model
         starts_at_files = self._adapter_off or not hasattr(model, "peft_config")
         files = self._loaded_from if self._explicit is None and starts_at_files else None
         adapter_on = self._explicit is not None or not self._adapter_off
-        return identify_module(self._explicit or model, adapter_on=adapter_on, files=files).digest
+        return identify_module(self._explicit or model, adapter_on=adapter_on, files=files)

@@ -4,37 +4,75 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
 from mpo.common.log import get_logger
+from mpo.common.words import listed
 from mpo.errors import ConfigError, StorageError
-from mpo.training.checkpoints import is_complete, last_complete_checkpoint, saved_state, set_aside
+from mpo.training.checkpoints import (
+    checkpoints,
+    damaged_files,
+    holds_weights_only,
+    is_complete,
+    is_set_aside,
+    saved_state,
+    set_aside,
+)
 from mpo.training.config import MPOConfig
 from mpo.training.ranks import from_main
 from mpo.training.reference import fingerprint_rows
+from mpo.training.reference_policy import ReferencePolicy
+from mpo.training.run_settings import (
+    OptimizerSettings,
+    changes_at,
+    check_settings,
+    described,
+    run_settings,
+)
 from mpo.training.sharding import sharding_name
 
 logger = get_logger(__name__)
 
 _FACTORS = ("ranks", "groups_per_micro_batch", "gradient_accumulation_steps")
+# Where the rows differ, one of these may be the reason.
+_ROWS = (
+    "source_language",
+    "group_by_source",
+    "max_targets_per_group",
+    "max_length",
+    "max_response_length",
+    "chat_template",
+    "chat_template_kwargs",
+)
 
 
 class ResumableRun:
-    """What a checkpoint of a trainer's run states, and which checkpoint the run may go on from."""
+    """What a checkpoint of a trainer's run states, and which checkpoint the run may go on from.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Attributes:
+        changes: One sentence for each setting that was changed on purpose where the run was resumed, over all its parts.
+    """
+
+    def __init__(self, trainer: Trainer, reference: ReferencePolicy) -> None:
+        self.changes: list[str] = []
         self._trainer: Any = trainer
+        self._reference = reference
+        self._given_optimizer = trainer.optimizer
+        self._optimizer_settings: OptimizerSettings | None = None
+        self._changed: list[str] = []  # names of the settings that change at this resume
+        self._intact: set[str] = set()  # checkpoints whose files were read and are as they were saved
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint states of its run.
 
-        ``form`` is how the optimizer's states are kept: whole, or divided as one engine and number of ranks needs. All
-        else decides which groups have been seen after a number of steps.
+        ``form`` is how the optimizer's states are kept: whole, or divided as one engine and number of ranks needs.
+        ``settings`` are those of :func:`mpo.training.run_settings.run_settings`, and ``changes`` what became of them on the
+        way. All else decides which groups have been seen after a number of steps.
         """
         trainer = self._trainer
         args: MPOConfig = trainer.args
@@ -53,6 +91,15 @@ class ResumableRun:
             "dataloader_drop_last": args.dataloader_drop_last,
             "min_source_gap": args.min_source_gap,
             "max_tokens_per_batch": args.max_tokens_per_batch,
+            "settings": run_settings(
+                args,
+                trainer.model,
+                self._reference.identity(),
+                self._given_optimizer,
+                str(trainer.accelerator.mixed_precision),
+            ),
+            "made_by": {name: getattr(args, name) for name in _ROWS},
+            "changes": self.changes,
         }
         if args.max_tokens_per_batch is not None:  # these decide how many tokens a group has
             state.update(batch_layout=args.batch_layout, sources_run=args.retain_weight > 0)
@@ -68,14 +115,17 @@ class ResumableRun:
                 there is one; None or False for none.
 
         Raises:
-            StorageError: There is no such checkpoint, or it is not complete.
+            StorageError: There is no such checkpoint, or it is not complete, or damaged, or holds weights only.
             ConfigError: It does not fit, see :func:`check_resumable`.
         """
+        self.changes, self._changed = [], []
         if not resume:
             return None
         trainer = self._trainer
         if resume is True or resume == "auto":
-            found = from_main(last_complete_checkpoint(trainer.args.output_dir), trainer.accelerator)
+            found = from_main(self._last_intact(), trainer.accelerator)
+            if isinstance(found, StorageError):
+                raise found
             if found is None and resume is True:
                 raise StorageError(
                     f"there is no complete checkpoint in '{trainer.args.output_dir}' to resume from."
@@ -83,6 +133,7 @@ class ResumableRun:
             if found is None:
                 return None
             resume = found
+            self._intact.add(os.fspath(found))
         resume = os.fspath(resume)
         if not Path(resume).is_dir():
             raise StorageError(f"the checkpoint '{resume}' to resume from does not exist.")
@@ -91,13 +142,85 @@ class ResumableRun:
                 f"the checkpoint '{resume}' is not complete: its run ended while it was written, or files are missing. "
                 'Resume with "auto" or True, which takes the last complete one.'
             )
-        check_resumable(
-            resume,
-            self.state(),
-            trains_adapter=hasattr(trainer.model, "peft_config"),
-            skips_seen_groups=not trainer.args.ignore_data_skip,
+        trains_adapter = hasattr(trainer.model, "peft_config")
+        check_has_optimizer(resume, trains_adapter=trains_adapter)
+        if resume not in self._intact:
+            if damaged := from_main(self._damage(resume), trainer.accelerator):
+                raise StorageError(
+                    f"the checkpoint '{resume}' is damaged: {listed(damaged)} changed since it was saved. Resume with "
+                    '"auto" or True, which takes the last one that is whole.'
+                )
+            self._intact.add(resume)
+        now = self.state()
+        problems = []
+        checks: tuple[Callable[..., None], ...] = (
+            partial(check_resumable, skips_seen_groups=not trainer.args.ignore_data_skip),
+            self._take_over,
         )
+        for check in checks:
+            try:
+                check(resume, now, trains_adapter=trains_adapter)
+            except ConfigError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
         return resume
+
+    def _take_over(self, checkpoint: str, state: Mapping[str, Any], *, trains_adapter: bool) -> None:
+        """Refuse, or note, settings that changed since the checkpoint was saved."""
+        saved, now = saved_state(checkpoint), state["settings"]
+        then = saved.get("settings")
+        if then is None:
+            logger.warning(
+                f"'{checkpoint}' does not say with which settings it was trained (an earlier version saved it), so they "
+                "were not compared with those of this run."
+            )
+            return
+        allowed = self._trainer.args.resume_changes or ()
+        self._changed = check_settings(checkpoint, then, now, allowed, trains_adapter=trains_adapter)
+        step = int(Path(checkpoint).name.rpartition("-")[2])
+        self.changes = [*saved.get("changes", []), *changes_at(step, self._changed, then, now)]
+
+    def optimizer_created(self, optimizer: Any) -> None:
+        """Remember the settings of the optimizer as the arguments give them."""
+        self._optimizer_settings = OptimizerSettings(optimizer)
+
+    def optimizer_restored(self, optimizer: Any, scheduler: Any) -> None:
+        """Put changed settings back over those that a checkpoint has restored.
+
+        Raises:
+            ConfigError: The optimizer is DeepSpeed's own, which takes its settings from its configuration.
+        """
+        if not self._changed:
+            return
+        if self._optimizer_settings is None:
+            raise ConfigError(
+                "`resume_changes` has no effect on an optimizer that DeepSpeed's configuration defines. Remove `optimizer` "
+                "from that configuration, or restore the settings."
+            )
+        self._optimizer_settings.apply(self._changed, optimizer, scheduler)
+
+    def _last_intact(self) -> Path | StorageError | None:
+        """The last complete checkpoint whose files are as they were saved; the main process looks for it."""
+        if not self._trainer.accelerator.is_main_process:
+            return None
+        folder = self._trainer.args.output_dir
+        found = [path for path in checkpoints(folder) if is_complete(path) and not is_set_aside(path)]
+        for path in reversed(found):
+            if not (damaged := damaged_files(path)):
+                return path
+            logger.warning(
+                f"The checkpoint '{path}' is damaged ({listed(damaged)} changed since it was saved) and is passed over."
+            )
+        if found:
+            return StorageError(
+                f"all checkpoints in '{folder}' are damaged: files changed since they were saved. Delete them to start "
+                "again, or choose another `output_dir`."
+            )
+        return None
+
+    def _damage(self, checkpoint: str) -> list[str]:
+        return damaged_files(checkpoint) if self._trainer.accelerator.is_main_process else []
 
     def set_earlier_aside(self, checkpoint: str | None) -> None:
         """Mark later checkpoints of another run, which this one does not continue, and warn of them."""
@@ -114,6 +237,16 @@ class ResumableRun:
     @cached_property
     def _rows(self) -> str:
         return fingerprint_rows(self._trainer.train_dataset)
+
+
+def check_has_optimizer(checkpoint: str | Path, *, trains_adapter: bool) -> None:
+    """Raise a StorageError for a checkpoint that was saved with ``save_only_model``."""
+    if holds_weights_only(checkpoint):
+        key = "adapter_name_or_path" if trains_adapter else "model_name_or_path"
+        raise StorageError(
+            f"the checkpoint '{checkpoint}' cannot be resumed: it was saved with `save_only_model: true`, without optimizer, "
+            f"schedule and random state. Start a new run from its weights (`{key}: {checkpoint}`) in another `output_dir`."
+        )
 
 
 def check_resumable(
@@ -135,9 +268,14 @@ def check_resumable(
         )
     if not skips_seen_groups:
         return
-    different = [name for name in now if name != "form" and name in saved and saved[name] != now[name]]
+    apart = ("form", "settings", "changes", "made_by")
+    different = [name for name in now if name not in apart and name in saved and saved[name] != now[name]]
     if different and not _same_steps(different, saved, now):
-        changes = ", ".join(f"{name}: {saved[name]} then, {now[name]} now" for name in different)
+        changes = ", ".join(described(name, saved[name], now[name]) for name in different)
+        if "rows" in different:
+            then, made_by = saved.get("made_by", {}), now["made_by"]
+            reasons = [name for name in made_by if name in then and then[name] != made_by[name]]
+            changes += "".join(f", {described(name, then[name], made_by[name])}" for name in reasons)
         raise ConfigError(
             f"'{checkpoint}' was saved with another order of the data ({changes}), so resuming would repeat some groups "
             "and skip others. Restore the settings (on another number of ranks, groups per rank times ranks times "

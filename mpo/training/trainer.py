@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from mpo.common.citations import MPO_BIBTEX
 from mpo.common.log import get_logger
 from mpo.data import as_groups
 from mpo.data.tokenization import TOKENIZED_FEATURES
-from mpo.errors import ConfigError, DataError, TrainingError
+from mpo.errors import ConfigError, DataError, StoppedBySignal, TrainingError
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.loss import mpo_loss, reward_gap
@@ -50,7 +51,13 @@ from mpo.training.reference_policy import ReferencePolicy
 from mpo.training.resume import ResumableRun
 from mpo.training.sampling import GroupCollator, target_languages
 from mpo.training.scoring import score_dataset
-from mpo.training.trl_contract import own_errors, without_reference_model, without_second_sharding
+from mpo.training.stopping import LastStep, StopSignals
+from mpo.training.trl_contract import (
+    own_errors,
+    without_reference_model,
+    without_second_sharding,
+    without_signal_handler,
+)
 from mpo.training.workload import tokenize_for_training
 
 logger = get_logger(__name__)
@@ -149,7 +156,7 @@ class MPOTrainer(DPOTrainer):
             eval_dataset = {split: groups_of(data) for split, data in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = groups_of(eval_dataset)
-        with without_reference_model(args), own_errors(args):
+        with without_reference_model(args), without_signal_handler(args), own_errors(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -190,10 +197,11 @@ class MPOTrainer(DPOTrainer):
         # Sums over the pairs since the last log.
         self._metrics_per_language = LanguageMetrics(self.languages, args.beta, self.accelerator.device)
         # What ends the run: before the optimizer's step, or at a log.
-        self._finite = FiniteGuard(self.accelerator)
+        self._signals = StopSignals(keep=True)
+        self._finite = FiniteGuard(self.accelerator, lambda: self._signals.asked)
         self._collapse = CollapseDetector(args.collapse_window, args.collapse_drop)
         # What its checkpoints state, and which of them it can go on from.
-        self._run = ResumableRun(self)
+        self._run = ResumableRun(self, self._reference)
 
     # ---- The loss ------------------------------------------------------------------------------------------------
 
@@ -368,7 +376,7 @@ class MPOTrainer(DPOTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train.
+        """Train. Where checkpoints are saved, SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with one.
 
         Args:
             resume_from_checkpoint: A checkpoint's folder; True for the last complete one in ``output_dir``; ``"auto"``
@@ -377,16 +385,24 @@ class MPOTrainer(DPOTrainer):
 
         Raises:
             StorageError: There is no complete checkpoint to resume from.
-            ConfigError: The checkpoint was made with another order of the data.
+            ConfigError: The checkpoint was made with other settings or another order of the data.
             TrainingError: A loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
+            StoppedBySignal: A signal has ended the run; the state of its last step is saved.
         """
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
-        with own_errors(self.args):
+        saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
+        self._last_step, self._finite.stopped_by = LastStep(), 0
+        with own_errors(self.args), self._signals if saves else nullcontext():
             self._run.set_earlier_aside(checkpoint)
             return super().train(
                 resume_from_checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
             )
+
+    @property
+    def resume_changes(self) -> list[str]:
+        """What was changed on purpose where the run was resumed: ``from step 3: learning_rate 0.001 → 0.0005``."""
+        return self._run.changes
 
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
         """The checkpoint that :meth:`train` would resume from if given this, which is complete and fits the run.
@@ -395,6 +411,32 @@ class MPOTrainer(DPOTrainer):
             StorageError, ConfigError: As :meth:`train`.
         """
         return self._run.find_checkpoint(resume)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer where there is none yet, as in ``transformers.Trainer``."""
+        optimizer = super().create_optimizer(model)
+        self._run.optimizer_created(optimizer)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._run.optimizer_restored(self.optimizer, self.lr_scheduler)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        started: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        # A checkpoint's state brings along how often its run logged, evaluated and saved.
+        self.state.compute_steps(self.args, max_steps)
+        return started
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
@@ -408,6 +450,32 @@ class MPOTrainer(DPOTrainer):
             # ZeRO-3 does, and `_get_grad_norm` stops the run.
             self.model_wrapped.optimizer.check_grad_overflow = True
         return prepared
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        if self._finite.stopped_by:
+            self._last_step.direct(self.control, self.state)
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        if self._finite.stopped_by:
+            # Nothing of what follows a finished run: it may even remove the last checkpoint in favour of the best one.
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+            raise StoppedBySignal(self._finite.stopped_by)
+        output: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics per language to a training log, see :meth:`mpo.training.metrics.LanguageMetrics.log`."""

@@ -51,6 +51,19 @@ def without_reference_model(args: MPOConfig) -> Iterator[None]:
 
 
 @contextmanager
+def without_signal_handler(args: MPOConfig) -> Iterator[None]:
+    """Keep ``Trainer.__init__`` from installing the handler of ``enable_jit_checkpoint``.
+
+    It saves between backward pass and optimizer step, and then ends like a finished run; see :mod:`mpo.training.stopping`.
+    """
+    given, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
+    try:
+        yield
+    finally:
+        args.enable_jit_checkpoint = given
+
+
+@contextmanager
 def without_second_sharding(model: Any, accelerator: Accelerator) -> Iterator[None]:
     """Have ``accelerator.prepare(model, optimizer)`` take a model that FSDP2 has divided, and an optimizer of its shards.
 

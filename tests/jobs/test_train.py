@@ -3,7 +3,12 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +35,7 @@ from mpo.evaluation import summarize
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import disk_space
-from mpo.jobs.train import _explaining, _placement, _write_start, train
+from mpo.jobs.train import _explaining, _placement, _write_start, how_to_resume, train
 from mpo.modeling.identity import fingerprint_folder
 from mpo.training.checkpoints import mark_complete
 from mpo.training.recipe import Recipe, load_recipe
@@ -765,3 +770,157 @@ def test_other_errors_pass_unchanged(make) -> None:
         raise ZeroDivisionError
     with pytest.raises(TrainingError, match="mine"), _explaining(plan):
         raise TrainingError("mine")
+
+
+# ---------------------------------------------------------------------------------- what is there, and who else writes
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_finished_result_is_not_replaced_unless_asked_for(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str | None
+) -> None:
+    settings = {**LORA, **({"resume_from_checkpoint": resume} if resume else {})}
+    out = train(make(**settings))
+    (out / "notes.txt").write_text("mine")
+    first = content(out)
+    assert ".lock" not in first
+    with pytest.raises(StorageError, match="holds the result of an earlier run") as error:
+        train(make(seed=5, **settings), dry_run=True)
+    assert "--overwrite_output_dir true" in str(error.value) and f"--output_dir {out}-2" in str(error.value)
+    with pytest.raises(StorageError, match="holds the result of an earlier run"):
+        train(make(seed=5, **settings))
+    assert content(out) == first
+
+    def die(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    again = {**settings, "overwrite_output_dir": True, "seed": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr(MPOTrainer, "save_model", die)
+        with pytest.raises(ZeroDivisionError):
+            train(make(**again))
+    kept = content(out / "earlier-result")
+    assert kept == {name: data for name, data in first.items() if name != "notes.txt"}, "whole, at one place"
+    assert not list(out.glob("*.safetensors")) and (out / "recipe.yaml").read_bytes() != first["recipe.yaml"]
+    train(make(**again))
+    second = content(out)
+    assert second.keys() == first.keys() and second["notes.txt"] == b"mine"
+    assert second["adapter_model.safetensors"] != first["adapter_model.safetensors"]
+
+
+def test_a_whole_model_and_checkpoints_are_replaced_only_at_the_end(make) -> None:
+    settings = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
+    out = train(make(**settings))
+    with pytest.raises(StorageError, match="holds the checkpoints of an earlier run"):
+        make_plan(make(**settings))
+    train(make(seed=5, overwrite_output_dir=True, max_steps=1, **settings))
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1"]
+    assert not (out / "earlier-result").exists()
+
+
+def test_a_finished_run_may_be_resumed_in_its_own_folder(make) -> None:
+    settings = {**LORA, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
+    first = content(train(make(**settings)))
+    second = content(train(make(**settings)))
+    assert first["adapter_model.safetensors"] == second["adapter_model.safetensors"]
+
+
+def test_a_run_that_cannot_be_resumed_leaves_the_files_of_the_one_before(make, tmp_path: Path) -> None:
+    settings = {**LORA, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
+    out = train(make(**settings))
+    shutil.rmtree(out / "checkpoint-2")
+    before = content(out)
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.002 then, 0\.001 now"):
+        train(make(**{**settings, "learning_rate": 1e-3}))
+    assert content(out) == before
+
+
+def test_what_was_changed_on_the_way_is_written_down(make, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**LORA, "save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "auto"}
+    out = train(make(**settings))
+    shutil.rmtree(out / "checkpoint-2")
+    train(make(**{**settings, "learning_rate": 1e-3, "resume_changes": ["learning_rate"]}))
+    sentence = "from step 1: learning_rate 0.002 → 0.001"
+    assert sentence in capsys.readouterr().out
+    assert json.loads((out / "provenance.json").read_text())["resume_changes"] == [sentence]
+    assert f"# Changed {sentence}\n" in (out / "recipe.yaml").read_text(encoding="utf-8")
+    assert sentence in (out / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    rates = [state["learning_rate"] for state in log_of(out / "checkpoint-2") if "learning_rate" in state]
+    assert rates == [0.0, pytest.approx(1e-3)], "the peak after one step of warm-up"
+
+
+def log_of(checkpoint: Path) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return history
+
+
+def test_checkpoints_of_weights_alone_are_found_out_by_the_dry_run(make, no_weights: None) -> None:
+    settings = {**LORA, "save_strategy": "steps"}
+    with pytest.raises(ConfigError, match="`save_only_model` is true"):
+        train(make(save_only_model=True, resume_from_checkpoint="auto", **settings), dry_run=True)
+    recipe = make(**settings)
+    folder = Path(str(recipe.training.output_dir)) / "checkpoint-2"
+    folder.mkdir(parents=True)
+    mark_complete(folder, {})
+    for resume in ("auto", "true", str(folder)):
+        with pytest.raises(StorageError, match="cannot be resumed: it was saved with `save_only_model"):
+            train(make(resume_from_checkpoint=resume, **settings), dry_run=True)
+    assert "holds weights only" in how_to_resume(recipe)
+
+
+def test_two_runs_at_once_never_share_a_folder(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**LORA, "save_strategy": "steps", "save_steps": 1}
+    other = make(overwrite_output_dir=True, **settings)
+    recipe = make(**settings)
+    original = MPOTrainer.train
+    seen = []
+
+    def meanwhile(self: MPOTrainer, *arguments: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(MPOTrainer, "train", original)
+        before = content(tmp_path / "out")
+        with pytest.raises(StorageError, match=r"Another run is training in .*/out\. Let it finish"):
+            train(other)
+        assert content(tmp_path / "out") == before
+        seen.append(1)
+        return original(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(MPOTrainer, "train", meanwhile)
+    train(recipe)
+    assert seen == [1] and not (tmp_path / "out" / ".lock").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ told to end
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "said"),
+    [
+        (signal.SIGTERM, ["--save_strategy", "steps", "--save_steps", "500"], "Go on with:"),
+        (signal.SIGINT, ["--save_strategy", "no", "--enable_jit_checkpoint", "true"], "Go on with:"),
+        (signal.SIGTERM, ["--save_strategy", "no"], "nothing is left in"),
+    ],
+)
+def test_a_command_that_is_told_to_end_says_how_to_go_on(
+    make, tmp_path: Path, number: int, settings: list[str], said: str
+) -> None:
+    make(max_steps=3000, **LORA)
+    command = [sys.executable, "-m", "mpo.cli", "train", str(tmp_path / "r.yaml"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPO_DEBUG": ""}
+    log = tmp_path / "log"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    deadline = time.monotonic() + 120
+    while b"Training for" not in log.read_bytes() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number, log.read_text()
+    text = log.read_text()
+    assert said in text and "Traceback" not in text
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert ("--resume_from_checkpoint auto" in text) == (said == "Go on with:")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from mpo.planning.memory import SHARDINGS, Sharding
+from mpo.training.stopping import StopSignals
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "accelerate"
@@ -86,3 +91,65 @@ def test_the_slurm_launcher_is_edited_in_three_places() -> None:
         "main_process_port",
     }
     assert launched <= OPTIONS
+
+
+FAKES = {
+    "scontrol": 'echo "scontrol $*" >> log; if [[ $1 == show ]]; then echo node1; fi',
+    "scancel": 'echo "scancel $*" >> log; kill -USR1 "$(cat step)"',
+    # The step ends as a launcher does whose processes were told to save; or it is over before the signal.
+    "srun": 'echo $BASHPID > step; trap "sleep 0.3; exit 1" USR1; for i in $(seq 100); do sleep 0.05; '
+    'if [[ -e finish ]]; then exit "$(cat finish)"; fi; done',
+}
+
+
+@pytest.mark.parametrize(
+    ("finish", "signalled", "status", "requeued"),
+    [(None, True, 0, True), ("0", False, 0, False), ("3", False, 3, False)],
+)
+def test_the_slurm_job_queues_again_only_when_its_time_is_over(
+    tmp_path: Path, finish: str | None, signalled: bool, status: int, requeued: bool
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, body in FAKES.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    environment = {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    process = subprocess.Popen(["bash", str(FOLDER / "slurm.sh")], env=environment)
+    deadline = time.monotonic() + 20
+    while not ((tmp_path / "step").exists() and (tmp_path / "step").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)
+    if signalled:
+        process.send_signal(signal.SIGUSR1)
+    if finish is not None:
+        (tmp_path / "finish").write_text(finish)
+    assert process.wait(20) == status
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert ("scancel --signal=USR1 7" in calls) == signalled
+    assert ("scontrol requeue 7" in calls) == requeued
+
+
+def test_the_slurm_job_asks_for_the_signal_and_its_launcher_survives_it() -> None:
+    text = (FOLDER / "slurm.sh").read_text(encoding="utf-8")
+    assert "#SBATCH --signal=B:USR1@" in text and "#SBATCH --requeue" in text
+    assert "--resume_from_checkpoint auto" in text
+    assert text.index('trap "" USR1') < text.index("exec accelerate")
+    signals = StopSignals(keep=True)  # hears what was ignored when the process started
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert signals.asked == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, before)

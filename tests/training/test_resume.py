@@ -10,10 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -21,14 +22,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
-from mpo.errors import ConfigError, MPOError, StorageError
+from mpo.errors import ConfigError, MPOError, StoppedBySignal, StorageError
 from mpo.training import checkpoints, reference
 from mpo.training import trainer as trainer_module
 from mpo.training.checkpoints import MARKER, is_complete, last_complete_checkpoint, mark_complete, saved_state
+from mpo.training.resume import check_resumable
+from mpo.training.stopping import SIGNALS, StopSignals
 from mpo.training.trainer import MPOTrainer
 from tests import runs
 from tests.tiny import build_model, random_groups, save_tiny
@@ -366,6 +370,149 @@ def test_a_run_killed_at_any_moment_resumes_and_ends_with_the_same_weights(
     assert runs.differing(weights, unbroken["lora"].weights) == [], f"killed after {delay:.3f} s, left {left}"
 
 
+# ---- Told to end -------------------------------------------------------------------------------------------------
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal in a step, as a scheduler would."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "settings"),
+    [
+        (signal.SIGTERM, 3, {}),
+        (signal.SIGINT, 6, {"save_steps": 100}),
+        (signal.SIGUSR1, 2, {"save_strategy": "epoch"}),
+        (signal.SIGTERM, 4, {"save_strategy": "no", "enable_jit_checkpoint": True}),  # the end of an epoch
+        (signal.SIGTERM, 5, {"save_strategy": "epoch", "eval_strategy": "epoch", "eval_dataset": "rows"}),
+        (signal.SIGTERM, 7, {"save_steps": 2, "save_total_limit": 1, "enable_jit_checkpoint": True}),
+    ],
+)
+def test_a_signal_ends_the_run_after_its_step_and_it_resumes_as_if_it_had_not(
+    model: Path,
+    unbroken: dict[str, Unbroken],
+    tmp_path: Path,
+    number: int,
+    step: int,
+    settings: dict[str, Any],
+) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    expected = unbroken["lora"].weights
+    if "eval_dataset" in settings:  # an evaluation between the steps is part of the run
+        settings = {**settings, "eval_dataset": random_groups(9, 2, (1, 2), words=(1, 4))}
+        whole = trainer(model, tmp_path / "whole", "lora", **settings)
+        whole.train()
+        expected = runs.weights(whole.model)
+    run = trainer(model, tmp_path, "lora", callbacks=[SignalAt(step, number)], **settings)
+    with pytest.raises(StoppedBySignal) as stop:
+        run.train()
+    assert stop.value.exit_code == 128 + number
+    assert run.state.global_step == step, "the step under way is finished, and no other begun"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert last_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / f"checkpoint-{step}"
+    assert not any("train_runtime" in log for log in run.state.log_history)
+    evaluated = [log["epoch"] for log in run.state.log_history if "eval_loss" in log]
+    assert evaluated == ([1.0] if "eval_strategy" in settings else [])
+    again = trainer(model, tmp_path, "lora", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert runs.differing(runs.weights(again.model), expected) == []
+    assert [log["step"] for log in again.state.log_history if "loss" in log] == list(range(1, STEPS + 1))
+
+
+def test_the_checkpoint_at_the_end_of_an_epoch_knows_of_its_evaluation(model: Path, tmp_path: Path) -> None:
+    settings = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "eval_dataset": random_groups(9, 2, (1, 2), words=(1, 4)),
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+    }
+    run = trainer(model, tmp_path, "lora", callbacks=[SignalAt(4, signal.SIGTERM)], **settings)
+    with pytest.raises(StoppedBySignal):
+        run.train()
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "eval_loss" in log] == [4]
+    assert state["best_model_checkpoint"] == str(tmp_path / "out" / "checkpoint-4")
+
+
+def test_the_last_checkpoint_stays_beside_the_best_one(model: Path, tmp_path: Path) -> None:
+    run = trainer(
+        model,
+        tmp_path,
+        "lora",
+        callbacks=[SignalAt(6, signal.SIGTERM)],
+        eval_dataset=random_groups(9, 2, (1, 2), words=(1, 4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="epoch_of_the_best",
+        greater_is_better=False,
+        save_total_limit=1,
+    )
+    score = run.evaluate
+    values = iter(range(100))  # the first is the best
+    run.evaluate = lambda *_, **__: {**score(), "eval_epoch_of_the_best": float(next(values))}  # type: ignore[method-assign]
+    with pytest.raises(StoppedBySignal):
+        run.train()
+    saved = [path.name for path in checkpoints.checkpoints(tmp_path / "out")]
+    assert saved == ["checkpoint-1", "checkpoint-6"]
+
+
+def test_without_checkpoints_a_signal_does_what_it_always_did(model: Path, tmp_path: Path) -> None:
+    run = trainer(model, tmp_path, "lora", save_strategy="no", callbacks=[SignalAt(2, signal.SIGINT)])
+    with pytest.raises(KeyboardInterrupt) as stop:
+        run.train()
+    assert not isinstance(stop.value, StoppedBySignal)
+    assert run.state.global_step == 1
+
+
+def test_what_someone_else_does_at_a_signal_stays(model: Path, tmp_path: Path) -> None:
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("their own"))
+    try:
+        trainer(model, tmp_path, "lora", callbacks=[SignalAt(2, signal.SIGTERM)], max_steps=3).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == ["their own"]
+
+
+def test_a_second_press_ends_the_run_at_once_but_not_the_launchers_echo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mpo.training.stopping.time.monotonic", lambda: now[0])
+    with StopSignals(keep=True) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] = 0.5
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] = 5.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked == signal.SIGINT
+        with pytest.raises(StoppedBySignal):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_one_rank_receives_ends_all_of_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(model, tmp_path, "lora")
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+
+    def with_the_other(flags: Tensor, op: Any) -> None:
+        flags.copy_(torch.minimum(flags, torch.tensor([1.0, 1.0, -float(signal.SIGTERM)])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_the_other)
+    assert run._finite.not_finite(torch.tensor(1.0)) is None
+    assert run._finite.stopped_by == signal.SIGTERM and run._signals.asked == 0
+
+
 # ---- The reference -----------------------------------------------------------------------------------------------
 
 
@@ -471,17 +618,22 @@ SAME_STEPS = {
     ],
 )
 def test_another_number_of_ranks_goes_on_where_every_step_has_the_same_groups(
-    model: Path, tmp_path: Path, settings: dict[str, Any], saved: dict[str, Any], message: str | None
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    saved: dict[str, Any],
+    message: str | None,
 ) -> None:
     run = trainer(model, tmp_path, "lora", **settings)
-    checkpoint = tmp_path / "checkpoint-3"
-    checkpoint.mkdir()
-    mark_complete(checkpoint, {**run._run.state(), **saved})
+    now = run._run.state()
+    monkeypatch.setattr("mpo.training.resume.saved_state", lambda _: {**now, **saved})
+    skips = not run.args.ignore_data_skip
     if message is None:
-        assert run.resolve_checkpoint(checkpoint) == str(checkpoint)
+        check_resumable("checkpoint-3", now, trains_adapter=True, skips_seen_groups=skips)
     else:
         with pytest.raises(ConfigError, match=message):
-            run.resolve_checkpoint(checkpoint)
+            check_resumable("checkpoint-3", now, trains_adapter=True, skips_seen_groups=skips)
 
 
 def test_another_order_is_accepted_when_the_epoch_begins_anew(
@@ -516,6 +668,278 @@ def test_a_half_written_checkpoint_is_refused_also_when_it_is_named(
     (half / missing).unlink()
     with pytest.raises(MPOError, match="complete"):
         resumed(model, folder, "lora", str(half))
+
+
+# ---- Other settings ----------------------------------------------------------------------------------------------
+
+DIFFERENT: dict[str, tuple[Any, str]] = {
+    "learning_rate": (5e-3, "learning_rate: 0.01 then, 0.005 now"),
+    "weight_decay": (0.3, "weight_decay: 0.0 then, 0.3 now"),
+    "adam_beta2": (0.9, "adam_beta2: 0.999 then, 0.9 now"),
+    "adam_epsilon": (1e-6, "adam_epsilon: 1e-08 then, 1e-06 now"),
+    "lr_scheduler_type": ("cosine", 'lr_scheduler_type: "linear" then, "cosine" now'),
+    "warmup_steps": (2, "warmup_steps: 0 then, 2 now"),
+    "num_train_epochs": (3, "num_train_epochs: 2 then, 3 now"),
+    "max_steps": (9, "max_steps: null then, 9 now"),
+    "max_grad_norm": (0.1, "max_grad_norm: 1.0 then, 0.1 now"),
+    "beta": (2.0, "beta: 1.0 then, 2.0 now"),
+    "retain_weight": (0.5, "retain_weight: 1.0 then, 0.5 now"),
+    "retain_pooling": ("last", 'retain_pooling: "mean" then, "last" now'),
+    "language_weights": ("balanced", 'language_weights: null then, "balanced" now'),
+    "disable_dropout": (True, "disable_dropout: false then, true now"),
+    "optim": ("adafactor", 'optim: "adamw_torch_fused" then, "adafactor" now'),
+    "peft_config": (runs.lora(lora_dropout=0.2, lora_alpha=64), "lora_alpha: 8 then, 64 now"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_other_settings_are_refused_with_their_old_and_new_value(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, name: str
+) -> None:
+    value, message = DIFFERENT[name]
+    run = trainer(model, unbroken["lora"].copy(tmp_path, 3), "lora", **{name: value})
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        run.train(resume_from_checkpoint="auto")
+    assert "checkpoint-3" in str(error.value) and run.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"r": 8}, "lora_r: 4 then, 8 now"),
+        ({"lora_dropout": 0.1}, "lora_dropout: 0.2 then, 0.1 now"),
+        ({"target_modules": ["q_proj"]}, "lora_target_modules: "),
+        ({"use_rslora": True}, "use_rslora: false then, true now"),
+        ({"use_dora": True}, "use_dora: false then, true now"),
+    ],
+)
+def test_another_adapter_is_refused(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    config = runs.lora(**{"lora_dropout": 0.2, **changed})
+    run = trainer(model, unbroken["lora"].copy(tmp_path, 3), "lora", peft_config=config)
+    with pytest.raises(ConfigError, match=message):
+        run.resolve_checkpoint("auto")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_base_model_of_the_same_shape_is_refused(
+    unbroken: dict[str, Unbroken], tmp_path: Path, kind: str
+) -> None:
+    other = save_tiny("llama", tmp_path / "other", seed=9)
+    run = trainer(other, unbroken[kind].copy(tmp_path, 3), kind)
+    with pytest.raises(ConfigError, match=r"reference model: another.*cannot change within a run"):
+        run.resolve_checkpoint("auto")
+
+
+def test_all_differences_are_named_at_once(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 3)
+    other = {"learning_rate": 1e-3, "weight_decay": 0.1, "optim": "adafactor", "max_response_length": 2}
+    with pytest.raises(ConfigError) as error:
+        trainer(model, folder, "lora", data_seed=4, **other).resolve_checkpoint("auto")
+    text = str(error.value)
+    for name in (*other, "data_seed"):
+        assert f"{name}: " in text
+    assert "`resume_changes: [learning_rate, weight_decay]`" in text
+    assert "optim cannot change within a run" in text and "`adapter_name_or_path: " in text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logging_steps": 3},
+        {"save_steps": 2},
+        {"save_total_limit": 1},
+        {"dataloader_num_workers": 1},
+        {"max_tokens_per_call": 4096},
+        {"max_length": 5000},
+        {"resume_changes": ["learning_rate", "beta"]},
+        {"stop_on_collapse": True},
+        {"run_name": "another"},
+    ],
+)
+def test_settings_that_change_no_weight_never_refuse_and_are_in_effect(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 3)
+    run = trainer(model, folder, "lora", **settings)
+    run.train(resume_from_checkpoint="auto")
+    assert runs.differing(runs.weights(run.model), unbroken["lora"].weights) == []
+    assert run.resume_changes == []
+    saved = [path.name for path in checkpoints.checkpoints(folder / "out")]
+    if "save_steps" in settings:
+        assert saved == [f"checkpoint-{step}" for step in (1, 2, 3, 4, 6, 8)]
+    if "logging_steps" in settings:
+        assert [log["step"] for log in run.state.log_history if "loss" in log][3:] == [6]
+
+
+class ChangeAfter(TrainerCallback):
+    """Changes the optimizer of an unbroken run after some steps."""
+
+    def __init__(self, step: int, change: Callable[[Any, Any], None]) -> None:
+        self.step, self.change = step, change
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.change(kwargs["optimizer"], kwargs["lr_scheduler"])
+
+
+def _halve(optimizer: Any, scheduler: Any) -> None:
+    scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+
+
+def _decay(optimizer: Any, scheduler: Any) -> None:
+    assert any(group["params"] for group in optimizer.param_groups[:1])
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+
+
+def _betas(optimizer: Any, scheduler: Any) -> None:
+    for group in optimizer.param_groups:
+        group["betas"] = (0.9, 0.9)
+
+
+CHANGES: dict[str, tuple[Any, Callable[[Any, Any], None], str]] = {
+    "learning_rate": (5e-3, _halve, "from step 3: learning_rate 0.01 → 0.005"),
+    "weight_decay": (0.3, _decay, "from step 3: weight_decay 0.0 → 0.3"),
+    "adam_beta2": (0.9, _betas, "from step 3: adam_beta2 0.999 → 0.9"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_that_is_asked_for_takes_effect_where_the_run_is_resumed(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, name: str
+) -> None:
+    value, change, sentence = CHANGES[name]
+    whole = trainer(model, tmp_path / "whole", "lora", callbacks=[ChangeAfter(3, change)])
+    whole.train()
+    assert runs.differing(runs.weights(whole.model), unbroken["lora"].weights) != []
+    folder = unbroken["lora"].copy(tmp_path / "resumed", 3)
+    run = trainer(model, folder, "lora", **{name: value, "resume_changes": [name]})
+    run.train(resume_from_checkpoint="auto")
+    assert runs.differing(runs.weights(run.model), runs.weights(whole.model)) == []
+    assert run.resume_changes == [sentence]
+    # What came of it is known wherever the run is resumed next; the new value is now its own.
+    shutil.rmtree(folder / "out" / f"checkpoint-{STEPS}")
+    again = trainer(model, folder, "lora", **{name: value})
+    again.train(resume_from_checkpoint="auto")
+    assert again.resume_changes == [sentence]
+    assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
+    back = trainer(model, folder, "lora")
+    with pytest.raises(ConfigError, match=f"{name}: "):
+        back.resolve_checkpoint("auto")
+
+
+def test_a_longer_run_goes_on_along_its_own_schedule(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 3)
+    run = trainer(model, folder, "lora", num_train_epochs=3, resume_changes=["num_train_epochs"])
+    run.train(resume_from_checkpoint="auto")
+    rates = [log["learning_rate"] for log in run.state.log_history if "loss" in log]
+    expected = [1e-2 * (1 - step / STEPS) for step in range(3)] + [
+        1e-2 * (1 - step / 12) for step in range(3, 12)
+    ]
+    assert rates == pytest.approx(expected)
+    assert run.resume_changes == ["from step 3: num_train_epochs 2 → 3"]
+
+
+def test_another_objective_that_is_asked_for_is_trained(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 3)
+    config = runs.lora(lora_dropout=0.2, lora_alpha=16)
+    changes = {"beta": 2.0, "peft_config": config, "resume_changes": ["beta", "lora_alpha"]}
+    run = trainer(model, folder, "lora", **changes)
+    run.train(resume_from_checkpoint="auto")
+    assert set(run.resume_changes) == {"from step 3: beta 1.0 → 2.0", "from step 3: lora_alpha 8 → 16"}
+    assert runs.differing(runs.weights(run.model), unbroken["lora"].weights) != []
+    saved = json.loads((folder / "out" / f"checkpoint-{STEPS}" / "adapter_config.json").read_text())
+    assert saved["lora_alpha"] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("lora_r", "cannot change"), ("learning_rat", "did you mean `learning_rate`")]
+)
+def test_only_what_can_change_may_be_named(tmp_path: Path, name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        runs.config(tmp_path, resume_changes=[name])
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 3)
+    marker = folder / "out" / "checkpoint-3" / MARKER
+    content = json.loads(marker.read_text())
+    del content["xxh3"]
+    for name in ("settings", "changes", "made_by"):
+        del content["state"][name]
+    marker.write_text(json.dumps(content))
+    with caplog.at_level("WARNING", logger="mpo"):
+        weights = resumed(model, folder, "lora")
+    assert [message for message in caplog.messages if "does not say with which settings" in message]
+    assert runs.differing(weights, unbroken["lora"].weights) == []
+
+
+# ---- What cannot be resumed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", ["auto", True, "folder"])
+def test_a_checkpoint_of_weights_alone_is_refused(model: Path, tmp_path: Path, resume: Any) -> None:
+    settings = {"save_only_model": True, "max_steps": 2}
+    trainer(model, tmp_path, "lora", **settings).train()
+    if resume == "folder":
+        resume = str(tmp_path / "out" / "checkpoint-2")
+    run = trainer(model, tmp_path, "lora", **settings)
+    with pytest.raises(
+        StorageError, match="checkpoint-2' cannot be resumed: it was saved with `save_only_model"
+    ):
+        run.train(resume_from_checkpoint=resume)
+    assert run.state.global_step == 0
+
+
+def overwrite(path: Path) -> None:
+    """Other bytes, as many as before."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth", "scheduler.pt", "trainer_state.json"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 3)
+    damaged = folder / "out" / "checkpoint-3"
+    overwrite(damaged / name)
+    assert is_complete(damaged), "its size is as it was"
+    with pytest.raises(StorageError, match=f"checkpoint-3' is damaged: {name} changed"):
+        trainer(model, folder, "lora").resolve_checkpoint(str(damaged))
+    run = trainer(model, folder, "lora")
+    with caplog.at_level("WARNING", logger="mpo"):
+        assert run.resolve_checkpoint("auto") == str(folder / "out" / "checkpoint-2")
+    assert [message for message in caplog.messages if f"checkpoint-3' is damaged ({name}" in message]
+    run.train(resume_from_checkpoint="auto")
+    assert runs.differing(runs.weights(run.model), unbroken["lora"].weights) == []
+
+
+@pytest.mark.parametrize("resume", ["auto", True])
+def test_where_all_checkpoints_are_damaged_nothing_starts_again_in_silence(
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, resume: Any
+) -> None:
+    folder = unbroken["lora"].copy(tmp_path, 2)
+    for step in (1, 2):
+        overwrite(folder / "out" / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(StorageError, match=r"all checkpoints in .* are damaged"):
+        trainer(model, folder, "lora").resolve_checkpoint(resume)
 
 
 # ---- What is kept ------------------------------------------------------------------------------------------------
@@ -622,6 +1046,6 @@ def test_going_back_to_an_earlier_step_sets_the_later_ones_aside(
     out = folder / "out"
     checkpoints.set_aside(out)
     assert last_complete_checkpoint(out) is None
-    run = trainer(model, folder, "lora", save_strategy="no", max_steps=4)
+    run = trainer(model, folder, "lora", save_strategy="no", max_steps=4, resume_changes=["max_steps"])
     run.train(resume_from_checkpoint=str(out / "checkpoint-3"))
     assert last_complete_checkpoint(out) == out / "checkpoint-3"

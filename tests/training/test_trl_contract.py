@@ -85,6 +85,38 @@ OVERRIDDEN: dict[str, tuple[type, list[str], tuple[type, str]]] = {
         (Trainer, "_evaluate"),
     ),
     "train": (Trainer, ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"], (Trainer, "train")),
+    "create_optimizer": (Trainer, ["model"], (Trainer, "create_optimizer_and_scheduler")),
+    "_load_optimizer_and_scheduler": (Trainer, ["checkpoint"], (Trainer, "_prepare_for_training")),
+    "_init_training_state": (
+        Trainer,
+        [
+            "max_steps",
+            "num_update_steps_per_epoch",
+            "num_train_epochs",
+            "resume_from_checkpoint",
+            "trial",
+        ],
+        (Trainer, "_inner_training_loop"),
+    ),
+    "_maybe_log_save_evaluate": (
+        Trainer,
+        [
+            "tr_loss",
+            "grad_norm",
+            "model",
+            "trial",
+            "epoch",
+            "ignore_keys_for_eval",
+            "start_time",
+            "learning_rate",
+        ],
+        (Trainer, "_run_epoch"),
+    ),
+    "_finalize_training": (
+        Trainer,
+        ["trial", "num_train_samples", "start_time"],
+        (Trainer, "_inner_training_loop"),
+    ),
 }
 
 
@@ -413,6 +445,10 @@ def test_a_run_goes_through_every_overridden_method(folder: Path, tmp_path: Path
         "log": 2 + 2 + 1,  # steps, evaluations and the summary
         "evaluate": 2,
         "train": 1,
+        "create_optimizer": 1,
+        "_init_training_state": 1,
+        "_maybe_log_save_evaluate": 2 + 1,  # steps, and the end of the epoch
+        "_finalize_training": 1,
     }
 
 

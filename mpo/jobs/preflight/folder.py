@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,32 @@ from mpo.errors import ConfigError, StorageError
 from mpo.jobs.preflight.plan import Plan
 from mpo.training.checkpoints import last_complete_checkpoint
 from mpo.training.recipe import Recipe
+from mpo.training.resume import check_has_optimizer
+
+EARLIER_RESULT = "earlier-result"
+# What a run, or the libraries that save for it, may leave in its folder.
+_RESULT = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    "README.md",
+    "recipe.yaml",
+    "provenance.json",
+    "metrics.json",
+    "dropped_rows.json",
+    "reward_gap.png",
+    "training_curve.png",
+    "checkpoint-*",
+)
 
 # Bytes that AdamW keeps for each trained weight: two float32 moments.
 _OPTIMIZER_BYTES = 8
@@ -22,34 +49,111 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
     """Makes sure that the output folder can be written and holds no run that would be overwritten.
 
     Raises:
-        StorageError: the folder cannot be made or written, is or may be another model's, or holds checkpoints and
-            nothing says what to do with them.
-        ConfigError: the checkpoint to resume from is not there or not complete.
+        StorageError: the folder cannot be made or written, is or may be another model's, or holds checkpoints or a result
+            and nothing says what to do with them; or the checkpoint to resume from holds weights only.
+        ConfigError: the checkpoint to resume from is not there, or those of this run could not be resumed.
     """
     training = recipe.training
     folder = Path(str(training.output_dir))
     check_writable(folder, create=create)
     _check_replaces_nothing(recipe, folder)
-    resume = training.resume_from_checkpoint
+    resume = wanted_checkpoint(recipe)
     last = last_complete_checkpoint(folder) if folder.is_dir() else None
-    if resume is None or str(resume).lower() in ("false", "no"):
-        if last is not None:
-            raise StorageError(
-                f"{folder} holds the checkpoints of an earlier run (the last complete one is {last.name}). Go on with "
-                "it, or write elsewhere:\n"
-                f"  {recipe.command(resume_from_checkpoint='auto')}\n"
-                f"  {recipe.command(output_dir=str(_free_name(folder)))}"
+    keeps = not training.overwrite_output_dir
+    if resume is None and last is not None and keeps:
+        raise StorageError(
+            f"{folder} holds the checkpoints of an earlier run (the last complete one is {last.name}). Go on with "
+            "it, or write elsewhere:\n"
+            f"  {recipe.command(resume_from_checkpoint='auto')}\n"
+            f"  {recipe.command(output_dir=str(_free_name(folder)))}"
+        )
+    if keeps and not _goes_on(recipe) and (result := finished_result(folder)) is not None:
+        raise StorageError(
+            f"{folder} holds the result of an earlier run ({result}). Write elsewhere, or replace it once the new run is "
+            "complete:\n"
+            f"  {recipe.command(output_dir=str(_free_name(folder)))}\n"
+            f"  {recipe.command(overwrite_output_dir='true')}"
+        )
+    if resume is None:
+        return
+    if isinstance(resume, bool) or resume == "auto":
+        if training.save_only_model:
+            raise ConfigError(
+                f"`resume_from_checkpoint` is {resume!r} and `save_only_model` is true: checkpoints of weights alone cannot "
+                "be resumed. Remove one of the two."
             )
+        if last is not None:
+            check_has_optimizer(last, trains_adapter=recipe.model.trains_adapter)
         return
-    if str(resume).lower() in ("true", "auto", "yes"):
-        return
-    wanted = Path(str(resume))
+    wanted = Path(resume)
     if not wanted.is_dir():
         known = f" The last complete one in {folder} is {last.name}." if last is not None else ""
         raise ConfigError(
             f"`resume_from_checkpoint` is {resume!r}, which is not a folder; expected `auto` or a checkpoint folder."
             + known
         )
+    check_has_optimizer(wanted, trains_adapter=recipe.model.trains_adapter)
+
+
+def wanted_checkpoint(recipe: Recipe) -> str | bool | None:
+    """`resume_from_checkpoint` as :meth:`mpo.training.trainer.MPOTrainer.train` takes it."""
+    wanted = recipe.training.resume_from_checkpoint
+    text = str(wanted).lower()
+    if wanted is None or text in ("false", "no"):
+        return None
+    if text in ("true", "yes"):
+        return True
+    return "auto" if text == "auto" else str(wanted)
+
+
+def finished_result(folder: Path) -> str | None:
+    """Name of the weights that an earlier run has left, or None."""
+    found = sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []
+    return found[0] if found else None
+
+
+def _goes_on(recipe: Recipe) -> bool:
+    """Whether the run is to go on with the one whose result may lie in the output folder."""
+    folder, resume = Path(str(recipe.training.output_dir)), wanted_checkpoint(recipe)
+    if resume is None:
+        return False
+    if isinstance(resume, str) and resume != "auto":
+        return Path(resume).is_dir() and Path(resume).resolve().parent == folder.resolve()
+    return last_complete_checkpoint(folder) is not None
+
+
+def set_result_aside(recipe: Recipe) -> None:
+    """Move the result of an earlier run, which the recipe says may be replaced, to a folder of its own in its folder.
+
+    Raises:
+        StorageError: It cannot be moved.
+    """
+    folder = Path(str(recipe.training.output_dir))
+    if not recipe.training.overwrite_output_dir or _goes_on(recipe):
+        return
+    old = [path for pattern in _RESULT for path in folder.glob(pattern)]
+    if not old:
+        return
+    number = 1
+    while (aside := folder / (EARLIER_RESULT + (f"-{number}" if number > 1 else ""))).exists():
+        number += 1
+    try:
+        aside.mkdir()
+        for path in sorted(
+            old, key=lambda path: path.suffix == ".safetensors"
+        ):  # what explains the weights first
+            os.replace(path, aside / path.name)
+    except OSError as error:
+        raise StorageError(
+            f"The earlier result in {folder} cannot be moved to {aside}: {error.strerror or error}. Choose another "
+            "`output_dir`."
+        ) from error
+
+
+def remove_earlier_result(folder: Path) -> None:
+    """Remove what :func:`set_result_aside` has moved, in this run and in those that did not come to their end."""
+    for aside in [folder / EARLIER_RESULT, *folder.glob(f"{EARLIER_RESULT}-*")]:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_replaces_nothing(recipe: Recipe, folder: Path) -> None:
@@ -127,6 +231,6 @@ def check_disk(plan: Plan, space: DiskSpace) -> None:
         raise StorageError(
             f"The disk of {folder} has {size(free)} free, and this run may need {size(space.total)}: "
             f"{counted(space.kept, 'checkpoint')} of {size(space.checkpoint)} and the result of "
-            f"{size(space.weights)}. Make room, choose another `output_dir`, or keep less: `save_total_limit: 1`, "
-            "`save_only_model: true` or `save_strategy: no`."
+            f"{size(space.weights)}. Make room, choose another `output_dir`, or keep less: `save_total_limit: 1` or "
+            "`save_strategy: no`."
         )
