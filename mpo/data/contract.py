@@ -98,9 +98,14 @@ def is_blank(text: str) -> bool:
 _FORMAT = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
 
 
+def normal_form(text: str) -> str:
+    """The text as it is compared with others: composed (NFC), since the same letters are stored in several ways."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 def _visible(text: str) -> str:
-    """The text without the blanks around it and the direction marks and joiners inside it."""
-    return _FORMAT.sub("", text).strip()
+    """The text's normal form without the blanks around it and the direction marks and joiners inside it."""
+    return (text if text.isascii() else _FORMAT.sub("", normal_form(text))).strip()
 
 
 def _columns(row: Mapping[Any, Any]) -> str:
@@ -385,7 +390,11 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
     return _flat(row, place, source_language, "prompt")
 
 
+def messages_identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+    """What makes two lists of messages the same: roles, and contents in their normal form."""
+    return tuple((message["role"], normal_form(message["content"])) for message in messages)
+
+
 def source_identity(source: Pair) -> tuple[Any, ...]:
-    """What makes two sources the same: their language and the roles and contents of all their messages."""
-    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in PARTS)
-    return (source["language"], *texts)
+    """What makes two sources the same: their language and the identities of all their messages."""
+    return (source["language"], *(messages_identity(source[part]) for part in PARTS))

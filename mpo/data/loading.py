@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpo.common.words import show_name
-from mpo.data.contract import PARTS, Pair, RowError, is_blank, messages_text, parse_row, source_identity
+from mpo.data.contract import (
+    PARTS,
+    Pair,
+    RowError,
+    is_blank,
+    messages_identity,
+    messages_text,
+    parse_row,
+    source_identity,
+)
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
@@ -86,8 +95,8 @@ def load_groups(
 ) -> LoadedGroups:
     """Load preference pairs in any accepted form as groups.
 
-    Rows whose source pair is identical become one group, in the order in which sources first appear; targets
-    keep their order. Every pair keeps the 0-based row it came from.
+    Rows whose source pair is identical (in Unicode's composed form; texts are kept as they are) become one group, in
+    the order in which sources first appear; targets keep their order. Every pair keeps the 0-based row it came from.
 
     Args:
         data: Path or paths of .json, .jsonl, .csv or .parquet files, the name of a dataset on the Hub, a
@@ -245,8 +254,8 @@ def _hash_groups(tables: Iterable[Any]) -> str:
 
 def _hash_prompt(source: Mapping[str, Any], seed: int) -> bytes:
     digest = hashlib.sha256(f"{seed}".encode())
-    for message in source["prompt"]:
-        for text in (message["role"], message["content"]):
+    for message in messages_identity(source["prompt"]):
+        for text in message:
             data = text.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()
