@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mpo.common.characters import printable
 from mpo.common.words import shortened
-from mpo.data.contract import PARTS, is_blank, messages_text
+from mpo.data.contract import PARTS, is_blank, messages_identity, messages_text
+from mpo.data.detection import expect
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
 from mpo.data.loading import BadRow, _load
 from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError
 
 _WIDTH = 100
+_AT_ONCE = 256  # groups whose texts are looked at together
 _ROWS_SHOWN = 12
 _TEXT_SHOWN = 60
 
@@ -276,11 +279,21 @@ def check_data(
     )
     survey = _Survey(tokenizer, max_length, show_texts)
     pairs = 0
-    for group in loaded.groups:
-        survey.add(group["source"], None, group["origin"])
-        for target in group["targets"]:
-            survey.add(target, group["source"], group["origin"])
-            pairs += 1
+    for table in loaded.groups.with_format("arrow").iter(_AT_ONCE):
+        groups = table.to_pylist()
+        expect(
+            [
+                messages_text(pair[part])
+                for g in groups
+                for pair in (g["source"], *g["targets"])
+                for part in PARTS
+            ]
+        )
+        for group in groups:
+            survey.add(group["source"], None, group["origin"])
+            for target in group["targets"]:
+                survey.add(target, group["source"], group["origin"])
+                pairs += 1
     return DataReport(
         origin=loaded.origin,
         fingerprint=loaded.fingerprint,
@@ -308,9 +321,9 @@ class _Survey:
         )
         self._reports: dict[tuple[bool, str], LanguageReport] = {}
         self._lengths: dict[tuple[bool, str], dict[str, list[int]]] = {}
-        self._targets_seen: set[tuple[Any, ...]] = set()
-        self._in_source: set[tuple[Any, ...]] = set()
-        self._prompts_seen: set[tuple[Any, ...]] = set()
+        self._targets_seen: set[bytes] = set()
+        self._in_source: set[bytes] = set()
+        self._prompts_seen: set[bytes] = set()
 
     def add(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, origin: str) -> None:
         key = (source is None, pair["language"])
@@ -417,14 +430,14 @@ class _Survey:
             flag("rejected_refusal")
 
     def _add_repetitions(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, flag: Any) -> None:
-        whole = (pair["language"], *(_identity(pair[part]) for part in PARTS))
+        whole = _identity(pair, PARTS)
         if source is None:
-            prompt = whole[:2]
+            prompt = _identity(pair, ("prompt",))
             if prompt in self._prompts_seen:
                 flag("same_prompt")
             self._prompts_seen.add(prompt)
             return
-        of_source = (source["language"], *(_identity(source[part]) for part in PARTS), pair["language"])
+        of_source = _identity(source, PARTS, pair["language"])
         if whole in self._targets_seen:
             flag("same_target")
         elif of_source in self._in_source:
@@ -444,8 +457,10 @@ class _Survey:
         )
 
 
-def _identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in messages)
+def _identity(pair: Mapping[str, Any], parts: Iterable[str], *more: str) -> bytes:
+    """A hash that pairs of one language share whose parts have the same messages; texts of all pairs would fill memory."""
+    whole = (pair["language"], *(messages_identity(pair[part]) for part in parts), *more)
+    return hashlib.blake2b(repr(whole).encode("utf-8"), digest_size=16).digest()
 
 
 def _percentiles(values: Sequence[int]) -> Percentiles:

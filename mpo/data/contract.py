@@ -390,6 +390,32 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
     return _flat(row, place, source_language, "prompt")
 
 
+def texts_to_detect(row: object) -> list[str]:
+    """Texts of a raw row whose language :func:`parse_row` will most likely detect: those of targets without a label.
+
+    A guess that only saves time; :func:`parse_row` takes any other text as well.
+    """
+    if not isinstance(row, Mapping):
+        return []
+    values: list[object]
+    if isinstance(targets := row.get("targets"), (list, tuple)):
+        pairs = [pair for pair in targets if isinstance(pair, Mapping) and not pair.get("language")]
+        values = [pair.get(part) for pair in pairs for part in PARTS]
+    elif row.get("target_language"):
+        return []
+    else:
+        values = [row.get(f"target_{part}") for part in (*PARTS, "conversations")]
+    return [text for value in values if (text := _raw_text(value)) is not None]
+
+
+def _raw_text(value: object) -> str | None:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = value.get("content") or value.get("value")
+    return value if isinstance(value, str) else None
+
+
 def messages_identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
     """What makes two lists of messages the same: roles, and contents in their normal form."""
     return tuple((message["role"], normal_form(message["content"])) for message in messages)

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mpo.data.contract import (
     messages_text,
     parse_row,
     source_identity,
+    texts_to_detect,
 )
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
@@ -311,7 +313,7 @@ def _load(
 
     for name, rows in _sources(data, split):
         origins.append(name)
-        for index, row in rows:
+        for index, row in _detected_ahead(rows):
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -343,6 +345,26 @@ def _load(
     groups = Dataset(InMemoryTable(table), fingerprint=where.hexdigest()[:16])
     loaded = LoadedGroups(groups, dropped, fingerprint, ", ".join(origins))
     return loaded, list(found)
+
+
+def _detected_ahead(rows: Rows) -> Rows:
+    """The same rows; languages that will have to be detected are detected many at once."""
+    from mpo.data.detection import expect
+
+    part: list[tuple[int, Any]] = []
+    failure: BaseException | None = None
+    while failure is None:
+        part.clear()
+        try:
+            part.extend(islice(rows, _CHUNK))
+        except Exception as error:  # the rows before it are first looked at, as without this
+            failure = error
+        if not part and failure is None:
+            return
+        if len(part) > 1:
+            expect([text for _, row in part for text in texts_to_detect(row)])
+        yield from part
+    raise failure
 
 
 def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:
