@@ -23,7 +23,13 @@ from typing import Any
 
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
-from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
+from mpo.data.languages import (
+    UNDETERMINED,
+    detect_pair_language,
+    language_name,
+    normalize_language,
+    same_language,
+)
 from mpo.errors import DataError
 
 Pair = dict[str, Any]
@@ -277,10 +283,31 @@ def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bo
     return pair
 
 
+class SourceLanguageError(RowError):
+    """A target is in what is set as the language of the source, and the source is in ``language``."""
+
+    def __init__(self, language: str, setting: str, place: _Place) -> None:
+        self.language = language
+        super().__init__(
+            f"the source is in {language_name(language)}, but `source_language` is {setting!r}, the language of this "
+            f"target. Set `source_language: {language}`.",
+            file=place.file,
+            row=place.row,
+            field=place.path or None,
+        )
+
+
+def _require_source_language(source: Pair, place: _Place) -> None:
+    found = detect_pair_language(*(messages_text(source[part]) for part in PARTS), UNDETERMINED)
+    if found != UNDETERMINED and not same_language(found, source["language"]):
+        raise SourceLanguageError(found, source["language"], place)
+
+
 def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place) -> str:
     dominant = source["language"]
     if label is not None:
         if label == dominant and label != UNDETERMINED:
+            _require_source_language(source, place)
             raise place.error(
                 f"is {label!r}, the language of the source. Targets are in other languages; if the source is "
                 "not in that language, set source_language."
@@ -289,6 +316,7 @@ def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place)
     prompt, chosen, rejected = (messages_text(pair[part]) for part in PARTS)
     language = detect_pair_language(prompt, chosen, rejected, dominant)
     if language == dominant and language != UNDETERMINED:
+        _require_source_language(source, place)
         raise place.error(
             f"no label given, and prompt, chosen and rejected are all in {language_name(dominant)}, the language of "
             "the source. Translate them, label them, or set source_language if the source is in another language."
@@ -388,6 +416,12 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
     if any(isinstance(key, str) and key.endswith("_conversations") for key in row):
         return _flat(row, place, source_language, "conversations")
     return _flat(row, place, source_language, "prompt")
+
+
+def is_untranslated(target: Pair, source: Pair, part: str) -> bool:
+    """True where a target's text is its source's, but for blanks, and has letters."""
+    text, original = (normal_form(messages_text(pair[part])).split() for pair in (target, source))
+    return text == original and any(any(map(str.isalpha, word)) for word in text)
 
 
 def texts_to_detect(row: object) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,9 @@ from mpo.data.contract import (
     PARTS,
     Pair,
     RowError,
+    SourceLanguageError,
     is_blank,
+    is_untranslated,
     messages_identity,
     messages_text,
     parse_row,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 _LOG = logging.getLogger(__name__)
+_UNTRANSLATED = "is the source's text, untranslated (left out by `drop_untranslated`)."
 _CHUNK = 1024  # pairs held as Python objects before they are stored as Arrow, and groups per Arrow chunk
 
 
@@ -94,6 +98,7 @@ def load_groups(
     limit: int | None = None,
     max_targets_per_group: int | None = None,
     languages: Iterable[str] | None = None,
+    drop_untranslated: bool = False,
 ) -> LoadedGroups:
     """Load preference pairs in any accepted form as groups.
 
@@ -112,6 +117,7 @@ def load_groups(
         max_targets_per_group: Divide groups with more targets into several with the same source. No pair is
             lost.
         languages: Keep only pairs whose target language is one of these (codes or names).
+        drop_untranslated: Leave out target pairs whose chosen response is the source's, and list them among the dropped.
 
     Returns:
         The groups, what was dropped, the content's hash and where it came from.
@@ -131,6 +137,7 @@ def load_groups(
         limit=limit,
         max_targets_per_group=max_targets_per_group,
         languages=languages,
+        drop_untranslated=drop_untranslated,
     )
     if len(loaded.groups) == 0:
         if loaded.dropped:
@@ -278,8 +285,13 @@ def _load(
     limit: int | None = None,
     max_targets_per_group: int | None = None,
     languages: Iterable[str] | None = None,
+    drop_untranslated: bool = False,
+    mistaken: Counter[str] | None = None,
 ) -> tuple[LoadedGroups, list[str]]:
-    """As :func:`load_groups`, but nothing left is no error; with it the target languages that were found."""
+    """As :func:`load_groups`, but nothing left is no error; with it the target languages that were found.
+
+    ``mistaken`` counts the languages that sources are in whose targets are in the language set as theirs.
+    """
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
@@ -302,6 +314,8 @@ def _load(
     blank: list[str] = []
 
     def refuse(error: RowError) -> None:
+        if mistaken is not None and isinstance(error, SourceLanguageError):
+            mistaken[error.language] += 1
         if bad_rows == "error":
             raise RowError(
                 f"{error.reason} (To leave bad rows out and list them: bad_rows='drop'.)",
@@ -325,6 +339,10 @@ def _load(
                 refuse(fault)
             found.update(dict.fromkeys(target["language"] for target in parsed.targets))
             targets = [t for t in parsed.targets if wanted is None or t["language"] in wanted]
+            if drop_untranslated:
+                for target in [t for t in targets if is_untranslated(t, parsed.source, "chosen")]:
+                    targets.remove(target)
+                    dropped.append(BadRow(name, target["row"], "chosen", _UNTRANSLATED))
             blank.extend(f"{name} row {t['row']}" for t in targets if is_blank(messages_text(t["prompt"])))
             if targets:
                 store.add(parsed.source, targets, parsed.origin or name)

@@ -44,6 +44,7 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
         "source_language": training.source_language,
         "bad_rows": training.bad_rows,
         "languages": data.languages,
+        "drop_untranslated": data.drop_untranslated,
     }
     with training.main_process_first(desc="loading the data"):
         loaded = load_groups(data.dataset, split=data.dataset_split, limit=data.limit, **settings)
