@@ -20,7 +20,7 @@ from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError
 
 _WIDTH = 100
-_AT_ONCE = 256  # groups whose texts are looked at together
+_AT_ONCE = 680  # groups whose texts are looked at together
 _ROWS_SHOWN = 12
 _TEXT_SHOWN = 60
 _SAMPLE = 200  # sources whose language is compared with the setting
