@@ -13,7 +13,7 @@ from typing import Any
 from mpo.common.characters import printable
 from mpo.common.words import shortened
 from mpo.data.contract import PARTS, is_blank, is_untranslated, messages_identity, messages_text
-from mpo.data.detection import expect
+from mpo.data.detection import detect_all, expect
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
 from mpo.data.loading import BadRow, LoadedGroups, _load
 from mpo.data.refusals import opens_with_refusal, refusal_languages
@@ -360,8 +360,9 @@ def check_data(
 def _other_source_language(loaded: LoadedGroups, mistaken: Counter[str]) -> str | None:
     """The language that most sources are in, where it is not the one they were taken to be in."""
     votes, seen = mistaken.copy(), mistaken.total()
-    for source in loaded.groups[:_SAMPLE]["source"]:
-        found = detect(messages_text([*source["prompt"], *source["chosen"]]))
+    sources = loaded.groups[:_SAMPLE]["source"]
+    texts = [messages_text([*source["prompt"], *source["chosen"]]) for source in sources]
+    for source, found in zip(sources, detect_all(texts), strict=True):
         seen += found.certain
         if found.certain and not same_language(found.language, source["language"]):
             votes[found.language] += 1

@@ -298,7 +298,8 @@ class SourceLanguageError(RowError):
 
 
 def _require_source_language(source: Pair, place: _Place) -> None:
-    found = detect_pair_language(*(messages_text(source[part]) for part in PARTS), UNDETERMINED)
+    texts = [messages_text(source[part]) for part in PARTS]
+    found = detect_pair_language(*texts, source_language=UNDETERMINED)
     if found != UNDETERMINED and not same_language(found, source["language"]):
         raise SourceLanguageError(found, source["language"], place)
 
@@ -418,7 +419,7 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
     return _flat(row, place, source_language, "prompt")
 
 
-def is_untranslated(target: Pair, source: Pair, part: str) -> bool:
+def is_untranslated(target: Mapping[str, Any], source: Mapping[str, Any], part: str) -> bool:
     """True where a target's text is its source's, but for blanks, and has letters."""
     text, original = (normal_form(messages_text(pair[part])).split() for pair in (target, source))
     return text == original and any(any(map(str.isalpha, word)) for word in text)
