@@ -25,6 +25,7 @@ def register(commands: Any) -> None:
         "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
     )
     add_data_options(check)
+    check.add_argument("--max_response_length", type=int, help="longest response, in tokens")
     check.set_defaults(run=_check)
 
 
@@ -44,6 +45,7 @@ def _check(arguments: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         source_language=arguments.source_language,
         max_length=arguments.max_length,
+        max_response_length=arguments.max_response_length,
         split=arguments.dataset_split,
         limit=arguments.limit,
         languages=arguments.languages,

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from mpo.common.characters import printable
 from mpo.common.words import shortened
-from mpo.data.contract import PARTS, is_blank, messages_text
+from mpo.data.contract import PARTS, is_blank, is_untranslated, messages_identity, messages_text
+from mpo.data.detection import detect_all, expect
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
-from mpo.data.loading import BadRow, _load
+from mpo.data.loading import BadRow, LoadedGroups, _load
 from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError
 
 _WIDTH = 100
+_AT_ONCE = 680  # groups whose texts are looked at together
 _ROWS_SHOWN = 12
 _TEXT_SHOWN = 60
+_SAMPLE = 200  # sources whose language is compared with the setting
+_LEAST_VOTES = 5
 
 FINDINGS: dict[str, tuple[str, str]] = {
     "prompt_too_long": (
@@ -36,6 +44,26 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "rejected_language": (
         "rejected language",
         "The rejected response is detected to be in another language.",
+    ),
+    "same_after_cut": (
+        "equal after the cut",
+        "What max_length and max_response_length leave of both responses is the same: no preference to learn.",
+    ),
+    **{
+        f"untranslated_{part}": (
+            f"untranslated {part}",
+            f"The target's {what} is the source's own text.{advice}",
+        )
+        for part, what, advice in (
+            ("prompt", "prompt", ""),
+            ("chosen", "chosen response", " `drop_untranslated: true` leaves such pairs out of training."),
+            ("rejected", "rejected response", ""),
+        )
+    },
+    "dialog": (
+        "dialog in a text",
+        "A text holds turns of a dialog (Human: ... Assistant:) or marks of a chat template. Prompts with several turns "
+        "are lists of messages, and a response is the answer alone.",
     ),
     "empty_prompt": ("empty prompt", "The prompt holds no visible text, so the responses answer nothing."),
     "undetermined": ("no language", "No label was given and the texts hold no letters to detect one by."),
@@ -66,7 +94,16 @@ FINDINGS: dict[str, tuple[str, str]] = {
 }
 """Name of each finding: its short title, and what it says."""
 
+# Turns as in HH-RLHF and other written dialogs, and what chat templates put around a turn.
+_DIALOG = re.compile(
+    r"(?:^|\n)\s*(?:Human|User|H)\s*:.*\n\s*(?:Assistant|A)\s*:|<\|(?:im_start|im_end|start_header_id|eot_id)\|>"
+    r"|<(?:start|end)_of_turn>|\[/?INST\]",
+    re.DOTALL,
+)
+
 _FINDING_PART = {
+    "untranslated_prompt": "prompt",
+    "untranslated_rejected": "rejected",
     "prompt_too_long": "prompt",
     "prompt_language": "prompt",
     "empty_prompt": "prompt",
@@ -138,6 +175,7 @@ class DataReport:
         max_length: Longest prompt plus response, in tokens; None where it was not checked.
         languages: One entry per language and side, sources first, then by number of pairs.
         bad_rows: Rows that break the data contract.
+        notes: Sentences about the data as a whole.
     """
 
     origin: str
@@ -148,6 +186,7 @@ class DataReport:
     max_length: int | None
     languages: list[LanguageReport]
     bad_rows: list[BadRow]
+    notes: list[str] = field(default_factory=list)
 
     def count(self, finding: str) -> int:
         """Number of pairs that a finding names, over all languages."""
@@ -167,6 +206,7 @@ class DataReport:
                 name: {"count": self.count(name), "meaning": text} for name, (_, text) in FINDINGS.items()
             },
             "bad_rows": [asdict(row) for row in self.bad_rows],
+            "notes": self.notes,
         }
 
     def to_text(self) -> str:
@@ -176,6 +216,8 @@ class DataReport:
             f"Groups    {self.groups}, with {self.pairs} target pairs",
             f"Hash      {self.fingerprint[:16]}",
         ]
+        for note in self.notes:
+            lines += ["", *_wrapped(note, "")]
         if self.languages:
             lines += ["", f"Length in {self.length_unit}: 5th percentile / median / 95th / longest", ""]
             table = [["language", "pairs", *PARTS]]
@@ -193,11 +235,11 @@ class DataReport:
         found = [name for name in FINDINGS if self.count(name)]
         if found:
             lines += ["", "Worth a look"]
-        elif not self.bad_rows:
+        elif not self.bad_rows and not self.notes:
             lines += ["", "Nothing stands out."]
         for name in found:
             title, text = FINDINGS[name]
-            if name in ("truncated", "prompt_too_long"):
+            if name in ("truncated", "prompt_too_long", "same_after_cut"):
                 text = text.replace("max_length", f"max_length ({self.max_length})")
             lines += ["", *_wrapped(f"{title}: {self.count(name)} pairs. {text}", "  ")]
             for language in self.languages:
@@ -244,6 +286,7 @@ def check_data(
     tokenizer: Any = None,
     source_language: str = "en",
     max_length: int | None = 1024,
+    max_response_length: int | None = None,
     split: str = "train",
     limit: int | None = None,
     languages: Iterable[str] | None = None,
@@ -257,6 +300,7 @@ def check_data(
             characters without it.
         source_language: Language of sources without a label.
         max_length: Longest prompt plus response in training, in tokens.
+        max_response_length: Longest response in training, in tokens.
         split: Split of a Hub dataset.
         limit: Look at the first N sources only.
         languages: Look at these target languages only.
@@ -267,20 +311,39 @@ def check_data(
         DataError: A file as a whole cannot be read. Bad rows are reported instead.
         ConfigError: A setting has an impossible value.
     """
-    if max_length is not None and (
-        isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2
+    for name, value, least in (
+        ("max_length", max_length, 2),
+        ("max_response_length", max_response_length, 1),
     ):
-        raise ConfigError(f"max_length: expected a whole number of at least 2, or None, got {max_length!r}.")
-    loaded, _ = _load(
-        data, source_language=source_language, split=split, bad_rows="drop", limit=limit, languages=languages
-    )
-    survey = _Survey(tokenizer, max_length, show_texts)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name}: expected a whole number of at least {least}, or None, got {value!r}.")
+    mistaken: Counter[str] = Counter()
+    read = partial(_load, data, split=split, bad_rows="drop", limit=limit, languages=languages)
+    loaded, _ = read(source_language=source_language, mistaken=mistaken)
+    notes = []
+    if (found := _other_source_language(loaded, mistaken)) is not None:
+        notes.append(
+            f"The sources are in {language_name(found)}, but the source language is set to {source_language!r}: set "
+            f"`source_language: {found}`. The rest of this report is as if it were."
+        )
+        loaded, _ = read(source_language=found)
+    survey = _Survey(tokenizer, max_length, max_response_length, show_texts)
     pairs = 0
-    for group in loaded.groups:
-        survey.add(group["source"], None, group["origin"])
-        for target in group["targets"]:
-            survey.add(target, group["source"], group["origin"])
-            pairs += 1
+    for table in loaded.groups.with_format("arrow").iter(_AT_ONCE):
+        groups = table.to_pylist()
+        expect(
+            [
+                messages_text(pair[part])
+                for g in groups
+                for pair in (g["source"], *g["targets"])
+                for part in PARTS
+            ]
+        )
+        for group in groups:
+            survey.add(group["source"], None, group["origin"])
+            for target in group["targets"]:
+                survey.add(target, group["source"], group["origin"])
+                pairs += 1
     return DataReport(
         origin=loaded.origin,
         fingerprint=loaded.fingerprint,
@@ -290,14 +353,31 @@ def check_data(
         max_length=max_length if tokenizer is not None else None,
         languages=survey.reports(),
         bad_rows=loaded.dropped,
+        notes=notes,
     )
+
+
+def _other_source_language(loaded: LoadedGroups, mistaken: Counter[str]) -> str | None:
+    """The language that most sources are in, where it is not the one they were taken to be in."""
+    votes, seen = mistaken.copy(), mistaken.total()
+    sources = loaded.groups[:_SAMPLE]["source"]
+    texts = [messages_text([*source["prompt"], *source["chosen"]]) for source in sources]
+    for source, found in zip(sources, detect_all(texts), strict=True):
+        seen += found.certain
+        if found.certain and not same_language(found.language, source["language"]):
+            votes[found.language] += 1
+    language, number = max(votes.items(), key=lambda vote: vote[1], default=("", 0))
+    return language if number >= _LEAST_VOTES and number > 0.5 * seen else None
 
 
 class _Survey:
     """Collects the report, pair by pair."""
 
-    def __init__(self, tokenizer: Any, max_length: int | None, show_texts: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int | None, max_response_length: int | None, show_texts: bool
+    ) -> None:
         self._tokenizer, self._max_length, self._show_texts = tokenizer, max_length, show_texts
+        self._max_response_length = max_response_length
         self._templated = bool(getattr(tokenizer, "chat_template", None))
         self.unit = (
             "characters"
@@ -308,9 +388,9 @@ class _Survey:
         )
         self._reports: dict[tuple[bool, str], LanguageReport] = {}
         self._lengths: dict[tuple[bool, str], dict[str, list[int]]] = {}
-        self._targets_seen: set[tuple[Any, ...]] = set()
-        self._in_source: set[tuple[Any, ...]] = set()
-        self._prompts_seen: set[tuple[Any, ...]] = set()
+        self._targets_seen: set[bytes] = set()
+        self._in_source: set[bytes] = set()
+        self._prompts_seen: set[bytes] = set()
 
     def add(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, origin: str) -> None:
         key = (source is None, pair["language"])
@@ -342,6 +422,11 @@ class _Survey:
             flag("empty_prompt")
         if any("\ufffd" in text for text in texts.values()):
             flag("broken_characters")
+        if any(map(_holds_dialog, texts.values())):
+            flag("dialog")
+        for part in PARTS:
+            if source is not None and is_untranslated(pair, source, part):
+                flag(f"untranslated_{part}")
 
     def _add_lengths(
         self, pair: Mapping[str, Any], texts: Mapping[str, str], lengths: dict[str, list[int]], flag: Any
@@ -350,31 +435,39 @@ class _Survey:
         if measured is None:
             flag("template_refuses")
             return
-        for part, length in measured.items():
-            lengths[part].append(length)
-        if self._tokenizer is None or self._max_length is None:
-            return
-        if measured["prompt"] >= self._max_length:
-            flag("prompt_too_long")
-        elif measured["prompt"] + max(measured["chosen"], measured["rejected"]) > self._max_length:
-            flag("truncated")
-
-    def _measure(self, pair: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, int] | None:
-        """Lengths of the three parts; None where the chat template refuses the messages."""
+        for part, units in measured.items():
+            lengths[part].append(len(units))
         if self._tokenizer is None:
-            return {part: len(text) for part, text in texts.items()}
+            return
+        prompt, chosen, rejected = (measured[part] for part in PARTS)
+        if self._max_length is not None:
+            if len(prompt) >= self._max_length:
+                flag("prompt_too_long")
+                return
+            if len(prompt) + max(len(chosen), len(rejected)) > self._max_length:
+                flag("truncated")
+        room = None if self._max_length is None else self._max_length - len(prompt)
+        cut = min((limit for limit in (room, self._max_response_length) if limit is not None), default=None)
+        if chosen[:cut] == rejected[:cut]:
+            flag("same_after_cut")
+
+    def _measure(
+        self, pair: Mapping[str, Any], texts: Mapping[str, str]
+    ) -> Mapping[str, Sequence[Any]] | None:
+        """The three parts in the report's unit; None where the chat template refuses the messages."""
+        if self._tokenizer is None:
+            return texts
         if not self._templated:
             return {
-                part: len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+                part: self._tokenizer(text, add_special_tokens=False)["input_ids"]
                 for part, text in texts.items()
             }
         try:
-            prompt = len(self._template(pair["prompt"], generation=True))
+            prompt = self._template(pair["prompt"], generation=True)
+            # What the template renders behind the prompt counts as response, as in training.
             return {
                 "prompt": prompt,
-                # What the template renders behind the prompt counts as response, as in training.
-                "chosen": max(len(self._template(pair["prompt"] + pair["chosen"])) - prompt, 0),
-                "rejected": max(len(self._template(pair["prompt"] + pair["rejected"])) - prompt, 0),
+                **{part: self._template(pair["prompt"] + pair[part])[len(prompt) :] for part in PARTS[1:]},
             }
         except Exception:
             # Templates are programs of the model's authors: they raise Jinja errors, TypeErrors, anything.
@@ -417,14 +510,14 @@ class _Survey:
             flag("rejected_refusal")
 
     def _add_repetitions(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, flag: Any) -> None:
-        whole = (pair["language"], *(_identity(pair[part]) for part in PARTS))
+        whole = _identity(pair, PARTS)
         if source is None:
-            prompt = whole[:2]
+            prompt = _identity(pair, ("prompt",))
             if prompt in self._prompts_seen:
                 flag("same_prompt")
             self._prompts_seen.add(prompt)
             return
-        of_source = (source["language"], *(_identity(source[part]) for part in PARTS), pair["language"])
+        of_source = _identity(source, PARTS, pair["language"])
         if whole in self._targets_seen:
             flag("same_target")
         elif of_source in self._in_source:
@@ -444,8 +537,15 @@ class _Survey:
         )
 
 
-def _identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in messages)
+def _holds_dialog(text: str) -> bool:
+    # The pattern looks at every line's beginning, so it is asked only where there may be something.
+    return (":" in text or "<" in text or "[" in text) and _DIALOG.search(text) is not None
+
+
+def _identity(pair: Mapping[str, Any], parts: Iterable[str], *more: str) -> bytes:
+    """A hash that pairs of one language share whose parts have the same messages; texts of all pairs would fill memory."""
+    whole = (pair["language"], *(messages_identity(pair[part]) for part in parts), *more)
+    return hashlib.blake2b(repr(whole).encode("utf-8"), digest_size=16).digest()
 
 
 def _percentiles(values: Sequence[int]) -> Percentiles:

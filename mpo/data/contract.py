@@ -23,7 +23,13 @@ from typing import Any
 
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
-from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
+from mpo.data.languages import (
+    UNDETERMINED,
+    detect_pair_language,
+    language_name,
+    normalize_language,
+    same_language,
+)
 from mpo.errors import DataError
 
 Pair = dict[str, Any]
@@ -98,9 +104,14 @@ def is_blank(text: str) -> bool:
 _FORMAT = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff]")
 
 
+def normal_form(text: str) -> str:
+    """The text as it is compared with others: composed (NFC), since the same letters are stored in several ways."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 def _visible(text: str) -> str:
-    """The text without the blanks around it and the direction marks and joiners inside it."""
-    return _FORMAT.sub("", text).strip()
+    """The text's normal form without the blanks around it and the direction marks and joiners inside it."""
+    return (text if text.isascii() else _FORMAT.sub("", normal_form(text))).strip()
 
 
 def _columns(row: Mapping[Any, Any]) -> str:
@@ -272,10 +283,32 @@ def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bo
     return pair
 
 
+class SourceLanguageError(RowError):
+    """A target is in what is set as the language of the source, and the source is in ``language``."""
+
+    def __init__(self, language: str, setting: str, place: _Place) -> None:
+        self.language = language
+        super().__init__(
+            f"the source is in {language_name(language)}, but `source_language` is {setting!r}, the language of this "
+            f"target. Set `source_language: {language}`.",
+            file=place.file,
+            row=place.row,
+            field=place.path or None,
+        )
+
+
+def _require_source_language(source: Pair, place: _Place) -> None:
+    texts = [messages_text(source[part]) for part in PARTS]
+    found = detect_pair_language(*texts, source_language=UNDETERMINED)
+    if found != UNDETERMINED and not same_language(found, source["language"]):
+        raise SourceLanguageError(found, source["language"], place)
+
+
 def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place) -> str:
     dominant = source["language"]
     if label is not None:
         if label == dominant and label != UNDETERMINED:
+            _require_source_language(source, place)
             raise place.error(
                 f"is {label!r}, the language of the source. Targets are in other languages; if the source is "
                 "not in that language, set source_language."
@@ -284,6 +317,7 @@ def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place)
     prompt, chosen, rejected = (messages_text(pair[part]) for part in PARTS)
     language = detect_pair_language(prompt, chosen, rejected, dominant)
     if language == dominant and language != UNDETERMINED:
+        _require_source_language(source, place)
         raise place.error(
             f"no label given, and prompt, chosen and rejected are all in {language_name(dominant)}, the language of "
             "the source. Translate them, label them, or set source_language if the source is in another language."
@@ -385,7 +419,43 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
     return _flat(row, place, source_language, "prompt")
 
 
+def is_untranslated(target: Mapping[str, Any], source: Mapping[str, Any], part: str) -> bool:
+    """True where a target's text is its source's, but for blanks, and has letters."""
+    text, original = (normal_form(messages_text(pair[part])).split() for pair in (target, source))
+    return text == original and any(any(map(str.isalpha, word)) for word in text)
+
+
+def texts_to_detect(row: object) -> list[str]:
+    """Texts of a raw row whose language :func:`parse_row` will most likely detect: those of targets without a label.
+
+    A guess that only saves time; :func:`parse_row` takes any other text as well.
+    """
+    if not isinstance(row, Mapping):
+        return []
+    values: list[object]
+    if isinstance(targets := row.get("targets"), (list, tuple)):
+        pairs = [pair for pair in targets if isinstance(pair, Mapping) and not pair.get("language")]
+        values = [pair.get(part) for pair in pairs for part in PARTS]
+    elif row.get("target_language"):
+        return []
+    else:
+        values = [row.get(f"target_{part}") for part in (*PARTS, "conversations")]
+    return [text for value in values if (text := _raw_text(value)) is not None]
+
+
+def _raw_text(value: object) -> str | None:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = value.get("content") or value.get("value")
+    return value if isinstance(value, str) else None
+
+
+def messages_identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+    """What makes two lists of messages the same: roles, and contents in their normal form."""
+    return tuple((message["role"], normal_form(message["content"])) for message in messages)
+
+
 def source_identity(source: Pair) -> tuple[Any, ...]:
-    """What makes two sources the same: their language and the roles and contents of all their messages."""
-    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in PARTS)
-    return (source["language"], *texts)
+    """What makes two sources the same: their language and the identities of all their messages."""
+    return (source["language"], *(messages_identity(source[part]) for part in PARTS))

@@ -307,15 +307,21 @@ def language_name(code: str) -> str:
 _UNICODE_SCRIPTS = {"Odia": r"\p{Script=Oriya}", "Kana": r"\p{Script=Hiragana}\p{Script=Katakana}ー"}
 
 # Characters that detection reads of a text: more does not change the answer, only the time.
-_TEXT_LIMIT = 2000
+TEXT_LIMIT = 2000
 # Of these, what the classifier reads: it is hardly less accurate with 40 characters, and slow per character.
 _CLASSIFIER_LIMIT = 600
 # Below this the classifier's word among the languages of one script is a guess.
-_CERTAIN_LETTERS = 20
+CERTAIN_LETTERS = 20
 # Letters of one text that count in a pair's vote, so that a long response does not decide alone.
 _VOTE_LIMIT = 200
 # Kana among kana and Han from which a text is Japanese: Chinese quotes a の now and then.
 _KANA_SHARE = 0.1
+
+
+def script_names() -> list[str]:
+    """Scripts of the table, sorted, kana and Han apart."""
+    scripts = {script for language in LANGUAGES.values() for script in language.scripts}
+    return sorted(scripts - {"Japanese"} | {"Kana"})
 
 
 @lru_cache(maxsize=1)
@@ -323,15 +329,13 @@ def _letters() -> Any:
     """A pattern with one group for each script of the table, kana and Han apart."""
     import regex  # the standard library's `re` knows no scripts
 
-    scripts = {script for language in LANGUAGES.values() for script in language.scripts} - {"Japanese"} | {
-        "Kana"
-    }
-    classes = {script: _UNICODE_SCRIPTS.get(script, rf"\p{{Script={script}}}") for script in sorted(scripts)}
+    classes = {script: _UNICODE_SCRIPTS.get(script, rf"\p{{Script={script}}}") for script in script_names()}
     return regex.compile("|".join(f"(?P<{script}>[{letters}])" for script, letters in classes.items()))
 
 
 @lru_cache(maxsize=65536)
-def _script_of(character: str) -> str | None:
+def script_of(character: str) -> str | None:
+    """The script of a letter; None for other characters and scripts that the table does not have."""
     match = _letters().match(character) if character.isalpha() else None
     return match.lastgroup if match else None
 
@@ -339,8 +343,8 @@ def _script_of(character: str) -> str | None:
 def count_scripts(text: str) -> dict[str, int]:
     """Number of letters per script in the first 2,000 characters, ``Han`` and ``Kana`` apart."""
     counts: dict[str, int] = {}
-    for character, number in Counter(text[:_TEXT_LIMIT]).items():
-        script = _script_of(character)
+    for character, number in Counter(text[:TEXT_LIMIT]).items():
+        script = script_of(character)
         if script is not None:
             counts[script] = counts.get(script, 0) + number
     return counts
@@ -376,8 +380,13 @@ def _languages_by_script() -> dict[str, tuple[str, ...]]:
     return {script: tuple(codes) for script, codes in scripts.items()}
 
 
+def languages_of_script(script: str) -> tuple[str, ...]:
+    """Codes of the table's languages that are written in a script."""
+    return _languages_by_script()[script]
+
+
 @lru_cache(maxsize=1)
-def _classifier() -> Any:
+def classifier() -> Any:
     """The py3langid model, loaded when the first text needs it."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -404,32 +413,60 @@ class Detection:
     certain: bool
 
 
+EXPECTED: dict[str, Detection] = {}
+"""What :func:`mpo.data.detection.expect` has found out beforehand, many texts at once."""
+
+
 def detect(text: str) -> Detection:
     """Detect the language of one text. Pure: the same text always gives the same answer."""
+    return EXPECTED.get(text) or detect_alone(text)
+
+
+def detect_alone(text: str) -> Detection:
+    """As :func:`detect`, without a look at what was found out beforehand."""
     counts = count_scripts(text)
-    script = _dominant(counts)
-    if script is None:
-        return Detection(UNDETERMINED, 0, False)
-    letters = (
-        counts.get("Han", 0) + counts.get("Kana", 0) if script in ("Han", "Japanese") else counts[script]
-    )
-    candidates = _languages_by_script()[script]
-    if len(candidates) == 1:
-        return Detection(candidates[0], letters, True)
-    if script == "Bengali":
-        # Two letters that Assamese uses all the time and Bengali not at all.
-        assamese = sum(text.count(letter, 0, _TEXT_LIMIT) for letter in "ৰৱ")
-        return Detection("as" if assamese > 0.01 * letters else "bn", letters, True)
-    kept = text[:_CLASSIFIER_LIMIT]
-    if len(counts) > 1:
-        # Quoted names and code in another script mislead the classifier.
-        kept = "".join(c if not c.isalpha() or _script_of(c) == script else " " for c in kept)
-    for language, _ in _classifier().rank(kept):
+    script, letters, decided = by_script(text, counts)
+    if decided is not None or script is None:
+        return decided or Detection(UNDETERMINED, 0, False)
+    candidates = languages_of_script(script)
+    for language, _ in classifier().rank(classified_part(text, counts, script)):
         if language in candidates:
-            return Detection(language, letters, letters >= _CERTAIN_LETTERS)
+            return Detection(language, letters, letters >= CERTAIN_LETTERS)
     return Detection(
         candidates[0], letters, False
     )  # pragma: no cover - every shared script has a trained language
+
+
+def by_script(text: str, counts: Mapping[str, int]) -> tuple[str | None, int, Detection | None]:
+    """A text's script, how many of its letters are in it, and the answer where the script decides.
+
+    Args:
+        text: The text.
+        counts: Its letters, see :func:`count_scripts`.
+    """
+    script = _dominant(counts)
+    if script is None:
+        return None, 0, Detection(UNDETERMINED, 0, False)
+    letters = (
+        counts.get("Han", 0) + counts.get("Kana", 0) if script in ("Han", "Japanese") else counts[script]
+    )
+    candidates = languages_of_script(script)
+    if len(candidates) == 1:
+        return script, letters, Detection(candidates[0], letters, True)
+    if script == "Bengali":
+        # Two letters that Assamese uses all the time and Bengali not at all.
+        assamese = sum(text.count(letter, 0, TEXT_LIMIT) for letter in "ৰৱ")
+        return script, letters, Detection("as" if assamese > 0.01 * letters else "bn", letters, True)
+    return script, letters, None
+
+
+def classified_part(text: str, counts: Mapping[str, int], script: str) -> str:
+    """What the classifier reads of a text."""
+    kept = text[:_CLASSIFIER_LIMIT]
+    if len(counts) > 1:
+        # Quoted names and code in another script mislead the classifier.
+        kept = "".join(c if not c.isalpha() or script_of(c) == script else " " for c in kept)
+    return kept
 
 
 def detect_language(text: str) -> str:
@@ -485,6 +522,6 @@ def known_to_detection(codes: Iterable[str]) -> set[str]:
         if language is None:
             continue
         alone = any(_languages_by_script()[script] == (code,) for script in language.scripts)
-        if alone or code in _classifier().labels:
+        if alone or code in classifier().labels:
             result.add(code)
     return result

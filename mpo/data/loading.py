@@ -6,13 +6,27 @@ import hashlib
 import logging
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpo.common.words import show_name
-from mpo.data.contract import PARTS, Pair, RowError, is_blank, messages_text, parse_row, source_identity
+from mpo.data.contract import (
+    PARTS,
+    Pair,
+    RowError,
+    SourceLanguageError,
+    is_blank,
+    is_untranslated,
+    messages_identity,
+    messages_text,
+    parse_row,
+    source_identity,
+    texts_to_detect,
+)
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
@@ -21,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 _LOG = logging.getLogger(__name__)
+_UNTRANSLATED = "is the source's text, untranslated (left out by `drop_untranslated`)."
 _CHUNK = 1024  # pairs held as Python objects before they are stored as Arrow, and groups per Arrow chunk
 
 
@@ -83,11 +98,12 @@ def load_groups(
     limit: int | None = None,
     max_targets_per_group: int | None = None,
     languages: Iterable[str] | None = None,
+    drop_untranslated: bool = False,
 ) -> LoadedGroups:
     """Load preference pairs in any accepted form as groups.
 
-    Rows whose source pair is identical become one group, in the order in which sources first appear; targets
-    keep their order. Every pair keeps the 0-based row it came from.
+    Rows whose source pair is identical (in Unicode's composed form; texts are kept as they are) become one group, in
+    the order in which sources first appear; targets keep their order. Every pair keeps the 0-based row it came from.
 
     Args:
         data: Path or paths of .json, .jsonl, .csv or .parquet files, the name of a dataset on the Hub, a
@@ -101,6 +117,7 @@ def load_groups(
         max_targets_per_group: Divide groups with more targets into several with the same source. No pair is
             lost.
         languages: Keep only pairs whose target language is one of these (codes or names).
+        drop_untranslated: Leave out target pairs whose chosen response is the source's, and list them among the dropped.
 
     Returns:
         The groups, what was dropped, the content's hash and where it came from.
@@ -120,6 +137,7 @@ def load_groups(
         limit=limit,
         max_targets_per_group=max_targets_per_group,
         languages=languages,
+        drop_untranslated=drop_untranslated,
     )
     if len(loaded.groups) == 0:
         if loaded.dropped:
@@ -245,8 +263,8 @@ def _hash_groups(tables: Iterable[Any]) -> str:
 
 def _hash_prompt(source: Mapping[str, Any], seed: int) -> bytes:
     digest = hashlib.sha256(f"{seed}".encode())
-    for message in source["prompt"]:
-        for text in (message["role"], message["content"]):
+    for message in messages_identity(source["prompt"]):
+        for text in message:
             data = text.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()
@@ -267,8 +285,13 @@ def _load(
     limit: int | None = None,
     max_targets_per_group: int | None = None,
     languages: Iterable[str] | None = None,
+    drop_untranslated: bool = False,
+    mistaken: Counter[str] | None = None,
 ) -> tuple[LoadedGroups, list[str]]:
-    """As :func:`load_groups`, but nothing left is no error; with it the target languages that were found."""
+    """As :func:`load_groups`, but nothing left is no error; with it the target languages that were found.
+
+    ``mistaken`` counts the languages that sources are in whose targets are in the language set as theirs.
+    """
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
@@ -291,6 +314,8 @@ def _load(
     blank: list[str] = []
 
     def refuse(error: RowError) -> None:
+        if mistaken is not None and isinstance(error, SourceLanguageError):
+            mistaken[error.language] += 1
         if bad_rows == "error":
             raise RowError(
                 f"{error.reason} (To leave bad rows out and list them: bad_rows='drop'.)",
@@ -302,7 +327,7 @@ def _load(
 
     for name, rows in _sources(data, split):
         origins.append(name)
-        for index, row in rows:
+        for index, row in _detected_ahead(rows):
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -314,6 +339,10 @@ def _load(
                 refuse(fault)
             found.update(dict.fromkeys(target["language"] for target in parsed.targets))
             targets = [t for t in parsed.targets if wanted is None or t["language"] in wanted]
+            if drop_untranslated:
+                for target in [t for t in targets if is_untranslated(t, parsed.source, "chosen")]:
+                    targets.remove(target)
+                    dropped.append(BadRow(name, target["row"], "chosen", _UNTRANSLATED))
             blank.extend(f"{name} row {t['row']}" for t in targets if is_blank(messages_text(t["prompt"])))
             if targets:
                 store.add(parsed.source, targets, parsed.origin or name)
@@ -334,6 +363,26 @@ def _load(
     groups = Dataset(InMemoryTable(table), fingerprint=where.hexdigest()[:16])
     loaded = LoadedGroups(groups, dropped, fingerprint, ", ".join(origins))
     return loaded, list(found)
+
+
+def _detected_ahead(rows: Rows) -> Rows:
+    """The same rows; languages that will have to be detected are detected many at once."""
+    from mpo.data.detection import expect
+
+    part: list[tuple[int, Any]] = []
+    failure: BaseException | None = None
+    while failure is None:
+        part.clear()
+        try:
+            part.extend(islice(rows, _CHUNK))
+        except Exception as error:  # the rows before it are first looked at, as without this
+            failure = error
+        if not part and failure is None:
+            return
+        if len(part) > 1:
+            expect([text for _, row in part for text in texts_to_detect(row)])
+        yield from part
+    raise failure
 
 
 def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,8 @@ def _head(path: Path, name: str) -> bytes:
             raise DataError(f"is a folder; expected a file.{hint}", file=name)
         if not path.exists():
             raise missing_file_error(path)
+        if not path.is_file():
+            raise DataError("is a pipe or a device; expected a file. Write the rows to one first.", file=name)
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
@@ -197,11 +200,25 @@ def _decode(raw: bytes, name: str, row: int | None, where: str) -> str:
                 row=row,
             ) from error
         raise RowError(
-            f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}. "
-            "Convert it to UTF-8 (for example iconv -f LATIN1 -t UTF-8).",
+            f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start}. {_conversion(raw[max(0, error.start - 1000) : error.start + 10_000])}",
             file=name,
             row=row,
         ) from error
+
+
+def _conversion(raw: bytes) -> str:
+    """How to bring bytes to UTF-8; Latin-1 is named where they read as words of it."""
+    text = raw.decode("latin-1")
+    foreign = [place for place, letter in enumerate(text) if letter >= "\x80"]
+    # In Latin-1, accented letters stand alone between plain ones; in other encodings, high bytes stand together.
+    neighbours = sum(second == first + 1 for first, second in pairwise(foreign))
+    accents = all(text[place] in "¡«°»¿" or text[place].isalpha() for place in foreign)
+    if accents and 4 * neighbours <= len(foreign):
+        return "Convert it to UTF-8 (it looks like Latin-1: iconv -f LATIN1 -t UTF-8)."
+    return (
+        "Save it as UTF-8 in the program that wrote it, or convert it from the encoding it is in (Chinese is often GB18030, "
+        "Japanese Shift_JIS, Korean EUC-KR, Arabic WINDOWS-1256: iconv -f ENCODING -t UTF-8)."
+    )
 
 
 def _bad_json(error: Exception, name: str, row: int, where: str, *, ended: bool = False) -> RowError:

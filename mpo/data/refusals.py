@@ -18,14 +18,22 @@ from functools import lru_cache
 from importlib.resources import files
 
 _OPENING = 240  # characters of a response that are read
-_QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u0640": None})
+_QUOTES = (("\u2019", "'"), ("\u2018", "'"), ("\u02bc", "'"), ("\u0640", ""))
+_VOWEL_SIGNS = re.compile("[\u064b-\u0652]")
 
 
 def _normalize(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_QUOTES)
-    # Arabic vowel signs are written by some and left out by most.
-    text = re.sub(r"[\u064b-\u0652]", "", text)
-    return re.sub(r"[\s*_#>]+", " ", text).strip()
+    if text.isascii():
+        text = text.lower()
+    else:
+        text = unicodedata.normalize("NFKC", text).casefold()
+        for mark, plain in _QUOTES:
+            text = text.replace(mark, plain)
+        # Arabic vowel signs are written by some and left out by most.
+        text = _VOWEL_SIGNS.sub("", text)
+    for mark in "*_#>":
+        text = text.replace(mark, " ")
+    return " ".join(text.split())
 
 
 @lru_cache(maxsize=1)

@@ -140,8 +140,8 @@ def tokenize_pair(
         template_kwargs: extra arguments of the chat template.
 
     Raises:
-        DataError: the template rejects the messages, a response renders to nothing, or the prompt alone leaves no room
-            for a response.
+        DataError: the template rejects the messages, a response renders to nothing, the prompt alone leaves no room
+            for a response, or nothing is left by which the two responses differ.
     """
     kwargs = template_kwargs
     prompt_ids = render(tokenizer, prompt, kwargs, field="prompt")
@@ -172,6 +172,15 @@ def tokenize_pair(
     for field, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not ids:
             raise DataError("the response renders to no token.", field=field)
+    if pair.chosen == pair.rejected:
+        if chosen_ids == rejected_ids:
+            reason = "has the same tokens as chosen, so there is no preference to learn. Give two different responses."
+        else:
+            reason = (
+                f"is equal to chosen after the cut to {len(pair.chosen)} tokens, so there is no preference to learn. Raise "
+                "`max_length` or `max_response_length`, or drop such rows with `bad_rows: drop`."
+            )
+        raise DataError(reason, field="rejected")
     return pair
 
 

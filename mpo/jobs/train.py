@@ -422,7 +422,10 @@ def _explaining(plan: Plan) -> Iterator[None]:
         advice = []
         if not (training.gradient_checkpointing or getattr(training, "activation_checkpointing", False)):
             advice.append("`gradient_checkpointing: true` (about a third slower)")
-        advice.append(f"a smaller `max_tokens_per_row` (now {training.max_tokens_per_row or 8192})")
+        if training.batch_layout == "tree" and plan.recipe.model.attn_implementation != "tree":
+            advice.append(f"a smaller `max_tokens_per_row` (now {training.max_tokens_per_row or 8192})")
+        if (budget := training.max_tokens_per_call) is None or budget > 1024:
+            advice.append(f"`max_tokens_per_call: {min(budget or 4096, 4096) // 2}`")
         advice.append("`max_targets_per_group: 2`")
         if not plan.recipe.model.trains_adapter:
             advice.append("an adapter (`use_peft: true`), or more sharding (recipes/accelerate)")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.common.words import counted
@@ -53,6 +54,19 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         _check_folder(Path(source.name))
     with _opening(source.name, "configuration"):
         config = AutoConfig.from_pretrained(source.name, **source.hub_kwargs())
+    for setting in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
+        value = getattr(config.get_text_config(), setting, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ModelError(
+                f"The configuration of {source.name} has `{setting}: {value!r}`; expected a whole number of at least 1. Take the "
+                "config.json that was saved with the weights."
+            )
     if not config.architectures:
         raise ModelError(
             f"The configuration of {source.name} names no architecture (`architectures`), so it is unknown which model its "
@@ -509,7 +523,17 @@ def _opening(name: str, part: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
         raise translate_error(name, part, error) from error
 
 

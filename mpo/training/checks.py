@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 
-from mpo.errors import ConfigError, DataError
+from mpo.errors import ConfigError, DataError, ModelError
 from mpo.training.compute import check_compute_options
 from mpo.training.config import MPOConfig
 
@@ -106,6 +108,81 @@ def check_adapter_config(config: Any) -> None:
         raise ConfigError(
             f"`modules_to_save` names {', '.join(sorted(saved & {'lm_head', 'embed_tokens'}))}: the reward-gap head reads "
             "the LM head's weight directly and would train a copy that it does not use. Remove it."
+        )
+
+
+def check_best_metric(args: MPOConfig, languages: Sequence[str], evaluation_sets: Sequence[str]) -> None:
+    """Refuse a metric for the best model that evaluations of these languages and sets will not give.
+
+    Args:
+        args: Settings, whose metric has a name that exists.
+        languages: Target languages of the data.
+        evaluation_sets: Names of the evaluation sets, where there are several.
+
+    Raises:
+        ConfigError: Names the metrics that there are.
+    """
+    if args.metric_for_best_model is None:
+        return
+    name = args.metric_for_best_model.removeprefix("eval_")
+    if evaluation_sets:
+        found = [each for each in evaluation_sets if name.startswith(f"{each}_")]
+        if not found:
+            raise ConfigError(
+                f"`metric_for_best_model` is {args.metric_for_best_model!r}, but there are several evaluation sets, and their "
+                f"metrics begin with their names. Write `eval_{evaluation_sets[0]}_{name}`; the sets are "
+                f"{', '.join(evaluation_sets)}."
+            )
+        name = name.removeprefix(f"{max(found, key=len)}_")
+    if name == "loss/retention" and args.retain_weight == 0:
+        raise ConfigError(
+            "`metric_for_best_model` is the retention loss, which is not measured with `retain_weight: 0`. Take `eval_loss`."
+        )
+    kind, slash, language = name.rpartition("/")
+    if slash and kind != "loss" and language not in languages:
+        raise ConfigError(
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}, but the data has no target language {language!r}; "
+            f"it has {', '.join(sorted(languages))}."
+        )
+
+
+def check_tokens(tokenized: Dataset, model: Any, tokenizer: Any, name: str = "train") -> None:
+    """Refuse token ids without a row in the model's embedding, and texts with more tokens than it has positions.
+
+    Args:
+        tokenized: From :func:`mpo.training.workload.tokenize_for_training`.
+        model: A ``PreTrainedModel``, which may be empty.
+        tokenizer: Its tokenizer.
+        name: Of the data, for the error.
+
+    Raises:
+        ModelError: Says which token, or how many tokens.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    largest = tokenizer.pad_token_id
+    longest = 0
+    for table in tokenized.with_format("arrow").iter(1024):
+        for side in ("source", "target"):
+            parts = [table[f"{side}_{part}"].combine_chunks() for part in ("prompt", "chosen", "rejected")]
+            if side == "target":
+                parts = [part.flatten() for part in parts]
+            if len(parts[0]) == 0:
+                continue
+            largest = max(largest, *(pc.max(part.flatten()).as_py() or 0 for part in parts))
+            prompt, chosen, rejected = map(pc.list_value_length, parts)
+            whole = pc.add(prompt, pc.max_element_wise(chosen, rejected))
+            longest = max(longest, pc.max(whole).as_py())
+    if largest >= rows:
+        raise ModelError(
+            f"The tokenizer gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model's embedding has "
+            f"{rows} rows (0 to {rows - 1}). Was a token added to the tokenizer only? Take the model's own tokenizer, or "
+            "resize the embedding (`resize_token_embeddings`) and save the model again."
+        )
+    if positions is not None and longest > positions:
+        raise ModelError(
+            f"The longest text of the {name} data has {longest} tokens, more than the model's {positions} positions "
+            f"(`max_position_embeddings`). Set `max_length: {positions}` or less."
         )
 
 

@@ -15,6 +15,7 @@ from transformers import SchedulerType
 from trl import DPOConfig
 
 from mpo.common.redaction import is_secret_name
+from mpo.common.words import nearest
 from mpo.errors import ConfigError
 from mpo.training.launcher import deepspeed_backend
 from mpo.training.run_settings import check_names
@@ -254,6 +255,7 @@ class MPOConfig(DPOConfig):
                     f"`language_weights` is {self.language_weights!r}, which is no JSON: {error}."
                 ) from error
         self._check_values()
+        self._choose_best_metric()
         if self.bf16 is None:
             self.bf16 = bool(
                 not self.fp16
@@ -291,6 +293,23 @@ class MPOConfig(DPOConfig):
                     f"`{option.name}={value!r}` has no meaning for MPO: {_MEANINGLESS[option.name]}. "
                     "Remove it from the configuration."
                 )
+
+    def _choose_best_metric(self) -> None:
+        """Refuse a metric that no evaluation gives, and set the direction in which it is better.
+
+        The library takes every name that does not end in ``loss`` for one to be maximised. Languages are not known here;
+        :func:`mpo.training.checks.check_best_metric` compares them with the data.
+        """
+        if self.metric_for_best_model is None:
+            return
+        lower = metric_is_loss(self.metric_for_best_model)
+        if self.greater_is_better is None:
+            self.greater_is_better = not lower
+        elif lower and self.greater_is_better:
+            raise ConfigError(
+                f"`greater_is_better` is on and `metric_for_best_model` is {self.metric_for_best_model!r}, a loss: the worst "
+                "checkpoint would be kept. Remove `greater_is_better`."
+            )
 
     def _check_values(self) -> None:
         def require(names: str, accepts: Callable[[Any], bool], expected: str) -> None:
@@ -336,6 +355,28 @@ class MPOConfig(DPOConfig):
             lambda value: getattr(value, "value", value) in list(SchedulerType),
             f"one of {', '.join(SchedulerType)}",
         )
+        if getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) in (
+            "cosine_with_min_lr",
+            "cosine_warmup_with_min_lr",
+        ):
+            given = self.lr_scheduler_kwargs
+            if not any(name in str(given or "") for name in ("min_lr", "min_lr_rate")):
+                raise ConfigError(
+                    f"`lr_scheduler_type` is {self.lr_scheduler_type!r}, which needs its least learning rate. Set "
+                    "`lr_scheduler_kwargs: {min_lr_rate: 0.1}` (a share of `learning_rate`) or `{min_lr: 1.0e-7}`."
+                )
+        require(
+            "seed data_seed",
+            lambda value: value is None or (_is_whole(value, 0) and value < 2**32),
+            "a whole number from 0 to below 2**32",
+        )
+        if isinstance(self.deepspeed, bool) or (
+            self.deepspeed is not None and not isinstance(self.deepspeed, (str, dict))
+        ):
+            raise ConfigError(
+                f"`deepspeed` is {self.deepspeed!r}; expected the path of a DeepSpeed configuration. Better, remove it and "
+                "launch with `accelerate launch --config_file recipes/accelerate/zero3.yaml`."
+            )
         # transformers takes these as they are; the optimizer would refuse them once everything is loaded.
         require("learning_rate weight_decay adam_epsilon", _is_at_least_0, "a number of at least 0")
         require(
@@ -406,6 +447,33 @@ class MPOConfig(DPOConfig):
         from huggingface_hub.constants import HF_HOME
 
         return os.path.join(HF_HOME, "mpo", "reference")
+
+
+# Of the metrics that an evaluation gives, see `MPOTrainer.evaluate`; the first are losses, the others per language.
+_BEST_LOSSES = ("loss", "loss/retention")
+_BEST_PER_LANGUAGE = ("reward_gap", "gap_to_source", "positive", "logps/chosen", "logps/rejected")
+
+
+def metric_is_loss(metric: str) -> bool:
+    """Whether a metric for the best model is better when it is smaller.
+
+    Raises:
+        ConfigError: No evaluation gives a metric of this name.
+    """
+    name = metric.removeprefix("eval_")
+    # With several evaluation sets, a metric begins with the name of one.
+    if any(name == loss or name.endswith(f"_{loss}") for loss in _BEST_LOSSES):
+        return True
+    kind = name.rpartition("/")[0]
+    if any(kind == each or kind.endswith(f"_{each}") for each in _BEST_PER_LANGUAGE):
+        return False
+    known = [f"eval_{loss}" for loss in _BEST_LOSSES] + [f"eval_{each}/bn" for each in _BEST_PER_LANGUAGE]
+    near = nearest(metric, known)
+    raise ConfigError(
+        f"`metric_for_best_model` is {metric!r}, which no evaluation gives"
+        + (f"; did you mean {near!r}?" if near else ".")
+        + f" Known are {', '.join(known)} (with a target language for `bn`)."
+    )
 
 
 def _without_tokens(settings: Any, mark: str | None) -> Any:

@@ -102,6 +102,8 @@ class DataSettings:
             Keep the first so many sources.
         languages (`list[str]`, *optional*):
             Keep only these target languages (ISO 639-1 codes).
+        drop_untranslated (`bool`, *optional*, defaults to `False`):
+            Leave out target pairs whose chosen response is the source's own text.
     """
 
     dataset: str | list[str] | None = field(default=None, metadata={"help": "Training pairs."})
@@ -111,6 +113,9 @@ class DataSettings:
     held_out_seed: int = field(default=0, metadata={"help": "Seed of the held-out split."})
     limit: int | None = field(default=None, metadata={"help": "Keep the first so many sources."})
     languages: list[str] | None = field(default=None, metadata={"help": "Target languages to keep."})
+    drop_untranslated: bool = field(
+        default=False, metadata={"help": "Leave out pairs whose chosen response is the source's text."}
+    )
 
     def __post_init__(self) -> None:
         fraction = isinstance(self.held_out, float)

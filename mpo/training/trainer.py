@@ -38,7 +38,14 @@ from mpo.modeling.pairs import PairTensors, run_in_calls, run_model
 from mpo.training import sharding
 from mpo.training.activation_checkpointing import decide_checkpointing, prepare_checkpointing
 from mpo.training.checkpoints import save_checkpoint
-from mpo.training.checks import check_adapter, check_arguments, check_languages, check_master_weights
+from mpo.training.checks import (
+    check_adapter,
+    check_arguments,
+    check_best_metric,
+    check_languages,
+    check_master_weights,
+    check_tokens,
+)
 from mpo.training.collapse import CollapseDetector
 from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
@@ -179,6 +186,14 @@ class MPOTrainer(DPOTrainer):
         skip_input_casts(self.model)
 
         self.languages = target_languages(self.train_dataset, *self._eval_datasets)
+        sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        if self._eval_datasets:
+            check_best_metric(args, target_languages(*self._eval_datasets), sets)
+        for name, dataset in (
+            ("train", self.train_dataset),
+            *(("eval", data) for data in self._eval_datasets),
+        ):
+            check_tokens(dataset, bare, self._tokenizer, name)
         self.data_collator = training_collator(
             args, self.languages, bare, self._tokenizer, self.accelerator, router_loss=self.aux_loss_enabled
         )
@@ -534,6 +549,18 @@ class MPOTrainer(DPOTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Refused: evaluation packs its own batches, with reference values."""
+        raise ConfigError(
+            "MPOTrainer has no evaluation dataloader: `trainer.evaluate()` gives the metrics, `trainer.score()` every pair."
+        )
+
+    def predict(self, *arguments: Any, **named: Any) -> Any:
+        """Refused: there are no logits to return."""
+        raise ConfigError(
+            "MPOTrainer builds no logits, so it has no predictions: `trainer.score(dataset)` gives the score of every pair."
+        )
 
     def _evaluation_data(self, dataset: Any) -> Dataset:
         if isinstance(dataset, str):

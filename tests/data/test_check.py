@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mpo.data import check_data
+from mpo.data import check_data, load_groups
 from mpo.data.check import FINDINGS, DataReport
 from mpo.data.refusals import opens_with_refusal, refusal_languages
+from mpo.data.tokenization import tokenize_group
 from mpo.errors import ConfigError, DataError
 from tests.data.rows import TEXTS, flat, group
 
@@ -254,3 +255,93 @@ def test_clean_data_has_nothing_that_stands_out() -> None:
 def test_an_impossible_length_is_an_error(max_length: Any) -> None:
     with pytest.raises(ConfigError, match="max_length"):
         check_data([flat("bn")], max_length=max_length)
+
+
+def test_sources_in_another_language_than_the_setting_are_said_in_one_sentence() -> None:
+    def swapped(number: int, **changes: Any) -> dict[str, Any]:
+        row = {f"source_{part}": f"{text} {number}" for part, text in zip(PARTS, TEXTS["zh"], strict=True)}
+        return {
+            **row,
+            **{f"target_{p}": f"{t} {number}" for p, t in zip(PARTS, TEXTS["en"], strict=True)},
+            **changes,
+        }
+
+    for labels in ({}, {"target_language": "en"}):
+        rows = [swapped(number, **labels) for number in range(6)]
+        for others in (
+            [],
+            [
+                flat("sw", number=n, **{f"source_{p}": r[f"source_{p}"] for p in PARTS})
+                for n, r in enumerate(rows)
+            ],
+        ):
+            report = check_data([*rows, *others])
+            assert (report.bad_rows, report.count("prompt_language"), report.groups) == ([], 0, 6)
+            assert len(report.notes) == 1 and "set `source_language: zh`" in " ".join(
+                report.to_text().split()
+            )
+            assert check_data([*rows, *others], source_language="zh").notes == []
+        with pytest.raises(
+            DataError, match=r"the source is in Chinese, but `source_language` is 'en'.*source_language: zh"
+        ):
+            load_groups(rows)
+    assert check_data([flat("bn", number=n) for n in range(9)]).notes == []
+
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def test_untranslated_texts_are_found_and_left_out_when_asked() -> None:
+    rows = [
+        flat("bn", number=0, target_chosen=TEXTS["en"][1] + "  0\n"),
+        flat("bn", number=1, target_prompt=TEXTS["en"][0] + " 1"),
+        flat("ko", number=2, target_rejected=TEXTS["en"][2] + " 2"),
+        flat("ko", number=3, target_chosen=TEXTS["en"][1] + " at all"),
+        flat("ko", number=4, source_chosen="42", target_chosen="42"),
+    ]
+    report = check_data(rows)
+    assert [rows_of(report, f"untranslated_{part}") for part in PARTS] == [
+        {"bn": [1]},
+        {"bn": [0]},
+        {"ko": [2]},
+    ]
+    assert load_groups(rows).dropped == []
+    for given in (rows, load_groups(rows).groups):
+        loaded = load_groups(given, drop_untranslated=True)
+        assert [(bad.row, bad.field) for bad in loaded.dropped] == [(0, "chosen")]
+        assert len(loaded.groups) == 4
+    with pytest.raises(DataError, match="drop_untranslated"):
+        load_groups(rows[:1], drop_untranslated=True)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\nHuman: নদী কোথায়?\n\nAssistant: ওখানে।",
+        "User: নদী কোথায়?\nAssistant: ওখানে।",
+        "<|im_start|>user\nনদী<|im_end|>",
+        "<start_of_turn>model\nনদী",
+        "[INST] নদী [/INST]",
+    ],
+)
+def test_dialogs_written_into_a_text_are_found(part: str, text: str) -> None:
+    report = check_data([flat("bn"), flat("bn", number=1, **{f"target_{part}": text})])
+    assert rows_of(report, "dialog") == {"bn": [1]}
+    assert check_data([flat("bn", **{f"target_{part}": "Human: নদী। [১] <b>"})]).count("dialog") == 0
+
+
+def test_responses_that_the_cut_makes_equal_are_found() -> None:
+    from tests.tiny import build_tokenizer
+
+    same = "না " * 30
+    rows = [flat("bn", target_chosen=same + "ক", target_rejected=same + "খ"), flat("bn", number=1)]
+    tokenizer = build_tokenizer("llama")
+    whole = check_data(rows, tokenizer=tokenizer)
+    assert rows_of(whole, "same_after_cut") == {}
+    longest_prompt = max(x.lengths["prompt"].max for x in whole.languages)
+    for limits in ({"max_response_length": 16}, {"max_length": longest_prompt + 20}):
+        report = check_data(rows, tokenizer=tokenizer, **limits)
+        assert rows_of(report, "same_after_cut") == {"bn": [0]}, limits
+        with pytest.raises(DataError, match="after the cut"):
+            tokenize_group(load_groups(rows[:1]).groups[0], tokenizer, **limits)

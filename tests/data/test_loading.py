@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -388,3 +389,44 @@ def test_importing_the_package_imports_neither_torch_nor_datasets() -> None:
         check=True,
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("part", ["source_prompt", "source_chosen", "source_rejected"])
+def test_sources_that_are_stored_in_another_unicode_form_are_one_group(part: str) -> None:
+    composed = {f"source_{name}": f"Où est le café {name}?" for name in ("prompt", "chosen", "rejected")}
+    other = unicodedata.normalize("NFD", composed[part])
+    rows = [flat("bn", **composed), flat("ko", **{**composed, part: other})]
+    groups = load_groups(rows).groups
+    assert [target["language"] for target in groups[0]["targets"]] == ["bn", "ko"]
+    assert groups[0]["source"]["prompt"][0]["content"] == composed["source_prompt"]
+
+
+def test_texts_keep_the_unicode_form_in_which_they_were_given() -> None:
+    given = unicodedata.normalize("NFD", "Où est le café?")
+    group = load_groups([flat("bn", source_prompt=given, target_prompt=given)]).groups[0]
+    assert group["source"]["prompt"][0]["content"] == group["targets"][0]["prompt"][0]["content"] == given
+
+
+def test_prompts_that_differ_in_unicode_form_only_are_held_out_together() -> None:
+    prompts = [f"Où est le café numéro {number}?" for number in range(12)]
+    rows = [flat("bn", source_prompt=prompt, number=f"é {n}") for n, prompt in enumerate(prompts)]
+    rows += [
+        flat("ko", source_prompt=unicodedata.normalize("NFD", prompt), source_chosen=f"No, {n}.")
+        for n, prompt in enumerate(prompts)
+    ]
+    groups = load_groups(rows).groups
+    assert len(groups) == 24
+    for seed in range(5):
+        train, held = split_by_source(groups, 4, seed)
+        assert (len(train), len(held)) == (16, 8)
+        sides = [
+            {unicodedata.normalize("NFC", s["prompt"][0]["content"]) for s in x["source"]}
+            for x in (train, held)
+        ]
+        assert not sides[0] & sides[1]
+
+
+def test_responses_that_differ_in_unicode_form_only_are_refused() -> None:
+    row = flat("bn", source_chosen="café", source_rejected=unicodedata.normalize("NFD", "café"))
+    with pytest.raises(DataError, match="equal to chosen"):
+        load_groups([row])

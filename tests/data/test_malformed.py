@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -541,3 +542,36 @@ def test_the_limit_of_csv_fields_is_as_before_after_loading(tmp_path: Path) -> N
 
 def test_a_file_name_with_brackets_and_stars_is_taken_literally(tmp_path: Path) -> None:
     assert one_target(written(tmp_path, "a[1]*.parquet", parquet([GOOD])))["language"] == "ko"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "fits"),
+    [
+        ("latin-1", "Où est le café? Ça, là-bas, près du château.", True),
+        ("latin-1", "Straße, Übung und Äpfel", True),
+        ("gb18030", "我怎样才能打开邻居的锁", False),
+        ("shift_jis", "鍵を開けるにはどうすればいいですか", False),
+        ("euc-kr", "자물쇠를 어떻게 열 수 있나요", False),
+        ("cp1256", "كيف أفتح قفل باب جاري", False),
+        ("cp1251", "Как открыть замок соседа", False),
+    ],
+)
+def test_latin_1_is_advised_only_where_the_bytes_read_as_it(
+    tmp_path: Path, encoding: str, text: str, fits: bool
+) -> None:
+    for name in ("a.jsonl", "a.json", "a.csv"):
+        (tmp_path / name).write_bytes(f'[{{"source_prompt": "{text}"}}]'.encode(encoding))
+        with pytest.raises(DataError, match="not UTF-8") as error:
+            load_groups(tmp_path / name)
+        assert ("LATIN1" in str(error.value)) == fits
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_pipe_as_data_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        load_groups(tmp_path / name)
+    link = tmp_path / f"link-{name}"
+    link.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        load_groups(link)

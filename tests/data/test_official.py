@@ -113,6 +113,15 @@ def test_the_check_finds_untranslated_texts_and_prints_none_of_them(path: Path) 
                 assert words[:30] not in printed
 
 
+def test_the_texts_that_the_published_gemma_data_leave_untranslated_are_counted(data_folder: Path) -> None:
+    path = data_folder / "mpo" / "gemma_mpo_data.json"
+    report = check_data(path)
+    assert [report.count(f"untranslated_{part}") for part in ("prompt", "chosen", "rejected")] == [22, 48, 32]
+    loaded = load_groups(path, drop_untranslated=True)
+    assert len(loaded.dropped) == 48
+    assert sum(len(group["targets"]) for group in loaded.groups) == 552
+
+
 @pytest.mark.parametrize("code", ["zh", "it", "vi", "ar", "ko", "th", "bn", "sw", "jv"])
 def test_prompts_of_multijail_are_detected(code: str, data_folder: Path) -> None:
     import csv

@@ -87,6 +87,7 @@ def visible(family: str, text: str) -> str:
 def test_prompt_and_response_are_the_conversation_as_the_family_writes_it(
     family: str, prompt: list[Message], chosen: str, rejected: str
 ) -> None:
+    assume(visible(family, chosen) != visible(family, rejected))
     pair = tokenize_pair(tokenizer_of(family), prompt, answer(chosen), answer(rejected))
     for text, response in ((chosen, pair.chosen), (rejected, pair.rejected)):
         whole = encode(family, written(family, [*prompt, *answer(text)], generation=False))
@@ -125,12 +126,14 @@ def test_a_response_is_cut_at_its_end_and_the_prompt_never(
     family: str, prompt: list[Message], chosen: str, rejected: str, room: int, most: int | None
 ) -> None:
     tokenizer = tokenizer_of(family)
+    assume(visible(family, chosen) != visible(family, rejected))
     whole = tokenize_pair(tokenizer, prompt, answer(chosen), answer(rejected))
     limit = len(whole.prompt) + room
+    kept = room if most is None else min(room, most)
+    assume(whole.chosen[:kept] != whole.rejected[:kept])
     cut = tokenize_pair(
         tokenizer, prompt, answer(chosen), answer(rejected), max_length=limit, max_response_length=most
     )
-    kept = room if most is None else min(room, most)
     assert cut.prompt == whole.prompt
     assert cut.chosen == whole.chosen[:kept]
     assert cut.rejected == whole.rejected[:kept]
@@ -180,7 +183,7 @@ def test_both_responses_start_at_the_last_token_that_prompt_and_both_have_in_com
     texts_of = [f"[user]hello[assistant]{text}" for text in ("draft: ", chosen, rejected)]
     prompt_ids, chosen_ids, rejected_ids = (encode("llama", text) for text in texts_of)
     start = shared(prompt_ids, chosen_ids, rejected_ids)
-    assume(start < min(len(chosen_ids), len(rejected_ids)))
+    assume(start < min(len(chosen_ids), len(rejected_ids)) and chosen_ids != rejected_ids)
     pair = tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer(chosen), answer(rejected))
     assert pair.prompt == prompt_ids[:start]
     assert pair.chosen == chosen_ids[start:]
@@ -366,3 +369,44 @@ def test_the_prompt_that_is_no_prefix_is_warned_of_with_what_is_left_out(
     with caplog.at_level(logging.WARNING):
         tokenize_pair(tokenizer, [{"role": "user", "content": "hello"}], answer("yes"), answer("no"))
     assert "'hmm'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_response_length": 4}, {"max_length": 0}, {"max_response_length": 4, "max_length": 0}]
+)
+def test_responses_that_the_cut_makes_equal_are_refused_or_dropped(limits: dict[str, int]) -> None:
+    tokenizer = tokenizer_of("llama")
+    prompt = [{"role": "user", "content": "river"}]
+    same = "river bread river bread river bread "
+    whole = tokenize_pair(tokenizer, prompt, answer(same + "yes"), answer(same + "no"))
+    if "max_length" in limits:
+        limits = {**limits, "max_length": len(whole.prompt) + 4}
+    with pytest.raises(DataError, match=r"`rejected`: is equal to chosen after the cut to 4 tokens"):
+        tokenize_pair(tokenizer, prompt, answer(same + "yes"), answer(same + "no"), **limits)
+    # The first difference decides, not the length.
+    tokenize_pair(tokenizer, prompt, answer("yes " + same), answer("no " + same), **limits)
+
+    pair = {
+        "language": "bn",
+        "row": 3,
+        "prompt": prompt,
+        "chosen": answer(same + "yes"),
+        "rejected": answer(same + "no"),
+    }
+    good = {**pair, "language": "en", "chosen": answer("yes " + same), "row": 3}
+    for group, place in (
+        ({"source": good, "targets": [pair, good], "origin": "a.json"}, "targets[0].rejected"),
+        ({"source": pair, "targets": [good], "origin": "a.json"}, "source.rejected"),
+    ):
+        with pytest.raises(DataError, match="after the cut") as error:
+            tokenize_group(group, tokenizer, **limits)
+        assert (error.value.row, error.value.field) == (3, place)
+        kept = tokenize_group(group, tokenizer, bad_rows="drop", **limits)
+        assert len(kept["errors"]) == 1 and len(kept["target_chosen"]) == (place != "source.rejected")
+
+
+def test_responses_that_render_to_the_same_tokens_are_refused() -> None:
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content | lower }}{% endfor %}"
+    with pytest.raises(DataError, match="has the same tokens as chosen"):
+        tokenize_pair(tokenizer, [{"role": "user", "content": "bread"}], answer("River"), answer("river"))

@@ -404,7 +404,7 @@ def test_vllm_gets_the_prompts_tokens_the_decoding_and_the_adapter(
     assert made.settings() != make_engine(replace(choice, adapter=None), made.generation).settings()  # type: ignore[attr-defined]
 
 
-def test_vllm_makes_room_for_the_largest_rank_and_refuses_what_it_cannot_do_before_loading(
+def test_vllm_makes_room_for_the_rank_and_refuses_what_it_cannot_do_before_loading(
     vllm: SimpleNamespace, model: Path, adapter: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(adapter, tmp_path / "other"))
@@ -414,9 +414,15 @@ def test_vllm_makes_room_for_the_largest_rank_and_refuses_what_it_cannot_do_befo
         (other / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
         return make_engine(ModelChoice(str(model), str(other), engine="vllm"), Generation())
 
-    list(made(rank_pattern={"q_proj": 40}).generate(conversations(1), ()))
+    list(made(r=40, rank_pattern={}).generate(conversations(1), ()))
     assert vllm.options["max_lora_rank"] == 64
-    for changes in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+    for changes in (
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        # vLLM divides by the one rank and multiplies by the one alpha of the settings, whatever the patterns say.
+        {"rank_pattern": {"q_proj": 40}},
+        {"alpha_pattern": {"q_proj": 2}},
+    ):
         with pytest.raises(ConfigError, match=f"no adapter with `{next(iter(changes))}`"):
             made(**changes)
 

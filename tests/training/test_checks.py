@@ -230,3 +230,35 @@ def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         runs.trainer(model, tmp_path, rows, output_dir=str(tmp_path / "file" / "out"), max_steps=1)
+
+
+def test_a_trainer_says_what_takes_the_place_of_the_librarys_loops(
+    model: Path, rows: list[Any], tmp_path: Path
+) -> None:
+    made = runs.trainer(model, tmp_path, rows, eval_dataset=rows)
+    with pytest.raises(ConfigError, match=r"trainer\.score\(dataset\)"):
+        made.predict(made.eval_dataset)
+    with pytest.raises(ConfigError, match=r"trainer\.evaluate\(\)"):
+        list(made.get_eval_dataloader())
+
+
+def test_the_best_of_several_evaluation_sets_needs_the_name_of_one(
+    model: Path, rows: list[Any], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"eval_dataset": {"first": rows, "second": rows}, "load_best_model_at_end": True}
+    given |= {"eval_strategy": "steps", "save_strategy": "steps"}
+    for metric in (None, "eval_loss", "loss/retention"):
+        with pytest.raises(ConfigError, match=r"Write `eval_first_loss"):
+            runs.trainer(model, tmp_path, rows, metric_for_best_model=metric, **given)
+    with pytest.raises(ConfigError, match="no target language 'de'"):
+        runs.trainer(model, tmp_path, rows, metric_for_best_model="eval_second_positive/de", **given)
+    assert runs.trainer(model, tmp_path, rows, metric_for_best_model="eval_second_loss", **given) is not None
+
+
+def test_texts_beyond_the_positions_stop_the_trainer_too(
+    model: Path, rows: list[Any], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(model, tmp_path / "short"))
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 16}))
+    refuse(path, tmp_path, rows, "more than the model's 16 positions")

@@ -317,3 +317,51 @@ def test_deepspeed_without_a_gpu_gets_a_backend_and_compiles_nothing(monkeypatch
         MPOConfig(use_cpu=True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert deepspeed_backend(False) is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_loss", False),
+        ("loss", False),
+        ("eval_loss/retention", False),
+        ("eval_first_loss/retention", False),
+        ("eval_reward_gap/bn", True),
+        ("positive/sw", True),
+        ("eval_first_logps/chosen/zh", True),
+    ],
+)
+def test_the_best_model_is_chosen_in_the_direction_of_its_metric(metric: str, greater: bool) -> None:
+    assert config(metric_for_best_model=metric).greater_is_better is greater
+    if not greater:
+        with pytest.raises(ConfigError, match="the worst checkpoint would be kept"):
+            config(metric_for_best_model=metric, greater_is_better=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric_for_best_model": "eval_los"}, "did you mean 'eval_loss'"),
+        ({"metric_for_best_model": "accuracy"}, "which no evaluation gives"),
+        ({"metric_for_best_model": "eval_loss/reward_gap"}, "which no evaluation gives"),
+        ({"metric_for_best_model": "eval_reward_gap"}, "which no evaluation gives"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "least learning rate"),
+        ({"lr_scheduler_type": "cosine_warmup_with_min_lr"}, "least learning rate"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"num_cycles": 1}},
+            "least learning rate",
+        ),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"data_seed": -1}, "`data_seed` is -1"),
+        ({"seed": 2**32}, "`seed` is 4294967296"),
+        ({"deepspeed": True}, "`deepspeed` is True; expected the path"),
+    ],
+)
+def test_what_a_library_would_refuse_later_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**settings)
+
+
+def test_a_schedule_with_its_least_learning_rate_is_taken() -> None:
+    settings = config(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
+    assert settings.lr_scheduler_kwargs == {"min_lr_rate": 0.1}

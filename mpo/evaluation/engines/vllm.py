@@ -26,13 +26,13 @@ class VLLMEngine:
                 raise ConfigError(
                     f"engine: vLLM takes LoRA adapters, and {choice.adapter} is {found['peft_type']}. Take `transformers`."
                 )
-            for setting in ("use_dora", "modules_to_save"):
+            for setting in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
                 if found.get(setting):
                     raise ConfigError(
                         f"engine: vLLM takes no adapter with `{setting}`, which {choice.adapter} has. Take `transformers`, "
                         "or fold the adapter into its base with `mpo merge`."
                     )
-            self.rank = max(int(found.get("r", 0)), *(found.get("rank_pattern") or {}).values(), 0)
+            self.rank = int(found.get("r", 0))
         self._vllm = _import_vllm()
         self._llm: Any = None
 

@@ -11,6 +11,7 @@ from mpo.jobs.preflight.packages import check_packages
 from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
+from mpo.training.checks import check_best_metric, check_tokens
 from mpo.training.compute import is_installed
 from mpo.training.recipe import Recipe
 from mpo.training.sampling import count_languages
@@ -71,9 +72,13 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     held_out_pairs = 0
     if held_out is not None:
         held, more = tokenize_for_training(held_out, tokenizer, training, name="held-out")
-        held_out_pairs = sum(count_languages(held).values())
+        check_tokens(held, model, tokenizer, "held-out")
+        measured = count_languages(held)
+        held_out_pairs = sum(measured.values())
         errors += more
+        check_best_metric(training, list(measured), [])
     notes.extend(errors[:3])
+    check_tokens(tokenized, model, tokenizer)
     work = count_work(tokenized, training)
     plan = Plan(
         recipe=recipe,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
+from mpo.data.contract import messages_identity
 from mpo.errors import DataError
 from mpo.training.recipe import DATA_SUFFIXES, Recipe
 
@@ -44,6 +44,7 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
         "source_language": training.source_language,
         "bad_rows": training.bad_rows,
         "languages": data.languages,
+        "drop_untranslated": data.drop_untranslated,
     }
     with training.main_process_first(desc="loading the data"):
         loaded = load_groups(data.dataset, split=data.dataset_split, limit=data.limit, **settings)
@@ -59,7 +60,7 @@ def shared_sources(train: Dataset, held_out: Dataset) -> int:
 
     def prompts(groups: Dataset) -> set[bytes]:
         return {
-            hashlib.sha256(json.dumps(source["prompt"], sort_keys=True).encode()).digest()
+            hashlib.sha256(repr(messages_identity(source["prompt"])).encode()).digest()
             for source in groups["source"]
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from huggingface_hub import constants, get_token
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mpo.errors import ConfigError, DependencyError
@@ -40,6 +41,16 @@ def check_packages(recipe: Recipe, *, on_this_machine: bool = True) -> None:
     )
     if launched_with("DEEPSPEED"):
         require_package("deepspeed", "the Accelerate configuration", "deepspeed")
+    if training.push_to_hub and on_this_machine:
+        if constants.HF_HUB_OFFLINE:
+            raise ConfigError(
+                "`push_to_hub` is on, but the Hub is switched off (HF_HUB_OFFLINE is set). Remove one of them."
+            )
+        if not (training.hub_token or get_token()):
+            raise ConfigError(
+                "`push_to_hub` is on, but this machine is not signed in to the Hub. Set HF_TOKEN, or run `hf auth login`; or "
+                "remove `push_to_hub`."
+            )
     for tracker in training.report_to or []:
         if tracker not in INTEGRATION_TO_CALLBACK:
             raise ConfigError(

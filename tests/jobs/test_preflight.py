@@ -1,0 +1,138 @@
+"""What the dry run finds in the data and the model before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoConfig, AutoTokenizer
+
+from mpo.data import load_groups
+from mpo.errors import ConfigError, ModelError
+from mpo.jobs.preflight import make_plan
+from mpo.jobs.preflight.data import shared_sources
+from mpo.training.recipe import Recipe, load_recipe
+from tests.data.rows import flat
+from tests.tiny import random_groups, save_tiny
+
+
+def test_a_prompt_in_another_unicode_form_counts_as_shared() -> None:
+    prompts = [f"Où est le café numéro {number}?" for number in range(4)]
+    train = load_groups([flat("bn", source_prompt=prompt) for prompt in prompts]).groups
+    other = [unicodedata.normalize("NFD", prompt) for prompt in prompts[:3]] + ["Où est le thé?"]
+    assert (
+        shared_sources(train, load_groups([flat("ko", source_prompt=prompt) for prompt in other]).groups) == 3
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def make(tmp_path: Path, model: Path) -> Callable[..., Recipe]:
+    rows = random_groups(7, 8, (2, 3), ("bn", "sw"))
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([{**row, "origin": None} for row in rows]), encoding="utf-8"
+    )
+
+    def made(**settings: Any) -> Recipe:
+        values = {
+            "model_name_or_path": str(model),
+            "dataset": str(tmp_path / "pairs.json"),
+            "max_steps": 2,
+            "bf16": False,
+            "use_cpu": True,
+            "output_dir": str(tmp_path / "out"),
+            **settings,
+        }
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+        return load_recipe(tmp_path / "r.yaml")
+
+    return made
+
+
+def changed(model: Path, folder: Path, **settings: Any) -> str:
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    return str(folder)
+
+
+def test_a_token_that_was_added_to_the_tokenizer_only_is_refused(
+    make: Callable[..., Recipe], model: Path, tmp_path: Path
+) -> None:
+    make_plan(make())
+    folder = changed(model, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == AutoConfig.from_pretrained(folder).vocab_size
+    tokenizer.add_tokens(["<last>"])
+    tokenizer.save_pretrained(folder)
+    rows = [flat("bn", number=n) for n in range(6)]
+    data = tmp_path / "new.json"
+    for place in ("source_prompt", "target_rejected"):
+        data.write_text(json.dumps([*rows, flat("bn", number=7, **{place: "An end <last> of it"})]))
+        with pytest.raises(ModelError, match=r"gives token \d+ \('<last>'\), but the model's embedding has"):
+            make_plan(make(model_name_or_path=folder, dataset=str(data), held_out=1))
+
+
+def test_texts_beyond_the_positions_of_the_model_are_refused(
+    make: Callable[..., Recipe], model: Path, tmp_path: Path
+) -> None:
+    folder = changed(model, tmp_path / "short", max_position_embeddings=24)
+    with pytest.raises(ModelError, match=r"more than the model's 24 positions.*max_length: 24"):
+        make_plan(make(model_name_or_path=folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": -1},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"num_hidden_layers": 0},
+        {"vocab_size": -5},
+    ],
+)
+def test_a_configuration_with_impossible_sizes_is_refused(
+    make: Callable[..., Recipe], model: Path, tmp_path: Path, settings: dict[str, int]
+) -> None:
+    with pytest.raises(ModelError, match="configuration of"):
+        make_plan(make(model_name_or_path=changed(model, tmp_path / "odd", **settings)))
+
+
+def test_a_metric_of_a_language_that_is_not_measured_is_refused(make: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match="no target language 'de'; it has bn, sw"):
+        make_plan(make(metric_for_best_model="eval_reward_gap/de", held_out=4))
+
+
+def test_an_upload_that_cannot_happen_is_refused(
+    make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make(push_to_hub=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="the Hub is switched off"):
+        make_plan(recipe)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("mpo.jobs.preflight.packages.get_token", lambda: None)
+    with pytest.raises(ConfigError, match="not signed in"):
+        make_plan(recipe)
+
+
+def test_untranslated_answers_are_left_out_where_the_recipe_says_so(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    rows = [flat("bn", number=n) for n in range(6)]
+    rows.append(flat("bn", number=6, target_chosen=rows[0]["source_chosen"].replace("0", "6")))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    recipe = {"dataset": str(tmp_path / "p.json"), "held_out": 1}
+    assert make_plan(make(**recipe)).dropped == []
+    dropped = make_plan(make(drop_untranslated=True, **recipe)).dropped
+    assert [(bad.row, bad.field) for bad in dropped] == [(6, "chosen")]
