@@ -235,7 +235,7 @@ def _needed(recipe: Recipe, data: _Data) -> int:
 
 def _least(recipe: Recipe, data: _Data) -> int:
     """Tokens of a group that is divided as far as it can be: one target and, where it is held still, its source."""
-    return math.ceil(data.tree_tokens * (2 if recipe.training.retain_weight > 0 else 1))
+    return math.ceil(data.tree_tokens * (2 if recipe.training.runs_sources else 1))
 
 
 def _choices(
@@ -445,8 +445,7 @@ def _counted(recipe: Recipe) -> _Data | None:
         sources += source
         pairs += len(row["target_prompt"])
         sizes.append(
-            (source if training.retain_weight > 0 else 0)
-            + sum(len(part) for tree in targets for part in tree)
+            (source if training.runs_sources else 0) + sum(len(part) for tree in targets for part in tree)
         )
     if not sizes:
         raise DataError("nothing is left to train on; `--dry_run` says why.")

@@ -35,7 +35,7 @@ from mpo.modeling.loading import (
 )
 from mpo.training.compute import check_compute_options, is_installed, require_package
 from mpo.training.recipe import DATA_SUFFIXES, Recipe
-from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, group_tokens
+from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, step_tokens
 from mpo.training.sharding import launched_with
 
 if TYPE_CHECKING:
@@ -479,17 +479,15 @@ def _count_tokens(
         "num_proc": training.dataset_num_proc,
     }
     tokenized, errors = tokenize_groups(train, tokenizer, name="train", **settings)
-    trees = padded = pairs = longest = 0
+    padded = pairs = longest = 0
     per_language: Counter[str] = Counter()
     for row in tokenized.with_format(None):
         source = [len(row[f"source_{part}"]) for part in ("prompt", "chosen", "rejected")]
         longest = max(longest, sum(source))
-        trees += sum(source) if training.retain_weight > 0 else 0
         per_language.update(row["target_language"])
         lengths = zip(row["target_prompt"], row["target_chosen"], row["target_rejected"], strict=True)
         for target in ([len(part) for part in parts] for parts in lengths):
             pairs += 1
-            trees += sum(target)
             longest = max(longest, sum(target))
             padded += _official_tokens(source) + _official_tokens(target)
     held_groups = held_pairs = 0
@@ -498,6 +496,7 @@ def _count_tokens(
         errors = [*errors, *more]
         held_groups = len(held_out)
         held_pairs = sum(len(languages) for languages in held["target_language"])
+    trees = int(step_tokens(tokenized, training, "tree").sum())
     micro_batches = len(_train_sampler(recipe, tokenized))
     counts = _Tokens(
         len(tokenized), micro_batches, pairs, per_language, trees, padded, longest, held_groups, held_pairs
@@ -525,12 +524,12 @@ def _steps(recipe: Recipe, micro_batches: int) -> int:
 def _train_sampler(recipe: Recipe, tokenized: Dataset) -> EpochSampler:
     """A sampler that makes as many micro-batches as the trainer's."""
     training = recipe.training
-    indices = np.arange(len(tokenized))
+    tokens = step_tokens(tokenized, training, training.batch_layout)
+    indices = np.flatnonzero(tokens)
     options: dict[str, Any] = {"num_ranks": training.world_size, "drop_last": training.dataloader_drop_last}
     if training.max_tokens_per_batch is None:
         return GroupBatchSampler(indices, training.per_device_train_batch_size, **options)
-    tokens = group_tokens(tokenized, run_source=training.retain_weight > 0, layout=training.batch_layout)
-    return TokenBudgetSampler(indices, tokens, training.max_tokens_per_batch, **options)
+    return TokenBudgetSampler(indices, tokens[indices], training.max_tokens_per_batch, **options)
 
 
 @dataclass(frozen=True)
@@ -599,6 +598,8 @@ def _facts(plan: Plan, tokens: _Tokens, size: _Sizes) -> dict[str, str]:
             f"{_count(tokens.held_out_groups, 'source')}, {_count(tokens.held_out_pairs, 'pair')} ({origin})"
         )
     objective = f"beta {training.beta:g}, retain_weight {training.retain_weight:g} ({training.retain_pooling} pooling)"
+    if training.loss_type != ["mpo"]:
+        objective = training.objectives.description()
     return {
         "Model": f"{plan.source.name} ({plan.config.model_type}, {_number(plan.parameters)} parameters)",
         "Training": f"{kind}, {plan.trainable:,} trainable parameters ({share:.2%})",

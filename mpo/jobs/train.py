@@ -213,7 +213,7 @@ def _resume(plan: Plan) -> str | bool | None:
 
 def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[Scores, RewardGapTable]:
     scores = trainer.score(description=f"Scoring held-out pairs {when} training")
-    table = summarize(scores.records, beta=plan.recipe.training.beta)
+    table = summarize(scores.records, beta=plan.recipe.training.gap_scale)
     parts = []
     if table.source is not None:
         parts.append(f"{table.source_label} {table.source.gap:+.3f}")

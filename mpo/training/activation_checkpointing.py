@@ -11,7 +11,7 @@ from datasets import Dataset
 from mpo.common.log import get_logger
 from mpo.planning.memory import device_memory, step_needs_checkpointing
 from mpo.training.config import MPOConfig
-from mpo.training.sampling import GroupCollator, group_tokens, longest_tree
+from mpo.training.sampling import GroupCollator, longest_tree, step_tokens
 from mpo.training.sharding import will_be_sharded
 
 logger = get_logger(__name__)
@@ -51,7 +51,7 @@ def decide_checkpointing(
     memory = device_memory(accelerator.device)
     if not args.decide_checkpointing or memory is None or will_be_sharded(args):
         return
-    sizes = np.sort(group_tokens(groups, run_source=collator.run_source, layout=collator.shape.layout))
+    sizes = np.sort(step_tokens(groups, args, collator.shape.layout))
     tokens = int(sizes[-args.train_batch_size :].sum())
     if args.max_tokens_per_batch is not None:
         tokens = max(int(sizes[-1]), min(args.max_tokens_per_batch, int(sizes.sum())))

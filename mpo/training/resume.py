@@ -58,9 +58,10 @@ class ResumableRun:
             "dataloader_drop_last": args.dataloader_drop_last,
             "min_source_gap": args.min_source_gap,
             "max_tokens_per_batch": args.max_tokens_per_batch,
+            "train_on": args.train_on,
         }
         if args.max_tokens_per_batch is not None:  # these decide how many tokens a group has
-            state.update(batch_layout=args.batch_layout, sources_run=args.retain_weight > 0)
+            state.update(batch_layout=args.batch_layout, sources_run=args.runs_sources)
         return state
 
     def find_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,9 @@ from mpo.errors import ConfigError, DataError
 from mpo.modeling.layout import BatchShape, batch_shape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
+from mpo.training.objectives import PROMPT, REFERENCE
 from mpo.training.ranks import Ranks
-from mpo.training.reference import SourceReference
+from mpo.training.reference import GroupReference, first_of_each, unique_sources
 from mpo.training.sharding import tokens_per_call
 
 logger = get_logger(__name__)
@@ -38,7 +39,7 @@ class GroupDataset(TorchDataset[dict[str, Any]]):
     rank that has no group left in a step takes one, so that all ranks make the same model calls.
     """
 
-    def __init__(self, groups: Dataset, reference: SourceReference) -> None:
+    def __init__(self, groups: Dataset, reference: GroupReference) -> None:
         self.groups = groups
         self.reference = reference
 
@@ -56,8 +57,7 @@ class GroupDataset(TorchDataset[dict[str, Any]]):
                 **{column: values[j] for column, values in columns.items()},
                 "group": group,
                 "filler": indices[j] < 0,
-                "reference_gap": float(self.reference.gap[group]),
-                "reference_hidden": self.reference.hidden(group),
+                **self.reference.row(group),
             }
             for j, group in enumerate(groups)
         ]
@@ -205,7 +205,9 @@ def target_languages(*datasets: Dataset) -> list[str]:
     return sorted({language for dataset in datasets for language in count_languages(dataset)})
 
 
-def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
+def group_tokens(
+    groups: Dataset, *, run_source: bool | np.ndarray = True, run_targets: bool = True, layout: str = "tree"
+) -> np.ndarray:
     """
     Tokens that each group brings to a micro-batch, without padding.
 
@@ -213,23 +215,73 @@ def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tre
 
     Args:
         groups: tokenized groups.
-        run_source: whether the source is run while training.
+        run_source: whether the source is run while training; ``[groups]`` where not all groups are alike.
+        run_targets: whether the targets are.
         layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
 
     Returns:
         ``[groups]`` int64.
     """
     prompts = 1 if layout == "tree" else 2
+    runs = {
+        "source": np.broadcast_to(run_source, len(groups)),
+        "target": np.broadcast_to(run_targets, len(groups)),
+    }
     factors = {
         f"{side}_{part}": prompts if part == "prompt" else 1
-        for side in (("source", "target") if run_source else ("target",))
+        for side in runs
+        if runs[side].any()
         for part in ("prompt", "chosen", "rejected")
     }
     counts = [np.zeros(0, dtype=np.int64)]
+    start = 0
     for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
-        columns = (factor * _tokens_of_rows(table[name]) for name, factor in factors.items())
+        part = slice(start, start := start + len(table))
+        columns = (
+            factor * _tokens_of_rows(table[name]) * runs[name.partition("_")[0]][part]
+            for name, factor in factors.items()
+        )
         counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
     return np.concatenate(counts)
+
+
+def step_tokens(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
+    """Tokens that each group brings to a micro-batch of a run, ``[groups]``; 0 for one with nothing to run.
+
+    Args:
+        groups: Tokenized groups.
+        args: Settings of the run.
+        layout: As of :func:`group_tokens`.
+    """
+    sources: bool | np.ndarray = args.holds_sources
+    if args.train_on != "targets":
+        sources = first_of_each(unique_sources(groups)[0])
+    return group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
+
+
+def trained_totals(groups: Dataset, trained: Trained, carries_source: np.ndarray) -> tuple[int, int, int]:
+    """What :func:`step_means` takes, of all pairs of tokenized groups that are trained on.
+
+    Args:
+        groups: Tokenized groups.
+        trained: Which pairs those are.
+        carries_source: ``[groups]``, True for the first group of each unique source.
+
+    Returns:
+        Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first.
+    """
+    sides = {"target": trained.targets, "source": carries_source & trained.sources}
+    pairs = chosen = prompts = start = 0
+    columns = [f"{side}_{part}" for side in sides for part in ("prompt", "chosen")]
+    for table in groups.with_format("arrow").select_columns([*columns, "row"]).iter(batch_size=10_000):
+        part = slice(start, start := start + len(table))
+        for side, takes in sides.items():
+            taken = np.broadcast_to(takes, len(groups))[part]
+            each = 1 if side == "source" else np.asarray(pc.list_value_length(table["row"]))
+            pairs += int((each * taken).sum())
+            chosen += int((_tokens_of_rows(table[f"{side}_chosen"]) * taken).sum())
+            prompts += int((_tokens_of_rows(table[f"{side}_prompt"]) * taken).sum())
+    return pairs, chosen, prompts + chosen - pairs
 
 
 def longest_tree(groups: Dataset) -> int:
@@ -323,30 +375,75 @@ class GroupDataLoader(DataLoader[dict[str, Any]]):
         sampler.set_epoch(epoch)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Which pairs are trained on, and what their loss needs besides their log-likelihoods.
+
+    Attributes:
+        targets, sources: Whether a group's targets are, and its source, where the group is the first that has it.
+        reference: Whether log-likelihoods of the same responses under the reference are needed.
+        prompts, shared: See :func:`mpo.modeling.trees.build_batch`.
+    """
+
+    targets: bool = True
+    sources: bool = False
+    reference: bool = False
+    prompts: bool = False
+    shared: bool = False
+
+    @classmethod
+    def by(cls, args: MPOConfig) -> Trained:
+        """As a run's settings ask for it."""
+        objectives = args.objectives
+        return cls(
+            targets=args.train_on != "source",
+            sources=args.train_on != "targets",
+            reference=REFERENCE in objectives.needs,
+            prompts=PROMPT in objectives.needs,
+            shared=objectives.needs_shared,
+        )
+
+
+class _Pair(NamedTuple):
+    """A pair to score: its tree, its group in the batch, and whether it is the group's source."""
+
+    tree: Tree
+    group: int
+    language: int
+    is_source: bool
+    trained: bool
+    reference: Mapping[str, Any]  # `logps` and `shared`, [2] each
+
+
 @dataclass
 class GroupCollator:
     """Turns groups into the tensors of one step.
 
     Args:
-        languages: Target languages; a pair's language is its index in this list.
+        languages: A pair's language is its index in this list.
         language_weights: Weight of each of ``languages``.
         shape: How trees become model calls.
         run_source: Whether the source pair is run, for the retention term.
-        score_source: Whether the source pair's responses are scored, for evaluation.
+        score_source: For evaluation: all pairs are scored, the source's too.
         pad_to_multiple_of: See :func:`mpo.modeling.trees.build_batch`.
         max_tokens_per_call: A batch of more tokens is split into several model calls.
+        trained: Which pairs are trained on.
+        source_language: Language of the sources, where they are trained on.
 
-    The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T target pairs:
+    The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T pairs, targets first:
 
-    - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source
-    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run)
+    - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source, NaN where it is not known
+    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run for the retention term)
+    - ``reference_logps``, ``reference_shared``: ``[T, 2]`` float32, of the pair's own responses (only if needed)
     - ``group_of_pair``: ``[T]``, the pair's group in this batch
-    - ``language``: ``[T]``
-    - ``weight``: ``[T]`` float32, 0 for fillers
-    - ``num_pairs``: pairs that count
+    - ``language``, ``is_source``: ``[T]``
+    - ``lengths``: ``[T, 2]``, tokens of the chosen and the rejected response
+    - ``counts``, ``weight``: ``[T]`` float32, 0 for fillers and pairs that are only scored
+    - ``num_pairs``: pairs that count; ``totals``: the same and their tokens, see :class:`mpo.modeling.pairs.StepMeans`
+    - ``step``: the means of this batch; the trainer puts those of the whole step in their place
     - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
-      the pairs of the call, and ``source_call``, the sources' tensors or None
-    - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from
+      the pairs of the call, and ``source_call``, the tensors of the sources that are held still, or None
+    - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from, ``fillers``
     """
 
     languages: Sequence[str]
@@ -356,71 +453,99 @@ class GroupCollator:
     score_source: bool = False
     pad_to_multiple_of: int | None = None
     max_tokens_per_call: int | None = None
+    trained: Trained = Trained()
+    source_language: str = ""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        index_of = {language: i for i, language in enumerate(self.languages)}
-        sources: list[Tree] = []
-        targets: list[Tree] = []
-        pairs: list[tuple[float, int, int, float, bool]] = []
-        for g, example in enumerate(examples):
-            sources.append(
-                Tree(
-                    example["source_prompt"],
-                    example["source_chosen"],
-                    example["source_rejected"],
-                    score=self.score_source,
-                    pool=True,
-                )
-            )
-            for prompt, chosen, rejected, language in zip(
-                example["target_prompt"],
-                example["target_chosen"],
-                example["target_rejected"],
-                example["target_language"],
-                strict=True,
-            ):
-                targets.append(Tree(prompt, chosen, rejected, score=True))
-                code = index_of[language]
-                pairs.append(
-                    (example["reference_gap"], g, code, self.language_weights[code], not example["filler"])
-                )
-        run_sources = self.run_source or self.score_source
-        # Targets first: their scores are then the first rows of the head's output, whatever else is scored.
-        trees = targets + (sources if run_sources else [])
+        pairs, held = self._pairs(examples)
+        trees = [pair.tree for pair in pairs] + held
         limit = self.max_tokens_per_call
         batch: dict[str, Any]
         if limit is None or self.score_source or sum(tree.size for tree in trees) <= limit:
+            # Pairs first: their scores are the head's output, whatever else is run.
             batch = dict(self._build(trees))
         else:
-            batch = {"calls": [], "source_call": self._build(sources) if run_sources else None}
-            for part in pack_rows([tree.size for tree in targets], limit):
+            batch = {"calls": [], "source_call": self._build(held) if held else None}
+            for part in pack_rows([pair.tree.size for pair in pairs], limit):
                 pairs_of_call = sorted(part)
-                call = self._build([targets[i] for i in pairs_of_call])
+                call = self._build([pairs[i].tree for i in pairs_of_call])
                 batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]
             batch["input_ids"] = torch.cat(
-                ids + ([batch["source_call"]["input_ids"].flatten()] if run_sources else [])
+                ids + ([batch["source_call"]["input_ids"].flatten()] if held else [])
             )
-        gaps, group_of_pair, language_ids, weights, counts = zip(*pairs, strict=True)
+        counts = [pair.trained and not examples[pair.group]["filler"] for pair in pairs]
+        gaps = [examples[pair.group]["reference_gap"] for pair in pairs]
         batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
-        batch["group_of_pair"] = torch.tensor(group_of_pair, dtype=torch.long)
-        batch["language"] = torch.tensor(language_ids, dtype=torch.long)
+        batch["group_of_pair"] = torch.tensor([pair.group for pair in pairs], dtype=torch.long)
+        batch["language"] = torch.tensor([pair.language for pair in pairs], dtype=torch.long)
+        batch["is_source"] = torch.tensor([pair.is_source for pair in pairs], dtype=torch.bool)
+        lengths = [(len(pair.tree.chosen), len(pair.tree.rejected)) for pair in pairs]
+        batch["lengths"] = torch.tensor(lengths, dtype=torch.long)
+        weights = [self.language_weights[pair.language] if pair.trained else 0.0 for pair in pairs]
         batch["counts"] = torch.tensor(counts, dtype=torch.float32)
         batch["weight"] = torch.tensor(weights, dtype=torch.float32) * batch["counts"]
-        batch["num_pairs"] = int(sum(counts))
+        batch["num_pairs"] = sum(counts)
+        chosen = sum(len(p.tree.chosen) for p, counted in zip(pairs, counts, strict=True) if counted)
+        prompts = sum(len(p.tree.prompt) - 1 for p, counted in zip(pairs, counts, strict=True) if counted)
+        batch["totals"] = (batch["num_pairs"], chosen, prompts + chosen)
+        batch["step"] = step_means(max(batch["num_pairs"], 1), *batch["totals"][1:])
         if self.run_source:
             batch["reference_hidden"] = torch.from_numpy(
                 np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
             )
+        for name in (
+            ("logps", "shared") if self.trained.shared else ("logps",) if self.trained.reference else ()
+        ):
+            unknown = np.full(2, np.nan, dtype=np.float32)  # of a pair that is only scored
+            values = [np.asarray(pair.reference.get(name, unknown), dtype=np.float32) for pair in pairs]
+            batch[f"reference_{name}"] = torch.from_numpy(np.stack(values))
         batch["groups"] = [example["group"] for example in examples]
         batch["origins"] = [example["origin"] for example in examples]
         batch["rows"] = [list(example["row"]) for example in examples]
+        batch["fillers"] = [bool(example["filler"]) for example in examples]
         return batch
 
     def weigh_languages(self, groups: Dataset, weights: Mapping[str, float] | str | None) -> None:
         """Weight the languages so that the mean weight is 1 over the pairs of these tokenized groups."""
-        self.language_weights = language_weights(self.languages, count_languages(groups), weights)
+        counts = count_languages(groups) if self.trained.targets else {}
+        if self.trained.sources:
+            sources = len(unique_sources(groups)[1])
+            counts[self.source_language] = counts.get(self.source_language, 0) + sources
+        self.language_weights = language_weights(self.languages, counts, weights)
+
+    def _pairs(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[_Pair], list[Tree]]:
+        """The pairs to score, targets first, and the sources that are only held still."""
+        index_of = {language: i for i, language in enumerate(self.languages)}
+        targets: list[_Pair] = []
+        sources: list[_Pair] = []
+        held: list[Tree] = []
+        for g, example in enumerate(examples):
+            parts = [example[f"source_{part}"] for part in ("prompt", "chosen", "rejected")]
+            trained = self.trained.sources and example["carries_source"]
+            if trained or self.score_source:
+                own = {
+                    name: example[f"source_{name}"]
+                    for name in ("logps", "shared")
+                    if f"source_{name}" in example
+                }
+                tree = Tree(*parts, score=True, pool=self.run_source)
+                sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, own))
+            elif self.run_source:
+                held.append(Tree(*parts, score=False, pool=True))
+            if not (self.trained.targets or self.score_source):
+                continue
+            for i, language in enumerate(example["target_language"]):
+                parts = [example[f"target_{part}"][i] for part in ("prompt", "chosen", "rejected")]
+                own = {
+                    name: example[f"target_{name}"][i]
+                    for name in ("logps", "shared")
+                    if f"target_{name}" in example
+                }
+                tree = Tree(*parts, score=True)
+                targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, own))
+        return targets + sources, held
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
         return build_batch(
@@ -430,7 +555,14 @@ class GroupCollator:
             pad_token_id=self.shape.pad_token_id,
             pooling=self.shape.pooling,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            score_prompts=self.trained.prompts,
+            score_shared=self.trained.shared,
         )
+
+
+def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str, Any]:
+    """Fields of :class:`mpo.modeling.pairs.StepMeans`, from sums over the pairs of a step."""
+    return {"chosen_tokens": chosen_tokens / pairs, "sequence_tokens": sequence_tokens / pairs}
 
 
 def language_weights(
@@ -440,7 +572,7 @@ def language_weights(
     Weight of each language, scaled so that the mean over all pairs is 1.
 
     Args:
-        languages: target languages.
+        languages: those of the pairs.
         pairs: number of training pairs of each.
         weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
             (1 where not named).
@@ -456,7 +588,7 @@ def language_weights(
         assert not isinstance(weights, str)
         if unknown := sorted(set(weights) - set(languages)):
             raise ConfigError(
-                f"`language_weights` names {', '.join(unknown)}, but the data's target languages are "
+                f"`language_weights` names {', '.join(unknown)}, but the languages of the pairs are "
                 f"{', '.join(languages)}."
             )
         raw = [float(weights.get(language, 1.0)) for language in languages]
@@ -498,7 +630,9 @@ def training_collator(
         languages,
         [1.0] * len(languages),
         shape,
-        run_source=args.retain_weight > 0,
+        run_source=args.holds_sources,
+        trained=Trained.by(args),
+        source_language=args.source_language,
         pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
         max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
     )
@@ -506,7 +640,7 @@ def training_collator(
 
 def training_loader(
     dataset: Dataset,
-    reference: SourceReference,
+    reference: GroupReference,
     groups: np.ndarray,
     collator: GroupCollator,
     args: MPOConfig,
@@ -535,10 +669,12 @@ def training_loader(
         "drop_last": args.dataloader_drop_last,
     }
     sampler: EpochSampler
+    if not collator.trained.targets:
+        groups = groups[reference.carries_source[groups]]
     if args.max_tokens_per_batch is None:
         sampler = GroupBatchSampler(groups, batch_size, **options)
     else:
-        tokens = group_tokens(dataset, run_source=collator.run_source, layout=collator.shape.layout)[groups]
+        tokens = step_tokens(dataset, args, collator.shape.layout)[groups]
         sampler = TokenBudgetSampler(groups, tokens, args.max_tokens_per_batch, **options)
         if sampler.oversized:
             logger.warning(
