@@ -176,17 +176,20 @@ class GroupReference:
             )
         return groups
 
-    def report(self, min_gap: float | None) -> dict[str, int]:
+    def report(self, min_gap: float | None, *, is_goal: bool = True) -> dict[str, int]:
         """Count the sources: ``sources``, ``dropped`` (not above ``min_gap``) and, where their gap is known,
         ``not_positive`` (gap of 0 or less).
 
-        Sources that are kept although the model prefers their rejected answer are warned of.
+        Args:
+            min_gap: Nats per token.
+            is_goal: Whether targets are trained towards these gaps. Then sources that are kept although the model prefers
+                their rejected answer are warned of.
         """
         if self.store is None:
             return {"sources": int(self.carries_source.sum()), "dropped": 0}
         gaps = self.store.gaps()
         dropped = gaps <= min_gap if min_gap is not None else np.zeros(len(gaps), dtype=bool)
-        if count := int(((gaps <= 0) & ~dropped).sum()):
+        if is_goal and (count := int(((gaps <= 0) & ~dropped).sum())):
             logger.warning(
                 f"{count} of {len(gaps)} sources that are trained on have a reference gap of 0 or less: on them the model "
                 "prefers the rejected answer in its dominant language, too, and teaches that to the target languages. "

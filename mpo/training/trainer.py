@@ -41,6 +41,7 @@ from mpo.training.collapse import CollapseDetector
 from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
 from mpo.training.metrics import LanguageMetrics, evaluation_metrics
+from mpo.training.objectives import SOURCE_GAP
 from mpo.training.policy import open_policy
 from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
@@ -370,7 +371,9 @@ class MPOTrainer(DPOTrainer):
 
     def _prepare_references(self) -> None:
         """Run or read the reference of all data, before the first step changes anything."""
-        self.source_report = self._reference_of(self.train_dataset).report(self.args.min_source_gap)
+        self.source_report = self._reference_of(self.train_dataset).report(
+            self.args.min_source_gap, is_goal=SOURCE_GAP in self.args.objectives.needs
+        )
         for i, dataset in enumerate(self._eval_datasets):
             self._reference_of(dataset, "eval" if i == 0 else f"eval {i}", evaluation=True)
         self._reference.release()
