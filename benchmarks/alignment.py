@@ -34,7 +34,7 @@ from mpo.data import load_groups
 from mpo.evaluation import Scores, compare, summarize
 from mpo.jobs.demo import prepare_demo_model
 from mpo.modeling.likelihoods import perplexity
-from mpo.planning.memory import keep_freed_memory
+from mpo.training.allocator import keep_freed_memory
 
 
 def squared_distance(scores: Scores, beta: float) -> float:

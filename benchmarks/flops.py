@@ -61,7 +61,7 @@ from mpo.errors import ConfigError
 from mpo.modeling.logprobs import FrozenHeadLogProbs
 from mpo.modeling.masks import attention_mask
 from mpo.modeling.trees import even_rows
-from mpo.planning.shapes import shape_config
+from mpo.planning.known_models import shape_config
 
 DEFAULT_SHAPES = ("llama-3.1-8b", "gemma-2-9b", "qwen2.5-7b")
 FORMULATIONS = ("official", "official, batched", "TRL DPO", "padded", "trees, masked rows", "trees")

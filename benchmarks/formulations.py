@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from mpo.data.contract import PARTS
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.layout import CALL_TOKENS, batch_shape, call_on_trees
 from mpo.modeling.loss import mpo_loss, reward_gap
@@ -30,7 +31,6 @@ from mpo.training.sampling import GroupCollator, to_device
 Group = Mapping[str, Any]
 Pair = tuple[list[int], list[int], list[int]]
 
-_PARTS = ("prompt", "chosen", "rejected")
 _PAD = 0
 
 
@@ -145,8 +145,8 @@ def official(setting: Setting, groups: Sequence[Group], *, batched: bool = False
     count = sum(len(group["target_prompt"]) for group in groups)
     total = torch.zeros((), device=setting.device)
     for group in groups:
-        pairs = list(zip(*(group[f"target_{part}"] for part in _PARTS), strict=True))
-        source = tuple(group[f"source_{part}"] for part in _PARTS)
+        pairs = list(zip(*(group[f"target_{part}"] for part in PARTS), strict=True))
+        source = tuple(group[f"source_{part}"] for part in PARTS)
         for batch in [pairs] if batched else [[pair] for pair in pairs]:
             sources = [source] * len(batch)
             with setting.computing():
@@ -238,7 +238,7 @@ class Own:
         self.reference: dict[int, tuple[float, np.ndarray]] = {}
         setting.attend_with(attention)
         for group in groups:
-            source = Tree(*(group[f"source_{part}"] for part in _PARTS), score=True, pool=True)
+            source = Tree(*(group[f"source_{part}"] for part in PARTS), score=True, pool=True)
             with setting.computing(), setting.frozen() as reference:
                 output = call_on_trees(reference, [source], shape, setting.device)
             gap = float(output.response_logps[0, 0] - output.response_logps[0, 1])
@@ -331,9 +331,9 @@ class Dpo:
         """DPO's loss, the mean over groups of the mean over their pairs; its gradient has been added."""
         total = torch.zeros((), device=self.setting.device)
         for group in groups:
-            pairs = zip(*(group[f"target_{part}"] for part in _PARTS), strict=True)
+            pairs = zip(*(group[f"target_{part}"] for part in PARTS), strict=True)
             batch = self.collator(
-                [{f"{part}_ids": ids for part, ids in zip(_PARTS, pair, strict=True)} for pair in pairs]
+                [{f"{part}_ids": ids for part, ids in zip(PARTS, pair, strict=True)} for pair in pairs]
             )
             batch = to_device(batch, self.setting.device)
             with self.setting.computing():

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpo.data.contract import PARTS
 from mpo.errors import ConfigError, DataError
-
-_PARTS = ("prompt", "chosen", "rejected")
 
 
 class PairLengths(NamedTuple):
@@ -120,10 +119,10 @@ def of_groups(tokenized: Iterable[Mapping[str, Any]]) -> list[GroupLengths]:
     """Lengths of tokenized groups (:data:`mpo.data.tokenization.TOKENIZED_FEATURES`)."""
     return [
         GroupLengths(
-            PairLengths(*(len(group[f"source_{part}"]) for part in _PARTS)),
+            PairLengths(*(len(group[f"source_{part}"]) for part in PARTS)),
             tuple(
                 PairLengths(*map(len, pair))
-                for pair in zip(*(group[f"target_{part}"] for part in _PARTS), strict=True)
+                for pair in zip(*(group[f"target_{part}"] for part in PARTS), strict=True)
             ),
         )
         for group in tokenized
@@ -163,7 +162,7 @@ def draw_tokens(lengths: Sequence[GroupLengths], vocabulary: int, seed: int = 0)
             "row": [place] * len(group.targets),
             "target_language": ["xx"] * len(group.targets),
         }
-        for number, part in enumerate(_PARTS):
+        for number, part in enumerate(PARTS):
             columns[f"source_{part}"] = draw(group.source[number])
             columns[f"target_{part}"] = [draw(pair[number]) for pair in group.targets]
         groups.append(columns)

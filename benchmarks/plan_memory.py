@@ -3,7 +3,7 @@
     python -m benchmarks.plan_memory
 
 Every run takes two optimizer steps of a small random Llama with real tensors, in float32 or in bfloat16 under autocast as on
-one GPU (an adapter then has a base in bfloat16). All tensors are counted while they live (:class:`mpo.planning.live_memory.LiveMemory`); the second step, which has AdamW's states, is compared. Two things are not as on a
+one GPU (an adapter then has a base in bfloat16). All tensors are counted while they live (:class:`mpo.planning.activations.LiveMemory`); the second step, which has AdamW's states, is compared. Two things are not as on a
 GPU, and are left out of the comparison: a CPU has no fused kernels for the LM head's tiles, so what the head takes is
 measured alone and put into the plan; and its attention makes copies of keys and values that heads share, so the model has
 none.
@@ -26,8 +26,8 @@ from mpo.common.tables import TextTable
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.trees import Tree, build_batch
-from mpo.planning.capacity import SHARDINGS, Memory, describe, memory
-from mpo.planning.live_memory import LiveMemory
+from mpo.planning.activations import LiveMemory
+from mpo.planning.memory import SHARDINGS, Memory, describe, memory
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from mpo.common.tables import TextTable
 from mpo.errors import ConfigError
 from mpo.modeling.head import RewardGapOutput
 from mpo.modeling.layout import BatchShape
-from mpo.planning.shapes import SHAPES, shape_config
+from mpo.planning.known_models import SHAPES, shape_config
 from mpo.training.reference import GroupReference, build_or_load, unique_sources
 from mpo.training.sampling import (
     GroupBatchSampler,
@@ -45,8 +45,8 @@ from mpo.training.sampling import (
     GroupDataset,
     TokenBudgetSampler,
     count_languages,
-    group_tokens,
 )
+from mpo.training.workload import group_tokens
 
 PARTS = ("targets", "length", "vocabulary", "groups")
 LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")

@@ -54,8 +54,8 @@ from benchmarks.lengths import GroupLengths
 from mpo.common.tables import TextTable
 from mpo.errors import ConfigError
 from mpo.modeling.loading import ModelSource, load_config
-from mpo.planning.memory import keep_freed_memory
-from mpo.planning.shapes import SHAPES, shape_config
+from mpo.planning.known_models import SHAPES, shape_config
+from mpo.training.allocator import keep_freed_memory
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

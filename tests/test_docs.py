@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig
 
 from mpo.cli.app import _parser
+from mpo.common.typed_yaml import Key
 from mpo.data import load_groups
 from mpo.errors import DataError
 from mpo.hidden_space.recipe import load_analysis_recipe
@@ -35,10 +36,11 @@ from mpo.jobs.train import _DESCRIPTIONS
 from mpo.modeling.masks import dense_mask
 from mpo.modeling.pairs import PairTensors
 from mpo.modeling.trees import Tree, build_batch
-from mpo.planning.capacity import SHARDINGS, describe, sent_per_step
-from mpo.planning.shapes import shape_config
+from mpo.planning.known_models import shape_config
+from mpo.planning.memory import SHARDINGS, describe
+from mpo.planning.throughput import sent_per_step
 from mpo.training.config import _MEANINGLESS, MPOConfig
-from mpo.training.recipe import RecipeField, load_recipe, recipe_fields
+from mpo.training.recipe import load_recipe, recipe_fields
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -423,7 +425,7 @@ def test_every_key_that_mpo_adds_is_in_the_tables_of_keys_and_nothing_else_is() 
 
 @pytest.mark.parametrize("row", table_below(DOCS / "recipes.md", "Key"), ids=lambda row: codes(row[0])[0])
 def test_a_listed_default_is_the_real_one(row: list[str]) -> None:
-    key: RecipeField = KEYS[codes(row[0])[0]]
+    key: Key = KEYS[codes(row[0])[0]]
     cell = row[1]
     shown: Any
     if (

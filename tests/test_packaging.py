@@ -64,6 +64,22 @@ def _imports(path: Path) -> Iterator[tuple[str, bool]]:
             yield name, eager
 
 
+def test_the_wheel_holds_the_files_that_the_package_reads() -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
+    # Hatchling then takes every file below mpo/ that .gitignore does not leave out.
+    assert build["targets"]["wheel"] == {"packages": ["mpo"]}
+    read = [
+        path for path in (ROOT / "mpo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert {"prompts.jsonl", "refusal_phrases.json", "attack.txt", "page.css"} <= {path.name for path in read}
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", *map(str, read)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (ignored.returncode, ignored.stdout) == (1, ""), ignored.stderr  # 1: none of them is left out
+
+
 def test_the_version_of_the_distribution_is_that_of_the_import() -> None:
     assert PROJECT["version"] == mpo.__version__
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.options import add_loading_options, show_help
+from mpo.cli.options import add_loading_options, add_recipe, chat_template_kwargs, show_help
 
 _HIDDEN_SPACE_EPILOG = """\
 Any key of the recipe can be changed after it:
@@ -35,9 +35,8 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    hidden_space.add_argument("recipe", metavar="RECIPE", help="YAML file, as in recipes/hidden_space")
-    hidden_space.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    hidden_space.set_defaults(run=_hidden_space, parser=hidden_space)
+    add_recipe(hidden_space, "recipes/hidden_space/mpo_run.yaml")
+    hidden_space.set_defaults(run=_hidden_space)
 
     embed = analyses.add_parser(
         "embed",
@@ -89,15 +88,15 @@ def _add_embed_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _hidden_space(arguments: argparse.Namespace) -> int:
-    if any(word in ("-h", "--help") for word in arguments.overrides):
-        return show_help(arguments.parser)
+    from mpo.hidden_space.recipe import load_analysis_recipe
+
+    recipe = load_analysis_recipe(arguments.recipe, arguments.overrides)
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
-    from mpo.hidden_space.recipe import load_analysis_recipe
     from mpo.jobs.hidden_space import run_analysis
 
-    run_analysis(load_analysis_recipe(arguments.recipe, arguments.overrides))
+    run_analysis(recipe)
     return 0
 
 
@@ -105,10 +104,12 @@ def _embed(arguments: argparse.Namespace) -> int:
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
-    from mpo.hidden_space.embed import Embedder, EmbeddingSettings
+    from mpo.hidden_space.embed import Embedder
+    from mpo.hidden_space.settings import EmbeddingSettings
     from mpo.hidden_space.texts import TextSource, load_texts
     from mpo.modeling.loading import ModelSource
 
+    arguments.chat_template_kwargs = chat_template_kwargs(arguments)
     texts = load_texts(_fields(TextSource, arguments), arguments.languages)
     embedder = Embedder(
         ModelSource(arguments.model, arguments.revision, arguments.trust_remote_code),

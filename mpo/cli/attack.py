@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo.cli.options import add_loading_options, chosen_model, one_or_many
+from mpo.cli.options import add_loading_options, chosen_model, json_object, one_or_many
 from mpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ def _judge(arguments: argparse.Namespace, prefix: str) -> JudgeChoice | None:
             raise ConfigError(f"--{prefix}_{named[0]} needs --{prefix}.")
         return None
     if given["request"] is not None:
-        given["request"] = _json_object(given["request"], f"--{prefix}_request")
+        given["request"] = json_object(given["request"], f"--{prefix}_request")
     return JudgeChoice(
         kind,
         **given,
@@ -206,13 +205,3 @@ def _judge(arguments: argparse.Namespace, prefix: str) -> JudgeChoice | None:
         batch_size=arguments.batch_size,
         device=arguments.device,
     )
-
-
-def _json_object(text: str, option: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{option}: expected a JSON object, got {text!r} ({error}).") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{option}: expected a JSON object, got {text!r}.")
-    return value

@@ -3,11 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mpo.common.words import nearest, show_name
+from mpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpo.evaluation.engines import ModelChoice
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the command a misspelt one was meant to be, and says where a recipe goes."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = nearest(value, action.choices, 0.6)
+            hint = (
+                f"did you mean `{self.prog} {near}`?" if near else f"there are {', '.join(action.choices)}."
+            )
+            raise argparse.ArgumentError(
+                None, f"there is no command `{self.prog} {show_name(value)}`; {hint}"
+            )
+        super()._check_value(action, value)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints usage and message, and exits with 2."""
+        if any(action.dest == "overrides" for action in self._actions):
+            message = "the recipe comes first" + ("" if "are required" in message else f" ({message})")
+        super().error(message)
+
+
+def add_recipe(parser: argparse.ArgumentParser, example: str) -> None:
+    """The recipe of a command and the ``--key value`` words behind it."""
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, for example {example}")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(parser=parser)
+
+
+def overrides_of(arguments: argparse.Namespace) -> tuple[list[str], bool]:
+    """The words that change a recipe, and whether ``--dry_run`` is among them or before it."""
+    words, dry_run = list(arguments.overrides), arguments.dry_run
+    while flags := {"--dry_run", "--dry-run"} & {*words}:
+        place = words.index(flags.pop())
+        value = "".join(words[place + 1 : place + 2]).lower()
+        dry_run = value != "false"
+        del words[place : place + (2 if value in ("true", "false") else 1)]
+    return words, dry_run
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +77,12 @@ def add_loading_options(parser: Any, *, adapter_revision: bool = False) -> None:
     if adapter_revision:
         parser.add_argument("--adapter_revision", help="revision of the adapter on the Hub")
     parser.add_argument(
-        "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
+        "--chat_template", help="in place of the adapter's or the model's chat template: Jinja text or a file"
+    )
+    parser.add_argument(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="extra arguments of the chat template (default: those that the adapter or the model was trained with)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
 
@@ -53,9 +101,35 @@ def chosen_model(arguments: argparse.Namespace, **engine: Any) -> ModelChoice:
         revision=arguments.revision,
         adapter_revision=arguments.adapter_revision,
         chat_template=arguments.chat_template,
+        chat_template_kwargs=chat_template_kwargs(arguments),
         trust_remote_code=arguments.trust_remote_code,
         **engine,
     )
+
+
+def chat_template_kwargs(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The value of ``--chat_template_kwargs``.
+
+    Raises:
+        ConfigError: It is no JSON object.
+    """
+    given = arguments.chat_template_kwargs
+    return None if given is None else json_object(given, "--chat_template_kwargs")
+
+
+def json_object(text: str, option: str) -> dict[str, Any]:
+    """An option's value that is a JSON object.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: expected a JSON object, got {text!r} ({error}).") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option}: expected a JSON object, got {text!r}.")
+    return value
 
 
 def one_or_many(names: Sequence[str]) -> str | list[str]:

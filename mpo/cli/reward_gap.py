@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.options import add_data_options, add_loading_options, one_or_many
+from mpo.cli.options import add_data_options, add_loading_options, chat_template_kwargs, one_or_many
 
 
 def register(measurements: Any) -> None:
@@ -63,6 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
         max_tokens_per_row=arguments.max_tokens_per_row,
         revision=arguments.revision,
         chat_template=arguments.chat_template,
+        chat_template_kwargs=chat_template_kwargs(arguments),
         trust_remote_code=arguments.trust_remote_code,
         bad_rows=arguments.bad_rows,
         source_language=arguments.source_language,

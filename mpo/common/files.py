@@ -44,6 +44,35 @@ def is_full_disk(error: BaseException) -> bool:
     return any(sign in str(error).lower() for sign in _SIGNS)
 
 
+def check_writable(folder: Path, *, setting: str = "output_dir", create: bool = True) -> None:
+    """Make ``folder`` and write a file in it; with ``create=False``, in the nearest folder above that exists.
+
+    Args:
+        folder: The output folder of a command.
+        setting: What names it, for the error.
+        create: Whether to make it.
+
+    Raises:
+        StorageError: It cannot be made or written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"The output folder {folder} is a file. Choose another with `{setting}`.")
+    place = folder
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        # A file without a name, which a killed process cannot leave behind.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"The output folder {folder} cannot be written: {error.strerror or error}. Choose another with "
+            f"`{setting}`, or make room there."
+        ) from None
+
+
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed over it.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+from enum import Enum
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -37,6 +39,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def rough_duration(seconds: float) -> str:
+    """An estimate: ``42 seconds``, ``15 minutes``, ``2.5 hours``."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
 def size(count: float) -> str:
     """Bytes as ``16 MB``, with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -54,6 +65,26 @@ def magnitude(count: float) -> str:
     return f"{count:g}"
 
 
+def plain(value: object) -> str:
+    """A setting as a recipe writes it: the value of an enumeration's member, anything else as it is."""
+    return str(value.value if isinstance(value, Enum) else value)
+
+
 def shortened(text: str, longest: int = 80) -> str:
     """The text, cut with ``...`` where it is longer."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """The text with an escape for every character that acts on a terminal; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def show_name(name: object) -> str:
+    """A key, column or label as it may be printed: short, and without characters that act on a terminal."""
+    return printable(shortened(str(name).replace("\n", "\\n"), 40))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """The known name that a misspelt one most likely meant, or None where none is as similar as ``cutoff``, of 0 to 1."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

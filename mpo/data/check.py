@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mpo.data.contract import is_blank, messages_text
+from mpo.data.contract import PARTS, is_blank, messages_text
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
 from mpo.data.loading import BadRow, _load
 from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError
 
-_PARTS = ("prompt", "chosen", "rejected")
 _WIDTH = 100
 _ROWS_SHOWN = 12
 _TEXT_SHOWN = 60
@@ -177,13 +176,13 @@ class DataReport:
         ]
         if self.languages:
             lines += ["", f"Length in {self.length_unit}: 5th percentile / median / 95th / longest", ""]
-            table = [["language", "pairs", *_PARTS]]
+            table = [["language", "pairs", *PARTS]]
             for language in self.languages:
                 table.append(
                     [
                         _title(language),
                         str(language.pairs),
-                        *(str(language.lengths.get(p, "-")) for p in _PARTS),
+                        *(str(language.lengths.get(p, "-")) for p in PARTS),
                     ]
                 )
             lines += _aligned(table)
@@ -323,9 +322,9 @@ class _Survey:
                 language_checked=language == UNDETERMINED or language in known_to_detection([language]),
                 refusals_checked=language in refusal_languages(),
             )
-            self._lengths[key] = {part: [] for part in _PARTS}
+            self._lengths[key] = {part: [] for part in PARTS}
         report.pairs += 1
-        texts = {part: messages_text(pair[part]) for part in _PARTS}
+        texts = {part: messages_text(pair[part]) for part in PARTS}
 
         def flag(finding: str) -> None:
             shown = (
@@ -393,7 +392,7 @@ class _Survey:
             return
         if not report.language_checked:
             return
-        for part in _PARTS:
+        for part in PARTS:
             found = detect(texts[part])
             if found.certain and not same_language(found.language, pair["language"]):
                 flag(f"{part}_language")
@@ -416,14 +415,14 @@ class _Survey:
             flag("rejected_refusal")
 
     def _add_repetitions(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, flag: Any) -> None:
-        whole = (pair["language"], *(_identity(pair[part]) for part in _PARTS))
+        whole = (pair["language"], *(_identity(pair[part]) for part in PARTS))
         if source is None:
             prompt = whole[:2]
             if prompt in self._prompts_seen:
                 flag("same_prompt")
             self._prompts_seen.add(prompt)
             return
-        of_source = (source["language"], *(_identity(source[part]) for part in _PARTS), pair["language"])
+        of_source = (source["language"], *(_identity(source[part]) for part in PARTS), pair["language"])
         if whole in self._targets_seen:
             flag("same_target")
         elif of_source in self._in_source:

@@ -15,13 +15,13 @@ response), and ``{"from": "human", "value": ...}`` for ``{"role": "user", "conte
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpo.common.words import nearest, show_name
 from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
 from mpo.errors import DataError
 
@@ -29,7 +29,9 @@ Pair = dict[str, Any]
 """``{"language": str, "prompt": messages, "chosen": messages, "rejected": messages, "row": int}``"""
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_PARTS = ("prompt", "chosen", "rejected")
+PARTS = ("prompt", "chosen", "rejected")
+"""What a pair is made of, in the order of a tree."""
+
 _OPTIONAL = ("target_language", "source_language")
 
 
@@ -98,19 +100,6 @@ _FORMAT = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064
 def _visible(text: str) -> str:
     """The text without the blanks around it and the direction marks and joiners inside it."""
     return _FORMAT.sub("", text).strip()
-
-
-def show_name(name: object) -> str:
-    """A column name or label as it may be printed: short, and without characters that act on a terminal."""
-    text = str(name)
-    text = text if len(text) <= 40 else text[:37] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one most likely meant, or None."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
-    return found[0] if found else None
 
 
 def _columns(row: Mapping[Any, Any]) -> str:
@@ -275,7 +264,7 @@ def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bo
     apart by it.
     """
     pair: Pair = {"language": "", "row": row}
-    for part in _PARTS:
+    for part in PARTS:
         value, place = parts[part]
         if part == "prompt":
             pair[part] = _messages(value, place, role="user", may_be_blank=not is_source)
@@ -296,7 +285,7 @@ def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place)
                 "not in that language, set source_language."
             )
         return label
-    prompt, chosen, rejected = (messages_text(pair[part]) for part in _PARTS)
+    prompt, chosen, rejected = (messages_text(pair[part]) for part in PARTS)
     language = detect_pair_language(prompt, chosen, rejected, dominant)
     if language == dominant and language != UNDETERMINED:
         raise place.error(
@@ -312,14 +301,14 @@ def _own_row(value: Mapping[Any, Any], default: int) -> int:
 
 
 def _canonical(row: Mapping[Any, Any], place: _Place, source_language: str) -> ParsedRow:
-    known = ("language", "prompt", "chosen", "rejected", "row")
+    known = ("language", *PARTS, "row")
     origin = row.get("origin")
     origin = origin if isinstance(origin, str) and origin else None
 
     def read(value: object, where: _Place, *, is_source: bool) -> tuple[Pair, str | None]:
         if not isinstance(value, Mapping):
             raise where.error(f"is {_describe(value)}; expected an object with prompt, chosen and rejected.")
-        parts = {part: (_required(value, part, where, known), where.at(part)) for part in _PARTS}
+        parts = {part: (_required(value, part, where, known), where.at(part)) for part in PARTS}
         # Groups that were loaded before say which file and row a pair came from; anything else comes from
         # here.
         pair = _pair(parts, place.row if origin is None else _own_row(value, place.row), is_source=is_source)
@@ -349,7 +338,7 @@ def _canonical(row: Mapping[Any, Any], place: _Place, source_language: str) -> P
 
 def _flat(row: Mapping[Any, Any], place: _Place, source_language: str, prompt: str) -> ParsedRow:
     names = {
-        side: {part: f"{side}_{prompt if part == 'prompt' else part}" for part in _PARTS}
+        side: {part: f"{side}_{prompt if part == 'prompt' else part}" for part in PARTS}
         for side in ("source", "target")
     }
     known = {*names["source"].values(), *names["target"].values(), *_OPTIONAL}
@@ -402,5 +391,5 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
 
 def source_identity(source: Pair) -> tuple[Any, ...]:
     """What makes two sources the same: their language and the roles and contents of all their messages."""
-    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in _PARTS)
+    texts = tuple(tuple((m["role"], m["content"]) for m in source[part]) for part in PARTS)
     return (source["language"], *texts)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo.data.contract import Pair, RowError, is_blank, messages_text, parse_row, show_name, source_identity
+from mpo.common.words import show_name
+from mpo.data.contract import PARTS, Pair, RowError, is_blank, messages_text, parse_row, source_identity
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 _LOG = logging.getLogger(__name__)
-_PARTS = ("prompt", "chosen", "rejected")
 _CHUNK = 1024  # pairs held as Python objects before they are stored as Arrow, and groups per Arrow chunk
 
 
@@ -66,7 +66,7 @@ def group_features() -> Features:
     def pair() -> dict[str, Any]:
         messages = [{"role": Value("string"), "content": Value("string")}]
         parts: dict[str, Any] = {"language": Value("string")}
-        parts.update(dict.fromkeys(_PARTS, messages))
+        parts.update(dict.fromkeys(PARTS, messages))
         parts["row"] = Value("int64")
         return parts
 
@@ -228,7 +228,7 @@ def _hash_groups(tables: Iterable[Any]) -> str:
 
     def add_pair(pair: Mapping[str, Any]) -> None:
         add(pair["language"])
-        for part in _PARTS:
+        for part in PARTS:
             digest.update(len(pair[part]).to_bytes(8, "little"))
             for message in pair[part]:
                 add(message["role"])

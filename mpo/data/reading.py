@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpo.data.contract import RowError, nearest, show_name
+from mpo.common.words import nearest, show_name
+from mpo.data.contract import RowError
 from mpo.errors import DataError, DependencyError
 
 Rows = Iterator[tuple[int, Any]]

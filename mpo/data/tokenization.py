@@ -80,6 +80,44 @@ def set_chat_template(
         raise ModelError(f"{name} has neither a padding nor an end-of-text token. Set `tokenizer.pad_token`.")
 
 
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    field: str | None = None,
+) -> list[int]:
+    """
+    Token ids of a conversation.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: in their order.
+        template_kwargs: extra arguments of the chat template.
+        add_generation_prompt: end where the model's turn begins.
+        field: of the data, for the error.
+
+    Raises:
+        DataError: the template rejects the messages.
+    """
+    given = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            given, tokenize=False, add_generation_prompt=add_generation_prompt, **(template_kwargs or {})
+        )
+    except Exception as error:  # Jinja raises what the template's author chose to raise
+        raise DataError(
+            f"the chat template rejects the messages ({error}). Roles given: "
+            f"{[message.get('role') for message in given]}; change them or the template.",
+            field=field,
+        ) from error
+    # The template writes the special tokens itself.
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert isinstance(ids, list)
+    return ids
+
+
 def tokenize_pair(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Messages,
@@ -105,27 +143,12 @@ def tokenize_pair(
         DataError: the template rejects the messages, a response renders to nothing, or the prompt alone leaves no room
             for a response.
     """
-    kwargs = dict(template_kwargs or {})
-
-    def render(messages: list[Any], field: str, add_generation_prompt: bool) -> list[int]:
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-            )
-        except Exception as error:  # Jinja raises what the template's author chose to raise
-            raise DataError(
-                f"the chat template rejects the messages ({error}). Roles given: "
-                f"{[message.get('role') for message in messages]}; change them or the template.",
-                field=field,
-            ) from error
-        # The template writes the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert isinstance(ids, list)
-        return ids
-
-    prompt_ids = render(list(prompt), "prompt", True)
-    chosen_ids = render([*prompt, *chosen], "chosen", False)
-    rejected_ids = render([*prompt, *rejected], "rejected", False)
+    kwargs = template_kwargs
+    prompt_ids = render(tokenizer, prompt, kwargs, field="prompt")
+    chosen_ids = render(tokenizer, [*prompt, *chosen], kwargs, add_generation_prompt=False, field="chosen")
+    rejected_ids = render(
+        tokenizer, [*prompt, *rejected], kwargs, add_generation_prompt=False, field="rejected"
+    )
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
     if start < len(prompt_ids):
         logger.warning_once(

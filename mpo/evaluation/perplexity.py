@@ -78,7 +78,7 @@ def measure_perplexity(
         "max_length": max_length,
         "confidence": confidence,
         "languages": languages,
-        "provenance": collect(base_model=model.model, precision=policy.dtype),
+        "provenance": collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
     }
     path = write_json(folder / RESULT, result)
     print()

@@ -10,17 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo.errors import ConfigError
 from mpo.evaluation.engines import ModelChoice
-from mpo.modeling.loading import (
-    ModelSource,
-    adapter_settings,
-    load_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-)
 
 
 @dataclass(frozen=True)
@@ -32,12 +21,16 @@ class Policy:
         tokenizer: Its tokenizer.
         device: Where it is.
         dtype: Type of its weights.
+        chat_template_kwargs: Extra arguments of its chat template.
+        identity: Who it is, see :class:`mpo.modeling.identity.ModelIdentity`; ready for JSON.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: str
+    chat_template_kwargs: dict[str, Any]
+    identity: dict[str, Any]
 
 
 def load_policy(choice: ModelChoice) -> Policy:
@@ -52,16 +45,13 @@ def load_policy(choice: ModelChoice) -> Policy:
             f"engine: this measurement needs the model's probabilities in this process, so the engine is "
             f"`transformers`; got {choice.engine!r}."
         )
-    device = pick_device(choice.device)
-    dtype = choice.dtype or pick_dtype(device)
-    source = ModelSource(choice.model, choice.revision, choice.trust_remote_code)
-    config = load_config(source)
-    if choice.adapter is not None:
-        adapter_settings(choice.adapter, revision=choice.adapter_revision)
-    tokenizer = load_tokenizer(source, choice.chat_template)
-    attention = pick_attention(config, choice.attn_implementation, layout="padded", gpu=True)
+    opened = choice.open()
     print(f"Loading {choice.adapter or choice.model}", flush=True)
-    model: Any = load_model(source, dtype=dtype, attn_implementation=attention, device_map={"": device})
-    if choice.adapter is not None:
-        model = load_adapter(model, choice.adapter, revision=choice.adapter_revision)
-    return Policy(model.eval(), tokenizer, device, dtype)
+    return Policy(
+        opened.load(),
+        opened.tokenizer,
+        opened.device,
+        str(opened.dtype),
+        opened.chat_template_kwargs,
+        opened.identity().to_dict(),
+    )

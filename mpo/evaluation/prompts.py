@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.checks import check_limit, check_name
+from mpo.common.words import show_name
 from mpo.data import LANGUAGES, normalize_language
-from mpo.data.contract import RowError, show_name
+from mpo.data.contract import RowError
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import ConfigError, DataError

@@ -100,7 +100,7 @@ def measure_utility(
             "seed": seed,
         },
         "tasks": scores,
-        "provenance": collect(base_model=model.model, precision=policy.dtype),
+        "provenance": collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
     }
     written = [write_json(folder / RESULT, result), write_json(folder / HARNESS, _plain(found))]
     print()
@@ -162,7 +162,12 @@ def _evaluate(
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        model = wrapper(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=batch_size)
+        model = wrapper(
+            pretrained=policy.model,
+            tokenizer=policy.tokenizer,
+            batch_size=batch_size,
+            chat_template_args=policy.chat_template_kwargs,
+        )
         found = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, log_samples=True, **settings
         )

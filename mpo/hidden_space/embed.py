@@ -14,12 +14,12 @@ Texts are padded on the right and batched by length. Nothing is generated and th
 from __future__ import annotations
 
 import gc
-import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,79 +32,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from mpo.common.provenance import collect
+from mpo.data.tokenization import render
 from mpo.errors import ConfigError, DataError, ModelError
 from mpo.hidden_space.resampling import Array
+from mpo.hidden_space.settings import NORM, POOLINGS, EmbeddingSettings
 from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
-from mpo.modeling.identity import fingerprint_folder
-from mpo.modeling.loading import (
-    ModelSource,
-    adapter_settings,
-    load_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-)
+from mpo.modeling.loading import ModelSource, pick_device
+from mpo.modeling.opening import open_model
 from mpo.training.ranks import Ranks
 
-NORM = "norm"
-POOLINGS = ("last", "mean")
-TEMPLATES = ("chat", "raw")
 _COMMIT_EVERY = 10.0  # seconds of work that a kill may cost
-
-
-@dataclass(frozen=True)
-class ReadingSettings:
-    """
-    How a model reads texts.
-
-    Attributes:
-        layers: ``("all",)``, or numbers of layers and ``norm``; negative numbers count from the last block.
-        template: ``chat`` renders each text as a user's turn, up to where the answer would begin; ``raw`` reads it as it is.
-        max_length: longest text in tokens; longer ones are cut at their end, with the template kept whole.
-        tokens_per_batch: tokens of a model call, padding included. Unset: 16,384 on a GPU, 2,048 on a CPU.
-        dtype: of the loaded weights; unset: bfloat16 on a GPU that has it, else float32.
-        device: unset: a GPU where there is one.
-        attn_implementation: unset: the model's default.
-        chat_template: for a tokenizer that has none: Jinja text or a file.
-        trust_remote_code: run code that the model brings.
-    """
-
-    layers: tuple[str, ...] = (NORM,)
-    template: str = "chat"
-    max_length: int = 512
-    tokens_per_batch: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    attn_implementation: str | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.template not in TEMPLATES:
-            raise ConfigError(f"`template` is {self.template!r}; expected chat or raw.")
-        if self.max_length < 1 or (self.tokens_per_batch is not None and self.tokens_per_batch < 1):
-            raise ConfigError("`max_length` and `tokens_per_batch` are numbers of tokens of at least 1.")
-
-
-@dataclass(frozen=True)
-class EmbeddingSettings(ReadingSettings):
-    """
-    How to embed.
-
-    Attributes:
-        poolings: of ``last`` and ``mean``.
-    """
-
-    poolings: tuple[str, ...] = ("last",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.poolings or set(self.poolings) - set(POOLINGS):
-            raise ConfigError(f"`pooling` is {list(self.poolings)}; expected one or both of last, mean.")
 
 
 def resolve_layers(wanted: Sequence[str], blocks: int) -> list[str]:
@@ -241,7 +179,11 @@ def _watching(decoder: nn.Module, layers: Sequence[str], see: Any) -> Iterator[N
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[list[int]], int]:
     """
     Token ids of each text, and how many texts were cut.
@@ -249,12 +191,12 @@ def tokenize(
     Raises:
         DataError: the template alone is longer than `max_length`, or a text has no token.
     """
-    render = _render_chat if template == "chat" else _render_raw
+    rendered = partial(_render_chat, template_kwargs=template_kwargs) if template == "chat" else _render_raw
     tokens, cut = [], 0
     for number, text in enumerate(texts):
-        ids = render(tokenizer, text)
+        ids = rendered(tokenizer, text)
         if len(ids) > max_length:
-            ids, cut = _shortened(tokenizer, text, render, max_length), cut + 1
+            ids, cut = _shortened(tokenizer, text, rendered, max_length), cut + 1
         if not ids:
             raise DataError("the text has no token.", row=number)
         tokens.append(ids)
@@ -266,17 +208,13 @@ def _render_raw(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _render_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
-    ids: list[int] = tokenizer(rendered, add_special_tokens=False)[
-        "input_ids"
-    ]  # the template writes them itself
-    return ids
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase, text: str, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    return render(tokenizer, [{"role": "user", "content": text}], template_kwargs)
 
 
-def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, render: Any, max_length: int) -> list[int]:
+def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, rendered: Any, max_length: int) -> list[int]:
     """
     The rendering of the longest beginning of the text that fits.
 
@@ -286,7 +224,7 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, render: Any, max_l
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        if len(render(tokenizer, text[:middle])) <= max_length:
+        if len(rendered(tokenizer, text[:middle])) <= max_length:
             low = middle
         else:
             high = middle - 1
@@ -294,7 +232,7 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, render: Any, max_l
         raise DataError(
             f"the chat template alone fills `max_length` = {max_length} tokens. Raise `max_length`."
         )
-    ids: list[int] = render(tokenizer, text[:low])
+    ids: list[int] = rendered(tokenizer, text[:low])
     return ids
 
 
@@ -348,30 +286,32 @@ class Embedder:
         ranks: Ranks | None = None,
     ) -> None:
         self.source, self.settings, self.adapter = source, settings, adapter
-        self.config = load_config(source)
-        if adapter is not None:
-            adapter_settings(adapter)
-        self.tokenizer = load_tokenizer(
-            source, settings.chat_template, needs_template=settings.template == "chat"
-        )
         device = pick_device(settings.device)
         self.ranks: Ranks = process_group(device) if ranks is None else ranks
-        self.device = device
-        if self.ranks.num_processes > 1:
-            self.device = self.ranks.device
-            if device.index is not None:
-                raise ConfigError(
-                    f"`device` is {settings.device!r}, but {self.ranks.num_processes} processes are launched, of which each "
-                    f"takes a device of its own. Write `device: {device.type}` or leave it out; `CUDA_VISIBLE_DEVICES` "
-                    "chooses among GPUs."
-                )
-        self.dtype = settings.dtype or pick_dtype(self.device)
+        several = self.ranks.num_processes > 1
+        if several and device.index is not None:
+            raise ConfigError(
+                f"`device` is {settings.device!r}, but {self.ranks.num_processes} processes are launched, of which each takes "
+                f"a device of its own. Write `device: {device.type}` or leave it out; `CUDA_VISIBLE_DEVICES` chooses among "
+                "GPUs."
+            )
+        self.opened = open_model(
+            source,
+            adapter=adapter,
+            chat_template=settings.chat_template,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            needs_template=settings.template == "chat",
+            dtype=settings.dtype,
+            device=self.ranks.device if several else device,
+            attn_implementation=settings.attn_implementation,
+        )
+        self.device = self.opened.device
         self._model: Any = None
 
     @property
     def text_config(self) -> Any:
         """Configuration of the language model, also where it is part of a larger one."""
-        return self.config.get_text_config()
+        return self.opened.config.get_text_config()
 
     @property
     def layers(self) -> list[str]:
@@ -398,7 +338,13 @@ class Embedder:
         """
         if with_adapter and self.adapter is None:
             raise ConfigError(f"{self.source.name} is to be embedded with an adapter, but none is given.")
-        tokens, cut = tokenize(texts.texts, self.tokenizer, self.settings.template, self.settings.max_length)
+        tokens, cut = tokenize(
+            texts.texts,
+            self.opened.tokenizer,
+            self.settings.template,
+            self.settings.max_length,
+            self.opened.chat_template_kwargs,
+        )
         identity = self._identity(texts, tokens, with_adapter)
         complete = is_complete(folder, identity)
         self.ranks.wait_for_everyone()  # before any rank makes or renames anything
@@ -438,27 +384,25 @@ class Embedder:
         digest = xxhash.xxh3_128()
         for ids in tokens:
             digest.update(np.asarray([len(ids), *ids], dtype="<i4").tobytes())
+        model = self.opened.identity(with_adapter=with_adapter)
         return {
-            "weights": _fingerprint(
-                self.source.name, "config.json", getattr(self.config, "_commit_hash", None)
-            ),
-            "adapter": _fingerprint(self.adapter, "adapter_config.json")
-            if with_adapter and self.adapter
-            else None,
+            "weights": model.weights,
+            "adapter": model.adapter,
             "rows": texts.fingerprint,
             "token_ids": digest.hexdigest(),
             "texts": len(tokens),
             "layers": self.layers,
             "poolings": [name for name in POOLINGS if name in self.settings.poolings],
             "hidden_size": self.text_config.hidden_size,
-            "dtype": self.dtype,
+            "dtype": model.dtype,
+            "attention": model.attention,
         }
 
     def _provenance(self, texts: TextSet, cut: int, with_adapter: bool) -> dict[str, Any]:
         return collect(
             base_model=self.source.name,
             adapter=self.adapter if with_adapter else None,
-            precision=self.dtype,
+            precision=str(self.opened.dtype),
             data_fingerprint=texts.fingerprint,
             settings={name: value for name, value in asdict(self.settings).items() if value is not None},
             texts_cut=cut,
@@ -466,18 +410,7 @@ class Embedder:
 
     def _load(self) -> Any:
         if self._model is None:
-            attention = pick_attention(
-                self.config, self.settings.attn_implementation, layout="padded", gpu=self.device.type != "cpu"
-            )
-            self._model = load_model(
-                self.source,
-                dtype=self.dtype,
-                attn_implementation=attention,
-                device_map={"": self.device},
-            )
-            if self.adapter is not None:
-                self._model = load_adapter(self._model, self.adapter)
-            self._model.eval()
+            self._model = self.opened.load()
         return self._model
 
     def _run(self, writer: EmbeddingWriter, tokens: Sequence[list[int]], with_adapter: bool) -> None:
@@ -523,41 +456,3 @@ def pad(
         input_ids[row, place] = torch.tensor(ids)
         mask[row, place] = True
     return input_ids.to(device), mask.to(device)
-
-
-_INERT = {
-    "_name_or_path",
-    "architectures",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-}
-"""Entries of a config.json or adapter_config.json that change no hidden state of weights whose type is known."""
-
-
-def _fingerprint(name: str, settings_file: str, commit: str | None = None) -> str:
-    """
-    What identifies a model or an adapter: the content of its weights and settings, or the commit on the Hub.
-
-    The settings belong to it: the same tensors are another adapter with another `lora_alpha`, and another model with other
-    rotary frequencies.
-    """
-    if not os.path.isdir(name):
-        return f"hub:{name}@{commit or _hub_commit(name)}"
-    settings = json.loads((Path(name) / settings_file).read_text(encoding="utf-8"))
-    kept = json.dumps({key: settings[key] for key in settings.keys() - _INERT}, sort_keys=True)
-    return f"files:{fingerprint_folder(Path(name))}:{xxhash.xxh3_64_hexdigest(kept.encode())}"
-
-
-def _hub_commit(name: str) -> str:
-    """The commit of an adapter on the Hub: the folder of the cached snapshot is named after it."""
-    from transformers.utils import cached_file
-
-    found = cached_file(name, "adapter_config.json")
-    return "unknown" if found is None else Path(found).parent.name

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from mpo.common.typed_yaml import Document
 from mpo.data.languages import normalize_language_setting
 from mpo.errors import ConfigError
 from mpo.hidden_space.compare import Settings
-from mpo.hidden_space.embed import EmbeddingSettings, ReadingSettings
+from mpo.hidden_space.settings import EmbeddingSettings, ReadingSettings
 from mpo.hidden_space.texts import TextSource
+
+_PATHS = frozenset({"reference", "aligned", "adapter", "folder", "chat_template"})
 
 
 @dataclass(frozen=True)
@@ -103,103 +101,5 @@ def load_analysis_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Ana
     Raises:
         ConfigError: the file is no recipe, a key is unknown or missing, or a value has the wrong type.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error}.") from None
-    try:
-        values = yaml.load(text, Loader=_TextLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no recipe; expected keys such as models, data, languages and out.")
-    for key, given in _parse_overrides(overrides):
-        _set(values, key, given)
-    values["source_path"] = str(path)
-    recipe: AnalysisRecipe = _typed(AnalysisRecipe, values, path.name)
-    return recipe
-
-
-class _TextLoader(yaml.BaseLoader):
-    """Reads all values as text, which the type of each key then interprets, and refuses a key that is set twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key.value}` is set twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _parse_overrides(words: Sequence[str]) -> list[tuple[str, str | list[str]]]:
-    found: list[tuple[str, list[str]]] = []
-    for word in words:
-        if re.match(r"--[a-z]", word):
-            key, equals, value = word[2:].partition("=")
-            found.append((key, [value] if equals else []))
-        elif not found:
-            raise ConfigError(f"{word!r} is no setting; expected --key value.")
-        else:
-            found[-1][1].append(word)
-    for key, given in found:
-        if not given:
-            raise ConfigError(f"--{key} has no value.")
-    return [(key, given[0] if len(given) == 1 else given) for key, given in found]
-
-
-def _set(values: Any, key: str, given: str | list[str]) -> None:
-    """Set a key, or with dots an entry: ``models.0.adapter``."""
-    *path, last = key.split(".")
-    place = values
-    for part in path:
-        try:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        except (IndexError, ValueError, AttributeError):
-            raise ConfigError(f"--{key}: there is no entry {part!r}.") from None
-    if not isinstance(place, dict):
-        raise ConfigError(f"--{key}: the recipe has no keys there.")
-    place[last] = given
-
-
-def _typed(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass from a mapping of texts."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: expected keys with values, found {values!r}.")
-    hints = get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else f" Known: {', '.join(fields)}."
-            raise ConfigError(f"{where}: unknown key `{key}`.{hint}")
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise ConfigError(f"{where}: the key `{name}` is missing.")
-    return kind(**{key: _value(hints[key], value, f"{where}, `{key}`") for key, value in values.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value in ("", "null", "~", None):
-            return None
-        (hint,) = (one for one in get_args(hint) if one is not type(None))
-    if dataclasses.is_dataclass(hint):
-        return _typed(hint, value, where)
-    if get_origin(hint) is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_value(get_args(hint)[0], item, where) for item in items)
-    if not isinstance(value, str):
-        raise ConfigError(f"{where}: expected one value, found {value!r}.")
-    if hint is bool:
-        if value.lower() not in ("true", "false"):
-            raise ConfigError(f"{where}: expected true or false, found {value!r}.")
-        return value.lower() == "true"
-    try:
-        return hint(value)
-    except ValueError:
-        noun = {int: "a whole number", float: "a number"}.get(hint, "a value")
-        raise ConfigError(f"{where}: expected {noun}, found {value!r}.") from None
+    document = Document(path, overrides, noun="an analysis", manual="docs/hidden-space.md", paths=_PATHS)
+    return document.build(AnalysisRecipe, source_path=document.path)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpo.common.checks import check_beta, check_confidence, check_max_length
+from mpo.common.files import check_writable
 from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
-from mpo.modeling.loading import (
-    ModelSource,
-    adapter_settings,
-    load_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-)
+from mpo.modeling.loading import ModelSource
+from mpo.modeling.opening import open_model
 
 
 def measure_reward_gap(
@@ -46,6 +38,7 @@ def measure_reward_gap(
     max_tokens_per_row: int | None = None,
     revision: str | None = None,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> RewardGapTable | Comparison:
     """Scores every pair, prints a table per language and writes it to ``out``.
@@ -65,7 +58,8 @@ def measure_reward_gap(
         max_length, max_response_length: limits of prompt plus response and of the response alone, in tokens.
         dtype: type of the loaded weights; by default bfloat16 on a GPU that has it, else float32.
         device: by default a GPU where there is one.
-        attn_implementation, batch_layout, max_tokens_per_row, chat_template: see :class:`mpo.training.config.MPOConfig`.
+        attn_implementation, batch_layout, max_tokens_per_row: see :class:`mpo.training.config.MPOConfig`.
+        chat_template, chat_template_kwargs: in place of those that the adapter or the model was trained with.
         revision: of the model.
         trust_remote_code: run code that the model brings.
 
@@ -76,22 +70,24 @@ def measure_reward_gap(
         MPOError: model, adapter or data cannot be used; found out before weights are loaded where possible.
     """
     from mpo.data import load_groups
-    from mpo.jobs.preflight import check_writable
     from mpo.training.scoring import score_groups
 
     check_confidence(confidence)
     check_beta(beta)
     check_max_length(max_length)
-    place = pick_device(device)
     if out is not None:
-        check_writable(out)
-    source = ModelSource(model, revision, trust_remote_code)
-    config = load_config(source)
-    if adapter is not None:
-        adapter_settings(adapter, revision=adapter_revision)
-    tokenizer = load_tokenizer(source, chat_template)
-    # Scoring has no backward pass, so flex_attention works on a CPU, too.
-    attention = pick_attention(config, attn_implementation, layout=batch_layout, gpu=True)
+        check_writable(out, setting="out")
+    opened = open_model(
+        ModelSource(model, revision, trust_remote_code),
+        adapter=adapter,
+        adapter_revision=adapter_revision,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        layout=batch_layout,
+    )
     loaded = load_groups(
         data,
         source_language=source_language,
@@ -102,19 +98,19 @@ def measure_reward_gap(
     )
     if loaded.dropped:
         print(f"{len(loaded.dropped)} bad rows were dropped; `mpo data check` lists them.", flush=True)
-    dtype = dtype or pick_dtype(place)
     print(f"Loading {model}", flush=True)
-    policy: Any = load_model(source, dtype=dtype, attn_implementation=attention, device_map={"": place})
+    policy = opened.load(with_adapter=False)
 
     def score(name: str) -> RewardGapTable:
         print(f"Scoring {len(loaded.groups)} groups with {name}", flush=True)
         scores = score_groups(
             policy,
             loaded.groups,
-            tokenizer,
+            opened.tokenizer,
             source_language=source_language,
             max_length=max_length,
             max_response_length=max_response_length,
+            template_kwargs=opened.chat_template_kwargs,
             layout=batch_layout,
             max_tokens_per_row=max_tokens_per_row,
             bad_rows=bad_rows,
@@ -125,29 +121,29 @@ def measure_reward_gap(
         before = score(model)
     result: RewardGapTable | Comparison = before
     if adapter is not None:
-        policy = load_adapter(policy, adapter, revision=adapter_revision)
+        policy = opened.put_adapter(policy)
         result = compare(before, score(adapter))
     print()
     result.show()
     if out is not None:
-        _write(result, out, model=model, adapter=adapter, fingerprint=loaded.fingerprint, dtype=dtype)
+        _write(
+            result,
+            out,
+            base_model=model,
+            adapter=adapter,
+            data_fingerprint=loaded.fingerprint,
+            precision=str(opened.dtype),
+            identity=opened.identity().to_dict(),
+        )
     return result
 
 
-def _write(
-    result: RewardGapTable | Comparison,
-    out: Path,
-    *,
-    model: str,
-    adapter: str | None,
-    fingerprint: str,
-    dtype: str,
-) -> None:
+def _write(result: RewardGapTable | Comparison, out: Path, **made_of: Any) -> None:
     from mpo.common.files import write_json, write_text
     from mpo.common.provenance import collect
     from mpo.report.plots import reward_gap_before_after, reward_gap_single
 
-    provenance = collect(base_model=model, adapter=adapter, data_fingerprint=fingerprint, precision=dtype)
+    provenance = collect(**made_of)
     written = [
         write_json(out / "reward_gap.json", {**result.to_dict(records=True), "provenance": provenance}),
         write_text(out / "reward_gap.txt", result.to_text() + "\n"),

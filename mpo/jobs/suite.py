@@ -24,8 +24,6 @@ from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.utility import measure_utility, require_harness
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
-from mpo.modeling.identity import adapter_identity, model_identity
-from mpo.modeling.loading import ModelSource, adapter_settings, load_config
 from mpo.report.page import write_report
 from mpo.report.results import SUITE
 
@@ -172,25 +170,13 @@ def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptS
 def _identity(model: ModelChoice) -> dict[str, Any]:
     """What tells the model from another, whatever its folder is called."""
     if model.engine == "server":
-        return {"url": model.url, "model": model.model}
-    source = ModelSource(model.model, model.revision, model.trust_remote_code)
-    if model.adapter is not None:
-        adapter_settings(model.adapter, revision=model.adapter_revision)
-    return {
-        "model": model_identity(source, load_config(source)),
-        "adapter": adapter_identity(model.adapter, model.adapter_revision),
-    }
-
-
-def _how_loaded(model: ModelChoice) -> dict[str, Any]:
-    """Settings that change what a model of known weights computes."""
-    template = model.chat_template
-    return {
-        "dtype": model.dtype,
-        "device": model.device,
-        "attention": model.attn_implementation,
-        "template": _contents([template]) or template if template is not None else None,
-    }
+        return {
+            "url": model.url,
+            "model": model.model,
+            "chat_template_kwargs": model.chat_template_kwargs,
+        }
+    loaded = {"device": model.device, "attention": model.attn_implementation}
+    return {**model.open().identity().to_dict(), **loaded}
 
 
 def _reward_gap_job(
@@ -226,6 +212,7 @@ def _reward_gap_job(
             attn_implementation=model.attn_implementation,
             revision=model.revision,
             chat_template=model.chat_template,
+            chat_template_kwargs=model.chat_template_kwargs,
             trust_remote_code=model.trust_remote_code,
         )
 
@@ -233,7 +220,6 @@ def _reward_gap_job(
         **asdict(settings),
         "files": _contents(settings.data),
         "model": identity,
-        "loaded": _how_loaded(model),
         "confidence": recipe.confidence,
     }
     return Job(f"{name}/reward_gap", depends, out / name / "reward_gap.json", run)
@@ -290,7 +276,7 @@ def _safety_job(
         "judges": [asdict(judge) for judge in judges],
         "files": _contents([judge.prompt for judge in judges if judge.prompt is not None]),
         "model": identity,
-        "engine": [model.engine, model.batch_size, _how_loaded(model)],
+        "engine": [model.engine, model.batch_size],
         "confidence": recipe.confidence,
     }
     return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / "result.json", run)
@@ -309,7 +295,6 @@ def _capability_jobs(
                     sorted(Path(utility.task_folder).rglob("*")) if utility.task_folder else ()
                 ),
                 "model": identity,
-                "loaded": _how_loaded(model),
             },
             out / name / "utility.json",
             lambda: measure_utility(**asdict(utility), model=model, out=out, name=name),
@@ -322,7 +307,6 @@ def _capability_jobs(
                 "files": _contents(perplexity.texts.values()),
                 "confidence": recipe.confidence,
                 "model": identity,
-                "loaded": _how_loaded(model),
             },
             out / name / "perplexity.json",
             lambda: measure_perplexity(

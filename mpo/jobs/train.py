@@ -22,9 +22,11 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
-from mpo.jobs.preflight import Plan, make_plan, precision
+from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight.model import PRECISIONS, half_precision
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
-from mpo.planning.memory import keep_freed_memory
+from mpo.modeling.opening import folder_content
+from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import last_complete_checkpoint
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
@@ -114,6 +116,16 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
     return folder
+
+
+def how_to_resume(recipe: Recipe) -> str:
+    """What an interrupted run leaves, and the command that goes on from it."""
+    folder = str(recipe.training.output_dir)
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        return f"Interrupted. No checkpoint was complete yet, so nothing is left in {folder} to resume."
+    command = recipe.command(resume_from_checkpoint="auto")
+    return f"Interrupted. The last complete checkpoint is {last}. Go on with:\n  {command}"
 
 
 class _Speaker:
@@ -241,10 +253,11 @@ def _provenance(plan: Plan) -> dict[str, Any]:
     training, model = plan.recipe.training, plan.recipe.model
     return collect(
         seed=training.seed,
-        precision=precision(plan.recipe),
+        precision=PRECISIONS[half_precision(plan.recipe)],
         data_fingerprint=plan.data.fingerprint,
         base_model=plan.source.name,
         base_model_revision=getattr(plan.config, "_commit_hash", None) or model.model_revision,
+        base_model_weights=folder_content(plan.source.name) if training.process_index == 0 else None,
         data_origin=plan.data.origin,
         dropped_rows=len(plan.dropped),
         trainable_parameters=plan.trainable,

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 
 def skip_input_casts(model: nn.Module) -> None:
-    """
-    Keep LoRA layers from copying their input to float32 under autocast.
+    """Keep LoRA layers from copying their input to float32 under autocast.
 
     PEFT keeps an adapter's weights in float32 beside a base in half precision, and casts the input of each adapted layer
     to float32 to match. Autocast then casts it back for the product: two passes over the input, and a copy of it for the

@@ -71,14 +71,17 @@ def attach_reward_gap_head(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__} has no LM head; MPO needs a causal language model (AutoModelForCausalLM)."
         )
-    original_forward = model.forward
+    if "forward" in vars(model):  # a wrapper that was put on this one model, for example by Accelerate
+        model._forward_without_head = model.forward  # type: ignore[assignment]
 
     # `generate` validates its arguments against the signature, so the original one is kept.
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, reward_gap_head: bool = False, **kwargs: Any) -> Any:
-        if not reward_gap_head:
-            return original_forward(*args, **kwargs)
-        return _reward_gap_forward(self, **kwargs)
+        if reward_gap_head:
+            return _reward_gap_forward(self, **kwargs)
+        # Both are looked up on `self`, which in a copy of the model is the copy.
+        own = vars(self).get("_forward_without_head")
+        return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     model._has_reward_gap_head = True  # type: ignore[assignment]

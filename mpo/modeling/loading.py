@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo.common.words import counted
 from mpo.data.tokenization import set_chat_template
 from mpo.errors import ConfigError, ModelError
 from mpo.modeling.layout import default_attention
@@ -64,7 +64,11 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_tokenizer(
-    source: ModelSource, chat_template: str | None = None, *, needs_template: bool = True
+    source: ModelSource,
+    chat_template: str | None = None,
+    *,
+    needs_template: bool = True,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedTokenizerBase:
     """Loads the tokenizer and makes sure that it has a chat template and a padding token.
 
@@ -72,13 +76,14 @@ def load_tokenizer(
         source: where from.
         chat_template: replaces the tokenizer's own.
         needs_template: False for reading texts as they are; then neither is asked for.
+        config: of the model, where the tokenizer lies elsewhere: transformers picks the tokenizer's class by it.
 
     Raises:
         ModelError: there is no tokenizer, or no chat template and none is given.
     """
     _require_plausible_name(source.name)
     with _opening(source.name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.hub_kwargs())
+        tokenizer = AutoTokenizer.from_pretrained(source.name, config=config, **source.hub_kwargs())
     if source.is_local and len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(
             f"The model folder {source.name} has no tokenizer (no tokenizer.json). Copy the tokenizer files of the "
@@ -125,13 +130,30 @@ def load_model(
             **init_kwargs,
         )
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
+    unexpected = report["unexpected_keys"]
+    if is_quantized(model.config):  # scales and zero points lie beside the weights that they belong to
+        holders = {
+            name for name, part in model.named_modules() if next(part.parameters(False), None) is not None
+        }
+        unexpected = {key for key in unexpected if not any(key.startswith(f"{name}.") for name in holders)}
+    problem = _misfit(report["missing_keys"], unexpected)
+    if problem:
         raise ModelError(
-            f"The weights of {source.name} do not fit its configuration: {len(missing)} are missing, {missing[0]} for one. "
-            "Is the config.json another model's, or the folder incomplete?"
+            f"The weights of {source.name} do not fit its configuration: {problem}. Is the config.json another model's, or "
+            "the folder incomplete?"
         )
     return cast(PreTrainedModel, model)
+
+
+def _misfit(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """How the tensors of a file differ from those that a model takes; empty where they do not."""
+    parts = []
+    for keys, what in ((sorted(missing), "missing"), (sorted(unexpected), "of no use to it")):
+        if keys:
+            parts.append(
+                f"{counted(len(keys), 'tensor')} {'is' if len(keys) == 1 else 'are'} {what} ({keys[0]})"
+            )
+    return " and ".join(parts)
 
 
 def load_adapter(
@@ -142,51 +164,108 @@ def load_adapter(
     Raises:
         ModelError: there is no such adapter, or it does not fit the model.
     """
-    from peft import PeftModel
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 
     adapter_settings(adapter, revision=revision)
     kwargs: dict[str, Any] = {"revision": revision} if revision else {}
     with _opening(adapter, "adapter"):
         try:
-            return PeftModel.from_pretrained(
-                model, adapter, is_trainable=trainable, use_safetensors=True, **kwargs
+            config: Any = PeftConfig.from_pretrained(adapter, **kwargs)
+            config.inference_mode = not trainable
+            # What `PeftModel.from_pretrained` does; that one keeps to itself which tensors it found no use for.
+            policy = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
+            report = policy.load_adapter(
+                adapter,
+                "default",
+                is_trainable=trainable,
+                key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+                **kwargs,
             )
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"The adapter {adapter} does not fit the model {model.config._name_or_path or 'given'}: "
-                f"{_first_sentence(error)} Was it trained on another base model?"
-            ) from error
+            raise _misfitting_adapter(adapter, model, _first_sentence(error)) from error
+    tensors = dict(policy.named_parameters(remove_duplicate=False))
+    found = {id(tensor) for name, tensor in tensors.items() if name not in report.missing_keys}
+    # A tensor that layers share (VB-LoRA) is in the file under one of its names.
+    missing = {name for name in report.missing_keys if id(tensors.get(name)) not in found}
+    if getattr(config, "bias", "none") != "none":  # PEFT looks for tensors of its own only
+        stored = adapter_tensors(adapter, revision=revision)
+        missing |= {key for key in get_peft_model_state_dict(policy) if key.endswith(".bias")} - stored
+    # A prompt's tensors are loaded into its encoder, which has checks of its own and is no part of this report.
+    problem = _misfit(missing, () if config.is_prompt_learning else report.unexpected_keys)
+    if problem:
+        raise _misfitting_adapter(adapter, model, f"{problem}.")
+    return policy
+
+
+def _misfitting_adapter(adapter: str, model: PreTrainedModel, reason: str) -> ModelError:
+    return ModelError(
+        f"The adapter {adapter} does not fit the model {model.config._name_or_path or 'given'}: {reason} Was it trained on "
+        "another base model?"
+    )
+
+
+def adapter_tensors(adapter: str, *, revision: str | None = None) -> set[str]:
+    """Names of the tensors in an adapter's safetensors file.
+
+    Raises:
+        ModelError: there is no such file, only a pickle, or the file is damaged or holds no tensor.
+    """
+    path = file_of(adapter, "adapter_model.safetensors", revision=revision)
+    if path is None:
+        pickle = file_of(adapter, "adapter_model.bin", revision=revision) is not None
+        raise ModelError(
+            f"The adapter {adapter} has no adapter_model.safetensors"
+            + (
+                ", only a pickle (adapter_model.bin), which could run code when read. Save it again as safetensors "
+                "with a current version of PEFT."
+                if pickle
+                else ". Was its training cut off while saving?"
+            )
+        )
+    names = _open_safetensors(path)
+    if not names:
+        raise ModelError(
+            f"The adapter's {path} holds no tensor, so it would change nothing. Save the adapter again."
+        )
+    return names
+
+
+def file_of(name: str, file: str, *, revision: str | None = None) -> Path | None:
+    """A file of a model folder or a Hub repository; None where there is none, or none is in the cache while offline."""
+    if os.path.isdir(name):
+        path = Path(name) / file
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    with _opening(name, file):
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return None if found is None else Path(found)
 
 
 def adapter_settings(adapter: str, *, revision: str | None = None) -> dict[str, Any]:
     """The adapter's ``adapter_config.json``, after checking that its weights are safetensors.
 
     Raises:
-        ModelError: there is no adapter, its configuration is damaged, or its weights are a pickle.
+        ModelError: there is no adapter, its configuration is damaged, or its weights are a pickle or missing.
     """
     _require_plausible_name(adapter)
     if os.path.isdir(adapter):
-        folder = Path(adapter)
-        if not (folder / "adapter_config.json").is_file():
+        path = Path(adapter) / "adapter_config.json"
+        if not path.is_file():
             what = (
-                "It holds a whole model: pass it as the model." if (folder / "config.json").is_file() else ""
+                "It holds a whole model: pass it as the model."
+                if (Path(adapter) / "config.json").is_file()
+                else ""
             )
             raise ModelError(
                 f"{adapter} is no adapter folder: it has no adapter_config.json. {what}".rstrip()
             )
-        if not (folder / "adapter_model.safetensors").is_file():
-            pickle = (folder / "adapter_model.bin").is_file()
-            raise ModelError(
-                f"The adapter {adapter} has no adapter_model.safetensors"
-                + (
-                    ", only a pickle (adapter_model.bin), which could run code when read. Save it again as safetensors "
-                    "with a current version of PEFT."
-                    if pickle
-                    else ". Was its training cut off while saving?"
-                )
-            )
-        _open_safetensors(folder / "adapter_model.safetensors")
-        path = folder / "adapter_config.json"
     else:
         from transformers.utils import cached_file
 
@@ -195,6 +274,7 @@ def adapter_settings(adapter: str, *, revision: str | None = None) -> dict[str, 
         if found is None:
             raise ModelError(f"{adapter} has no adapter_config.json; it is no adapter.")
         path = Path(found)
+    adapter_tensors(adapter, revision=revision)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -279,11 +359,11 @@ def pick_dtype(device: torch.device) -> str:
 def empty_model(config: PretrainedConfig, source: ModelSource) -> PreTrainedModel:
     """The model's modules on torch's ``meta`` device: shapes and names, no memory."""
     import transformers
+    from transformers.modeling_utils import set_zero3_state
 
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    # Under ZeRO-3 transformers divides every new model over the ranks and draws its weights, which here are none.
-    undivided = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", return_value=False)
-    with undivided, torch.device("meta"):
+    # Under ZeRO-3 transformers divides every new model over the ranks, unless it is told that this is under way already.
+    with set_zero3_state(), torch.device("meta"):
         if architecture is not None and hasattr(architecture, "_from_config"):
             model = architecture._from_config(config)
         else:
@@ -361,13 +441,14 @@ def _check_folder(folder: Path) -> None:
         _open_safetensors(folder / shard)
 
 
-def _open_safetensors(path: Path) -> None:
+def _open_safetensors(path: Path) -> set[str]:
+    """Names of the tensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
         # Opening reads the header and compares it with the file's size, which is what a broken download fails.
         with safe_open(str(path), framework="pt") as file:
-            file.keys()
+            return set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"The weight file {path} is damaged or cut off ({_first_sentence(error)}) Fetch or save it again."

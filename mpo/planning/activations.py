@@ -1,28 +1,30 @@
 """What the layers of a model take in a training step besides their weights, counted without weights and without a GPU.
 
-A few layers run a whole step on tensors that have sizes but no memory. The peak of what is alive at once
-(:class:`mpo.planning.live_memory.LiveMemory`) grows by the same amount with every further layer, so two such runs say what any number
-of layers takes.
+A few layers run a whole step on tensors that have sizes but no memory (torch's ``meta`` device). The peak of what is alive
+at once (:class:`LiveMemory`) grows by the same amount with every further layer, so two such runs say what any number of
+layers takes.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig
 
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.loading import ModelSource, empty_model
 from mpo.modeling.tree_attention import IMPLEMENTATION as TREE
 from mpo.modeling.tree_attention import tree_attention
-from mpo.planning.live_memory import LiveMemory
 
 # Numbers of trees and of layers that are run to measure what any number of them takes. With few trees, gradients of all
 # weights would hide what the trees take; an adapter's do not.
@@ -63,14 +65,15 @@ class Layers:
         return used != {self.compute}
 
     # Configurations have no hash of their own; two that say the same are the same here.
+    @cached_property
     def _text(self) -> str:
-        return repr({**vars(self), "config": self.config.to_json_string(use_diff=False)})
+        return repr(vars(self) | {"config": self.config.to_json_string(use_diff=False)})
 
     def __hash__(self) -> int:
-        return hash(self._text())
+        return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layers) and self._text() == other._text()
+        return isinstance(other, Layers) and self._text == other._text
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,51 @@ def with_adapter(model: Any, adapter: Any, dtype: torch.dtype | None = None) -> 
         if parameter.requires_grad and dtype is not None:
             parameter.data = parameter.data.to(dtype)
     return adapted
+
+
+class LiveMemory(TorchDispatchMode):
+    """
+    Counts the bytes of tensors that are alive at the same time, on any device.
+
+    Inside this context, every storage that an operation makes counts from then until it is freed. What was
+    there before does not count. What a single operation takes and frees within itself is not seen.
+
+    Attributes:
+        current: bytes alive.
+        peak: the most bytes that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.prim.device.default:  # by far the most frequent call with fake tensors
+            return args[0].fake_device
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, counts=False)
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, counts=True)
+        return result
+
+    def _see(self, tensor: torch.Tensor, *, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        self._known[key] = weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self.current -= size
 
 
 # ---- Runs of a few layers --------------------------------------------------------------------------------------------

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
 
 from mpo.common.log import get_logger
 from mpo.planning.memory import device_memory, step_needs_checkpointing
 from mpo.training.config import MPOConfig
-from mpo.training.sampling import GroupCollator, longest_tree, step_tokens
+from mpo.training.sampling import GroupCollator
 from mpo.training.sharding import will_be_sharded
+from mpo.training.workload import largest_micro_batch, longest_tree, tokens_of_step
 
 logger = get_logger(__name__)
 
 
 def prepare_checkpointing(args: MPOConfig) -> None:
-    """Settle, before a model is loaded, what the launcher decides: on where the model will be sharded.
-
-    Args:
-        args: Changed in place.
-    """
+    """Settle, before a model is loaded, what the launcher decides; ``args`` are changed in place."""
     if args.decide_checkpointing and will_be_sharded(args):
         _set(args, "", True)
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -39,22 +35,15 @@ def decide_checkpointing(
     collator: GroupCollator,
     accelerator: Accelerator,
 ) -> None:
-    """Recompute activations where the largest micro-batch would not fit otherwise, unless the user has said whether to.
+    """Recompute activations where the largest micro-batch of these groups would not fit otherwise.
 
-    Args:
-        model: The model to be trained, with its adapter.
-        args: Settings; changed in place where activations are recomputed.
-        groups: Tokenized training data.
-        collator: Makes model calls of them.
-        accelerator: Of the trainer.
+    Nothing is decided where the user has; ``args`` are changed in place.
     """
     memory = device_memory(accelerator.device)
     if not args.decide_checkpointing or memory is None or will_be_sharded(args):
         return
-    sizes = np.sort(step_tokens(groups, args, collator.shape.layout))
-    tokens = int(sizes[-args.train_batch_size :].sum())
-    if args.max_tokens_per_batch is not None:
-        tokens = max(int(sizes[-1]), min(args.max_tokens_per_batch, int(sizes.sum())))
+    sizes = tokens_of_step(groups, args, collator.shape.layout)
+    tokens = largest_micro_batch(sizes, args, args.train_batch_size)
     call = min(tokens, collator.max_tokens_per_call or tokens)
     try:
         needed = step_needs_checkpointing(

@@ -37,11 +37,9 @@ def save_checkpoint(
 
     Args:
         folder: The checkpoint's, beside the other ones of the run.
-        write: Writes its files and returns a checkpoint that is never removed, for example the best one; all ranks call
-            it.
-        state: As for :func:`mark_complete`.
+        write: Writes its files, on all ranks, and returns a checkpoint that is never removed, such as the best one.
+        state, keep: As for :func:`mark_complete` and :func:`rotate`.
         ranks: The process group; the main process declares and removes checkpoints.
-        keep: As for :func:`rotate`.
     """
     main = ranks.is_main_process
     if main and folder.exists():

@@ -20,16 +20,10 @@ _REFUSED = {
 def check_arguments(
     args: Any, model: Any, ref_model: Any, train_dataset: Any, quantization_config: Any, **refused: Any
 ) -> None:
-    """Refuse arguments of the trainer that contradict each other, have no meaning, or need what is not there.
-
-    Args:
-        args, model, ref_model, train_dataset, quantization_config: As given to the trainer.
-        refused: Arguments of ``trl.DPOTrainer`` that must be None.
+    """Refuse arguments of the trainer that contradict each other, have no meaning (``refused``), or need what is missing.
 
     Raises:
-        ConfigError: Says what to pass instead.
-        DataError: There is no training data.
-        DependencyError: A package is missing, or needs a GPU that is not there.
+        ConfigError, DataError, DependencyError: Says what to pass or install instead.
     """
     if not isinstance(args, MPOConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}; expected an `mpo.MPOConfig`.")
@@ -55,11 +49,7 @@ def check_arguments(
 
 
 def check_adapter(model: Any, peft_config: Any) -> None:
-    """Refuse an adapter that cannot be made, or that a model has already and that cannot be trained further.
-
-    Args:
-        model: A bare or a PEFT model.
-        peft_config: Of a new adapter, or None.
+    """Refuse a new adapter that the model cannot take, or an existing one that cannot be trained further.
 
     Raises:
         ConfigError: Says how to pass the adapter instead.
@@ -120,11 +110,7 @@ def check_adapter_config(config: Any) -> None:
 
 
 def check_languages(found: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse data with target languages that the trainer was not made with.
-
-    Raises:
-        DataError: Names them.
-    """
+    """Raise a DataError for data with target languages that the trainer was not made with."""
     if unknown := sorted(set(found) - set(known)):
         raise DataError(
             f"the data has target languages the trainer was not made with: {', '.join(unknown)}. Pass it as `eval_dataset` "
@@ -133,11 +119,7 @@ def check_languages(found: Sequence[str], known: Sequence[str]) -> None:
 
 
 def check_master_weights(model: Any) -> None:
-    """Refuse to train all weights of a model that is loaded in half precision.
-
-    Raises:
-        ConfigError: Some of the weights to be trained are in bf16 or fp16.
-    """
+    """Raise a ConfigError if all weights of a model are to be trained that is loaded in half precision."""
     half = {
         str(p.dtype)
         for p in model.parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -14,20 +15,31 @@ _BITSANDBYTES = ("adamw_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_3
 _TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
 
 
+def keep_to_one_gpu() -> None:
+    """Keeps a single process to one GPU: with several, transformers would split batches over them (DataParallel)."""
+    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU"):
+        return
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        print(
+            "Several GPUs are visible; one process uses one of them. For all of them: accelerate launch "
+            "scripts/train.py RECIPE ..."
+        )
+
+
 def check_compute_options(
     args: Any, *, load_in_4bit: bool = False, load_in_8bit: bool = False, on_this_machine: bool = True
 ) -> None:
-    """
-    Make sure that the packages and the device are there which the options of the step ask for.
+    """Make sure that the packages and the device are there which the options of the step ask for.
 
     Args:
-        args: an ``MPOConfig``.
-        load_in_4bit, load_in_8bit: whether the base model is quantised by bitsandbytes.
+        args: An ``MPOConfig``.
+        load_in_4bit, load_in_8bit: Whether the base model is quantised by bitsandbytes.
         on_this_machine: False for a run that is only planned, perhaps for another machine: devices are not looked at.
 
     Raises:
-        DependencyError: a package is missing, or needs a GPU that is not there.
-        ConfigError: an option means nothing on this device.
+        DependencyError: A package is missing, or needs a GPU that is not there.
+        ConfigError: An option means nothing on this device.
     """
     gpu = not on_this_machine or (torch.cuda.is_available() and not args.use_cpu)
     optimizer = str(getattr(args.optim, "value", args.optim))
@@ -57,16 +69,15 @@ def check_compute_options(
 
 
 def require_package(module: str, setting: str, extra: str | None) -> None:
-    """
-    Make sure that an optional package is installed.
+    """Make sure that an optional package is installed.
 
     Args:
-        module: its import name.
-        setting: what asks for it.
-        extra: the extra of this distribution that brings it, if one does.
+        module: Its import name.
+        setting: What asks for it.
+        extra: The extra of this distribution that brings it, if one does.
 
     Raises:
-        DependencyError: it is not installed; says how to install it.
+        DependencyError: It is not installed; says how to install it.
     """
     if is_installed(module):
         return

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -204,7 +205,7 @@ class MPOConfig(DPOConfig):
     )
     train_on: str = field(
         default="targets",
-        metadata={"help": "Which pairs are trained on.", "choices": list(TRAIN_ON)},
+        metadata={"help": "Which pairs are trained on.", "choices": ["targets", "source", "both"]},
     )
     beta: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Temperature of the objective. Unset: its published value."}
@@ -388,129 +389,101 @@ class MPOConfig(DPOConfig):
             setattr(self, name, next(iter(found.values()), neutral))
 
     def _check_values(self) -> None:
-        def require(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
+        def require(names: str, accepts: Callable[[Any], bool], expected: str) -> None:
+            for name in names.split():
+                if not accepts(getattr(self, name)):
+                    raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
 
         require(
-            _is_number(self.beta) and self.beta > 0,
             "beta",
+            _is_positive,
             "a number above 0 (MPO's paper uses 1.0 or 1.5), or nothing for the objective's published value",
         )
-        least = "above 0" if "exo_pair" in self.loss_type else "of at least 0"
+        least = 1e-12 if "exo_pair" in self.loss_type else 0
         require(
-            _is_number(self.label_smoothing)
-            and (self.label_smoothing > 0 if least == "above 0" else self.label_smoothing >= 0)
-            and self.label_smoothing < 0.5,
             "label_smoothing",
-            f"a probability {least} and below 0.5",
+            lambda value: _is_number(value) and least <= value < 0.5,
+            f"a probability {'above' if least else 'of at least'} 0 and below 0.5",
         )
         require(
-            self.ld_alpha is None or (_is_number(self.ld_alpha) and 0 <= self.ld_alpha <= 1),
             "ld_alpha",
+            lambda value: value is None or (_is_at_least_0(value) and value <= 1),
             "a number from 0 to 1, or nothing",
         )
         require(
-            self.f_divergence_type in F_DIVERGENCES, "f_divergence_type", f"one of {', '.join(F_DIVERGENCES)}"
+            "f_divergence_type", lambda value: value in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}"
         )
-        require(_is_number(self.f_alpha_divergence_coef), "f_alpha_divergence_coef", "a number")
-        require(_is_number(self.discopop_tau) and self.discopop_tau > 0, "discopop_tau", "a number above 0")
-        for name in ("simpo_gamma", "cpo_alpha", "rdpo_alpha"):
-            value = getattr(self, name)
-            require(_is_number(value) and value >= 0, name, "a number of at least 0")
+        require("f_alpha_divergence_coef", _is_number, "a number")
+        require("discopop_tau", _is_positive, "a number above 0")
+        require("simpo_gamma cpo_alpha rdpo_alpha retain_weight", _is_at_least_0, "a number of at least 0")
+        require("retain_pooling", lambda value: value in RETAIN_POOLINGS, "'mean' or 'last'")
+        require("batch_layout", lambda value: value in BATCH_LAYOUTS, "'tree' or 'padded'")
+        require("bad_rows", lambda value: value in ("error", "drop"), "'error' or 'drop'")
         require(
-            _is_number(self.retain_weight) and self.retain_weight >= 0,
-            "retain_weight",
-            "a number of at least 0",
-        )
-        require(self.retain_pooling in RETAIN_POOLINGS, "retain_pooling", "'mean' or 'last'")
-        require(self.batch_layout in BATCH_LAYOUTS, "batch_layout", "'tree' or 'padded'")
-        require(self.bad_rows in ("error", "drop"), "bad_rows", "'error' or 'drop'")
-        require(
-            self.min_source_gap is None or _is_number(self.min_source_gap),
             "min_source_gap",
+            lambda value: value is None or _is_number(value),
             "a number in nats per token, or nothing",
         )
         require(
-            self.max_length is None or (isinstance(self.max_length, int) and self.max_length >= 2),
             "max_length",
+            lambda value: value is None or _is_whole(value, 2),
             "a whole number of at least 2 (one prompt token and one response token), or null for no limit",
         )
-        for name in (
-            "max_tokens_per_row",
-            "max_tokens_per_batch",
-            "max_tokens_per_call",
-            "reference_tokens_per_batch",
-            "max_targets_per_group",
-            "max_response_length",
-        ):
-            value = getattr(self, name)
-            require(
-                value is None or (isinstance(value, int) and value >= 1),
-                name,
-                "a whole number of at least 1, or null",
-            )
+        require(
+            "max_tokens_per_row max_tokens_per_batch max_tokens_per_call reference_tokens_per_batch "
+            "max_targets_per_group max_response_length",
+            lambda value: value is None or _is_whole(value, 1),
+            "a whole number of at least 1, or null",
+        )
         if self.max_tokens_per_batch is not None and self.per_device_train_batch_size != 1:
             raise ConfigError(
                 f"`per_device_train_batch_size` is {self.per_device_train_batch_size} and `max_tokens_per_batch` is "
                 f"{self.max_tokens_per_batch}: one counts a micro-batch's groups, the other its tokens. Remove one of them."
             )
+        require("collapse_window", lambda value: _is_whole(value, 3), "at least 3")
+        require("collapse_drop", _is_positive, "a number above 0 (nats per token)")
         require(
-            isinstance(self.collapse_window, int) and self.collapse_window >= 3,
-            "collapse_window",
-            "at least 3",
-        )
-        require(
-            _is_number(self.collapse_drop) and self.collapse_drop > 0,
-            "collapse_drop",
-            "a number above 0 (nats per token)",
-        )
-        require(
-            isinstance(self.source_language, str) and bool(self.source_language.strip()),
             "source_language",
+            lambda value: isinstance(value, str) and bool(value.strip()),
             "a language code such as 'en' or 'zh'",
         )
         require(
-            getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type) in list(SchedulerType),
             "lr_scheduler_type",
+            lambda value: getattr(value, "value", value) in list(SchedulerType),
             f"one of {', '.join(SchedulerType)}",
         )
         # transformers takes these as they are; the optimizer would refuse them once everything is loaded.
-        for name in ("learning_rate", "weight_decay", "adam_epsilon"):
-            value = getattr(self, name)
-            require(_is_number(value) and value >= 0, name, "a number of at least 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            require(_is_number(value) and 0 <= value < 1, name, "a number from 0 to below 1")
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-        ):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        require("learning_rate weight_decay adam_epsilon", _is_at_least_0, "a number of at least 0")
         require(
-            self.max_steps == -1 or (isinstance(self.max_steps, int) and self.max_steps >= 1),
+            "adam_beta1 adam_beta2",
+            lambda value: _is_at_least_0(value) and value < 1,
+            "a number from 0 to below 1",
+        )
+        require(
+            "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps",
+            lambda value: _is_whole(value, 1),
+            "a whole number of at least 1",
+        )
+        require(
             "max_steps",
+            lambda value: value == -1 or _is_whole(value, 1),
             "a whole number of at least 1, or -1 to go by `num_train_epochs`",
         )
-        require(
-            self.max_steps >= 1 or (_is_number(self.num_train_epochs) and self.num_train_epochs > 0),
-            "num_train_epochs",
-            "a number above 0",
-        )
-        weights = self.language_weights
-        if isinstance(weights, dict):
+        if self.max_steps == -1:
+            require("num_train_epochs", _is_positive, "a number above 0")
+        if isinstance(self.language_weights, dict):
             require(
-                all(isinstance(k, str) and _is_number(v) and v >= 0 for k, v in weights.items())
-                and (not weights or any(v > 0 for v in weights.values())),
                 "language_weights",
+                lambda weights: (
+                    all(isinstance(k, str) and _is_at_least_0(v) for k, v in weights.items())
+                    and (not weights or any(weights.values()))
+                ),
                 "language codes with weights of at least 0, not all of them 0",
             )
         else:
             require(
-                weights is None or weights == "balanced",
                 "language_weights",
+                lambda weights: weights is None or weights == "balanced",
                 "a mapping, 'balanced', or nothing",
             )
 
@@ -561,18 +534,6 @@ class MPOConfig(DPOConfig):
         """What the order of the groups depends on, besides the epoch: ``data_seed``, or ``seed``."""
         return self.data_seed if self.data_seed is not None else self.seed
 
-    def tokenization(self) -> dict[str, Any]:
-        """Options of :func:`mpo.data.tokenization.tokenize_groups`."""
-        return {
-            "max_length": self.max_length,
-            "max_response_length": self.max_response_length,
-            "template_kwargs": self.chat_template_kwargs,
-            "bad_rows": self.bad_rows,
-            "group_by_source": self.group_by_source,
-            "max_targets_per_group": self.max_targets_per_group,
-            "num_proc": self.dataset_num_proc,
-        }
-
     def reference_folder(self) -> str:
         """Folder of the reference cache: ``reference_cache_dir``, or ``mpo/reference`` below ``HF_HOME``."""
         if self.reference_cache_dir is not None:
@@ -594,3 +555,15 @@ def _without_tokens(settings: Any, mark: str | None) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_at_least_0(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and value >= least

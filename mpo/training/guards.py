@@ -20,11 +20,7 @@ _GROUPS_NAMED = 8
 
 
 class FiniteGuard:
-    """Watches the losses and the gradient of one optimizer step, on all ranks.
-
-    Args:
-        accelerator: Of the trainer.
-    """
+    """Watches the losses and the gradient of one optimizer step, on all ranks."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -33,12 +29,7 @@ class FiniteGuard:
         self._overflows = 0  # steps in a row
 
     def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
-        """Add a micro-batch to the step.
-
-        Args:
-            loss: Scalar, without a graph.
-            batch: From :class:`mpo.training.sampling.GroupCollator`.
-        """
+        """Add a micro-batch (:class:`mpo.training.sampling.GroupCollator`) and its loss, a scalar without a graph."""
         self._loss = loss if self._loss is None else self._loss + loss
         self._groups.extend(zip(batch["origins"], batch["rows"], strict=True))
 
@@ -51,9 +42,6 @@ class FiniteGuard:
 
         This waits for the device, once per step. Under fp16 an overflowing gradient is how the loss scale finds its
         level, and the scaler skips the step, so only many in a row count.
-
-        Args:
-            grad_norm: Of the step, once it is known.
         """
         device = self._accelerator.device
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=device)
@@ -78,7 +66,7 @@ class FiniteGuard:
 
         Args:
             what: From :meth:`not_finite`.
-            model: The optimizer has not moved it, so its weights are still those of the last good step.
+            model: Not moved by the optimizer yet, so its weights are those of the last good step.
             folder: The checkpoint of that step, which may not be there.
             save: Saves it, if the run saves checkpoints at all.
 

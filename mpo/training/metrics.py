@@ -43,7 +43,6 @@ class LanguageMetrics:
     def __init__(
         self,
         languages: Sequence[str],
-        *,
         beta: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,

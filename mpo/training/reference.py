@@ -158,10 +158,7 @@ class GroupReference:
         return row
 
     def groups_above(self, min_gap: float | None) -> np.ndarray:
-        """The groups whose source has a reference gap above a limit; all without one.
-
-        Args:
-            min_gap: Nats per token.
+        """The groups whose source has a reference gap above a limit (nats per token); all without one.
 
         Raises:
             DataError: There is no such group.
@@ -209,9 +206,12 @@ def first_of_each(numbers: np.ndarray) -> np.ndarray:
     return first
 
 
-def source_trees(groups: Mapping[str, Sequence[Any]], **options: bool) -> list[Tree]:
-    """The source pairs of tokenized groups as trees; the options are those of :class:`mpo.modeling.trees.Tree`."""
-    return [Tree(*parts, **options) for parts in zip(*(groups[c] for c in _SIDES["source"]), strict=True)]
+def source_trees(groups: Mapping[str, Sequence[Any]], *, pool: bool = False) -> list[Tree]:
+    """The source pairs of tokenized groups as trees that are scored, and pooled if asked for."""
+    columns = (groups[column] for column in _SIDES["source"])
+    return [
+        Tree(prompt, chosen, rejected, pool=pool) for prompt, chosen, rejected in zip(*columns, strict=True)
+    ]
 
 
 def probe_trees(tokenized: Dataset) -> list[Tree]:
@@ -242,15 +242,18 @@ class UniquePairs:
     def __len__(self) -> int:
         return len(self.first_row)
 
-    def trees(self, columns: Dataset, pairs: Sequence[int], **options: bool) -> list[Tree]:
-        """Some of the unique pairs, from the dataset's columns of this side."""
+    def trees(self, columns: Dataset, pairs: Sequence[int], *, pool: bool) -> list[Tree]:
+        """Some of the unique pairs, from the dataset's columns of this side, as trees that are scored."""
         rows = self.first_row[list(pairs)]
         groups = np.searchsorted(self.starts, rows, side="right") - 1
         table = columns[groups.tolist()]
         if self.side == "source":
-            return source_trees(table, **options)
-        places = enumerate((rows - self.starts[groups]).tolist())
-        return [Tree(*(table[c][j][slot] for c in _SIDES["target"]), **options) for j, slot in places]
+            return source_trees(table, pool=pool)
+        prompts, chosen, rejected = (table[column] for column in _SIDES["target"])
+        return [
+            Tree(prompts[j][slot], chosen[j][slot], rejected[j][slot], pool=pool)
+            for j, slot in enumerate((rows - self.starts[groups]).tolist())
+        ]
 
 
 def unique_pairs(dataset: Dataset, side: str) -> UniquePairs:
@@ -449,7 +452,7 @@ def _run_pass(
         ):
             number = step * ranks.num_processes + ranks.process_index
             batch = batches[min(number, len(batches) - 1)]
-            trees = pairs.trees(columns, batch, score=True, pool=HIDDEN in shapes)
+            trees = pairs.trees(columns, batch, pool=HIDDEN in shapes)
             output = call_on_trees(call, trees, shape, ranks.device, score_shared=SHARED in shapes)
             if number >= len(batches):
                 continue
@@ -497,7 +500,7 @@ def _flush(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
             if isinstance(array, np.memmap):  # an array of length 0 is none
                 array.flush()
     except OSError as error:
-        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+        raise _not_writable(folder, error) from error
 
 
 def _require_visible(folder: Path, ranks: Ranks) -> None:
@@ -589,7 +592,7 @@ def _complete(partial: Path, folder: Path, key: Mapping[str, Any], arrays: Itera
         if _verify(folder, arrays) is None:
             shutil.rmtree(partial, ignore_errors=True)
             return
-        raise StorageError(f"the reference cache cannot be written to '{folder}': {error}") from error
+        raise _not_writable(folder, error) from error
 
 
 def _verify(folder: Path, arrays: Iterable[str]) -> str | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mpo.errors import ModelError
 from mpo.modeling.head import attach_reward_gap_head
-from mpo.modeling.identity import fingerprint_folder, fingerprint_module
+from mpo.modeling.identity import identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
 from mpo.training.config import MPOConfig
 from mpo.training.objectives import REFERENCE, RETENTION, SOURCE_GAP
@@ -66,13 +63,9 @@ class ReferencePolicy:
         policy: The model that is trained.
         explicit: An explicit reference, or None.
         new_adapter: Configuration of the adapter that the trainer has put on the policy, or None.
-        loaded_from: Folder or Hub id that the policy's weights were loaded from unchanged, or None.
+        loaded_from: Folder or Hub id that the policy's weights were loaded from, or None.
         cache_dir: Folder of the reference cache, shared by all ranks.
-        shape: How sources become model calls.
-
-    Attributes:
-        shape: The same, once values were asked for with the layout that the model takes.
-        known: Values of the datasets that are in memory.
+        shape: How sources become model calls; once values were asked for, with the layout that the model takes.
     """
 
     def __init__(
@@ -98,7 +91,7 @@ class ReferencePolicy:
         self._loaded_from = loaded_from
         self._cache_dir = cache_dir
         self._layout_checked = False
-        self._weights: str | None = None  # their fingerprint, once it is computed
+        self._identity: str | None = None  # once it is computed
 
     def values(self, dataset: Dataset, name: str, stored: Stored | None = None) -> GroupReference:
         """The reference's values of a tokenized dataset, computed or read from the cache when first asked for.
@@ -181,34 +174,14 @@ class ReferencePolicy:
     def _key(self) -> dict[str, Any]:
         """What identifies the reference's values besides the data."""
         accelerator = self._policy.accelerator
-        if self._weights is None:
-            self._weights = from_main(self._fingerprint() if accelerator.is_main_process else "", accelerator)
-        return {
-            "weights": self._weights,
-            "dtype": str(self._policy.model.dtype),
-            "mixed_precision": str(accelerator.mixed_precision),
-            "config": _computing_settings(self._explicit or self._policy.model),
-        }
+        if self._identity is None:
+            self._identity = from_main(self._identify() if accelerator.is_main_process else "", accelerator)
+        return {"model": self._identity, "mixed_precision": str(accelerator.mixed_precision)}
 
-    def _fingerprint(self) -> str:
-        """What identifies the weights: files where the model was loaded from them, tensors otherwise."""
+    def _identify(self) -> str:
+        """Who the reference is: by its files where its weights still equal them, by its tensors otherwise."""
         model = self._policy.model
         starts_at_files = self._adapter_off or not hasattr(model, "peft_config")
-        if self._explicit is None and self._loaded_from is not None and starts_at_files:
-            folder = Path(self._loaded_from)
-            if folder.is_dir():
-                return f"files:{fingerprint_folder(folder)}"
-            commit = getattr(model.config, "_commit_hash", None)
-            if commit:
-                return f"hub:{self._loaded_from}@{commit}"
-        tensors = fingerprint_module(self._explicit or model)
-        # Partitioned weights cannot be told apart here, so such a reference is never reused.
-        return f"tensors:{tensors}" if tensors else f"unknown:{os.urandom(16).hex()}"
-
-
-def _computing_settings(model: Any) -> dict[str, Any]:
-    """A model's configuration without what does not change what it computes."""
-    settings = json.loads(model.config.to_json_string(use_diff=False))
-    for name in ("_name_or_path", "transformers_version", "architectures", "use_cache", "pad_token_id"):
-        settings.pop(name, None)
-    return dict(settings)
+        files = self._loaded_from if self._explicit is None and starts_at_files else None
+        adapter_on = self._explicit is not None or not self._adapter_off
+        return identify_module(self._explicit or model, adapter_on=adapter_on, files=files).digest

@@ -25,21 +25,16 @@ _FACTORS = ("ranks", "groups_per_micro_batch", "gradient_accumulation_steps")
 
 
 class ResumableRun:
-    """What a checkpoint of a trainer's run states, and which checkpoint the run may go on from.
-
-    Args:
-        trainer: Its settings and data are read when they are asked for.
-    """
+    """What a checkpoint of a trainer's run states, and which checkpoint the run may go on from."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+        self._trainer: Any = trainer
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint states of its run.
 
-        Returns:
-            ``form``, how the optimizer's states are kept: whole, or divided as one engine and number of ranks needs. All
-            else decides which groups have been seen after a number of steps.
+        ``form`` is how the optimizer's states are kept: whole, or divided as one engine and number of ranks needs. All
+        else decides which groups have been seen after a number of steps.
         """
         trainer = self._trainer
         args: MPOConfig = trainer.args
@@ -106,11 +101,7 @@ class ResumableRun:
         return resume
 
     def set_earlier_aside(self, checkpoint: str | None) -> None:
-        """Have the run's folder say that later checkpoints of another run are not its own, and warn of them.
-
-        Args:
-            checkpoint: The one that the run goes on from, or None.
-        """
+        """Mark later checkpoints of another run, of which this one does not go on, and warn of them."""
         if not self._trainer.accelerator.is_main_process:
             return
         folder = self._trainer.args.output_dir or "."
@@ -129,13 +120,7 @@ class ResumableRun:
 def check_resumable(
     checkpoint: str, now: Mapping[str, Any], *, trains_adapter: bool, skips_seen_groups: bool
 ) -> None:
-    """Refuse a checkpoint that a run cannot go on from as if it had never stopped.
-
-    Args:
-        checkpoint: Its folder.
-        now: :meth:`ResumableRun.state` of the run.
-        trains_adapter: Whether the run trains an adapter.
-        skips_seen_groups: Whether the run skips the groups that the checkpoint's has seen.
+    """Refuse a checkpoint that a run in the state ``now`` cannot go on from as if it had never stopped.
 
     Raises:
         ConfigError: States of the optimizer in another form, or another order of the data.

@@ -8,32 +8,26 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.common.log import get_logger
-from mpo.errors import ConfigError, DataError
-from mpo.modeling.layout import BatchShape, batch_shape
+from mpo.errors import ConfigError
+from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
 from mpo.training.objectives import PROMPT, REFERENCE
-from mpo.training.ranks import Ranks
-from mpo.training.reference import GroupReference, first_of_each, unique_sources
-from mpo.training.sharding import tokens_per_call
+from mpo.training.reference import GroupReference, unique_sources
 
 logger = get_logger(__name__)
 
 
 class GroupDataset(TorchDataset[dict[str, Any]]):
-    """
-    Tokenized groups with the reference values of their sources.
+    """Tokenized groups with the reference values of their sources.
 
     A negative index ``~i`` is group ``i`` as a filler: it is computed, but weighs nothing and is counted nowhere. A
     rank that has no group left in a step takes one, so that all ranks make the same model calls.
@@ -77,18 +71,17 @@ class EpochSampler(Sampler[list[int]]):
 
 
 class GroupBatchSampler(EpochSampler):
-    """
-    Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
+    """Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
 
     A micro-batch takes ``batch_size`` groups on each rank. What is left at the end of an epoch is spread evenly over the
     ranks; a rank that gets none receives a filler (see :class:`GroupDataset`).
 
     Args:
-        indices: groups to draw from.
-        batch_size: groups per rank and micro-batch.
-        num_ranks, rank: the process group.
-        seed: seed of the order; None keeps the order of ``indices``.
-        drop_last: leave out what is left at the end of an epoch.
+        indices: Groups to draw from.
+        batch_size: Groups per rank and micro-batch.
+        num_ranks, rank: The process group.
+        seed: Seed of the order; None keeps the order of ``indices``.
+        drop_last: Leave out what is left at the end of an epoch.
     """
 
     def __init__(
@@ -125,8 +118,7 @@ class GroupBatchSampler(EpochSampler):
 
 
 class TokenBudgetSampler(EpochSampler):
-    """
-    Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
+    """Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
 
     Group sizes are spread over as few micro-batches as the budget allows, the largest first, each to the micro-batch with
     the fewest tokens so far. So all micro-batches come out nearly equal, and those of one step, one per rank, differ by
@@ -138,11 +130,11 @@ class TokenBudgetSampler(EpochSampler):
 
     Args:
         indices: ``[n]``, groups to draw from.
-        tokens: ``[n]``, tokens of each (:func:`group_tokens`).
-        max_tokens: budget of a micro-batch on one rank.
-        num_ranks, rank: the process group.
-        seed: seed of the order.
-        drop_last: leave out the step in which a rank would have no group and compute a filler.
+        tokens: ``[n]``, tokens of each (:func:`mpo.training.workload.group_tokens`).
+        max_tokens: Budget of a micro-batch on one rank.
+        num_ranks, rank: The process group.
+        seed: Seed of the order.
+        drop_last: Leave out the step in which a rank would have no group and compute a filler.
     """
 
     def __init__(
@@ -205,107 +197,6 @@ def target_languages(*datasets: Dataset) -> list[str]:
     return sorted({language for dataset in datasets for language in count_languages(dataset)})
 
 
-def group_tokens(
-    groups: Dataset, *, run_source: bool | np.ndarray = True, run_targets: bool = True, layout: str = "tree"
-) -> np.ndarray:
-    """
-    Tokens that each group brings to a micro-batch, without padding.
-
-    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
-
-    Args:
-        groups: tokenized groups.
-        run_source: whether the source is run while training; ``[groups]`` where not all groups are alike.
-        run_targets: whether the targets are.
-        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
-
-    Returns:
-        ``[groups]`` int64.
-    """
-    prompts = 1 if layout == "tree" else 2
-    runs = {
-        "source": np.broadcast_to(run_source, len(groups)),
-        "target": np.broadcast_to(run_targets, len(groups)),
-    }
-    factors = {
-        f"{side}_{part}": prompts if part == "prompt" else 1
-        for side in runs
-        if runs[side].any()
-        for part in ("prompt", "chosen", "rejected")
-    }
-    counts = [np.zeros(0, dtype=np.int64)]
-    start = 0
-    for table in groups.with_format("arrow").select_columns(list(factors)).iter(batch_size=10_000):
-        part = slice(start, start := start + len(table))
-        columns = (
-            factor * _tokens_of_rows(table[name]) * runs[name.partition("_")[0]][part]
-            for name, factor in factors.items()
-        )
-        counts.append(sum(columns, np.zeros(len(table), dtype=np.int64)))
-    return np.concatenate(counts)
-
-
-def step_tokens(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
-    """Tokens that each group brings to a micro-batch of a run, ``[groups]``; 0 for one with nothing to run.
-
-    Args:
-        groups: Tokenized groups.
-        args: Settings of the run.
-        layout: As of :func:`group_tokens`.
-    """
-    sources: bool | np.ndarray = args.holds_sources
-    if args.train_on != "targets":
-        sources = first_of_each(unique_sources(groups)[0])
-    return group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
-
-
-def trained_totals(groups: Dataset, trained: Trained, carries_source: np.ndarray) -> tuple[int, int, int]:
-    """What :func:`step_means` takes, of all pairs of tokenized groups that are trained on.
-
-    Args:
-        groups: Tokenized groups.
-        trained: Which pairs those are.
-        carries_source: ``[groups]``, True for the first group of each unique source.
-
-    Returns:
-        Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first.
-    """
-    sides = {"target": trained.targets, "source": carries_source & trained.sources}
-    pairs = chosen = prompts = start = 0
-    columns = [f"{side}_{part}" for side in sides for part in ("prompt", "chosen")]
-    for table in groups.with_format("arrow").select_columns([*columns, "row"]).iter(batch_size=10_000):
-        part = slice(start, start := start + len(table))
-        for side, takes in sides.items():
-            taken = np.broadcast_to(takes, len(groups))[part]
-            each = 1 if side == "source" else np.asarray(pc.list_value_length(table["row"]))
-            pairs += int((each * taken).sum())
-            chosen += int((_tokens_of_rows(table[f"{side}_chosen"]) * taken).sum())
-            prompts += int((_tokens_of_rows(table[f"{side}_prompt"]) * taken).sum())
-    return pairs, chosen, prompts + chosen - pairs
-
-
-def longest_tree(groups: Dataset) -> int:
-    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
-    columns = [f"{side}_{part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
-    longest = 0
-    for table in groups.with_format("arrow").select_columns(columns).iter(batch_size=10_000):
-        sources = sum(_tokens_of_rows(table[name]) for name in columns[:3])
-        targets = sum(_tokens_of_rows(pc.list_flatten(table[name])) for name in columns[3:])
-        longest = max(longest, int(np.max(sources)), int(np.max(targets)))
-    return longest
-
-
-def _tokens_of_rows(column: pa.ChunkedArray) -> np.ndarray:
-    """Tokens in each row of a column of token lists, or of lists of token lists."""
-    counts = []
-    for chunk in column.chunks:
-        offsets, values = chunk.offsets.to_numpy(), chunk.values
-        if not pa.types.is_integer(values.type):
-            offsets = values.offsets.to_numpy()[offsets]
-        counts.append(np.diff(offsets).astype(np.int64))
-    return np.concatenate(counts)
-
-
 def _rounded_up(tokens: np.ndarray) -> np.ndarray:
     """Numbers rounded up to six binary digits: at most 3 % more, and few different ones."""
     unit = 2 ** np.maximum(np.floor(np.log2(np.maximum(tokens, 1))).astype(np.int64) - 5, 0)
@@ -314,8 +205,7 @@ def _rounded_up(tokens: np.ndarray) -> np.ndarray:
 
 
 def _spread(sizes: np.ndarray, budget: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
+    """Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
 
     Returns:
         ``[n]`` batch of each, and the batches' loads.
@@ -568,17 +458,16 @@ def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str
 def language_weights(
     languages: Sequence[str], pairs: Mapping[str, int], weights: Mapping[str, float] | str | None
 ) -> list[float]:
-    """
-    Weight of each language, scaled so that the mean over all pairs is 1.
+    """Weight of each language, scaled so that the mean over all pairs is 1.
 
     Args:
-        languages: those of the pairs.
-        pairs: number of training pairs of each.
+        languages: Those of the pairs.
+        pairs: Number of training pairs of each.
         weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
             (1 where not named).
 
     Raises:
-        ConfigError: a language is named that is not among ``languages``, or all pairs weigh 0.
+        ConfigError: A language is named that is not among ``languages``, or all pairs weigh 0.
     """
     if weights is None:
         return [1.0] * len(languages)
@@ -601,102 +490,6 @@ def language_weights(
             "Give at least one of them a weight above 0."
         )
     return [w * sum(counts) / total for w in raw]
-
-
-def training_collator(
-    args: MPOConfig,
-    languages: Sequence[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    *,
-    router_loss: bool,
-) -> GroupCollator:
-    """What makes a micro-batch of training, with the budgets of the settings or of the device.
-
-    The languages are not weighed yet, see :meth:`GroupCollator.weigh_languages`.
-    """
-    assert isinstance(tokenizer.pad_token_id, int)
-    shape = batch_shape(
-        accelerator.device,
-        layout=args.batch_layout,
-        pad_token_id=tokenizer.pad_token_id,
-        pooling=args.retain_pooling,
-        max_tokens_per_row=args.max_tokens_per_row,
-        tokens_per_batch=args.reference_tokens_per_batch,
-        attention=model.config.get_text_config()._attn_implementation,
-    )
-    return GroupCollator(
-        languages,
-        [1.0] * len(languages),
-        shape,
-        run_source=args.holds_sources,
-        trained=Trained.by(args),
-        source_language=args.source_language,
-        pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
-        max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
-    )
-
-
-def training_loader(
-    dataset: Dataset,
-    reference: GroupReference,
-    groups: np.ndarray,
-    collator: GroupCollator,
-    args: MPOConfig,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-) -> GroupDataLoader:
-    """A rank's micro-batches of training: by tokens where there is a budget, else by number of groups.
-
-    Args:
-        dataset: All tokenized groups.
-        reference: The reference's values of them.
-        groups: ``[n]``, those to draw from.
-        collator: Makes tensors of a micro-batch.
-        args: Settings; the order depends on ``data_seed`` (or ``seed``) and the epoch only.
-        ranks: The process group.
-        batch_size: Groups per rank and micro-batch.
-
-    Raises:
-        DataError: There is not one micro-batch.
-    """
-    options: dict[str, Any] = {
-        "num_ranks": ranks.num_processes,
-        "rank": ranks.process_index,
-        "seed": args.order_seed,
-        "drop_last": args.dataloader_drop_last,
-    }
-    sampler: EpochSampler
-    if not collator.trained.targets:
-        groups = groups[reference.carries_source[groups]]
-    if args.max_tokens_per_batch is None:
-        sampler = GroupBatchSampler(groups, batch_size, **options)
-    else:
-        tokens = step_tokens(dataset, args, collator.shape.layout)[groups]
-        sampler = TokenBudgetSampler(groups, tokens, args.max_tokens_per_batch, **options)
-        if sampler.oversized:
-            logger.warning(
-                f"{sampler.oversized} groups have more than max_tokens_per_batch={args.max_tokens_per_batch} tokens (the "
-                f"largest {int(tokens.max())}) and are micro-batches of their own. `max_targets_per_group` makes groups "
-                "smaller."
-            )
-    if len(sampler) == 0:
-        raise DataError(
-            f"{len(groups)} groups are less than one micro-batch on each of {ranks.num_processes} ranks, and "
-            "`dataloader_drop_last` drops them."
-        )
-    workers = args.dataloader_num_workers
-    return GroupDataLoader(
-        GroupDataset(dataset, reference),
-        batch_sampler=sampler,
-        collate_fn=collator,
-        num_workers=workers,
-        pin_memory=args.dataloader_pin_memory and ranks.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers if workers else False,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-    )
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -33,8 +33,8 @@ from mpo.training.sampling import (
     step_means,
     target_languages,
     to_device,
-    trained_totals,
 )
+from mpo.training.workload import trained_totals
 
 
 @dataclass

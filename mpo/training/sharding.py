@@ -122,13 +122,8 @@ def check_sharding(accelerator: Accelerator) -> None:
 def tokens_per_call(args: MPOConfig, accelerator: Accelerator, *, router_loss: bool) -> int | None:
     """Tokens beyond which a micro-batch is split into several model calls; None where it is always one.
 
-    Args:
-        args: Settings, with the user's ``max_tokens_per_call``.
-        accelerator: Of the trainer.
-        router_loss: Whether a mixture-of-experts model's router loss is trained, which is of a whole micro-batch.
-
     Raises:
-        ConfigError: The user asks for a split where ranks would wait for each other, or losses could not be scaled.
+        ConfigError: A split is asked for where ranks would wait for each other, or the loss is of a whole micro-batch.
     """
     wanted = args.max_tokens_per_call
     split = not (accelerator.num_processes > 1 or is_sharded(accelerator) or router_loss or args.fp16)
@@ -141,11 +136,7 @@ def tokens_per_call(args: MPOConfig, accelerator: Accelerator, *, router_loss: b
 
 
 class CallablePolicy:
-    """The model of a trainer as it can be called for a forward pass, before the training loop begins and in it.
-
-    Args:
-        trainer: Its ``model`` and ``model_wrapped`` are read at each call, and replaced where FSDP divides the model.
-    """
+    """The model of a trainer as it can be called for a forward pass, before the training loop begins and in it."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 from mpo.common.citations import MPO_BIBTEX
 from mpo.common.log import get_logger
 from mpo.data import as_groups
-from mpo.data.tokenization import TOKENIZED_FEATURES, tokenize_groups
+from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError, DataError, TrainingError
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
@@ -40,6 +40,7 @@ from mpo.training.checks import check_adapter, check_arguments, check_languages,
 from mpo.training.collapse import CollapseDetector
 from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
+from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import LanguageMetrics, evaluation_metrics
 from mpo.training.objectives import SOURCE_GAP
 from mpo.training.policy import open_policy
@@ -47,15 +48,10 @@ from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import (
-    GroupCollator,
-    step_means,
-    target_languages,
-    training_collator,
-    training_loader,
-)
+from mpo.training.sampling import GroupCollator, step_means, target_languages
 from mpo.training.scoring import score_dataset
 from mpo.training.trl_contract import own_errors, without_reference_model, without_second_sharding
+from mpo.training.workload import tokenize_for_training
 
 logger = get_logger(__name__)
 
@@ -136,16 +132,16 @@ class MPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any | None = None,
     ) -> None:
-        name = model if isinstance(model, str) else None
+        loaded_from = model if isinstance(model, str) else None
         if args is None:
-            args = MPOConfig(output_dir=f"{Path(name or get_config_model_id(model.config)).name}-MPO")
+            name = loaded_from or get_config_model_id(model.config)  # type: ignore[union-attr]
+            args = MPOConfig(output_dir=f"{Path(name).name}-MPO")
         refused = {"data_collator": data_collator, "compute_metrics": compute_metrics}
         check_arguments(args, model, ref_model, train_dataset, quantization_config, **refused)
         prepare_checkpointing(args)
         set_seed(args.seed)
         model, processing_class = open_policy(model, processing_class, args, quantization_config)
         check_adapter(model, peft_config)
-        continues_adapter = hasattr(model, "peft_config")
 
         self.dropped_rows: list[str] = []
         self.source_report: dict[str, int] = {}
@@ -158,7 +154,7 @@ class MPOTrainer(DPOTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=list,  # MPO's own knows the languages, below
+                data_collator=dict,  # MPO's own knows the languages, below
                 train_dataset=groups_of(train_dataset),
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -166,7 +162,7 @@ class MPOTrainer(DPOTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        if continues_adapter and "ref" in self.model.peft_config:
+        if peft_config is None and "ref" in getattr(self.model, "peft_config", {}):
             # The reference pass runs before the adapter changes, so no frozen copy of it is needed, or saved.
             self.model.delete_adapter("ref")
         sharding.check_sharding(self.accelerator)
@@ -190,15 +186,15 @@ class MPOTrainer(DPOTrainer):
             self._policy,
             ref_model,
             new_adapter=peft_config,
-            loaded_from=name,
+            loaded_from=loaded_from,
             cache_dir=args.reference_folder(),
             shape=self.data_collator.shape,
         )
         # Sums over the pairs since the last log.
-        self._language_metrics = LanguageMetrics(
+        self._metrics_per_language = LanguageMetrics(
             self.languages,
-            beta=args.gap_scale,
-            device=self.accelerator.device,
+            args.gap_scale,
+            self.accelerator.device,
             objectives=args.objectives,
             knows_source_gap=bool(needed_for(args).sources),
         )
@@ -253,7 +249,7 @@ class MPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
         loss = loss / count
         if self.model.training:
-            self._language_metrics.add(pairs, inputs["counts"])
+            self._metrics_per_language.add(pairs, inputs["counts"])
             self._finite.add(loss.detach(), inputs)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 # DeepSpeed takes the optimizer step at the end of this micro-batch's backward pass.
@@ -278,7 +274,7 @@ class MPOTrainer(DPOTrainer):
 
         def backward(pairs: PairTensors, places: Tensor) -> None:
             loss = (self._checked_pair_loss(pairs) * inputs["weight"][places]).sum() / count
-            self._language_metrics.add(pairs, inputs["counts"][places])
+            self._metrics_per_language.add(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
             total.add_(loss.detach())
 
@@ -323,9 +319,7 @@ class MPOTrainer(DPOTrainer):
         self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset:
         with args.main_process_first(desc="tokenizing"):
-            tokenized, dropped = tokenize_groups(
-                dataset, processing_class, name=dataset_name, **args.tokenization()
-            )
+            tokenized, dropped = tokenize_for_training(dataset, processing_class, args, name=dataset_name)
         if dropped:
             logger.warning(
                 f"{len(dropped)} rows of the {dataset_name} data were dropped, the first: {dropped[0]}"
@@ -407,10 +401,7 @@ class MPOTrainer(DPOTrainer):
             )
 
     def resolve_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
-        """The checkpoint that :meth:`train` would resume from, which is complete and fits this run.
-
-        Args:
-            resume: As ``resume_from_checkpoint`` of :meth:`train`.
+        """The checkpoint that :meth:`train` would resume from if given this, which is complete and fits the run.
 
         Raises:
             StorageError, ConfigError: As :meth:`train`.
@@ -433,7 +424,7 @@ class MPOTrainer(DPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics per language to a training log, see :meth:`mpo.training.metrics.LanguageMetrics.log`."""
         if self.model.training and "loss" in logs:
-            metrics = self._language_metrics.log(self.state.global_step, self.accelerator)
+            metrics = self._metrics_per_language.log(self.state.global_step, self.accelerator)
             logs.update(metrics)
             for collapse in self._collapse.watch(metrics):
                 if self.args.stop_on_collapse:

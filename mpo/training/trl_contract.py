@@ -66,7 +66,7 @@ def without_second_sharding(model: Any, accelerator: Accelerator) -> Iterator[No
         accelerator._models.append(model)
         return model, accelerator.prepare_optimizer(optimizer)
 
-    accelerator.prepare = prepare  # type: ignore[method-assign]
+    accelerator.prepare = prepare
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import scaling
 from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.training.reference import unique_sources
-from mpo.training.sampling import group_tokens
+from mpo.training.workload import group_tokens
 
 
 def test_groups_on_disk_have_the_columns_and_types_of_tokenized_groups(tmp_path: Path) -> None:

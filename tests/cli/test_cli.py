@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
     def no_weights(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("mpo.training.policy.load_model", no_weights)
+    monkeypatch.setattr("mpo.modeling.opening.load_model", no_weights)
     monkeypatch.setattr("mpo.modeling.loading.load_model", no_weights)
     assert cli.main(["train", str(recipe), *words]) == 0
     out = capsys.readouterr().out
@@ -172,16 +172,18 @@ def test_one_process_keeps_to_one_gpu(
 ) -> None:
     import torch
 
+    from mpo.training.compute import keep_to_one_gpu
+
     for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    cli._use_one_gpu()
+    keep_to_one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
     assert "accelerate launch" in capsys.readouterr().out
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    cli._use_one_gpu()
+    keep_to_one_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
@@ -260,6 +262,27 @@ def test_evaluate_refuses_a_device_that_is_not_there(model: Path, capsys: pytest
     assert "'cuda:99'" in capsys.readouterr().err
     assert cli.main([*words, "abacus"]) == 2
     assert "expected cpu, cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "reward-gap", "--data", str(PAIRS)],
+        ["evaluate", "perplexity", "--texts", "en=x.txt", "--out", "o"],
+        ["evaluate", "utility", "--out", "o"],
+        ["evaluate", "attack", "--prompts", "multijail", "--out", "o"],
+        ["evaluate", "over-refusal", "--prompts", "multijail", "--out", "o"],
+        ["analyze", "embed", "--languages", "en", "--out", "o"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_every_command_that_renders_a_chat_takes_the_arguments_of_its_template(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.evaluation.prompts.load_prompts", lambda *_, **__: SimpleNamespace(dropped=0))
+    for wrong in ("[1]", "{enable_thinking: false}"):
+        assert cli.main([*command, "--model", "m", "--chat_template_kwargs", wrong]) == 2
+        assert "--chat_template_kwargs: expected a JSON object" in capsys.readouterr().err
 
 
 def test_the_script_runs_from_anywhere_without_an_installation(tmp_path: Path, recipe: Path) -> None:

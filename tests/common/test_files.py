@@ -3,13 +3,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mpo.common.files import write_bytes, write_json, write_text
+from mpo.common.files import check_writable, whole_folder, write_bytes, write_json, write_text
 from mpo.errors import MPOError, StorageError
 
 
@@ -130,3 +132,78 @@ def test_a_list_of_plain_values_takes_one_line_and_reads_back_the_same(tmp_path:
     text = write_json(tmp_path / "m.json", value).read_text(encoding="utf-8")
     assert json.loads(text) == value
     assert '"numbers": [1.5, null, true],' in text and '"a": [4, 5],' in text
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_folder_whose_files_cannot_be_stored_is_not_published(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A network file system may take what is written and report at the flush that it could not keep it.
+    monkeypatch.setattr("os.fsync", _fail(number))
+    with pytest.raises(StorageError, match="Cannot write"), whole_folder(tmp_path / "result") as folder:
+        (folder / "a.bin").write_bytes(b"1")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_is_left_alone(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.fsync", _fail(number))
+    with whole_folder(tmp_path / "result") as folder:
+        (folder / "a.bin").write_bytes(b"1")
+    assert (tmp_path / "result" / "a.bin").read_bytes() == b"1"
+
+
+# ---- Whether a folder can be written -----------------------------------------------------------------------------------
+
+_KILLED_EVERYWHERE = """
+import itertools, os, signal, sys
+from pathlib import Path
+from mpo.common.files import check_writable
+
+folder = Path(sys.argv[1])
+
+def killed_at(line):
+    seen = itertools.count(1)
+    def trace(frame, event, argument):
+        if event == "line" and next(seen) == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    return trace
+
+for line in itertools.count(1):
+    child = os.fork()
+    if not child:
+        sys.settrace(killed_at(line))
+        check_writable(folder)
+        sys.settrace(None)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    left = os.listdir(folder)
+    assert not left, (line, left)
+    if not os.WIFSIGNALED(status):
+        print(line)
+        break
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files without a name are Linux's")
+def test_a_process_killed_while_it_looks_whether_a_folder_can_be_written_leaves_nothing_there(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-c", _KILLED_EVERYWHERE, str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) > 10  # lines at which it was killed
+
+
+def test_a_folder_that_is_only_looked_at_is_not_made(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    check_writable(folder, create=False)
+    assert os.listdir(tmp_path) == []
+    check_writable(folder)
+    assert folder.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"is a file\. Choose another with `out`"):
+        check_writable(tmp_path / "file", setting="out")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mpo.errors import ConfigError, DataError, DependencyError, ModelError, ServerError
+from mpo.evaluation.answers import make_answers
 from mpo.evaluation.engines import Answer, Generation, ModelChoice, make_engine
 from mpo.evaluation.engines.local import LocalEngine
 from mpo.evaluation.engines.vllm import _local_folder, _rank_for
+from mpo.evaluation.prompts import Prompt, PromptSet
 from tests.evaluation.chat_server import ChatServer, serve
 from tests.evaluation.scripts import TEXTS
-from tests.tiny import random_text, save_tiny
+from tests.tiny import build_tokenizer, random_text, save_tiny
 
 NEW = 12
 LANGUAGES = ("en", "zh", "ja", "ko", "ar", "bn", "sw")
@@ -218,6 +222,57 @@ def test_settings_tell_models_adapters_and_decoding_apart(model: Path, adapter: 
     assert str(same) not in seen and len(set(seen)) == len(seen)
 
 
+def test_the_same_tensors_with_another_scale_are_other_answers(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 64}))
+    asked = conversations(4)
+    assert all_answers(engine(model, adapter), asked) != all_answers(engine(model, other), asked)
+    made = make_engine(ModelChoice(str(model), str(adapter), device="cpu"), Generation(NEW))
+    prompts = PromptSet("p", (Prompt("1", "en", "A text."),), "p.csv")
+    make_answers(made, prompts, tmp_path)
+    with pytest.raises(ConfigError, match=r"made with other settings \(adapter: "):
+        make_answers(engine(model, other), prompts, tmp_path)
+
+
+OWN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if quiet %}<quiet>{% endif %}{% if add_generation_prompt %}<me>{% endif %}"
+)
+
+
+def test_an_adapter_answers_what_it_was_trained_to_read(model: Path, adapter: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(adapter, tmp_path / "own"))
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = OWN
+    tokenizer.save_pretrained(own)
+    (own / "recipe.yaml").write_text("chat_template_kwargs: {quiet: true}")
+    asked = [[{"role": "user", "content": "A text."}]]
+
+    def read(made: LocalEngine) -> str:
+        return made.tokenizer.decode(made._plan(asked)[0].prompts[0])
+
+    plain = build_tokenizer("llama").apply_chat_template(asked[0], tokenize=False, add_generation_prompt=True)
+    assert read(engine(model)) == read(engine(model, adapter)) == plain
+    assert read(engine(model, own)) == "<user>A text.<quiet><me>"
+    assert read(engine(model, own, chat_template_kwargs={})) == "<user>A text.<me>"
+    assert read(engine(model, own, chat_template="{{ messages[0].content }}")) == "A text."
+    made = [engine(model, own), engine(model, own, chat_template_kwargs={}), engine(model, adapter)]
+    assert len({str(each.settings()) for each in made}) == 3
+
+
+def test_a_server_is_given_the_arguments_of_its_chat_template() -> None:
+    with serve(ChatServer(reply=lambda _: "x")) as server:
+        for kwargs in (None, {"enable_thinking": False}):
+            choice = ModelChoice("m", engine="server", url=server.url, chat_template_kwargs=kwargs)
+            made = make_engine(choice, Generation())
+            list(made.generate(conversations(1), ()))
+            assert server.requests[-1].get("chat_template_kwargs") == kwargs
+            assert made.settings().get("chat_template_kwargs") == kwargs
+
+
 def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_loaded(model: Path) -> None:
     asked = [*conversations(2), [{"role": "user", "content": "open the window " * 3000}]]
     with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens.*4096 positions"):
@@ -343,6 +398,23 @@ def test_vllm_gets_the_prompts_tokens_the_decoding_and_the_adapter(
     assert loaded == {"model": str(model), "revision": "abc", "dtype": "float16", "trust_remote_code": False}
     assert [_rank_for(rank) for rank in (1, 16, 17, 24, 64, 65)] == [16, 16, 32, 32, 64, 128]
     assert made.settings() != make_engine(replace(choice, adapter=None), made.generation).settings()  # type: ignore[attr-defined]
+
+
+def test_vllm_makes_room_for_the_largest_rank_and_refuses_what_it_cannot_do_before_loading(
+    vllm: SimpleNamespace, model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    settings = json.loads((other / "adapter_config.json").read_text())
+
+    def made(**changes: Any) -> Any:
+        (other / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
+        return make_engine(ModelChoice(str(model), str(other), engine="vllm"), Generation())
+
+    list(made(rank_pattern={"q_proj": 40}).generate(conversations(1), ()))
+    assert vllm.options["max_lora_rank"] == 64
+    for changes in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+        with pytest.raises(ConfigError, match=f"no adapter with `{next(iter(changes))}`"):
+            made(**changes)
 
 
 def test_vllm_gets_an_adapter_of_the_hub_in_the_revision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

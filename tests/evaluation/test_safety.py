@@ -141,7 +141,7 @@ def test_a_complete_run_is_not_computed_again(
     assert run("attack", model, prompts, tmp_path) == 0
     folder = tmp_path / "tiny-llama" / "attack" / "own"
     files = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
-    monkeypatch.setattr("mpo.evaluation.engines.local.load_model", lambda *_, **__: pytest.fail("loads"))
+    monkeypatch.setattr("mpo.modeling.opening.load_model", lambda *_, **__: pytest.fail("loads"))
     assert run("attack", model, prompts, tmp_path) == 0
     assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == files
 
@@ -232,7 +232,7 @@ def test_what_cannot_work_is_said_before_the_model_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("mpo.evaluation.engines.local.load_model", lambda *_, **__: pytest.fail("loads"))
+    monkeypatch.setattr("mpo.modeling.opening.load_model", lambda *_, **__: pytest.fail("loads"))
     assert run("attack", model, prompts, tmp_path / "out", *more) == 2
     assert message in capsys.readouterr().err
 

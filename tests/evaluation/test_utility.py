@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.evaluation.adapters import save_model_and_adapter
 from tests.tiny import random_text
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'mpo-align[eval]'")
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
 
 _TASK = """\
 task: tiny_{language}
@@ -118,6 +120,32 @@ def test_a_groups_items_are_those_of_a_plain_computation_with_and_without_the_ad
     assert task["items"]["acc,none"] == wanted
     assert task["metrics"]["acc,none"]["value"] == pytest.approx(sum(wanted) / 23)
     assert task["count"] == 23
+
+
+def test_questions_are_put_into_the_template_that_the_adapter_was_trained_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Path(shutil.copytree(place / "adapter", tmp_path / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.chat_template = "{% if quiet %}quiet {% endif %}{{ messages[-1].content }}"
+    tokenizer.save_pretrained(adapter)
+    (adapter / "recipe.yaml").write_text("chat_template_kwargs: {quiet: true}")
+    rendered: list[str] = []
+    plain = HFLM.apply_chat_template
+    monkeypatch.setattr(
+        HFLM, "apply_chat_template", lambda *a, **k: (rendered.append(plain(*a, **k)), rendered[-1])[1]
+    )
+    measure_utility(
+        ["tiny_en"],
+        model=ModelChoice(str(place / "model"), str(adapter), device="cpu"),
+        out=tmp_path / "out",
+        task_folder=str(place),
+        limit=2,
+        apply_chat_template=True,
+    )
+    questions = [json.loads(line)["question"] for line in (place / "en.jsonl").read_text().splitlines()[:2]]
+    assert set(questions) <= {text.removeprefix("quiet ") for text in rendered}
+    assert all(text.startswith("quiet ") for text in rendered)
 
 
 def test_the_adapter_makes_a_difference_and_subtasks_are_not_reported_twice(results: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 
 from mpo.errors import ConfigError, DataError, ModelError, StorageError
 from mpo.hidden_space import embed as module
@@ -38,6 +39,7 @@ from mpo.hidden_space.embed import (
 )
 from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
+from mpo.modeling import opening
 from mpo.modeling.loading import ModelSource
 from tests.tiny import build_model, build_tokenizer, random_text, save_tiny
 
@@ -244,8 +246,8 @@ def test_before_and_after_come_from_one_loaded_model(
     adapted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    load = module.load_model
-    monkeypatch.setattr(module, "load_model", lambda *a, **k: loads.append(1) or load(*a, **k))
+    load = opening.load_model
+    monkeypatch.setattr(opening, "load_model", lambda *a, **k: loads.append(1) or load(*a, **k))
     model, adapter = adapted
     embedder = Embedder(ModelSource(str(model)), EVERYTHING, adapter=str(adapter), ranks=alone())
     texts = texts_of(6)
@@ -261,6 +263,35 @@ def test_before_and_after_come_from_one_loaded_model(
     again = Embedder(ModelSource(str(model)), EVERYTHING, adapter=str(adapter), ranks=alone())
     again.embed(texts, tmp_path / "after", with_adapter=True)
     assert len(loads) == 2
+
+
+def test_texts_are_read_as_the_adapter_was_trained_to_read_them(
+    adapted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, adapter = adapted[0], Path(shutil.copytree(adapted[1], tmp_path / "adapter"))
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = (
+        "{% if quiet %}quiet {% endif %}{{ messages[0].content }}{% if add_generation_prompt %} >{% endif %}"
+    )
+    # Without the first token, which the template leaves out, too.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(adapter)
+    (adapter / "recipe.yaml").write_text("chat_template_kwargs: {quiet: true}")
+    source, texts = ModelSource(str(model)), texts_of(3)
+    raw = dataclasses.replace(EVERYTHING, template="raw")
+
+    def embedded(settings: EmbeddingSettings, texts: TextSet, name: str) -> np.ndarray:
+        embedder = Embedder(source, settings, adapter=str(adapter), ranks=alone())
+        return everything(embedder.embed(texts, tmp_path / name, with_adapter=True))
+
+    def written_out(prefix: str) -> TextSet:
+        return dataclasses.replace(texts, texts=tuple(f"{prefix}{text} >" for text in texts.texts))
+
+    own = embedded(EVERYTHING, texts, "own")
+    assert own == pytest.approx(embedded(raw, written_out("quiet "), "raw"), abs=1e-5)
+    loud = embedded(dataclasses.replace(EVERYTHING, chat_template_kwargs={}), texts, "loud")
+    assert loud == pytest.approx(embedded(raw, written_out(""), "raw loud"), abs=1e-5)
+    assert np.abs(own - loud).max() > 0.01
 
 
 # ---- Stores ------------------------------------------------------------------------------------------------------
@@ -357,13 +388,13 @@ def test_several_ranks_give_what_one_gives(
     source = ModelSource(str(adapted[0]))
     expected = Embedder(source, EVERYTHING, ranks=alone()).embed(texts, tmp_path / "one")
     # transformers switches the tying of weights off for everyone while it loads: one at a time, or it stays off.
-    load, one_at_a_time = module.load_model, threading.Lock()
+    load, one_at_a_time = opening.load_model, threading.Lock()
 
     def load_alone(*args: Any, **kwargs: Any) -> Any:
         with one_at_a_time:
             return load(*args, **kwargs)
 
-    monkeypatch.setattr(module, "load_model", load_alone)
+    monkeypatch.setattr(opening, "load_model", load_alone)
     barrier, found = threading.Barrier(count, timeout=60), {}
 
     def work(index: int) -> None:

@@ -21,10 +21,10 @@ from mpo.common.fonts import drawable, families_for
 from mpo.errors import ConfigError, StorageError
 from mpo.hidden_space import pictures
 from mpo.hidden_space.compare import LanguageTexts, Settings
-from mpo.hidden_space.embed import EmbeddingSettings, ReadingSettings
 from mpo.hidden_space.pictures import draw_all
 from mpo.hidden_space.recipe import AnalysisRecipe, load_analysis_recipe
 from mpo.hidden_space.results import HiddenSpace
+from mpo.hidden_space.settings import EmbeddingSettings, ReadingSettings
 from mpo.hidden_space.store import EmbeddingStore
 from mpo.hidden_space.texts import TextSource
 from mpo.jobs import hidden_space as module
@@ -202,20 +202,21 @@ def test_the_embed_command_writes_a_store(place: Path, capsys: pytest.CaptureFix
 def test_wrong_words_end_with_a_message(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(place / "recipe.yaml")
     for words, message in (
-        (["--resample", "5"], "Did you mean `resamples`"),
+        (["--resample", "5"], "the nearest is `resamples`"),
         (["--languages", "de"], "no such file"),
         (["--source_language", "fr"], "source language 'fr'"),
         (["--shown_layer", "9"], "shown_layer"),
         (["--layers", "9"], "`layers` holds '9'"),
         (["--models.0.adapter", "nowhere/at/all"], "no model folder"),
         (["--folds", "one"], "expected a whole number"),
-        (["oops"], "no setting"),
-        (["--out"], "has no value"),
+        (["oops"], "'oops' stands alone"),
+        (["--out"], "`--out` needs a value"),
+        (["--folds", "one", "--resample", "5"], "2 settings are wrong"),
     ):
         assert main(["analyze", "hidden-space", recipe, *words]) == 2
         assert message in capsys.readouterr().err
     assert main(["analyze", "hidden-space", str(place / "missing.yaml")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "There is no recipe" in capsys.readouterr().err
 
 
 # ---- Recipes -----------------------------------------------------------------------------------------------------
@@ -254,6 +255,15 @@ def test_values_take_the_type_of_their_key(tmp_path: Path) -> None:
     assert recipe.layers == ("1", "norm") and recipe.confidence == 0.9 and recipe.data.limit == 5
 
 
+def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None:
+    text = MINIMAL + "chat_template_kwargs: {enable_thinking: false, tone: plain}\n"
+    recipe = load_analysis_recipe(written(tmp_path, text), ["--chat_template_kwargs.budget", "3"])
+    expected = {"enable_thinking": False, "tone": "plain", "budget": 3}
+    assert recipe.chat_template_kwargs == recipe.embedding.chat_template_kwargs == expected
+    with pytest.raises(ConfigError, match="chat_template_kwargs"):
+        load_analysis_recipe(written(tmp_path, MINIMAL + "chat_template_kwargs: off\n"))
+
+
 def test_settings_and_their_defaults_have_one_source(tmp_path: Path) -> None:
     recipe = load_analysis_recipe(written(tmp_path, MINIMAL))
     assert recipe.embedding == EmbeddingSettings()
@@ -274,16 +284,57 @@ def test_settings_and_their_defaults_have_one_source(tmp_path: Path) -> None:
         ("pooling: first", "`pooling` is"),
         ("template: plain", "`template` is"),
         ("out: runs/b", "set twice"),
-        ("colour: red", "unknown key `colour`"),
+        ("colour: red", "line 6: `colour` is not a key of an analysis"),
         ("folds: [1, 2]", "expected one value"),
         ("trust_remote_code: perhaps", "true or false"),
-        ("models: [", "no valid YAML"),
+        ("models: [", "line 6, column 10: this is not valid YAML"),
         ("confidence: 2", "confidence"),
     ],
 )
 def test_a_faulty_recipe_is_refused_with_the_reason(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_analysis_recipe(written(tmp_path, MINIMAL + change))
+
+
+TOKEN = "hf_" + "a1B2" * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (f"dtype: {TOKEN}", []),
+        ("hub_token: 0123456789", []),
+        (f"embeddings: https://user:{TOKEN}@example.org/x", []),
+        ("", ["--out", TOKEN]),
+        ("", ["--models.0.aligned_revision", TOKEN]),
+        ("", ["--data.api_key", "0123456789"]),
+        ("", ["--data.text", "a", TOKEN]),
+    ],
+)
+def test_a_secret_in_an_analysis_is_refused_as_everywhere(
+    tmp_path: Path, change: str, words: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="environment variable") as caught:
+        load_analysis_recipe(written(tmp_path, MINIMAL + change), words)
+    assert TOKEN not in str(caught.value) and "0123456789" not in str(caught.value)
+
+
+def test_all_mistakes_of_an_analysis_are_reported_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, MINIMAL + "folds: one\ncolor: red\n")
+    with pytest.raises(ConfigError) as caught:
+        load_analysis_recipe(path, ["--models.0.algined", "x", "--data.limit", "0"])
+    said = str(caught.value).splitlines()
+    assert said[0] == "4 settings are wrong:" and f"{path}, line 6: `folds` is 'one'" in str(caught.value)
+
+
+def test_models_and_folders_may_lie_beside_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "some" / "model").mkdir(parents=True)
+    recipe = load_analysis_recipe(written(tmp_path / "there", MINIMAL))
+    assert recipe.models[0].aligned == str(tmp_path / "there" / "some" / "model")
+    assert recipe.out == "runs/a"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +345,7 @@ def test_a_faulty_recipe_is_refused_with_the_reason(tmp_path: Path, change: str,
         ("{name: a, adapter: c}", "needs its base model"),
         ("{name: ../a, aligned: b}", "file names"),
         ("{name: a, aligned: b}, {name: a, aligned: c}", "each once"),
-        ("{aligned: b}", "`name` is missing"),
+        ("{aligned: b}", "`models.0` needs `name`"),
     ],
 )
 def test_models_must_make_sense(tmp_path: Path, model: str, message: str) -> None:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import Linear
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from mpo.errors import ConfigError, ModelError, StorageError
 from mpo.jobs.merge import merge_adapter
-from tests.tiny import build_tokenizer, save_tiny
+from mpo.modeling import opening
+from tests.tiny import build_model, build_tokenizer, save_tiny
 
 FAMILIES = ("llama", "gemma2", "qwen2")
 
@@ -56,6 +61,125 @@ def test_the_merged_model_computes_what_the_adapter_computes(
     merged = logits(AutoModelForCausalLM.from_pretrained(out))
     assert (expected - plain).abs().max() > 1e-2
     assert (merged - expected).norm() < 1e-5 * expected.norm()
+
+
+def draw_adapter(model: Path, folder: Path, **options: Any) -> Path:
+    """An adapter every part of which does something."""
+    torch.manual_seed(0)
+    config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **options})
+    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    policy.save_pretrained(folder)
+    return folder
+
+
+KINDS: list[dict[str, Any]] = [
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["lm_head", "q_proj"]},
+    {"target_modules": ["embed_tokens", "lm_head"]},
+    {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"], "target_modules": ["lm_head"]},
+    {"trainable_token_indices": [7, 300]},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_embedding_or_head_is_folded_into_that_one_alone(
+    kind: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    model = save_tiny("llama", tmp_path / "model", tie=tied)
+    adapter = draw_adapter(model, tmp_path / "adapter", **kind)
+    with torch.no_grad():
+        expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter))
+    out = merge_adapter(adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert (logits(merged) - expected).norm() < 1e-5 * expected.norm()
+    assert (logits(AutoModelForCausalLM.from_pretrained(model)) - expected).norm() > 1e-2 * expected.norm()
+    # Other libraries tie by this setting alone.
+    one = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert (
+        json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+        == one
+        == merged.config.tie_word_embeddings
+    )
+    stored = load_file(out / "model.safetensors")
+    assert ("lm_head.weight" in stored) != one
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("damage", ["a module is not folded in", "a file is not what was saved"])
+def test_a_result_that_computes_something_else_stops_with_nothing_left_behind(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, dtype: str
+) -> None:
+    adapter = save_adapter(models["llama"], tmp_path / "adapter")
+    if damage == "a module is not folded in":
+        merge = Linear.merge
+        seen: list[Linear] = []
+
+        def all_but_one(self: Linear, *args: Any, **kwargs: Any) -> None:
+            seen.append(self)
+            if len(seen) != 3:
+                merge(self, *args, **kwargs)
+
+        monkeypatch.setattr(Linear, "merge", all_but_one)
+    else:
+        save = PreTrainedModel.save_pretrained
+
+        def damaged(self: Any, folder: Path, *args: Any, **kwargs: Any) -> None:
+            save(self, folder, *args, **kwargs)
+            tensors = load_file(Path(folder) / "model.safetensors")
+            tensors["model.layers.0.mlp.up_proj.weight"] *= 1.05
+            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
+    with pytest.raises(ModelError, match=r"logits that differ by [\d.]+% from its own"):
+        merge_adapter(adapter, tmp_path / "merged", dtype=dtype)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+def test_rounding_to_the_saved_type_is_no_difference(models: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(models["gemma2"], tmp_path / "adapter")
+    for dtype in ("bfloat16", "float16"):
+        out = merge_adapter(adapter, tmp_path / dtype, dtype=dtype)
+        assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+
+
+def test_an_adapter_that_cannot_be_folded_in_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(build_model("llama"), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ModelError, match="cannot be folded into weights"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(models["llama"]))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_another_base_is_refused_unless_it_is_named_and_named_then(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(models["llama"], tmp_path / "base"))
+    adapter = save_adapter(base, tmp_path / "adapter")
+    recorded = {"base_model_weights": opening.folder_content(str(base))}
+    (adapter / "provenance.json").write_text(json.dumps(recorded))
+    assert merge_adapter(adapter, tmp_path / "as it was").is_dir()
+    save_tiny("llama", base, seed=1)
+    with pytest.raises(
+        ModelError, match=rf"{adapter} was trained on {base}, whose weights have changed since.*`--base`"
+    ):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    said: list[str] = []
+    monkeypatch.setattr(opening.logger, "warning_once", said.append)
+    merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    other = save_tiny("llama", tmp_path / "other", seed=2)
+    merge_adapter(adapter, tmp_path / "elsewhere", base=str(other))
+    merge_adapter(adapter, tmp_path / "at home", base=str(models["llama"]))
+    assert len(said) == 2 and "have changed since" in said[0]
+    assert f"was trained on {base} and is put on another model, {other}" in said[1]
 
 
 def test_the_merged_folder_is_whole(models: dict[str, Path], tmp_path: Path) -> None:

@@ -58,9 +58,10 @@ def _settings(place: Path, **changes: Any) -> dict[str, Any]:
 
 def _recipe(place: Path, **changes: Any) -> str:
     file = place / "suite.yaml"
-    file.write_text(
-        yaml.safe_dump(_settings(place, **changes), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    settings = json.loads(
+        json.dumps(_settings(place, **changes))
+    )  # nothing shared, which YAML would refer to
+    file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return str(file)
 
 
@@ -143,6 +144,10 @@ def test_a_second_run_measures_nothing_and_a_dry_run_says_so(
             {"models": _models(device=None)},
             {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
         ),
+        (
+            {"models": _models(chat_template_kwargs={"enable_thinking": False})},
+            {"perplexity", "reward_gap", "attack/unsafe", "over_refusal/harmless"},
+        ),
         ({"models": _models(batch_size=5)}, {"attack/unsafe", "over_refusal/harmless"}),
         ({"attack": {"unsafe": _PROMPTS | {"template": "Now: {prompt}"}}}, {"attack/unsafe"}),
         ({"attack": {"unsafe": _PROMPTS | {"system_prompt": "Be kind."}}}, {"attack/unsafe"}),
@@ -188,6 +193,20 @@ def test_a_changed_file_or_adapter_is_noticed_whatever_it_is_called(
     weights.write_bytes(old)
     states = _states(capsys.readouterr().out)
     assert all((state == "to do") == name.startswith("tuned/") for name, state in states.items())
+    settings = place / "adapter" / "adapter_config.json"
+    old_settings = settings.read_text()
+    for anew, changes in (
+        (True, {"lora_alpha": 64}),
+        (True, {"use_rslora": True}),
+        (False, {"peft_version": "0"}),
+    ):
+        settings.write_text(json.dumps({**json.loads(old_settings), **changes}))
+        assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0
+        states = _states(capsys.readouterr().out)
+        assert {n.partition("/")[0] for n, s in states.items() if s == "to do"} == (
+            {"tuned"} if anew else set()
+        )
+    settings.write_text(old_settings)
     result = first_run / "base" / "attack" / "unsafe" / "result.json"
     result.rename(place / "elsewhere.json")
     assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0
@@ -422,6 +441,18 @@ def test_a_mistake_is_an_error_with_its_line_and_the_nearest_key(
     assert said in str(caught.value) and str(file) in str(caught.value)
 
 
+def test_arguments_of_a_models_chat_template_keep_their_types(tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "models:\n  a:\n    model: m\n    chat_template_kwargs: {enable_thinking: false, budget: 3, tone: plain}\n"
+        "  b: {model: m, chat_template_kwargs: {}}\n  c: {model: m}\nutility: {}\n",
+        encoding="utf-8",
+    )
+    models = load_suite(file).models
+    assert models["a"].chat_template_kwargs == {"enable_thinking": False, "budget": 3, "tone": "plain"}
+    assert models["b"].chat_template_kwargs == {} and models["c"].chat_template_kwargs is None
+
+
 def test_a_single_prompt_set_may_be_written_without_a_list_and_a_section_switched_off(tmp_path: Path) -> None:
     file = tmp_path / "suite.yaml"
     file.write_text(
@@ -433,6 +464,72 @@ def test_a_single_prompt_set_may_be_written_without_a_list_and_a_section_switche
     assert recipe.attack["b"].prompts == ["multijail"] and recipe.second_judge is None
     assert recipe.judge.request == {"temperature": None, "n": 1}
     assert recipe.out == "runs/suite"
+
+
+def test_every_key_can_be_changed_behind_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "models: {a.b: {model: m}, c: {model: n}}\nattack: {s: {prompts: [p, q]}}\nsecond_judge: {}\nout: x\n"
+    )
+    words = ["--models.a.b.dtype", "bfloat16", "--models.new.model=o", "--generation.max_new_tokens", "32"]
+    words += [
+        "--attack.s.languages",
+        "en",
+        "sw",
+        "--attack.s.prompts.1",
+        "r",
+        "--second_judge",
+        "null",
+        "--out",
+        "y",
+    ]
+    recipe = load_suite(file, [*words, "--models.c.trust_remote_code"])
+    assert recipe.models["a.b"].dtype == "bfloat16" and recipe.models["new"].model == "o"
+    assert recipe.models["c"].trust_remote_code and recipe.generation.max_new_tokens == 32
+    assert recipe.attack["s"].prompts == ["p", "r"] and recipe.attack["s"].languages == ["en", "sw"]
+    assert recipe.second_judge is None and recipe.out == "y"
+
+
+def test_words_behind_the_recipe_reach_the_suite(
+    place: Path, first_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _recipe(place)
+    for words in (
+        ["evaluate", "suite", recipe, "--generation.max_new_tokens", "6", "--dry_run"],
+        ["evaluate", "suite", "--dry_run", recipe, "--generation.max_new_tokens=6"],
+        ["evaluate", "suite", recipe, "--dry-run", "true", "--generation.max_new_tokens", "6"],
+    ):
+        assert main(words) == 0
+        states = _states(capsys.readouterr().out)
+        assert {name.partition("/")[2] for name, state in states.items() if state == "to do"} == {
+            "attack/unsafe",
+            "over_refusal/harmless",
+        }
+    for words in (
+        ["evaluate", "suite", "--out", str(place / "new"), recipe, "--dry_run"],
+        ["evaluate", "suite", recipe, "--out", str(place / "new"), "--dry_run"],
+    ):
+        assert main(words) == 0
+        assert set(_states(capsys.readouterr().out).values()) == {"to do"}
+    assert not (place / "new").exists()
+
+
+def test_all_mistakes_of_a_suite_are_reported_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(
+        "models:\n  a: {modle: m}\n  b:\n    model: m\n    batch_size: many\n"
+        "judge: {name: oracle}\nconfidance: 0.9\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_suite(file, ["--generation.max_new_tokens", "0"])
+    assert str(caught.value).splitlines() == [
+        "5 settings are wrong:",
+        f"  {file}, line 2: `models.a.modle` is not a key of a suite; the nearest is `models.a.model`.",
+        f"  {file}, line 5: `models.b.batch_size` is 'many'; expected a whole number.",
+        f"  {file}, line 6: `judge`: judge: expected refusal-phrases, llm, guard, got 'oracle'.",
+        f"  {file}, line 7: `confidance` is not a key of a suite; the nearest is `confidence`.",
+        "  command line: `generation`: max_new_tokens: expected at least 1, got 0.",
+    ]
 
 
 @pytest.mark.parametrize("name", ["demo", "paper"])

@@ -29,11 +29,13 @@ from mpo.errors import (
 from mpo.evaluation import summarize
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight.folder import disk_space
 from mpo.jobs.train import _explaining, _placement, train
+from mpo.modeling.identity import fingerprint_folder
 from mpo.training.checkpoints import mark_complete
 from mpo.training.recipe import Recipe, load_recipe
 from mpo.training.trainer import MPOTrainer
-from tests.tiny import random_groups, save_tiny
+from tests.tiny import build_tokenizer, random_groups, save_tiny
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3}
 
@@ -84,7 +86,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr("mpo.training.policy.load_model", refuse)
+    monkeypatch.setattr("mpo.modeling.opening.load_model", refuse)
     monkeypatch.setattr("trl.trainer.utils.create_model_from_path", refuse)
 
 
@@ -143,9 +145,7 @@ def test_a_disk_that_is_too_small_is_refused_with_the_numbers(
 def test_the_disk_estimate_covers_what_a_run_writes(make, tmp_path: Path) -> None:
     recipe = make(save_strategy="steps", save_steps=1)
     plan = make_plan(recipe)
-    from mpo.jobs.preflight import _checkpoint_sizes
-
-    estimate = _checkpoint_sizes(plan)
+    estimate = disk_space(plan)
     train(recipe)
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size
     checkpoint = sum(
@@ -205,7 +205,7 @@ def test_adapter_modules_that_do_not_exist_are_named_with_those_that_do(make, no
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
-    for module in ("mpo.jobs.preflight", "mpo.training.compute"):
+    for module in ("mpo.jobs.preflight", "mpo.jobs.preflight.packages", "mpo.training.compute"):
         monkeypatch.setattr(f"{module}.is_installed", answer)
 
 
@@ -456,6 +456,71 @@ def test_the_numbers_of_a_run_are_those_of_the_evaluation_command(
         abs(metrics["after"]["targets"][code]["gap"] - metrics["before"]["targets"][code]["gap"]) > 1e-3
         for code in metrics["after"]["targets"]
     )
+
+
+@pytest.fixture
+def own_template(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run with a chat template of its own, and an argument of it that its models were not told to have."""
+    file = tmp_path / "template.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}{% if quiet %}, quietly{% endif %}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant{% if quiet %}, quietly{% endif %}] {% endif %}"
+    )
+    return {"chat_template": str(file), "chat_template_kwargs": {"quiet": True}}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapter", "whole model"])
+def test_what_was_trained_with_a_template_of_its_own_is_measured_with_it(
+    make, models: dict[str, Path], own_template: dict[str, Any], tmp_path: Path, whole: bool
+) -> None:
+    out = train(make(max_steps=4, **own_template, **({"learning_rate": 2e-3} if whole else LORA)))
+    held_out = make_plan(make(output_dir=str(tmp_path / "other"))).held_out
+    assert held_out is not None
+    rows = [json.dumps({"source": row["source"], "targets": row["targets"]}) for row in held_out]
+    (tmp_path / "held.jsonl").write_text("\n".join(rows))
+
+    def measure(**settings: Any) -> dict[str, float]:
+        model = {"model": str(out)} if whole else {"model": str(models["llama"]), "adapter": str(out)}
+        found = measure_reward_gap(str(tmp_path / "held.jsonl"), max_length=128, **model, **settings)
+        return {row.language: row.gap for row in getattr(found, "after", found).targets}
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    trained = {code: row["gap"] for code, row in metrics["after"]["targets"].items()}
+    assert measure() == pytest.approx(trained, abs=1e-5)
+    assert measure(**own_template) == pytest.approx(trained, abs=1e-5)
+    for other in ({"chat_template_kwargs": {}}, {"chat_template": build_tokenizer("llama").chat_template}):
+        assert measure(**other) != pytest.approx(trained, abs=1e-3)
+
+
+def test_training_goes_on_with_the_template_of_the_adapter(
+    make, own_template: dict[str, Any], tmp_path: Path
+) -> None:
+    first = train(make(max_steps=1, output_dir=str(tmp_path / "first"), **own_template, **LORA))
+    more = {"use_peft": True, "adapter_name_or_path": str(first)}
+    plain = build_tokenizer("llama").chat_template
+    for name, settings, template, kwargs in (
+        ("second", {}, Path(own_template["chat_template"]).read_text(), {"quiet": True}),
+        ("third", {"chat_template": plain, "chat_template_kwargs": {}}, plain, {}),
+    ):
+        out = train(make(max_steps=1, output_dir=str(tmp_path / name), **more, **settings))
+        assert AutoTokenizer.from_pretrained(out).chat_template == template
+        assert load_recipe(out / "recipe.yaml").training.chat_template_kwargs == kwargs
+
+
+def test_a_run_records_its_base_and_going_on_from_another_is_said(
+    make, models: dict[str, Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(models["llama"], tmp_path / "base"))
+    first = train(make(model_name_or_path=str(base), output_dir=str(tmp_path / "first"), **LORA))
+    recorded = json.loads((first / "provenance.json").read_text())["base_model_weights"]
+    assert recorded == fingerprint_folder(models["llama"])
+    more = {"use_peft": True, "adapter_name_or_path": str(first)}
+    assert not any("was trained on" in note for note in make_plan(make(**more)).notes)
+    save_tiny("llama", base, seed=1)
+    (note,) = (
+        n for n in make_plan(make(model_name_or_path=str(base), **more)).notes if "was trained on" in n
+    )
+    assert f"The adapter {first} was trained on {base}, whose weights have changed since" in note
 
 
 def test_a_full_fine_tuning_run_leaves_a_whole_model(make, models: dict[str, Path]) -> None:

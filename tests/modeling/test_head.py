@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -20,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mpo.errors import ModelError
+from mpo.modeling.adapters import spare_input_copies
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.trees import Tree, build_batch
 from tests.plain import (
@@ -151,6 +156,59 @@ def test_the_lm_head_is_called_once_since_sharding_gathers_its_weights_around_th
     found = call(model, trees).response_logps
     assert events == ["gathered", "divided"]
     torch.testing.assert_close(found, call(expected, trees).response_logps)
+
+
+def emptied(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize("wrapped", ["not", "before", "after"])
+def test_a_copy_computes_with_its_own_weights(wrapped: str) -> None:
+    model: Any = build_model("llama")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(model) if wrapped == "before" else model
+    attach_reward_gap_head(model)
+    model = accelerator.prepare(model) if wrapped == "after" else model
+    ids = torch.arange(20, 32)[None]
+    trees = [Tree(*pair) for pair in draw(5, 2)]
+    with torch.no_grad():
+        logits, generated = (
+            model(input_ids=ids).logits,
+            model.generate(ids, max_new_tokens=4, do_sample=False),
+        )
+        scores = call(model, trees).response_logps
+        other = emptied(copy.deepcopy(model))
+        again = copy.deepcopy(other)
+        again.load_state_dict(model.state_dict())
+        for same in (model, again):  # a copy of a copy too
+            assert torch.equal(same(input_ids=ids).logits, logits)
+            assert torch.equal(same.generate(ids, max_new_tokens=4, do_sample=False), generated)
+            assert torch.equal(call(same, trees).response_logps, scores)
+        assert not other(input_ids=ids).logits.any()
+        assert other.generate(ids, max_new_tokens=4, do_sample=False)[0, 12:].tolist() == [0] * 4
+        # Every token has the same chance.
+        torch.testing.assert_close(
+            call(other, trees).response_logps, torch.full_like(scores, -math.log(512)), atol=1e-2, rtol=0
+        )
+
+
+def test_a_copy_of_an_adapted_model_computes_with_its_own_adapter() -> None:
+    bare = build_model("llama")
+    attach_reward_gap_head(bare)
+    model = get_peft_model(bare, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    spare_input_copies(model)
+    ids = torch.arange(20, 32)[None]
+    with torch.no_grad():
+        before, plain = model(input_ids=ids).logits, build_model("llama")(input_ids=ids).logits
+        other = copy.deepcopy(model)
+        for name, parameter in other.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        torch.testing.assert_close(other(input_ids=ids).logits, plain)
+        assert torch.equal(model(input_ids=ids).logits, before) and not torch.allclose(before, plain)
 
 
 def test_attaching_twice_does_nothing() -> None:

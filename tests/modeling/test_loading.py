@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from mpo.errors import ConfigError, ModelError
 from mpo.modeling.loading import (
@@ -193,6 +195,76 @@ def test_an_empty_model_stays_whole_under_zero3(saved: Path) -> None:
     empty = empty_model(load_config(source), source)
     assert is_deepspeed_zero3_enabled() and settings.is_zero3()
     assert all(p.is_meta and not hasattr(p, "ds_id") and p.numel() for p in empty.parameters())
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def add_tensors(folder: Path, *names: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, **{name: torch.ones(4) for name in names}}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 0}, r"18 tensors are of no use to it \(model\.layers\.0"),
+        ({"num_hidden_layers": 1}, r"9 tensors are of no use to it \(model\.layers\.1"),
+        ({"num_hidden_layers": 3}, r"9 tensors are missing \(model\.layers\.2"),
+        ({"attention_bias": True}, "8 tensors are missing"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "6 tensors are missing"),
+        ({"architectures": ["LlamaModel"]}, r"1 tensor is of no use to it \(lm_head\.weight\)"),
+    ],
+)
+def test_weights_that_do_not_fit_their_configuration_are_refused(
+    folder: Path, changes: dict[str, object], message: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSource(str(folder)))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_bias_that_the_configuration_does_not_know_is_refused(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(family, tmp_path / family)
+    add_tensors(folder, "model.layers.1.self_attn.o_proj.bias")
+    with pytest.raises(
+        ModelError, match=r"1 tensor is of no use to it \(model.layers.1.self_attn.o_proj.bias"
+    ):
+        load_model(ModelSource(str(folder)))
+
+
+def test_what_old_checkpoints_hold_and_no_library_reads_is_no_misfit(folder: Path, tmp_path: Path) -> None:
+    add_tensors(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    load_model(ModelSource(str(folder)))
+    tied = save_tiny("gemma2", tmp_path / "tied")
+    tensors = load_file(tied / "model.safetensors")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file({**tensors, **head}, tied / "model.safetensors")
+    load_model(ModelSource(str(tied)))
+    # DeepSeek's layers for predicting several tokens, which the class itself lists as not read.
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deepseek")
+    add_tensors(tmp_path / "deepseek", "model.layers.61.embed_tokens.weight")
+    load_model(ModelSource(str(tmp_path / "deepseek")))
+
+
+def test_scales_beside_quantised_weights_are_no_misfit_but_layers_without_a_place_are(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.modeling.loading.is_quantized", lambda config: True)
+    add_tensors(folder, "model.layers.0.mlp.up_proj.weight.absmax", "model.layers.0.mlp.up_proj.qzeros")
+    load_model(ModelSource(str(folder)))
+    edit_config(folder, num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"9 tensors are of no use to it \(model.layers.1"):
+        load_model(ModelSource(str(folder)))
 
 
 def test_a_loaded_model_has_the_type_and_attention_asked_for(saved: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,12 +11,29 @@ from peft import get_peft_model
 
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.masks import attention_mask
-from mpo.planning.activations import Layers, _spans, layer_peaks, mask_bytes
-from mpo.planning.live_memory import LiveMemory
+from mpo.planning.activations import Layers, LiveMemory, _spans, layer_peaks, mask_bytes
 from tests import runs
 from tests.tiny import build_model
 
 LAYERS = 5
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_count_while_they_live_and_views_do_not(device: str) -> None:
+    before = torch.zeros(1000, device=device)
+    with LiveMemory() as counter:
+        first = before + 1
+        view = first.view(10, 100)[2:]
+        assert counter.current == counter.peak == 4000
+        second = view * 2
+        assert counter.current == 4000 + 3200
+        del first, view
+        gc.collect()
+        assert counter.current == 3200
+        del second
+        gc.collect()
+        assert counter.current == 0
+        assert counter.peak == 7200
 
 
 def really_taken(family: str, how: Layers, rows: int, length: int, spans: tuple[int, ...]) -> tuple[int, int]:

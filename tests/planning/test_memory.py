@@ -1,51 +1,115 @@
-"""Memory of a training process."""
+"""What a step needs is counted as its tensors take it."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpo.planning.capacity import SHARDINGS, describe, memory
-from mpo.planning.memory import step_needs_checkpointing
+from benchmarks.plan_memory import Case, config, counted, measured
+from mpo.planning.known_models import shape_config
+from mpo.planning.memory import SHARDINGS, Memory, describe, memory, step_needs_checkpointing
 from mpo.training import activation_checkpointing
 from tests import runs
 from tests.tiny import build_model, random_groups, save_tiny
 
-_CHILD = """
-import resource, sys
-import torch
-from mpo.planning.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
-def step():
-    return [torch.ones(1 << 24) for _ in range(2)]  # larger than what glibc keeps by itself
-step()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-# The least of several steps: the first ones fill the heap, and a system short of memory may take pages away at any time.
-print(min(faults() for _ in range(8)))
-"""
+BY_NAME = {sharding.name: sharding for sharding in SHARDINGS}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is on Linux only")
-def test_memory_freed_by_a_step_is_taken_again_without_new_page_faults() -> None:
-    def faults(mode: str) -> int:
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD, mode], capture_output=True, text=True, check=True
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("attention", ["tree", "eager"])
+def test_the_count_is_within_5_percent_of_the_tensors_of_a_real_step(
+    adapter: bool, recomputed: bool, half: bool, attention: str
+) -> None:
+    model = config(hidden=128, layers=4, vocab=1024)
+    case = Case(adapter, recomputed, length=512, trees=2, attention=attention, half=half)
+    assert counted(model, case).tensors == pytest.approx(measured(model, case), rel=0.05)
+
+
+def test_bounded_scores_are_kept_and_plain_ones_are_not() -> None:
+    config_ = shape_config("gemma-2-9b")
+    config_.num_hidden_layers = 4
+    config_.layer_types = ["full_attention"] * 4
+
+    def activations(tree_tokens: int) -> float:
+        described = describe(
+            config_, adapter=None, attention="tree", checkpointing=False, tree_tokens=tree_tokens
         )
-        return int(child.stdout)
+        return memory(described, BY_NAME["one GPU"], 1, 4096, 4096).activations
 
-    assert faults("keep") < 1000 < faults("return")
+    capped = activations(1024) - activations(512)
+    config_.attn_logit_softcapping = None
+    assert abs(activations(1024) - activations(512)) < 0.01 * capped
 
 
-# ---- What a step needs -------------------------------------------------------------------------------------------
+def test_sixteen_bytes_per_weight_are_divided_as_each_sharding_divides_them() -> None:
+    training = describe(shape_config("llama-3.1-8b"))
+    parameters, gpus = 8_030_261_248, 8
+
+    def state(name: str) -> tuple[float, float, float]:
+        found = memory(training, BY_NAME[name], gpus, 1024, 1024)
+        return found.weights, found.gradients, found.optimizer
+
+    assert state("DDP") == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert state("ZeRO-1") == (2 * parameters, 2 * parameters, 12 * parameters / gpus)
+    assert state("ZeRO-2") == (2 * parameters, 2 * parameters / gpus, 12 * parameters / gpus)
+    assert state("ZeRO-3") == (2 * parameters / gpus, 2 * parameters / gpus, 12 * parameters / gpus)
+    assert state("FSDP2") == (4 * parameters / gpus, 4 * parameters / gpus, 8 * parameters / gpus)
+    for name in ("FSDP2 offload", "ZeRO-3 offload"):
+        assert state(name) == (0, 0, 0)
+        assert memory(training, BY_NAME[name], gpus, 1024, 1024).main_memory == 16 * parameters / gpus
+    assert memory(training, BY_NAME["ZeRO-3"], gpus, 1024, 1024).main_memory == 0
+
+
+def test_a_frozen_base_is_held_as_it_is_stored_and_an_adapter_in_float32() -> None:
+    adapter = runs.lora(r=4)
+    parameters, outside_layers = 8_030_261_248, 2 * 128256 * 4096 + 4096
+    for bits, base in (
+        (16, 2 * parameters),
+        (4, (parameters - outside_layers) * 4.125 / 8 + 2 * outside_layers),
+    ):
+        training = describe(shape_config("llama-3.1-8b"), adapter=adapter, bits=bits)
+        found = memory(training, BY_NAME["DDP"], 8, 1024, 1024, adapter)
+        assert found.weights == base + 4 * training.trained
+        assert (found.gradients, found.optimizer) == (4 * training.trained, 8 * training.trained)
+
+
+def test_the_peak_is_the_largest_of_what_is_not_held_at_once() -> None:
+    held = Memory(
+        weights=1,
+        gradients=16,
+        optimizer=2,
+        buffers=4,
+        forward=10,
+        activations=8,
+        layer=3,
+        lm_head=5,
+        reference=0,
+        main_memory=1000,
+    )
+    # Gradients take the place of activations; those of an earlier micro-batch are there already.
+    assert held.tensors == 1 + 2 + 4 + 16
+    assert replace(held, gradients=12).tensors == 1 + 2 + 4 + 8 + 5
+    assert replace(held, accumulates=True).tensors == 1 + 2 + 4 + 8 + 5 + 16
+    # Casts of all weights may be there in the forward pass and gone in the other.
+    assert replace(held, forward=40).tensors == 1 + 2 + 4 + 40
+    # Before the first step there are neither gradients nor optimizer states.
+    assert replace(held, reference=100).tensors == 1 + 4 + 100
+    assert held.total == (23 + 2.5e9) / 0.95
+
+
+def test_a_row_has_room_for_a_tree() -> None:
+    training = describe(shape_config("llama-3.2-1b"), tree_tokens=700)
+    sharding = BY_NAME["one GPU"]
+    assert memory(training, sharding, 1, 2100, 512) == memory(training, sharding, 1, 2100, 700)
+
+
+# ---- Whether to recompute activations ----------------------------------------------------------------------------------
 
 
 def test_recomputing_is_asked_for_exactly_where_the_plan_exceeds_the_device() -> None:

@@ -34,7 +34,11 @@ class Settings(MPOConfig):
     distributed_state = None
 
 
-@pytest.fixture(scope="module", params=[(f, lora) for f in ("llama", "gemma2", "qwen2") for lora in (False, True)], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[(f, lora) for f in ("llama", "gemma2", "qwen2") for lora in (False, True)],
+    ids=str,
+)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A policy that has moved away from its reference, on ragged groups; its objective is chosen by :func:`choose`."""
     family, lora = request.param
@@ -51,7 +55,7 @@ def choose(bench: Bench, **settings: Any) -> MPOConfig:
     trainer.data_collator = replace(
         trainer.data_collator, trained=Trained.by(args), run_source=args.holds_sources
     )
-    trainer._language_metrics = LanguageMetrics(
+    trainer._metrics_per_language = LanguageMetrics(
         trainer.languages, beta=1.0, objectives=args.objectives, dtype=torch.float64
     )
     return args
@@ -86,7 +90,10 @@ def assert_same_step(bench: Bench, loss: Tensor, tolerance: float = TOLERANCE) -
 def dpo_loss(bench: Bench, args: MPOConfig, pairs: Sequence[Ids]) -> Tensor:
     """What TRL's trainer computes of these pairs, with the model and the reference of the bench."""
     trainer = bench.trainer
-    trainer.loss_types, trainer.loss_weights = args.loss_type, args.loss_weights or [1.0] * len(args.loss_type)
+    trainer.loss_types, trainer.loss_weights = (
+        args.loss_type,
+        args.loss_weights or [1.0] * len(args.loss_type),
+    )
     for name in ("beta", "ld_alpha", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"):
         setattr(trainer, name, getattr(args, name))
     trainer.precompute_ref_logps = False
@@ -198,9 +205,7 @@ def test_simpo_and_cpo_are_those_of_trl(bench: Bench, settings: dict[str, Any]) 
     assert_same_step(bench, loss)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"beta": 0.7, "train_on": "both"}, {"train_on": "source"}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.7, "train_on": "both"}, {"train_on": "source"}], ids=str)
 def test_orpo_is_that_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
     args = choose(bench, loss_type="orpo", **settings)
     loss = reference_free_loss(bench, ORPOTrainer, trained_pairs(bench, args.train_on), beta=args.beta)

@@ -144,6 +144,47 @@ def test_a_key_that_is_set_twice_is_an_error(load) -> None:
         load("language_weights:\n  bn: 1\n  bn: 2\n")
 
 
+def test_all_wrong_keys_and_values_are_reported_at_once(load) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(
+            "betta: 1\nlearning_rate: fast\nlanguage_weights:\n  bn: 1\n  sw: x\n",
+            "--lr",
+            "1",
+            "--max_steps",
+            "x",
+        )
+    head, *lines = str(caught.value).splitlines()
+    assert head == "5 settings are wrong:"
+    for line, said in zip(
+        lines,
+        (
+            "line 4: `betta` is not a key",
+            "line 5: `learning_rate` is 'fast'",
+            "line 8: `language_weights` is",
+            "command line: `lr` is not a key of a recipe; use `learning_rate`.",
+            "command line: `max_steps` is 'x'",
+        ),
+        strict=True,
+    ):
+        assert said in line
+
+
+def test_settings_that_are_refused_or_contradict_each_other_are_reported_together(load) -> None:
+    with pytest.raises(ConfigError, match=r"2 settings are wrong") as caught:
+        load("beta: -1\nheld_out: 2.5\n")
+    assert "line 4: `beta` is -1.0" in str(caught.value) and "line 5: `held_out` is 2.5" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"2 settings are wrong") as caught:
+        load("lora_r: 8\neval_strategy: epoch\nheld_out: 0\n")
+    assert "line 4: `lora_r` is set" in str(caught.value) and "line 5: `eval_strategy`" in str(caught.value)
+
+
+def test_a_wrong_value_that_is_a_secret_is_not_repeated(load) -> None:
+    for text, words in ((f"learning_rate: {TOKEN}\n", []), ("", ["--beta", TOKEN]), ("", [TOKEN])):
+        with pytest.raises(ConfigError) as caught:
+            load(text, *words)
+        assert TOKEN not in str(caught.value)
+
+
 # --------------------------------------------------------------------------------------------------------- YAML errors
 
 
@@ -321,6 +362,14 @@ def test_a_resolved_recipe_is_read_back_to_the_same_settings(
         k: v for k, v in after.items() if k not in ignored
     }
     assert before["run_name"] == name and before["learning_rate"] == rate
+
+
+def test_what_was_changed_after_loading_is_written(load) -> None:
+    recipe = load("use_peft: true\n")
+    before = recipe.to_dict()
+    changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="float32"))
+    changed.training.max_grad_norm = 0.5
+    assert changed.to_dict() == before | {"dtype": "float32", "max_grad_norm": 0.5}
 
 
 def test_writing_a_recipe_leaves_the_process_group_and_its_engine_alone(

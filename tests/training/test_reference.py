@@ -705,6 +705,18 @@ def test_adapters_to_go_on_from_are_told_apart(tmp_path: Path) -> None:
         assert look_up(model, tmp_path, processing_class=build_tokenizer("llama")) == number
 
 
+@pytest.mark.parametrize(
+    "settings", [{"lora_alpha": 64}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}]
+)
+def test_adapters_of_the_same_tensors_that_compute_something_else_are_told_apart(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    for number, more in enumerate(({}, settings), start=1):
+        torch.manual_seed(0)
+        model = get_peft_model(build_model("llama"), runs.lora(init_lora_weights=False, **more))
+        assert look_up(model, tmp_path, processing_class=build_tokenizer("llama")) == number
+
+
 def test_an_adapter_that_starts_from_noise_is_neither_its_base_nor_other_noise(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -7,20 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
     TokenBudgetSampler,
-    group_tokens,
     language_weights,
-    longest_tree,
 )
 
 epochs = st.integers(0, 5)
@@ -199,49 +195,6 @@ def test_by_tokens_nothing_is_kept_per_group_but_arrays() -> None:
     assert all(not isinstance(value, (list, tuple, dict, set)) for value in vars(sampler).values())
     arrays = [value for value in vars(sampler).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) <= 5000 * 40
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["tree", "padded"]), st.booleans())
-def test_the_tokens_of_a_group_are_those_that_are_run(
-    seed: int, run_source: bool, layout: str, select: bool
-) -> None:
-    rng = np.random.default_rng(seed)
-
-    def part() -> list[int]:
-        return list(range(rng.integers(1, 9)))
-
-    rows = []
-    for _ in range(int(rng.integers(1, 30))):
-        row: dict[str, Any] = {f"source_{name}": part() for name in ("prompt", "chosen", "rejected")}
-        targets = int(rng.integers(1, 4))
-        for name in ("prompt", "chosen", "rejected"):
-            row[f"target_{name}"] = [part() for _ in range(targets)]
-        row |= {"target_language": ["bn"] * targets, "row": [0] * targets, "origin": "x", "errors": []}
-        rows.append(row)
-    dataset = Dataset.from_list(rows, features=TOKENIZED_FEATURES)
-    if select:
-        places = rng.permutation(len(rows))[: max(1, len(rows) // 2)]
-        dataset, rows = dataset.select(places), [rows[i] for i in places]
-    expected = []
-    for row in rows:
-        pairs = list(zip(row["target_prompt"], row["target_chosen"], row["target_rejected"], strict=True))
-        if run_source:
-            pairs.append((row["source_prompt"], row["source_chosen"], row["source_rejected"]))
-        copies = 1 if layout == "tree" else 2
-        expected.append(sum(copies * len(p) + len(c) + len(r) for p, c, r in pairs))
-    assert group_tokens(dataset, run_source=run_source, layout=layout).tolist() == expected
-    trees = [
-        len(p) + len(c) + len(r)
-        for row in rows
-        for p, c, r in zip(
-            [row["source_prompt"], *row["target_prompt"]],
-            [row["source_chosen"], *row["target_chosen"]],
-            [row["source_rejected"], *row["target_rejected"]],
-            strict=True,
-        )
-    ]
-    assert longest_tree(dataset) == max(trees)
 
 
 # ---- Weights -----------------------------------------------------------------------------------------------

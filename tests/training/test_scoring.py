@@ -19,6 +19,7 @@ from mpo import MPOConfig, MPOTrainer
 from mpo.data import as_groups
 from mpo.errors import DataError, MPOError
 from mpo.modeling.likelihoods import perplexity
+from mpo.modeling.pairs import PairTensors
 from mpo.training.ranks import SingleRank
 from mpo.training.records import PairScore, Scores
 from mpo.training.scoring import score_dataset, score_groups
@@ -449,3 +450,10 @@ def test_the_perplexity_of_a_peft_model_is_that_with_its_adapter() -> None:
 def test_texts_of_one_token_have_no_perplexity() -> None:
     with pytest.raises(DataError, match="nothing to predict"):
         perplexity(build_model("qwen2"), build_tokenizer("qwen2"), ["a", ""])
+
+
+def test_the_documented_names_are_found_where_they_are_documented() -> None:
+    import mpo.scoring as documented
+
+    assert documented.score_groups is score_groups and documented.perplexity is perplexity
+    assert documented.PairTensors is PairTensors and documented.PairScore is PairScore

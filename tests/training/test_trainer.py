@@ -3,87 +3,48 @@
 from __future__ import annotations
 
 import copy
-import gc
-import importlib.util
 import inspect
 import json
 import logging
 import math
-import random
-import shutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import (
     PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
     get_peft_model,
 )
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     TrainerCallback,
 )
-from trl import DPOConfig
 
 from mpo.data import as_groups
 from mpo.errors import (
     ConfigError,
     DataError,
-    DependencyError,
-    ModelError,
     MPOError,
-    StorageError,
-    TrainingError,
 )
 from mpo.modeling.loss import reward_gap
 from mpo.modeling.pairs import PairTensors
-from mpo.training import reference_policy
 from mpo.training import trainer as trainer_module
-from mpo.training.checkpoints import checkpoints, is_complete, last_complete_checkpoint
 from mpo.training.scoring import score_groups
 from mpo.training.sharding import tokens_per_call
 from mpo.training.trainer import MPOTrainer
 from tests import runs
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
 
-
-@pytest.fixture(autouse=True)
-def accelerator_of_its_own() -> None:
-    """Mixed precision and compilation are settings of the process; each test here starts as a process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    return random_groups(0, 4, (1, 3), words=(1, 4))
-
-
-@pytest.fixture(scope="module")
-def held_out() -> list[dict[str, Any]]:
-    return random_groups(1, 3, (1, 3), words=(1, 4))
+pytestmark = pytest.mark.usefixtures("accelerator_of_its_own")
 
 
 def gaps(scores: Any) -> np.ndarray:
@@ -272,64 +233,6 @@ def test_a_new_adapter_on_top_of_an_adapter_is_refused(model: Path, rows: Any, t
         runs.trainer(
             policy, tmp_path, rows, peft_config=runs.lora(), processing_class=build_tokenizer("llama")
         )
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_an_explicit_reference_gives_the_targets_and_is_freed(
-    model: Path, rows: Any, held_out: Any, tmp_path: Path, kind: str
-) -> None:
-    other = build_model("llama", seed=8)
-    expected = score_groups(other, as_groups(held_out), build_tokenizer("llama"), progress=False)
-    trainer = runs.trainer(
-        model,
-        tmp_path,
-        rows,
-        max_steps=1,
-        ref_model=other,
-        eval_dataset=held_out,
-        peft_config=runs.lora() if kind == "lora" else None,
-    )
-    freed = weakref.ref(other)
-    del other
-    trainer.train()
-    gc.collect()
-    assert freed() is None, "the reference model is in memory while training"
-    assert trainer.ref_model is None
-    scores = trainer.score()
-    np.testing.assert_allclose(
-        [r.reference_gap for r in scores.records], [r.reference_gap for r in expected.records], atol=1e-5
-    )
-    assert np.abs(gaps(expected) - gaps(scores)).max() > 1e-2
-    trainer.save_model()
-    with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
-        assert not [name for name in file.keys() if "ref" in name]  # noqa: SIM118
-
-
-def test_an_explicit_reference_of_the_same_weights_is_the_start(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    twin = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="tree")
-    with_twin = runs.trainer(model, tmp_path / "twin", rows, max_steps=2, ref_model=twin)
-    with_twin.train()
-    alone = runs.trainer(model, tmp_path / "alone", rows, max_steps=2)
-    alone.train()
-    assert runs.differing(runs.weights(with_twin.model), runs.weights(alone.model)) == []
-
-
-def test_an_explicit_reference_is_not_replaced_by_another_once_it_is_freed(
-    model: Path, rows: Any, held_out: Any, tmp_path: Path
-) -> None:
-    other = build_model("llama", seed=8)
-    expected = score_groups(other, as_groups(held_out), build_tokenizer("llama"), progress=False)
-    trainer = runs.trainer(model, tmp_path, rows, max_steps=1, ref_model=other, peft_config=runs.lora())
-    trainer.train()
-    try:
-        scores = trainer.score(held_out)
-    except MPOError:
-        return
-    np.testing.assert_allclose(
-        [r.reference_gap for r in scores.records], [r.reference_gap for r in expected.records], atol=1e-5
-    )
 
 
 def test_nothing_is_loaded_as_a_second_model(
@@ -629,229 +532,6 @@ def test_a_loss_of_another_shape_is_refused(model: Path, rows: Any, tmp_path: Pa
         runs.trainer(model, tmp_path, rows, kind=Mean).train()
 
 
-# ---- What it refuses ---------------------------------------------------------------------------------------------
-
-
-def refuse(model: Any, tmp_path: Path, rows: Any, match: str, **arguments: Any) -> None:
-    with pytest.raises(MPOError, match=match):
-        runs.trainer(model, tmp_path, rows, **arguments)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    ],
-    ids=lambda settings: type(settings).__name__,
-)
-def test_virtual_tokens_are_refused(model: Path, rows: Any, tmp_path: Path, settings: Any) -> None:
-    refuse(model, tmp_path, rows, "virtual tokens", peft_config=settings)
-
-
-def test_virtual_tokens_of_a_wrapped_model_are_refused(rows: Any, tmp_path: Path) -> None:
-    policy = get_peft_model(
-        build_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
-    refuse(policy, tmp_path, rows, "virtual tokens", processing_class=build_tokenizer("llama"))
-
-
-@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_a_trained_copy_of_the_vocabulary_is_refused(
-    model: Path, rows: Any, tmp_path: Path, module: str
-) -> None:
-    refuse(model, tmp_path, rows, module, peft_config=runs.lora(modules_to_save=[module]))
-
-
-@pytest.mark.parametrize("targets", [["lm_head", "q_proj"], "lm_head|.*q_proj"])
-def test_an_adapter_on_the_head_is_refused(model: Path, rows: Any, tmp_path: Path, targets: Any) -> None:
-    refuse(model, tmp_path, rows, "lm_head", peft_config=runs.lora(target_modules=targets))
-
-
-def test_an_adapter_on_an_embedding_that_is_also_the_head_is_refused(tmp_path: Path, rows: Any) -> None:
-    tied = save_tiny("gemma2", tmp_path / "tied")
-    settings = runs.lora(target_modules=["embed_tokens"], ensure_weight_tying=True)
-    refuse(tied, tmp_path, rows, "lm_head", peft_config=settings)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_training_weights_of_half_precision_is_refused(
-    model: Path, rows: Any, tmp_path: Path, dtype: str
-) -> None:
-    refuse(model, tmp_path, rows, "rounded away", model_init_kwargs={"dtype": dtype})
-    loaded = build_model("llama", dtype=getattr(torch, dtype))
-    refuse(loaded, tmp_path, rows, "rounded away", processing_class=build_tokenizer("llama"))
-
-
-def test_an_adapter_on_a_base_of_half_precision_is_trained_in_float32(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    trainer = runs.trainer(
-        model, tmp_path, rows, max_steps=1, model_init_kwargs={"dtype": "bfloat16"}, peft_config=runs.lora()
-    )
-    dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
-    assert dtypes == {torch.float32} and trainer.model.dtype is not torch.float32
-    trainer.train()
-
-
-def test_arguments_that_mean_nothing_here_are_refused(model: Path, rows: Any, tmp_path: Path) -> None:
-    settings = runs.config(tmp_path)
-    for name in ("data_collator", "compute_metrics"):
-        with pytest.raises(ConfigError, match=name):
-            MPOTrainer(str(model), args=settings, train_dataset=rows, **{name: lambda *_: None})
-    with pytest.raises(ConfigError, match="MPOConfig"):
-        MPOTrainer(str(model), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=rows)
-    with pytest.raises(DataError, match="train_dataset"):
-        MPOTrainer(str(model), args=settings)
-    loaded = build_model("llama")
-    with pytest.raises(ConfigError, match="ref_model"):
-        MPOTrainer(loaded, ref_model=loaded, args=settings, train_dataset=rows)
-    with pytest.raises(ConfigError, match="quantization_config"):
-        MPOTrainer(
-            loaded,
-            args=settings,
-            train_dataset=rows,
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
-        )
-    with pytest.raises(ModelError, match="tokenizer"):
-        MPOTrainer(loaded, args=settings, train_dataset=rows, processing_class=object())
-    with pytest.raises(ModelError, match="tokenizer"):
-        MPOTrainer(loaded, args=settings, train_dataset=rows)
-
-
-def test_reference_values_keep_their_precision_under_deepspeed(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    # The library rounds what a model is given to DeepSpeed's dtype; ids and masks do not mind, these values do.
-    trainer = runs.trainer(model, tmp_path, rows)
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.is_deepspeed_enabled = True
-    prepared = trainer._prepare_inputs(batch)
-    for name in ("reference_gap", "reference_hidden", "weight"):
-        assert torch.equal(prepared[name], batch[name]) and prepared[name].dtype == torch.float32
-
-
-def test_offloading_activations_needs_an_accelerator(model: Path, rows: Any, tmp_path: Path) -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("there is an accelerator")
-    with pytest.raises(ConfigError, match="activation_offloading"):
-        runs.trainer(model, tmp_path, rows, activation_offloading=True, max_steps=1)
-
-
-@pytest.mark.parametrize(
-    ("package", "settings"),
-    [
-        ("liger_kernel", {"use_liger_kernel": True}),
-        ("bitsandbytes", {"optim": "adamw_bnb_8bit"}),
-        ("bitsandbytes", {"optim": "paged_adamw_8bit"}),
-        ("torchao", {"optim": "adamw_torch_4bit"}),
-    ],
-)
-def test_an_optional_package_that_is_missing_is_named(
-    model: Path, rows: Any, tmp_path: Path, package: str, settings: dict[str, Any]
-) -> None:
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
-    with pytest.raises(DependencyError, match="pip install"):  # when it is made, before the reference pass
-        runs.trainer(model, tmp_path, rows, max_steps=1, **settings)
-
-
-def remove(*patterns: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        for pattern in patterns:
-            for path in folder.glob(pattern):
-                path.unlink()
-
-    return change
-
-
-def to_pickle(folder: Path) -> None:
-    remove("*.safetensors")(folder)
-    torch.save(build_model("llama").state_dict(), folder / "pytorch_model.bin")
-
-
-def edit_config(**changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        settings.update(changes)
-        kept = {name: value for name, value in settings.items() if value is not None}
-        (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
-
-    return change
-
-
-def cut(name: str, size: int) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
-
-
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no tokenizer": (remove("tokenizer*", "chat_template*", "special_tokens*"), "tokenizer"),
-    "no chat template": (remove("chat_template*"), "chat template"),
-    "pickled weights only": (to_pickle, "safetensors"),
-    "no weights": (remove("*.safetensors"), "safetensors"),
-    "no configuration": (remove("config.json"), "config"),
-    "a configuration cut off": (cut("config.json", 30), "config"),
-    "a configuration that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config"),
-    "an unknown architecture": (edit_config(model_type="nonsense"), "nonsense"),
-    "no architecture": (edit_config(architectures=None), "architecture"),
-    "weights cut off in the header": (cut("model.safetensors", 1000), "safetensors"),
-    "weights cut off at the end": (cut("model.safetensors", -1000), "safetensors"),
-    "an empty file of weights": (cut("model.safetensors", 0), "safetensors"),
-    "weights of something else": (
-        lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"}),
-        "weights",
-    ),
-    "a damaged tokenizer": (cut("tokenizer.json", 100), "tokenizer"),
-    "no folder": (shutil.rmtree, "model"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_model_folder_is_an_error_that_says_what_is_wrong(
-    model: Path, rows: Any, tmp_path: Path, name: str
-) -> None:
-    change, expected = BROKEN[name]
-    folder = Path(shutil.copytree(model, tmp_path / "broken"))
-    change(folder)
-    with pytest.raises(ModelError) as error:
-        runs.trainer(folder, tmp_path, rows)
-    assert expected in str(error.value)
-
-
-def test_no_weights_are_read_from_a_pickle(model: Path, rows: Any, tmp_path: Path) -> None:
-    class Trap:
-        def __reduce__(self) -> Any:
-            return (Path.touch, (tmp_path / "executed",))
-
-    folder = Path(shutil.copytree(model, tmp_path / "broken"))
-    remove("*.safetensors")(folder)
-    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError):
-        runs.trainer(folder, tmp_path, rows)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_chat_template_can_be_given_as_text_or_file(model: Path, rows: Any, tmp_path: Path) -> None:
-    template = build_tokenizer("llama").chat_template
-    folder = Path(shutil.copytree(model, tmp_path / "bare"))
-    remove("chat_template*")(folder)
-    (tmp_path / "template.jinja").write_text(template, encoding="utf-8")
-    expected = list(runs.trainer(model, tmp_path, rows).train_dataset["source_prompt"])
-    for given in (template, str(tmp_path / "template.jinja")):
-        trainer = runs.trainer(folder, tmp_path, rows, chat_template=given)
-        assert list(trainer.train_dataset["source_prompt"]) == expected
-    refuse(folder, tmp_path, rows, "neither Jinja text nor an existing file", chat_template="absent.jinja")
-
-
-def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"):
-        runs.trainer(model, tmp_path, rows, output_dir=str(tmp_path / "file" / "out"), max_steps=1)
-
-
 # ---- Ways to compute ---------------------------------------------------------------------------------------------
 
 
@@ -1015,6 +695,18 @@ def test_an_optimizer_of_the_user_is_used(model: Path, rows: Any, tmp_path: Path
     assert runs.differing(start, runs.weights(trainer.model)) == ["model.norm.weight"]
 
 
+def test_reference_values_keep_their_precision_under_deepspeed(
+    model: Path, rows: Any, tmp_path: Path
+) -> None:
+    # The library rounds what a model is given to DeepSpeed's dtype; ids and masks do not mind, these values do.
+    trainer = runs.trainer(model, tmp_path, rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.is_deepspeed_enabled = True
+    prepared = trainer._prepare_inputs(batch)
+    for name in ("reference_gap", "reference_hidden", "weight"):
+        assert torch.equal(prepared[name], batch[name]) and prepared[name].dtype == torch.float32
+
+
 # ---- Evaluation --------------------------------------------------------------------------------------------------
 
 
@@ -1049,59 +741,6 @@ def test_scoring_leaves_the_model_and_its_mode_as_they_were(
         trainer.score()
         assert trainer.model.training is mode
     assert runs.differing(start, runs.weights(trainer.model)) == []
-
-
-def test_data_scored_one_after_the_other_is_not_confused(model: Path, rows: Any, tmp_path: Path) -> None:
-    trainer = runs.trainer(model, tmp_path, rows, peft_config=runs.lora())
-    languages = tuple(trainer.languages)
-    for seed in range(20, 28):
-        data = random_groups(seed, 3, (1, 1), languages=languages, words=(1, 4))
-        for record in trainer.score(data).records:
-            if record.is_source:
-                assert abs(record.gap - record.reference_gap) < 1e-5, "the reference is that of other data"
-        gc.collect()
-
-
-def test_the_reference_of_data_that_is_gone_is_forgotten(
-    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Data is known by its identity, which the next data may get when this one is no longer in memory.
-    built: list[weakref.ref[Any]] = []
-    original = reference_policy.build_or_load
-
-    def watch(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        built.append(weakref.ref(dataset))
-        return original(dataset, *args, **kwargs)
-
-    monkeypatch.setattr(reference_policy, "build_or_load", watch)
-    trainer = runs.trainer(model, tmp_path, rows, peft_config=runs.lora())
-    trainer.score(random_groups(20, 3, (1, 1), languages=tuple(trainer.languages), words=(1, 4)))
-    gc.collect()
-    assert len(trainer._reference.known) == sum(dataset() is not None for dataset in built)
-
-
-def test_new_data_after_training_is_scored_with_the_right_reference_or_refused(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    for kind, peft in (("lora", runs.lora()), ("full", None)):
-        trainer = runs.trainer(model, tmp_path / kind, rows, max_steps=2, peft_config=peft)
-        trainer.train()
-        data = random_groups(30, 3, (1, 1), languages=tuple(trainer.languages), words=(1, 4))
-        if kind == "full":
-            with pytest.raises(MPOError, match="eval_dataset"):
-                trainer.score(data)
-        else:
-            base = score_groups(
-                AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-                as_groups(data),
-                build_tokenizer("llama"),
-                progress=False,
-            )
-            np.testing.assert_allclose(
-                [r.reference_gap for r in trainer.score(data).records],
-                [r.reference_gap for r in base.records],
-                atol=1e-5,
-            )
 
 
 def test_languages_that_the_trainer_does_not_know_are_refused(model: Path, rows: Any, tmp_path: Path) -> None:
@@ -1234,276 +873,3 @@ def test_with_several_processes_a_micro_batch_is_one_call(
     trainer.args.max_tokens_per_call = 100
     with pytest.raises(ConfigError, match="one model call with several processes"):
         limit()
-
-
-# ---- Values that are not finite ----------------------------------------------------------------------------------
-
-
-class Snapshots(TrainerCallback):
-    """Weights after every step, and something that happens before step ``at``."""
-
-    def __init__(self, at: int, action: Callable[[Any], Any] = lambda model: None) -> None:
-        self.at, self.action = at, action
-        self.last: dict[str, Tensor] = {}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step == 0:
-            self.last = runs.weights(model)
-        if state.global_step + 1 == self.at:
-            self.action(model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.last = runs.weights(model)
-
-
-class Poisoned(MPOTrainer):
-    """The loss of one pair of step ``at`` is ``value``."""
-
-    at, value = 3, float("nan")
-
-    def pair_loss(self, pairs: PairTensors) -> Tensor:
-        losses = super().pair_loss(pairs)
-        if self.model.training and self.state.global_step + 1 == self.at:
-            losses = losses + torch.tensor([self.value] + [0.0] * (len(losses) - 1))
-        return losses
-
-
-def poison_gradient(value: float) -> Callable[[Any], None]:
-    def action(model: Any) -> None:
-        parameter = next(p for p in model.parameters() if p.requires_grad)
-        parameter.register_hook(lambda gradient: gradient * value)
-
-    return action
-
-
-def poison_weight(model: Any) -> None:
-    with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "norm" in name)[0] = float("nan")
-
-
-STEPPED: dict[str, Any] = {
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "gradient_accumulation_steps": 2,
-    "num_train_epochs": 2,
-}
-
-POISON: dict[str, tuple[dict[str, Any], str]] = {
-    "a loss that is NaN": ({"kind": type("NaN", (Poisoned,), {"value": float("nan")})}, "loss"),
-    "an infinite loss": ({"kind": type("Inf", (Poisoned,), {"value": float("inf")})}, "loss"),
-    "a gradient that is NaN": ({"callbacks": [Snapshots(3, poison_gradient(float("nan")))]}, "gradient"),
-    "an infinite gradient": ({"callbacks": [Snapshots(3, poison_gradient(float("inf")))]}, "gradient"),
-}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "by default": {},
-    "without clipping": {"max_grad_norm": 0.0},
-    "with the library's filter": {"logging_nan_inf_filter": True},
-    "between two logs": {"logging_steps": 50},
-}
-
-
-@pytest.mark.parametrize(
-    ("poison", "settings"),
-    [*((poison, "by default") for poison in POISON), *(("a loss that is NaN", s) for s in list(SETTINGS)[1:]),
-     ("an infinite gradient", "without clipping")],
-)  # fmt: skip
-def test_a_value_that_is_not_finite_stops_the_run_before_the_optimizer(
-    model: Path, rows: Any, tmp_path: Path, poison: str, settings: str
-) -> None:
-    arguments, what = POISON[poison]
-    snapshots = next(iter(arguments.get("callbacks", [Snapshots(3)])))
-    trainer = runs.trainer(
-        model, tmp_path, rows, **{**STEPPED, **SETTINGS[settings], **arguments, "callbacks": [snapshots]}
-    )
-    with pytest.raises(TrainingError, match=f"the {what} of step 3 is not finite"):
-        trainer.train()
-    assert runs.differing(snapshots.last, runs.weights(trainer.model)) == []
-    saved = tmp_path / "out" / "checkpoint-2"
-    assert last_complete_checkpoint(tmp_path / "out") == saved
-    sane = {**STEPPED, **SETTINGS[settings]}
-    again = runs.trainer(model, tmp_path, rows, **sane)
-    again.train(resume_from_checkpoint="auto")
-    whole = runs.trainer(model, tmp_path / "whole", rows, **sane)
-    whole.train()
-    assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
-
-
-def test_the_rows_of_the_whole_step_and_the_last_good_state_are_named(
-    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[str, list[int]]] = []
-    original = trainer_module.run_model
-
-    def watch(forward: Any, batch: dict[str, Any], **kwargs: Any) -> Any:
-        seen.extend(zip(batch["origins"], batch["rows"], strict=True))
-        return original(forward, batch, **kwargs)
-
-    monkeypatch.setattr(trainer_module, "run_model", watch)
-    trainer = runs.trainer(model, tmp_path, rows, kind=Poisoned, **STEPPED)
-    with pytest.raises(TrainingError) as error:
-        trainer.train()
-    text = str(error.value)
-    assert len(seen) == 6
-    for origin, numbers in seen[4:]:
-        assert f"{origin} rows {numbers}" in text
-    others = {row for _, numbers in seen[:4] for row in numbers} - {
-        row for _, numbers in seen[4:] for row in numbers
-    }
-    assert not [row for row in others if f"[{row}]" in text]
-    assert "checkpoint-2" in text
-
-
-def test_a_poisoned_weight_is_not_saved_as_the_last_good_state(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    trainer = runs.trainer(model, tmp_path, rows, callbacks=[Snapshots(3, poison_weight)], **STEPPED)
-    with pytest.raises(TrainingError, match="step 3"):
-        trainer.train()
-    saved = last_complete_checkpoint(tmp_path / "out")
-    assert saved is not None
-    with safe_open(saved / "model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            assert torch.isfinite(file.get_tensor(name)).all(), f"{name} of {saved.name} is not finite"
-    again = runs.trainer(model, tmp_path, rows, **STEPPED)
-    again.train(resume_from_checkpoint="auto")
-    assert again.state.global_step == 4
-
-
-def test_a_good_checkpoint_of_the_last_step_is_not_written_over_by_the_failing_one(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    # With dropout on, the failing step has drawn random numbers that the checkpoint must not contain.
-    dropout = {"peft_config": runs.lora(lora_dropout=0.3), "disable_dropout": False}
-    trainer = runs.trainer(model, tmp_path, rows, kind=Poisoned, **STEPPED, **dropout)
-    with pytest.raises(TrainingError):
-        trainer.train()
-    again = runs.trainer(model, tmp_path, rows, **STEPPED, **dropout)
-    again.train(resume_from_checkpoint="auto")
-    whole = runs.trainer(model, tmp_path / "whole", rows, **STEPPED, **dropout)
-    whole.train()
-    assert runs.differing(runs.weights(again.model), runs.weights(whole.model)) == []
-
-
-def test_a_full_disk_at_the_failing_step_does_not_cost_the_last_good_checkpoint(
-    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class DiskFull(Poisoned):
-        def _stop_at_non_finite(self, *args: Any, **kwargs: Any) -> Any:
-            def full(*_: Any, **__: Any) -> None:
-                raise OSError(28, "No space left on device")
-
-            monkeypatch.setattr(torch, "save", full)
-            return super()._stop_at_non_finite(*args, **kwargs)
-
-    with pytest.raises(TrainingError):
-        runs.trainer(model, tmp_path, rows, kind=DiskFull, **STEPPED).train()
-    assert last_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"
-
-
-def test_a_good_state_that_was_not_due_to_be_saved_is_saved(model: Path, rows: Any, tmp_path: Path) -> None:
-    settings = {**STEPPED, "save_steps": 100}
-    snapshots = Snapshots(3)
-    trainer = runs.trainer(model, tmp_path, rows, kind=Poisoned, callbacks=[snapshots], **settings)
-    with pytest.raises(TrainingError, match="checkpoint-2"):
-        trainer.train()
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2", dtype=torch.float32)
-    assert runs.differing(runs.weights(saved), snapshots.last) == []
-
-
-def test_weights_that_are_not_finite_on_another_rank_are_not_saved_as_the_last_good_state(
-    model: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class OfTwo(Poisoned):
-        def _stop_at_non_finite(self, what: str) -> None:
-            with mock.patch.object(Accelerator, "num_processes", 2):
-                super()._stop_at_non_finite(what)
-
-    def gather(values: list[Any]) -> list[Any]:
-        return [*values, False] if values == [True] else values
-
-    monkeypatch.setattr("mpo.training.ranks.gather_object", gather)
-    with pytest.raises(TrainingError, match="No step had been saved"):
-        runs.trainer(model, tmp_path, rows, kind=OfTwo, **{**STEPPED, "save_steps": 100}).train()
-    assert checkpoints(tmp_path / "out") == []
-
-
-def test_a_failure_in_the_first_step_says_that_nothing_was_saved(
-    model: Path, rows: Any, tmp_path: Path
-) -> None:
-    first = type("First", (Poisoned,), {"at": 1})
-    with pytest.raises(TrainingError, match="No step had been saved"):
-        runs.trainer(model, tmp_path, rows, kind=first, **STEPPED).train()
-    assert checkpoints(tmp_path / "out") == []
-
-
-def test_a_run_that_saves_nothing_stops_as_well(model: Path, rows: Any, tmp_path: Path) -> None:
-    settings = {**STEPPED, "save_strategy": "no"}
-    with pytest.raises(TrainingError, match="step 3"):
-        runs.trainer(model, tmp_path, rows, kind=Poisoned, **settings).train()
-    assert checkpoints(tmp_path / "out") == []
-
-
-# ---- Collapse ----------------------------------------------------------------------------------------------------
-
-
-class Collapsing(MPOTrainer):
-    """Makes both answers unlikely, the rejected one more so."""
-
-    def pair_loss(self, pairs: PairTensors) -> Tensor:
-        return pairs.chosen_logps + 2.0 * pairs.rejected_logps
-
-
-def collapsing(model: Path, folder: Path, **settings: Any) -> MPOTrainer:
-    rows = random_groups(random.Random(2), 1, (2, 2), languages=("bn", "sw"), words=(3, 4))
-    return runs.trainer(
-        model,
-        folder,
-        rows,
-        kind=Collapsing,
-        num_train_epochs=20,
-        learning_rate=4e-3,
-        lr_scheduler_type="constant",
-        save_strategy="steps",
-        save_steps=100,
-        collapse_window=6,
-        **settings,
-    )
-
-
-def test_a_collapse_is_warned_of_once_per_language_and_training_goes_on(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    trainer = collapsing(model, tmp_path)
-    trainer.train()
-    assert trainer.state.global_step == 20
-    warned = [
-        record.getMessage()
-        for record in caplog.records
-        if "making both answers unlikely" in record.getMessage()
-    ]
-    for language in ("bn", "sw"):
-        assert sum(f"'{language}'" in message for message in warned) == 1
-    assert "stop_on_collapse" in warned[0]
-
-
-def test_a_collapse_stops_the_run_after_saving_when_asked_to(model: Path, tmp_path: Path) -> None:
-    trainer = collapsing(model, tmp_path, stop_on_collapse=True)
-    with pytest.raises(TrainingError, match="fell by"):
-        trainer.train()
-    step = trainer.state.global_step
-    assert 6 <= step < 20
-    saved = tmp_path / "out" / f"checkpoint-{step}"
-    assert last_complete_checkpoint(tmp_path / "out") == saved and is_complete(saved)
-    loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    assert runs.differing(runs.weights(loaded), runs.weights(trainer.model)) == []
-
-
-def test_healthy_training_is_not_taken_for_a_collapse(
-    model: Path, rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    runs.trainer(
-        model, tmp_path, rows, num_train_epochs=10, learning_rate=1e-3, stop_on_collapse=True
-    ).train()
-    assert "unlikely" not in caplog.text

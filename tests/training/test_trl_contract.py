@@ -1,26 +1,28 @@
 """What the trainer relies on in TRL, transformers and accelerate without being promised it.
 
-The trainer overrides and patches private names. When one of them is gone, renamed, called with other arguments or not
+The trainer overrides and replaces private names. When one of them is gone, renamed, called with other arguments or not
 called any more, training would go on and be wrong. These tests fail then, each with the name.
 """
 
 from __future__ import annotations
 
 import dis
-import importlib
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import skip_first_batches
+from accelerate import Accelerator, skip_first_batches
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer
 
 from mpo.training.trainer import MPOTrainer
+from mpo.training.trl_contract import without_reference_model, without_second_sharding
 from tests import runs
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
 
@@ -154,8 +156,6 @@ def test_the_loss_can_say_that_it_is_scaled_already() -> None:
 
 
 def test_the_reference_is_the_only_model_that_the_constructor_of_trl_loads() -> None:
-    module = importlib.import_module("trl.trainer.dpo_trainer")
-    assert callable(module.create_model_from_path), "the patch of the constructor would not find its name"
     used = names_used(DPOTrainer.__init__)
     assert used.count("create_model_from_path") == 2, (
         "once for a policy given by name, once for the reference"
@@ -163,6 +163,67 @@ def test_the_reference_is_the_only_model_that_the_constructor_of_trl_loads() -> 
     source = inspect.getsource(DPOTrainer.__init__)
     assert "self.ref_model = create_model_from_path(" in source
     assert "from_pretrained" not in source.replace("AutoProcessor.from_pretrained(", "")
+    assert "ref_model_init_kwargs = dict(args.model_init_kwargs or {})" in source
+    assert "create_model_from_path(ref_model_path, **ref_model_init_kwargs)" in source
+
+
+def test_the_architecture_of_no_model_is_loaded_as_none(tmp_path: Path) -> None:
+    from trl.trainer.utils import create_model_from_path
+
+    config = runs.config(tmp_path, model_init_kwargs={"dtype": "float32"})
+    with without_reference_model(config):
+        given = dict(config.model_init_kwargs)  # type: ignore[arg-type]
+    assert create_model_from_path("", dtype=torch.float32, trust_remote_code=False, **given) is None
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a mistake")])
+def test_settings_and_logger_are_as_they_were_after_the_constructor(
+    tmp_path: Path, error: Exception | None
+) -> None:
+    logger = logging.getLogger("trl.trainer.dpo_trainer")
+    config = runs.config(tmp_path, model_init_kwargs={"dtype": "float32"})
+    given, level = config.model_init_kwargs, logger.level
+    with pytest.raises(ValueError) if error else nullcontext(), without_reference_model(config):
+        assert config.model_init_kwargs != given
+        if error:
+            raise error
+    assert config.model_init_kwargs is given and logger.level == level
+
+
+def test_training_prepares_model_and_optimizer_in_one_call() -> None:
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert "model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)" in source
+    assert "self.accelerator.prepare(" in source and "prepare" in vars(Accelerator)
+    assert parameters(Accelerator.prepare_optimizer)[0] == "optimizer"
+
+
+def test_a_model_that_is_divided_already_is_prepared_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        """Of an accelerator, what is replaced and what is called instead."""
+
+        def __init__(self) -> None:
+            self._models: list[Any] = []
+
+        def prepare(self, *_: Any) -> Any:
+            raise AssertionError("the model would be divided again")
+
+        def prepare_optimizer(self, optimizer: Any) -> Any:
+            return ("prepared", optimizer)
+
+    monkeypatch.setattr("mpo.training.trl_contract.is_fsdp_sharded", lambda model: model is divided)
+    monkeypatch.setattr("mpo.training.trl_contract.fsdp_reshard", lambda model: seen.append(model))
+    divided, whole, seen = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), []
+    accelerator: Any = Fake()
+    with pytest.raises(KeyError), without_second_sharding(divided, accelerator):
+        assert seen == [divided]
+        assert accelerator.prepare(divided, "optimizer") == (divided, ("prepared", "optimizer"))
+        assert accelerator._models == [divided]
+        raise KeyError
+    with without_second_sharding(whole, accelerator), pytest.raises(AssertionError, match="again"):
+        accelerator.prepare(whole, "optimizer")
+    with pytest.raises(AssertionError, match="again"):
+        accelerator.prepare(divided, "optimizer")
+    assert seen == [divided]
 
 
 def test_trl_attaches_its_own_head_before_ours_and_keeps_the_forward() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpo.modeling.opening import OpenedModel
 
 ENGINES = ("transformers", "vllm", "server")
 
@@ -33,8 +36,11 @@ class ModelChoice:
         attn_implementation: As in transformers.
         revision: Revision of the model on the Hub.
         adapter_revision: Revision of the adapter on the Hub.
-        chat_template: Jinja text or a file, for a tokenizer that has none.
+        chat_template: Jinja text or a file, in place of the one that the adapter or the model brings.
         trust_remote_code: Run code that the model brings.
+        chat_template_kwargs: Extra arguments of the chat template, for example ``{"enable_thinking": False}``; None for
+            those that the adapter or the model was trained with, as its ``recipe.yaml`` says. A server gets them with
+            each request.
     """
 
     model: str
@@ -52,6 +58,7 @@ class ModelChoice:
     adapter_revision: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -68,6 +75,26 @@ class ModelChoice:
             )
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: expected at least 1, got {self.batch_size!r}.")
+
+    def open(self) -> OpenedModel:
+        """The model with its adapter and tokenizer, checked; weights are not read yet.
+
+        Raises:
+            MPOError: Model or adapter cannot be used, or a setting cannot work.
+        """
+        from mpo.modeling.loading import ModelSource
+        from mpo.modeling.opening import open_model
+
+        return open_model(
+            ModelSource(self.model, self.revision, self.trust_remote_code),
+            adapter=self.adapter,
+            adapter_revision=self.adapter_revision,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            dtype=self.dtype or ("auto" if self.engine == "vllm" else None),
+            device=self.device,
+            attn_implementation=self.attn_implementation,
+        )
 
 
 @dataclass(frozen=True)

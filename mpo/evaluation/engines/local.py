@@ -13,19 +13,7 @@ from transformers import GenerationConfig
 
 from mpo.errors import DataError, ModelError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
-from mpo.evaluation.engines.rendering import render, template_identity
-from mpo.modeling.identity import adapter_identity, model_identity
-from mpo.modeling.loading import (
-    ModelSource,
-    adapter_settings,
-    load_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-)
+from mpo.evaluation.engines.rendering import render
 
 
 @dataclass(frozen=True)
@@ -46,44 +34,32 @@ class LocalEngine:
     """
 
     def __init__(self, choice: ModelChoice, generation: Generation) -> None:
-        """Reads configuration, tokenizer and checksums, but no weights.
+        """Reads configuration and tokenizer, but no weights.
 
         Raises:
             MPOError: Model or adapter cannot be used, or a setting cannot work.
         """
         self.choice, self.generation = choice, generation
-        self.device = pick_device(choice.device)
-        self.dtype = choice.dtype or pick_dtype(self.device)
-        self.source = ModelSource(choice.model, choice.revision, choice.trust_remote_code)
-        self.config = load_config(self.source)
-        if choice.adapter is not None:
-            adapter_settings(choice.adapter, revision=choice.adapter_revision)
-        self.tokenizer = load_tokenizer(self.source, choice.chat_template)
-        # There is no backward pass here, so flex_attention works on a CPU, too.
-        self.attention = pick_attention(self.config, choice.attn_implementation, layout="padded", gpu=True)
+        self.opened = choice.open()
+        self.tokenizer, self.device = self.opened.tokenizer, self.opened.device
         self._model: Any = None
         self._stops: list[int] = []
-        self._identity: dict[str, Any] | None = None
 
     def settings(self) -> dict[str, Any]:
-        if self._identity is None:  # reads every byte of the weights
-            self._identity = {
-                "model": model_identity(self.source, self.config),
-                "adapter": adapter_identity(self.choice.adapter, self.choice.adapter_revision),
-            }
         return {
             "engine": "transformers",
-            **self._identity,
-            "chat_template": template_identity(self.tokenizer),
-            "dtype": self.dtype,
+            **self.opened.identity().to_dict(),
             "device": self.device.type,
-            "attention": self.attention,
             "batch_size": self.choice.batch_size,
             **self.generation.settings(),
         }
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "transformers", "dtype": self.dtype, "batch_size": self.choice.batch_size}
+        return {
+            "name": "transformers",
+            "dtype": str(self.opened.dtype),
+            "batch_size": self.choice.batch_size,
+        }
 
     def generate(
         self, conversations: Sequence[Conversation], done: Collection[int]
@@ -108,8 +84,11 @@ class LocalEngine:
 
     def _plan(self, conversations: Sequence[Conversation]) -> list[_Batch]:
         """Batches of similar length, the longest first: what does not fit into memory shows at once."""
-        prompts = [render(self.tokenizer, conversation) for conversation in conversations]
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        prompts = [
+            render(self.tokenizer, conversation, self.opened.chat_template_kwargs)
+            for conversation in conversations
+        ]
+        longest = getattr(self.opened.config.get_text_config(), "max_position_embeddings", None)
         for index, prompt in enumerate(prompts):
             if longest is not None and len(prompt) + self.generation.max_new_tokens > longest:
                 raise DataError(
@@ -123,18 +102,11 @@ class LocalEngine:
 
     def _load(self) -> Any:
         if self._model is None:
-            model: Any = load_model(
-                self.source,
-                dtype=self.dtype,
-                attn_implementation=self.attention,
-                device_map={"": self.device},
-            )
+            model = self.opened.load(with_adapter=False)
             self._stops = self._stop_tokens(model)
             # In place of the model's own, of which `generate` would take whatever a call leaves open.
             model.generation_config = self._generation_config()
-            if self.choice.adapter is not None:
-                model = load_adapter(model, self.choice.adapter, revision=self.choice.adapter_revision)
-            self._model = model.eval()
+            self._model = model if self.opened.adapter is None else self.opened.put_adapter(model)
         return self._model
 
     def _answer(self, model: Any, batch: _Batch, number: int) -> list[Answer]:

@@ -20,7 +20,7 @@ class ServerEngine:
 
     def __init__(self, choice: ModelChoice, generation: Generation) -> None:
         assert choice.url is not None
-        self.generation = generation
+        self.choice, self.generation = choice, generation
         self.client = ChatClient(
             choice.url,
             choice.model,
@@ -30,7 +30,12 @@ class ServerEngine:
         )
 
     def settings(self) -> dict[str, Any]:
-        return {"engine": "server", "served_model": self.client.model, **self.generation.settings()}
+        return {
+            "engine": "server",
+            "served_model": self.client.model,
+            **self._template_kwargs(),
+            **self.generation.settings(),
+        }
 
     def describe(self) -> dict[str, Any]:
         return {"name": "server", "url": self.client.url}
@@ -59,7 +64,16 @@ class ServerEngine:
 
     def _parameters(self, index: int) -> dict[str, Any]:
         generation = self.generation
-        parameters = {"max_tokens": generation.max_new_tokens, "temperature": generation.temperature}
+        parameters = {
+            "max_tokens": generation.max_new_tokens,
+            "temperature": generation.temperature,
+            **self._template_kwargs(),
+        }
         if generation.greedy:
             return parameters
         return {**parameters, "top_p": generation.top_p, "seed": generation.seed + index}
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        """A field of requests that vLLM, SGLang and llama.cpp take; other servers never see it unasked."""
+        given = self.choice.chat_template_kwargs
+        return {} if given is None else {"chat_template_kwargs": given}

@@ -8,9 +8,7 @@ from typing import Any
 
 from mpo.errors import ConfigError, DependencyError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
-from mpo.evaluation.engines.rendering import render, template_identity
-from mpo.modeling.identity import adapter_identity, model_identity
-from mpo.modeling.loading import ModelSource, adapter_settings, load_config, load_tokenizer
+from mpo.evaluation.engines.rendering import render
 
 _AT_ONCE = 256  # conversations handed over together: enough to fill vLLM's batches, and few to lose
 _LEAST_RANK = 16  # vLLM makes room for adapters of ranks that are powers of two
@@ -21,27 +19,27 @@ class VLLMEngine:
 
     def __init__(self, choice: ModelChoice, generation: Generation) -> None:
         self.choice, self.generation = choice, generation
-        self.source = ModelSource(choice.model, choice.revision, choice.trust_remote_code)
-        self.config = load_config(self.source)
-        self.tokenizer = load_tokenizer(self.source, choice.chat_template)
+        self.opened = choice.open()
         self.rank = 0
-        if choice.adapter is not None:
-            found = adapter_settings(choice.adapter, revision=choice.adapter_revision)
+        if (found := self.opened.adapter_settings) is not None:
             if found["peft_type"] != "LORA":
                 raise ConfigError(
                     f"engine: vLLM takes LoRA adapters, and {choice.adapter} is {found['peft_type']}. Take `transformers`."
                 )
-            self.rank = int(found.get("r", 0))
+            for setting in ("use_dora", "modules_to_save"):
+                if found.get(setting):
+                    raise ConfigError(
+                        f"engine: vLLM takes no adapter with `{setting}`, which {choice.adapter} has. Take `transformers`, "
+                        "or fold the adapter into its base with `mpo merge`."
+                    )
+            self.rank = max(int(found.get("r", 0)), *(found.get("rank_pattern") or {}).values(), 0)
         self._vllm = _import_vllm()
         self._llm: Any = None
 
     def settings(self) -> dict[str, Any]:
         return {
             "engine": "vllm",
-            "model": model_identity(self.source, self.config),
-            "adapter": adapter_identity(self.choice.adapter, self.choice.adapter_revision),
-            "chat_template": template_identity(self.tokenizer),
-            "dtype": self.choice.dtype or "auto",
+            **self.opened.identity().to_dict(),
             **self.generation.settings(),
         }
 
@@ -54,8 +52,12 @@ class VLLMEngine:
         missing = [index for index in range(len(conversations)) if index not in done]
         for start in range(0, len(missing), _AT_ONCE):
             part = missing[start : start + _AT_ONCE]
+            prompts = [
+                render(self.opened.tokenizer, conversations[index], self.opened.chat_template_kwargs)
+                for index in part
+            ]
             outputs = self._load().generate(
-                [{"prompt_token_ids": render(self.tokenizer, conversations[index])} for index in part],
+                [{"prompt_token_ids": prompt} for prompt in prompts],
                 [self._sampling(index) for index in part],
                 lora_request=self._adapter(),
                 use_tqdm=False,

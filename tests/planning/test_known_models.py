@@ -6,7 +6,7 @@ import pytest
 
 from mpo.errors import ModelError
 from mpo.modeling.loading import ModelSource, empty_model
-from mpo.planning.shapes import SHAPES, shape_config
+from mpo.planning.known_models import SHAPES, shape_config
 
 # Sizes of the safetensors of each model on the Hub, tied weights counted once.
 PUBLISHED = {

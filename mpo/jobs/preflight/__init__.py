@@ -1,0 +1,161 @@
+"""What a run will do, worked out and checked before anything costs time: no weights are loaded here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from mpo.data import BadRow, LoadedGroups
+from mpo.errors import ConfigError
+from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
+from mpo.jobs.preflight.facts import facts_of
+from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
+from mpo.jobs.preflight.model import count_adapter, with_model_choices
+from mpo.jobs.preflight.packages import check_packages
+from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
+from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
+from mpo.training.compute import is_installed
+from mpo.training.recipe import Recipe
+from mpo.training.sampling import count_languages
+from mpo.training.workload import Workload, count_work, schedule, tokenize_for_training
+
+
+@dataclass
+class Plan:
+    """A recipe that was found sound, with what was opened to find out.
+
+    Attributes:
+        recipe: the recipe, with `dtype` and `attn_implementation` filled in.
+        source: where the model comes from.
+        config: the model's configuration.
+        tokenizer: with a chat template.
+        peft_config: of the new adapter, or None.
+        data: what was loaded, before the split.
+        train, held_out: groups; ``held_out`` is None where nothing is.
+        dropped: bad rows that were left out.
+        trainable, parameters: numbers of trained weights and of the model's own.
+        work: one epoch of training.
+        languages: number of training pairs of each target language.
+        held_out_pairs: number of held-out target pairs.
+        steps: optimizer steps of the run.
+        facts: what the printed plan says, in order.
+        notes: sentences about what the user may not have meant.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: PeftConfig | None
+    data: LoadedGroups
+    train: Dataset
+    held_out: Dataset | None
+    dropped: list[BadRow]
+    trainable: int
+    parameters: int
+    work: Workload
+    languages: dict[str, int]
+    held_out_pairs: int
+    steps: int
+    facts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_text(self) -> str:
+        """The plan, one fact per line."""
+        width = max(len(name) for name in self.facts)
+        lines = [f"{name.ljust(width)}  {text}" for name, text in self.facts.items()]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+
+def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
+    """Checks a recipe against this machine, the model and the data, cheapest first, and says what the run will do.
+
+    Args:
+        recipe: what to run.
+        on_this_machine: False for a plan that is only looked at: settings that this machine cannot honour become notes.
+
+    Raises:
+        MPOError: the first thing that would make the run fail; see :mod:`mpo.errors`.
+    """
+    notes = list(recipe.unavailable)
+    if on_this_machine and recipe.unavailable:
+        raise ConfigError(
+            f"{recipe.source_path}: {'; '.join(recipe.unavailable)}. Change it, or set `use_cpu: true` to train on the "
+            "CPU on purpose."
+        )
+    check_output_folder(recipe, create=on_this_machine)
+    check_packages(recipe, on_this_machine=on_this_machine)
+    check_data_files(recipe)
+
+    training = recipe.training
+    source = ModelSource(
+        str(recipe.model.model_name_or_path), recipe.model.model_revision, bool(training.trust_remote_code)
+    )
+    config = load_config(source)
+    recipe = with_model_choices(recipe, config, on_this_machine=on_this_machine)
+    adapter = recipe.model.adapter_name_or_path
+    if adapter is not None and (said := another_base(adapter, adapter_settings(adapter), source)):
+        notes.append(said.rstrip("."))
+    tokenizer = open_tokenizer(source, config, adapter, chat_template=training.chat_template)
+    if training.chat_template_kwargs is None:
+        training.chat_template_kwargs = trained_template_kwargs(source, adapter) or None
+    if recipe.model.reference_model_name_or_path is not None:
+        load_config(ModelSource(recipe.model.reference_model_name_or_path, None, source.trust_remote_code))
+    model = empty_model(config, source)
+    peft_config = None
+    parameters = trainable = sum(parameter.numel() for parameter in model.parameters())
+    if recipe.model.trains_adapter:
+        peft_config, trainable = count_adapter(recipe, model)
+
+    data, train, held_out, dropped = load_data(recipe)
+    for problem in dropped[:3]:
+        notes.append(
+            f"dropped {problem.file}, row {problem.row}"
+            + (f", field `{problem.field}`" if problem.field else "")
+            + f": {problem.reason}"
+        )
+    tokenized, errors = tokenize_for_training(train, tokenizer, training)
+    held_out_pairs = 0
+    if held_out is not None:
+        held, more = tokenize_for_training(held_out, tokenizer, training, name="held-out")
+        held_out_pairs = sum(count_languages(held).values())
+        errors += more
+    notes.extend(errors[:3])
+    work = count_work(tokenized, training)
+    plan = Plan(
+        recipe=recipe,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        peft_config=peft_config,
+        data=data,
+        train=train,
+        held_out=held_out,
+        dropped=dropped,
+        trainable=trainable,
+        parameters=parameters,
+        work=work,
+        languages=count_languages(tokenized),
+        held_out_pairs=held_out_pairs,
+        steps=schedule(work.group_tokens, training, training.world_size).steps,
+    )
+    if held_out is None:
+        notes.append(
+            "nothing is held out, so the reward gap will not be measured before and after (`held_out: 0.1`)"
+        )
+    elif shared := shared_sources(train, held_out):
+        notes.append(
+            f"{shared} of the prompts of `eval_dataset` are also trained on, which flatters the result"
+        )
+    if on_this_machine and not is_installed("matplotlib"):
+        notes.append("no plots will be drawn: matplotlib is not installed (`pip install 'mpo-align[plots]'`)")
+    space = disk_space(plan)
+    plan.facts = facts_of(plan, space.total)
+    plan.facts["Bad rows dropped"] = str(len(dropped) + len(errors))
+    plan.notes = notes
+    if on_this_machine:
+        check_disk(plan, space)
+    return plan

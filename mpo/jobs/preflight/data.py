@@ -1,0 +1,66 @@
+"""The pairs of a recipe: found, loaded and divided into those that are trained on and those held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
+from mpo.errors import DataError
+from mpo.training.recipe import DATA_SUFFIXES, Recipe
+
+
+def check_data_files(recipe: Recipe) -> None:
+    """Make sure that local files are there.
+
+    Raises:
+        DataError: one is not.
+    """
+    for key in ("dataset", "eval_dataset"):
+        value = getattr(recipe.data, key)
+        for name in [value] if isinstance(value, str) else value or []:
+            if Path(name).is_file():
+                continue
+            if Path(name).suffix.lower() in DATA_SUFFIXES or name.startswith(("/", ".", "~")):
+                places = sorted({os.getcwd(), str(recipe.source_path.resolve().parent)})
+                raise DataError(
+                    f"there is no such file (looked in {' and '.join(places)}). Set `{key}`.", file=name
+                )
+
+
+def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, list[BadRow]]:
+    """What was loaded, the groups to train on, those held out (None where nothing is) and the bad rows left out.
+
+    Raises:
+        DataError: the data cannot be used.
+    """
+    data, training = recipe.data, recipe.training
+    settings: dict[str, Any] = {
+        "source_language": training.source_language,
+        "bad_rows": training.bad_rows,
+        "languages": data.languages,
+    }
+    with training.main_process_first(desc="loading the data"):
+        loaded = load_groups(data.dataset, split=data.dataset_split, limit=data.limit, **settings)
+        if data.eval_dataset is not None:
+            other = load_groups(data.eval_dataset, split=data.dataset_split, **settings)
+            return loaded, loaded.groups, other.groups, [*loaded.dropped, *other.dropped]
+        train, held_out = split_by_source(loaded.groups, data.held_out, data.held_out_seed)
+    return loaded, train, held_out if len(held_out) else None, loaded.dropped
+
+
+def shared_sources(train: Dataset, held_out: Dataset) -> int:
+    """Number of prompts in the dominant language that are in both."""
+
+    def prompts(groups: Dataset) -> set[bytes]:
+        return {
+            hashlib.sha256(json.dumps(source["prompt"], sort_keys=True).encode()).digest()
+            for source in groups["source"]
+        }
+
+    return len(prompts(train) & prompts(held_out))

@@ -1,0 +1,133 @@
+"""The output folder: nothing in it is lost, and the disk has room for what the run writes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpo.common.files import check_writable
+from mpo.common.words import counted, plain, size
+from mpo.errors import ConfigError, StorageError
+from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mpo.jobs.preflight import Plan
+
+# Bytes that AdamW keeps for each trained weight: two float32 moments.
+_OPTIMIZER_BYTES = 8
+
+
+def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
+    """Makes sure that the output folder can be written and holds no run that would be overwritten.
+
+    Raises:
+        StorageError: the folder cannot be made or written, is or may be another model's, or holds checkpoints and
+            nothing says what to do with them.
+        ConfigError: the checkpoint to resume from is not there or not complete.
+    """
+    training = recipe.training
+    folder = Path(str(training.output_dir))
+    check_writable(folder, create=create)
+    _check_replaces_nothing(recipe, folder)
+    resume = training.resume_from_checkpoint
+    last = last_complete_checkpoint(folder) if folder.is_dir() else None
+    if resume is None or str(resume).lower() in ("false", "no"):
+        if last is not None:
+            raise StorageError(
+                f"{folder} holds the checkpoints of an earlier run (the last complete one is {last.name}). Go on with "
+                "it, or write elsewhere:\n"
+                f"  {recipe.command(resume_from_checkpoint='auto')}\n"
+                f"  {recipe.command(output_dir=str(_free_name(folder)))}"
+            )
+        return
+    if str(resume).lower() in ("true", "auto", "yes"):
+        return
+    wanted = Path(str(resume))
+    if not wanted.is_dir():
+        known = f" The last complete one in {folder} is {last.name}." if last is not None else ""
+        raise ConfigError(
+            f"`resume_from_checkpoint` is {resume!r}, which is not a folder; expected `auto` or a checkpoint folder."
+            + known
+        )
+
+
+def _check_replaces_nothing(recipe: Recipe, folder: Path) -> None:
+    model = recipe.model
+    for key, name in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("adapter_name_or_path", model.adapter_name_or_path),
+        ("reference_model_name_or_path", model.reference_model_name_or_path),
+    ):
+        if name and folder.is_dir() and Path(name).is_dir() and folder.samefile(name):
+            raise StorageError(
+                f"The output folder {folder} is that of `{key}`, whose files the run would replace. Choose another with "
+                "`output_dir`."
+            )
+    # A run writes its provenance first, so a folder that has none is nobody's run.
+    foreign = [
+        name for name in ("README.md", "config.json", "adapter_config.json") if (folder / name).is_file()
+    ]
+    if foreign and not (folder / "provenance.json").is_file():
+        raise StorageError(
+            f"The output folder {folder} holds files that no run wrote ({', '.join(foreign)}, without a "
+            "provenance.json); the run would replace them. Choose another with `output_dir`."
+        )
+
+
+def _free_name(folder: Path) -> Path:
+    number = 2
+    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """Bytes of the saved weights, of one checkpoint, and of all that a run may hold at once; ``kept`` checkpoints."""
+
+    weights: int
+    checkpoint: int
+    kept: int
+    total: int
+
+
+def disk_space(plan: Plan) -> DiskSpace:
+    """What a run takes of the disk."""
+    training = plan.recipe.training
+    # Adapters train in float32 over a half-precision base as well.
+    weights = plan.trainable * 4
+    checkpoint = weights + (0 if training.save_only_model else plan.trainable * _OPTIMIZER_BYTES)
+    strategy = plain(training.save_strategy)
+    written = 0
+    if strategy == "epoch":
+        written = math.ceil(training.num_train_epochs)
+    elif strategy in ("steps", "best"):
+        every = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * plan.steps)
+        written = math.ceil(plan.steps / every)
+    limit = training.save_total_limit
+    # The new checkpoint is written before the oldest is removed.
+    kept = min(written, limit + 1) if limit else written
+    hidden = plan.config.get_text_config().hidden_size
+    reference = len(plan.train) * 2 * (hidden + 1) * 4
+    return DiskSpace(weights, checkpoint, kept, weights + kept * checkpoint + reference)
+
+
+def check_disk(plan: Plan, space: DiskSpace) -> None:
+    """Make sure that the disk has room for what a run writes.
+
+    Raises:
+        StorageError: it has not.
+    """
+    folder = Path(str(plan.recipe.training.output_dir))
+    free = shutil.disk_usage(folder).free
+    if free < space.total:
+        raise StorageError(
+            f"The disk of {folder} has {size(free)} free, and this run may need {size(space.total)}: "
+            f"{counted(space.kept, 'checkpoint')} of {size(space.checkpoint)} and the result of "
+            f"{size(space.weights)}. Make room, choose another `output_dir`, or keep less: `save_total_limit: 1`, "
+            "`save_only_model: true` or `save_strategy: no`."
+        )

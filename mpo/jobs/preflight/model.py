@@ -1,0 +1,131 @@
+"""The model of a recipe: how it is loaded, and what of it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import PretrainedConfig, PreTrainedModel
+from trl import get_peft_config
+
+from mpo.common.words import listed
+from mpo.errors import ConfigError, ModelError
+from mpo.modeling.loading import adapter_settings, is_quantized, linear_layer_names, pick_attention
+from mpo.training.recipe import Recipe
+from mpo.training.sharding import launched_with
+
+PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", None: "fp32"}
+"""Short names of what :func:`half_precision` returns."""
+
+
+def half_precision(recipe: Recipe) -> str | None:
+    """``"bfloat16"``, ``"float16"`` or None for float32; what a recipe asks for decides, also on another machine."""
+    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if getattr(recipe.training, key) or recipe.given.get(key):
+            return name
+    return None
+
+
+def with_model_choices(recipe: Recipe, config: PretrainedConfig, *, on_this_machine: bool = True) -> Recipe:
+    """Fill in the type of the weights and the attention.
+
+    Raises:
+        ConfigError: the combination learns nothing.
+    """
+    model, training = recipe.model, recipe.training
+    gpu = not on_this_machine or (torch.cuda.is_available() and not training.use_cpu)
+    half = half_precision(recipe)
+    dtype = model.dtype
+    if dtype is None:
+        dtype = half if half is not None and model.trains_adapter else "float32"
+    if not model.trains_adapter:
+        loaded = str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        keeps_masters = launched_with("DEEPSPEED") or training.deepspeed
+        if loaded in ("bfloat16", "float16") and not (keeps_masters and loaded == half == "bfloat16"):
+            raise ConfigError(
+                f"`dtype` loads the weights as {loaded} and all of them are trained: a step of learning rate "
+                f"{training.learning_rate:g} is smaller than {loaded} can tell apart, so most updates would vanish. "
+                "Remove `dtype` (weights then load as float32, and `bf16: true` still computes in bf16), or train an "
+                "adapter with `use_peft: true`."
+            )
+        if is_quantized(config):
+            raise ConfigError(
+                f"{model.model_name_or_path} is quantised, and quantised weights cannot be trained. Set "
+                "`use_peft: true`, or take the unquantised model."
+            )
+    attention = pick_attention(
+        config,
+        model.attn_implementation,
+        layout=training.batch_layout,
+        gpu=gpu,
+        compiled=bool(training.torch_compile),
+    )
+    return dataclasses.replace(
+        recipe, model=dataclasses.replace(model, dtype=dtype, attn_implementation=attention)
+    )
+
+
+def new_adapter_config(recipe: Recipe) -> PeftConfig:
+    """The LoRA configuration of a recipe."""
+    config = get_peft_config(recipe.model)
+    assert config is not None
+    if recipe.model.init_lora_weights is not None:
+        config.init_lora_weights = recipe.model.init_lora_weights  # type: ignore[attr-defined]
+    config.base_model_name_or_path = recipe.model.model_name_or_path
+    config.revision = recipe.model.model_revision
+    return config
+
+
+def count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | None, int]:
+    """Make sure that an adapter fits the model.
+
+    Returns:
+        The configuration of the new adapter, or None for an existing one, and the number of trained weights.
+
+    Raises:
+        ModelError: it does not fit.
+        ConfigError: it cannot be trained, or is not as the recipe says.
+    """
+    from mpo.training.checks import check_adapter_config
+
+    existing = recipe.model.adapter_name_or_path
+    if existing is None:
+        new = config = new_adapter_config(recipe)
+    else:
+        _check_adapter_agrees(recipe, adapter_settings(existing))
+        new, config = None, PeftConfig.from_pretrained(existing)
+        config.inference_mode = False
+    check_adapter_config(config)
+    names = linear_layer_names(model)
+    try:
+        with torch.device("meta"):
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        targets = getattr(config, "target_modules", None)
+        raise ModelError(
+            f"The adapter does not fit {recipe.model.model_name_or_path}: {str(error).splitlines()[0]} "
+            f"`lora_target_modules` is {listed_modules(targets)}; the model's linear layers are {', '.join(names)}. "
+            "`all-linear` takes all but the output head."
+        ) from error
+    return new, sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+
+
+def _check_adapter_agrees(recipe: Recipe, settings: dict[str, Any]) -> None:
+    for key, stored in (
+        ("lora_r", "r"),
+        ("lora_alpha", "lora_alpha"),
+        ("use_rslora", "use_rslora"),
+        ("use_dora", "use_dora"),
+    ):
+        if key in recipe.given and stored in settings and recipe.given[key] != settings[stored]:
+            raise ConfigError(
+                f"`{key}` is {recipe.given[key]!r}, but the adapter {recipe.model.adapter_name_or_path} that training "
+                f"goes on from has {settings[stored]!r}, which cannot be changed. Remove `{key}` or set it to that."
+            )
+
+
+def listed_modules(targets: Any) -> str:
+    """The modules that get an adapter, as text."""
+    return targets if isinstance(targets, str) else listed(sorted(targets or ()))

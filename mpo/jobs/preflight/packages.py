@@ -1,0 +1,53 @@
+"""The optional packages that a recipe asks for."""
+
+from __future__ import annotations
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from mpo.errors import ConfigError, DependencyError
+from mpo.training.compute import check_compute_options, is_installed, require_package
+from mpo.training.recipe import Recipe
+from mpo.training.sharding import launched_with
+
+_TRACKER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "codecarbon": ("codecarbon",),
+    "azure_ml": ("azureml",),
+}
+
+
+def check_packages(recipe: Recipe, *, on_this_machine: bool = True) -> None:
+    """Makes sure that the optional packages which the recipe needs are installed and can work here.
+
+    Raises:
+        DependencyError: one is not.
+        ConfigError: a setting means nothing on this device.
+    """
+    model, training = recipe.model, recipe.training
+    check_compute_options(
+        training,
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        on_this_machine=on_this_machine,
+    )
+    if launched_with("DEEPSPEED"):
+        require_package("deepspeed", "the Accelerate configuration", "deepspeed")
+    for tracker in training.report_to or []:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"`report_to` names {tracker!r}; expected none, all, or some of {', '.join(INTEGRATION_TO_CALLBACK)}."
+            )
+        packages = _TRACKER_PACKAGES.get(str(tracker))
+        if packages is not None and not any(is_installed(package) for package in packages):
+            raise DependencyError(
+                f"`report_to` names {tracker}, but {packages[0]} is not installed. Install it with "
+                f"`pip install {packages[0].replace('_', '-')}`, or set `report_to: none`."
+            )

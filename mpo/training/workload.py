@@ -1,0 +1,329 @@
+"""A run's work, counted once: groups, pairs and tokens, and the micro-batches and optimizer steps made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from mpo.data.contract import PARTS
+from mpo.data.tokenization import tokenize_groups
+from mpo.errors import DataError
+from mpo.training.config import MPOConfig
+from mpo.training.reference import first_of_each, unique_sources
+from mpo.training.reference_policy import needed_for
+from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, Trained
+
+# The official code runs source and target of a pair as two batches, each of two sequences (prompt + chosen, prompt +
+# rejected) that are padded to one length, a multiple of 8.
+_OFFICIAL_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    The work of one epoch.
+
+    Attributes:
+        group_tokens: ``[groups]`` int64, tokens that each group brings to a micro-batch (:func:`group_tokens`).
+        pairs: number of target pairs.
+        tree_tokens: tokens of all trees that are run, each with its prompt once: of the targets and, where the retention
+            term asks for them, of the sources, once for each group; of the pairs that ``train_on`` says otherwise.
+        trees: number of these trees.
+        longest_tree: tokens of the longest tree, sources included.
+        reference_tokens: tokens that the reference pass runs: of the unique sources for MPO, and of the targets for an
+            objective that compares with the reference on them.
+        official_tokens: tokens of the same pairs in the official code's batches, padding included; 0 if not known.
+    """
+
+    group_tokens: np.ndarray
+    pairs: int
+    tree_tokens: int
+    trees: int
+    longest_tree: int
+    reference_tokens: int
+    official_tokens: int = 0
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, after dividing those with more targets than ``max_targets_per_group``."""
+        return len(self.group_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an epoch in the layout of the batches, without padding."""
+        return int(self.group_tokens.sum())
+
+    @property
+    def mean_tree(self) -> float:
+        """Mean tokens of a tree."""
+        return self.tree_tokens / self.trees
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """
+    How long a run trains.
+
+    Attributes:
+        micro_batches: of an epoch, on each rank.
+        steps: optimizer steps of the whole run.
+        epochs: passes over the data in these steps.
+    """
+
+    micro_batches: int
+    steps: int
+    epochs: float
+
+
+def tokenize_for_training(
+    groups: Dataset, tokenizer: PreTrainedTokenizerBase, args: MPOConfig, *, name: str = "train"
+) -> tuple[Dataset, list[str]]:
+    """Tokenize groups as the settings of a run say; see :func:`mpo.data.tokenization.tokenize_groups`."""
+    return tokenize_groups(
+        groups,
+        tokenizer,
+        max_length=args.max_length,
+        max_response_length=args.max_response_length,
+        template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+        bad_rows=args.bad_rows,
+        group_by_source=args.group_by_source,
+        max_targets_per_group=args.max_targets_per_group,
+        num_proc=args.dataset_num_proc,
+        name=name,
+    )
+
+
+def count_work(groups: Dataset, args: MPOConfig) -> Workload:
+    """
+    Count the work of tokenized groups.
+
+    Args:
+        groups: from :func:`tokenize_for_training`.
+        args: the objective and ``train_on`` decide what is run, ``batch_layout`` what a group's tokens are.
+    """
+    pairs = official = target_tokens = 0
+    source_sizes = []
+    for sources, targets, pairs_of_group in _lengths(groups):
+        pairs += targets.shape[1]
+        target_tokens += int(targets.sum())
+        official += int(_official(targets).sum() + _official(sources) @ pairs_of_group)
+        source_sizes.append(sources.sum(axis=0))
+    _, first_groups, _ = unique_sources(groups)
+    sources_run = len(groups) if args.holds_sources else len(first_groups) if args.runs_sources else 0
+    return Workload(
+        group_tokens=tokens_of_step(groups, args, args.batch_layout),
+        pairs=pairs,
+        tree_tokens=int(tokens_of_step(groups, args, "tree").sum()),
+        trees=(pairs if args.train_on != "source" else 0) + sources_run,
+        longest_tree=longest_tree(groups),
+        reference_tokens=_of_reference(
+            args, int(np.concatenate(source_sizes)[first_groups].sum()), target_tokens
+        ),
+        official_tokens=official,
+    )
+
+
+def assume_work(args: MPOConfig, *, sources: int, targets: int, tree_tokens: int) -> Workload:
+    """
+    The work of data that are not at hand.
+
+    Args:
+        args: decide how the pairs are grouped and whether sources are run.
+        sources: number of sources.
+        targets: target pairs of each source.
+        tree_tokens: tokens of each tree.
+    """
+    run_source = args.runs_sources
+    most = (args.max_targets_per_group or targets) if args.group_by_source else 1
+    pairs_of_group = np.array([min(most, targets - start) for start in range(0, targets, most)])
+    tokens = np.tile((pairs_of_group + run_source) * tree_tokens, sources)
+    trees = sources * targets + (len(tokens) if run_source else 0)
+    return Workload(
+        group_tokens=tokens,
+        pairs=sources * targets,
+        tree_tokens=trees * tree_tokens,
+        trees=trees,
+        longest_tree=tree_tokens,
+        reference_tokens=_of_reference(args, sources * tree_tokens, sources * targets * tree_tokens),
+    )
+
+
+def _of_reference(args: MPOConfig, sources: int, targets: int) -> int:
+    """Of tokens of all sources and of all targets, those that the reference pass runs."""
+    stored = needed_for(args)
+    return bool(stored.sources) * sources + bool(stored.targets) * targets
+
+
+def schedule(tokens: np.ndarray, args: MPOConfig, num_ranks: int) -> Schedule:
+    """
+    Micro-batches, optimizer steps and epochs of a run.
+
+    Args:
+        tokens: ``[groups]``, tokens of each group.
+        args: the run's settings.
+        num_ranks: processes, one for each GPU.
+
+    Raises:
+        DataError: no micro-batch can be made, see :func:`train_sampler`.
+    """
+    run = np.flatnonzero(tokens)
+    micro_batches = len(train_sampler(args, run, tokens[run], num_ranks=num_ranks))
+    each = math.ceil(micro_batches / args.gradient_accumulation_steps)
+    if args.max_steps > 0:
+        return Schedule(micro_batches, args.max_steps, args.max_steps / each)
+    return Schedule(micro_batches, math.ceil(args.num_train_epochs * each), args.num_train_epochs)
+
+
+def train_sampler(
+    args: MPOConfig,
+    indices: np.ndarray,
+    tokens: np.ndarray | None,
+    *,
+    num_ranks: int,
+    rank: int = 0,
+    batch_size: int | None = None,
+) -> EpochSampler:
+    """
+    What draws a rank's micro-batches from groups: by count, or by tokens with ``max_tokens_per_batch``.
+
+    Args:
+        args: the run's settings.
+        indices: ``[n]``, groups to draw from.
+        tokens: ``[n]``, tokens of each; only asked for with ``max_tokens_per_batch``.
+        num_ranks, rank: the process group.
+        batch_size: groups of a micro-batch, ``per_device_train_batch_size`` by default.
+
+    Raises:
+        DataError: there are fewer groups than a micro-batch on each rank, and ``dataloader_drop_last`` drops them.
+    """
+    options: dict[str, Any] = {
+        "num_ranks": num_ranks,
+        "rank": rank,
+        "seed": args.order_seed,
+        "drop_last": args.dataloader_drop_last,
+    }
+    sampler: EpochSampler
+    if args.max_tokens_per_batch is None:
+        sampler = GroupBatchSampler(indices, batch_size or args.per_device_train_batch_size, **options)
+    else:
+        assert tokens is not None
+        sampler = TokenBudgetSampler(indices, tokens, args.max_tokens_per_batch, **options)
+    if len(sampler) == 0:
+        raise DataError(
+            f"{len(indices)} groups are less than one micro-batch on each of {num_ranks} ranks, and "
+            "`dataloader_drop_last` drops them."
+        )
+    return sampler
+
+
+def largest_micro_batch(tokens: np.ndarray, args: MPOConfig, batch_size: int | None = None) -> int:
+    """The most tokens that a micro-batch of groups with these ``tokens`` can have."""
+    sizes = np.sort(tokens)
+    if args.max_tokens_per_batch is not None:
+        return max(int(sizes[-1]), min(args.max_tokens_per_batch, int(sizes.sum())))
+    return int(sizes[-(batch_size or args.per_device_train_batch_size) :].sum())
+
+
+def tokens_of_step(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
+    """
+    Tokens that each group brings to a micro-batch of a run, ``[groups]``; 0 for one with nothing to run.
+
+    Args:
+        groups: tokenized groups.
+        args: the run's settings.
+        layout: see :func:`group_tokens`.
+    """
+    sources: bool | np.ndarray = args.holds_sources
+    if args.train_on != "targets":
+        sources = first_of_each(unique_sources(groups)[0])
+    return group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
+
+
+def group_tokens(
+    groups: Dataset, *, run_source: bool | np.ndarray = True, run_targets: bool = True, layout: str = "tree"
+) -> np.ndarray:
+    """
+    Tokens that each group brings to a micro-batch, without padding.
+
+    Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
+
+    Args:
+        groups: tokenized groups.
+        run_source: whether the source is run while training; ``[groups]`` where not all groups are alike.
+        run_targets: whether the targets are.
+        layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
+
+    Returns:
+        ``[groups]`` int64.
+    """
+    weights = np.array([1 if layout == "tree" else 2, 1, 1])
+    runs = np.broadcast_to(run_source, len(groups)).astype(np.int64)
+    counts = [np.zeros(0, dtype=np.int64)]
+    start = 0
+    for sources, targets, pairs in _lengths(groups):
+        part = slice(start, start := start + len(pairs))
+        ends = np.cumsum(pairs)
+        so_far = np.concatenate([[0], np.cumsum(weights @ targets)])
+        of_targets = so_far[ends] - so_far[ends - pairs]
+        counts.append(of_targets * run_targets + (weights @ sources) * runs[part])
+    return np.concatenate(counts)
+
+
+def trained_totals(groups: Dataset, trained: Trained, carries_source: np.ndarray) -> tuple[int, int, int]:
+    """
+    What :func:`mpo.training.sampling.step_means` takes, of all pairs of tokenized groups that are trained on.
+
+    Args:
+        groups: tokenized groups.
+        trained: which pairs those are.
+        carries_source: ``[groups]``, True for the first group of each unique source.
+
+    Returns:
+        Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first.
+    """
+    pairs = start = 0
+    tokens = np.zeros(3, dtype=np.int64)
+    for sources, targets, pairs_of_group in _lengths(groups):
+        part = slice(start, start := start + len(pairs_of_group))
+        if trained.targets:
+            pairs, tokens = pairs + targets.shape[1], tokens + targets.sum(axis=1)
+        if trained.sources:
+            own = sources[:, carries_source[part]]
+            pairs, tokens = pairs + own.shape[1], tokens + own.sum(axis=1)
+    return pairs, int(tokens[1]), int(tokens[0] + tokens[1]) - pairs
+
+
+def longest_tree(groups: Dataset) -> int:
+    """Tokens of the largest pair of tokenized groups, sources included: its prompt once and both responses."""
+    longest = 0
+    for sources, targets, _ in _lengths(groups):
+        longest = max(longest, int(sources.sum(axis=0).max()), int(targets.sum(axis=0).max()))
+    return longest
+
+
+def _lengths(groups: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """In chunks: ``[3, groups]`` tokens of the sources' parts, ``[3, pairs]`` of the targets', ``[groups]`` pairs."""
+    names = [f"{side}_{part}" for side in ("source", "target") for part in PARTS]
+    for table in groups.with_format("arrow").select_columns(names).iter(batch_size=10_000):
+        sources = [_list_lengths(table[name]) for name in names[:3]]
+        targets = [_list_lengths(pc.list_flatten(table[name])) for name in names[3:]]
+        yield np.stack(sources), np.stack(targets), _list_lengths(table[names[3]])
+
+
+def _list_lengths(column: Any) -> np.ndarray:
+    lengths: np.ndarray = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _official(lengths: np.ndarray) -> np.ndarray:
+    """``[n]`` tokens, padding included, of the official code's batches for pairs with ``[3, n]`` tokens of their parts."""
+    prompt, chosen, rejected = lengths
+    padded: np.ndarray = -(-(prompt + np.maximum(chosen, rejected)) // _OFFICIAL_MULTIPLE)
+    return 2 * _OFFICIAL_MULTIPLE * padded
