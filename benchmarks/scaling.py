@@ -38,7 +38,7 @@ from mpo.errors import ConfigError
 from mpo.modeling.head import RewardGapOutput
 from mpo.modeling.layout import BatchShape
 from mpo.planning.known_models import SHAPES, shape_config
-from mpo.training.reference import GroupReference, build_or_load, unique_sources
+from mpo.training.reference import GroupReference, build_or_load
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
@@ -46,6 +46,7 @@ from mpo.training.sampling import (
     TokenBudgetSampler,
     count_languages,
 )
+from mpo.training.unique_pairs import unique_sources
 from mpo.training.workload import group_tokens
 
 PARTS = ("targets", "length", "vocabulary", "groups")

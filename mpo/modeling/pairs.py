@@ -196,6 +196,27 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
     return pair_tensors(batch, output, pooled), output
 
 
+def mismatch_sums(forward: Forward, mismatched: dict[str, Any]) -> Tensor:
+    """How far a policy is from the reference on pairs with responses of other pairs.
+
+    Args:
+        forward: The policy with the reward-gap head; nothing asks for gradients of this.
+        mismatched: Of :class:`mpo.training.sampling.GroupCollator`'s batch.
+
+    Returns:
+        ``[2]``: the sum of ``log pi(y'|x) - log pi_ref(y'|x)`` over the chosen and rejected responses y' of all pairs that
+        count, and the number of these responses.
+    """
+    sums = torch.zeros(2, device=mismatched["counts"].device)
+    for call in mismatched["calls"]:
+        output, pairs = call_model(forward, call), call["pairs"]
+        assert output.response_logps is not None
+        moved = (output.response_logps - mismatched["reference_logps"][pairs]) * mismatched["lengths"][pairs]
+        counts = mismatched["counts"][pairs]
+        sums = sums + torch.stack([(moved.sum(dim=1) * counts).sum(), 2 * counts.sum()])
+    return sums
+
+
 def run_in_calls(
     forward: Forward, batch: dict[str, Any], backward: Callable[[PairTensors, Tensor], None]
 ) -> None:

@@ -36,6 +36,8 @@ _OF_OBJECTIVES = {
     "simpo_gamma": 0.5,
     "cpo_alpha": 1.0,
     "rdpo_alpha": 0.01,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
 }
 # Of these, what a recipe need not set because the objective's paper has a value; and what they are where nothing reads
 # them.
@@ -93,7 +95,7 @@ class MPOConfig(DPOConfig):
         loss_type (`list[str]`, *optional*, defaults to `["mpo"]`):
             The objective, or several: `"mpo"`; TRL's `"sigmoid"` (DPO), `"sigmoid_norm"`, `"hinge"`, `"ipo"`,
             `"exo_pair"`, `"nca_pair"`, `"robust"` (rDPO), `"bco_pair"`, `"sppo_hard"`, `"apo_zero"`, `"apo_down"`,
-            `"discopop"`, `"sft"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised); or one that a package has
+            `"discopop"`, `"sft"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised), `"kto"`; or one that a package has
             registered ([`register_objective`][mpo.training.objectives.register_objective]).
         loss_weights (`list[float]`, *optional*):
             Weight of each of `loss_type`. Unset: 1 each.
@@ -114,6 +116,8 @@ class MPOConfig(DPOConfig):
             Weight of CPO's second term, the negative log-likelihood of the chosen responses' tokens.
         rdpo_alpha (`float`, *optional*, defaults to `0.01`):
             Reward that `rdpo` takes off per token of a response.
+        desirable_weight, undesirable_weight (`float`, *optional*, defaults to `1.0`):
+            Weights of the chosen and of the rejected responses for `kto`.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight (lambda) of MPO's retention term. At 0 the source pair is not run at all while training.
         retain_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -217,6 +221,10 @@ class MPOConfig(DPOConfig):
     simpo_gamma: float = field(default=0.5, metadata={"help": "Reward margin of SimPO."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of CPO's log-likelihood term."})
     rdpo_alpha: float = field(default=0.01, metadata={"help": "Reward that `rdpo` takes off per token."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of chosen responses for `kto`."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of rejected responses for `kto`."}
+    )
     retain_weight: float = field(default=1.0, metadata={"help": "Weight (lambda) of the retention term."})
     retain_pooling: str = field(
         default="mean", metadata={"help": "Pooling of the retention term.", "choices": list(RETAIN_POOLINGS)}
@@ -415,7 +423,11 @@ class MPOConfig(DPOConfig):
         )
         require("f_alpha_divergence_coef", _is_number, "a number")
         require("discopop_tau", _is_positive, "a number above 0")
-        require("simpo_gamma cpo_alpha rdpo_alpha retain_weight", _is_at_least_0, "a number of at least 0")
+        require(
+            "simpo_gamma cpo_alpha rdpo_alpha desirable_weight undesirable_weight retain_weight",
+            _is_at_least_0,
+            "a number of at least 0",
+        )
         require("retain_pooling", lambda value: value in RETAIN_POOLINGS, "'mean' or 'last'")
         require("batch_layout", lambda value: value in BATCH_LAYOUTS, "'tree' or 'padded'")
         require("bad_rows", lambda value: value in ("error", "drop"), "'error' or 'drop'")

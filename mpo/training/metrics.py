@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpo.modeling.loss import reward_gap, reward_gap_loss
 from mpo.modeling.pairs import PairTensors
-from mpo.training.objectives import REFERENCE, Objectives
+from mpo.training.objectives import MISMATCHED, REFERENCE, Objectives
 from mpo.training.ranks import Ranks
 from mpo.training.records import Scores
 
@@ -136,7 +136,7 @@ def _further_names(objectives: Objectives | None) -> list[str]:
     names = [f"loss/{name}" for name in objectives.by_name] if len(objectives.by_name) > 1 else []
     if REFERENCE in objectives.needs:
         names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
-    return names
+    return [*names, "kl"] if MISMATCHED in objectives.needs else names
 
 
 def _further_values(objectives: Objectives, pairs: PairTensors) -> list[Tensor]:
@@ -144,6 +144,9 @@ def _further_values(objectives: Objectives, pairs: PairTensors) -> list[Tensor]:
     if REFERENCE in objectives.needs:
         chosen, rejected = (objectives.beta * ratio for ratio in pairs.log_ratios)
         values += [chosen, rejected, chosen - rejected, (chosen > rejected).to(chosen.dtype)]
+    if MISMATCHED in objectives.needs:
+        assert pairs.step is not None
+        values.append(torch.zeros_like(pairs.chosen_logps) + pairs.step.kl)
     return values
 
 

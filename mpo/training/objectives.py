@@ -28,7 +28,8 @@ REFERENCE = "reference"  # log-likelihoods of the pair's own responses under the
 SOURCE_GAP = "source_gap"  # the reference's gap on the pair's source
 RETENTION = "retention"  # hidden states of the source, then and now; nothing at `retain_weight: 0`
 PROMPT = "prompt"  # log-likelihoods of the prompts' tokens
-NEEDS = (REFERENCE, SOURCE_GAP, RETENTION, PROMPT)
+MISMATCHED = "mismatched"  # those of other pairs' responses, for KTO's reference point
+NEEDS = (REFERENCE, SOURCE_GAP, RETENTION, PROMPT, MISMATCHED)
 
 Loss = Callable[[PairTensors, Any], Tensor]
 
@@ -352,6 +353,19 @@ def _rdpo(pairs: PairTensors, args: Any) -> Tensor:
     assert pairs.chosen_lengths is not None and pairs.rejected_lengths is not None
     longer = pairs.chosen_lengths - pairs.rejected_lengths
     return formulas.rdpo_loss(*pairs.log_ratios, longer, args.beta, args.rdpo_alpha)
+
+
+@_objective(
+    "kto",
+    "2402.01306",
+    published={"beta": 0.1},
+    needs=(REFERENCE, MISMATCHED),
+    options=("desirable_weight", "undesirable_weight"),
+)
+def _kto(pairs: PairTensors, args: Any) -> Tensor:
+    assert pairs.step is not None
+    weights = args.desirable_weight, args.undesirable_weight
+    return formulas.kto_loss(*pairs.log_ratios, pairs.step.kl, args.beta, *weights)
 
 
 # Without a reference.

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate.utils import tqdm
@@ -37,33 +35,57 @@ from mpo.common.log import get_logger
 from mpo.errors import DataError, StorageError
 from mpo.modeling.identity import hash_file
 from mpo.modeling.layout import BatchShape, call_on_trees
-from mpo.modeling.trees import Tree
 from mpo.training.ranks import Ranks, from_main
+from mpo.training.unique_pairs import (
+    SOURCE,
+    TARGET,
+    MismatchedPairs,
+    UniquePairs,
+    first_of_each,
+    mismatched_pairs,
+    unique_pairs,
+)
 
 logger = get_logger(__name__)
 
 _FORMAT = 1
 _INDEX = "index.json"
 LOGPS, HIDDEN, SHARED = "logps", "hidden", "shared"
-_SIDES = {
-    side: tuple(f"{side}_{part}" for part in ("prompt", "chosen", "rejected"))
-    for side in ("source", "target")
-}
 _VISIBLE_WITHIN = 60.0  # seconds after which a folder that another node has made must be seen
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What is stored of a dataset's pairs: names of arrays of :class:`ReferenceStore`, none for no pass at all."""
+    """What is stored of a dataset's pairs: names of arrays of :class:`ReferenceStore`, none for no pass at all.
+
+    Attributes:
+        sources, targets: Of the pairs.
+        mismatched: Sides whose pairs are scored with another pair's responses, too.
+        max_length: Of these, see :class:`mpo.training.unique_pairs.MismatchedPairs`.
+    """
 
     sources: frozenset[str] = frozenset({LOGPS, HIDDEN})
     targets: frozenset[str] = frozenset()
+    mismatched: frozenset[str] = frozenset()
+    max_length: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.sources or self.targets)
 
     def __le__(self, other: Stored) -> bool:
-        return self.sources <= other.sources and self.targets <= other.targets
+        return (
+            self.sources <= other.sources
+            and self.targets <= other.targets
+            and self.mismatched <= other.mismatched
+        )
 
     def __or__(self, other: Stored) -> Stored:
-        return Stored(self.sources | other.sources, self.targets | other.targets)
+        return Stored(
+            self.sources | other.sources,
+            self.targets | other.targets,
+            self.mismatched | other.mismatched,
+            self.max_length,
+        )
 
 
 class ReferenceStore:
@@ -88,45 +110,43 @@ class ReferenceStore:
         gaps: np.ndarray = self.logps[:, 0] - self.logps[:, 1]
         return gaps
 
-    def rows(self, pairs: Any) -> dict[str, np.ndarray]:
-        """Log-likelihoods of some pairs: ``logps`` and, if stored, ``shared``, each ``[..., 2]``."""
-        rows = {"logps": np.asarray(self.logps[pairs])}
-        return rows if self.shared is None else {**rows, "shared": np.asarray(self.shared[pairs])}
+    def rows(self, pairs: np.ndarray) -> list[dict[str, Any]]:
+        """Log-likelihoods of each of some pairs: ``logps`` and, if stored, ``shared``, each ``[2]``."""
+        arrays = {LOGPS: self.logps} if self.shared is None else {LOGPS: self.logps, SHARED: self.shared}
+        found = {name: np.asarray(values[pairs]) for name, values in arrays.items()}
+        return [{name: values[i] for name, values in found.items()} for i in range(len(pairs))]
 
 
 class GroupReference:
     """The reference values of a dataset's groups.
 
     Args:
-        store: Of the unique sources, or None.
-        source_of_group: ``[groups]``, the unique source of each group.
         stored: What of it is stored.
-        targets: Of the unique target pairs, with the pair of each target in the order of the data, or None.
-        target_starts: ``[groups + 1]``, where the targets of each group start in that order.
+        source_of_group: ``[groups]``, the unique source of each group.
+        sources, targets: The store of each side's unique pairs and the pairs, or None.
+        mismatched: The same for pairs with other responses, by side.
 
     Attributes:
+        store: Of the unique sources, or None.
         gap: ``[groups]`` reference gap of each group's source, nats per token; NaN without a store.
         carries_source: ``[groups]``, True for the first group of each unique source.
     """
 
     def __init__(
         self,
-        store: ReferenceStore | None,
-        source_of_group: np.ndarray,
         stored: Stored,
-        targets: tuple[ReferenceStore, np.ndarray] | None = None,
-        target_starts: np.ndarray | None = None,
+        source_of_group: np.ndarray,
+        sources: ReferenceStore | None,
+        targets: tuple[ReferenceStore, UniquePairs] | None = None,
+        mismatched: Mapping[str, tuple[ReferenceStore, MismatchedPairs]] | None = None,
     ) -> None:
-        self.store = store
-        self.source_of_group = source_of_group
         self.stored = stored
-        self.targets = targets
-        self._target_starts = target_starts
-        self.gap = (
-            np.full(len(source_of_group), np.nan, dtype=np.float32)
-            if store is None
-            else store.gaps()[source_of_group]
-        )
+        self.source_of_group = source_of_group
+        self.store = sources
+        self._targets = targets
+        self._mismatched = mismatched or {}
+        unknown = np.full(len(source_of_group), np.nan, dtype=np.float32)
+        self.gap = unknown if sources is None else sources.gaps()[source_of_group]
         self.carries_source = first_of_each(source_of_group)
 
     def hidden(self, group: int) -> np.ndarray:
@@ -138,24 +158,28 @@ class GroupReference:
         """What :class:`mpo.training.sampling.GroupCollator` reads of a group with K targets.
 
         Returns:
-            ``reference_gap``; ``carries_source``; and, if stored, ``reference_hidden`` ``[2, H]``, ``source_logps`` and
-            ``source_shared`` ``[2]``, ``target_logps`` and ``target_shared`` ``[K, 2]``.
+            ``reference_gap``; ``carries_source``; and, if stored, ``reference_hidden`` ``[2, H]``; for each side of which
+            it is stored a list of what the reference says of each of its pairs, ``source_reference`` and
+            ``target_reference``: ``logps`` and ``shared``, each ``[2]``; and, where pairs are mismatched,
+            ``other_responses``, two lists of tokens, and ``other_logps`` ``[2]``.
         """
         row: dict[str, Any] = {
             "reference_gap": float(self.gap[group]),
             "carries_source": bool(self.carries_source[group]),
         }
+        found: dict[str, list[dict[str, Any]]] = {}
         if self.store is not None:
-            of_source = self.store.rows(self.source_of_group[group])
-            row |= {f"source_{name}": values for name, values in of_source.items()}
+            found[SOURCE] = self.store.rows(self.source_of_group[[group]])
             if self.store.hidden is not None:
                 row["reference_hidden"] = self.hidden(group)
-        if self.targets is not None:
-            assert self._target_starts is not None
-            store, pair_of_target = self.targets
-            own = pair_of_target[self._target_starts[group] : self._target_starts[group + 1]]
-            row |= {f"target_{name}": values for name, values in store.rows(own).items()}
-        return row
+        if self._targets is not None:
+            store, pairs = self._targets
+            found[TARGET] = store.rows(pairs.of_group(group))
+        for side, (store, mismatched) in self._mismatched.items():
+            own = mismatched.own.of_group(group)
+            for values, tree, others in zip(found[side], mismatched.trees(own), store.rows(own), strict=True):
+                values |= {"other_responses": (tree.chosen, tree.rejected), "other_logps": others[LOGPS]}
+        return {**row, **{f"{side}_reference": values for side, values in found.items()}}
 
     def groups_above(self, min_gap: float | None) -> np.ndarray:
         """The groups whose source has a reference gap above a limit (nats per token); all without one.
@@ -199,140 +223,6 @@ class GroupReference:
         }
 
 
-def first_of_each(numbers: np.ndarray) -> np.ndarray:
-    """``[n]``, True where a number appears for the first time."""
-    first = np.zeros(len(numbers), dtype=bool)
-    first[np.unique(numbers, return_index=True)[1]] = True
-    return first
-
-
-def source_trees(groups: Mapping[str, Sequence[Any]], *, pool: bool = False) -> list[Tree]:
-    """The source pairs of tokenized groups as trees that are scored, and pooled if asked for."""
-    columns = (groups[column] for column in _SIDES["source"])
-    return [
-        Tree(prompt, chosen, rejected, pool=pool) for prompt, chosen, rejected in zip(*columns, strict=True)
-    ]
-
-
-def probe_trees(tokenized: Dataset) -> list[Tree]:
-    """A few source trees of a tokenized dataset, for :func:`mpo.modeling.layout.usable_layout`."""
-    return source_trees(tokenized[: min(3, len(tokenized))])
-
-
-@dataclass(frozen=True)
-class UniquePairs:
-    """The different pairs of one side of tokenized groups.
-
-    Attributes:
-        side: ``"source"`` or ``"target"``.
-        pair_of_row: ``[rows]``, the unique pair of each row: of each group, or of each target in the order of the data.
-        first_row: ``[n]``, a row that holds each unique pair.
-        sizes: ``[n]``, tokens of each: prompt once, both responses.
-        starts: ``[groups + 1]``, where the rows of each group start.
-        digest: Hash of all unique pairs' tokens in order.
-    """
-
-    side: str
-    pair_of_row: np.ndarray
-    first_row: np.ndarray
-    sizes: np.ndarray
-    starts: np.ndarray
-    digest: str
-
-    def __len__(self) -> int:
-        return len(self.first_row)
-
-    def trees(self, columns: Dataset, pairs: Sequence[int], *, pool: bool) -> list[Tree]:
-        """Some of the unique pairs, from the dataset's columns of this side, as trees that are scored."""
-        rows = self.first_row[list(pairs)]
-        groups = np.searchsorted(self.starts, rows, side="right") - 1
-        table = columns[groups.tolist()]
-        if self.side == "source":
-            return source_trees(table, pool=pool)
-        prompts, chosen, rejected = (table[column] for column in _SIDES["target"])
-        return [
-            Tree(prompts[j][slot], chosen[j][slot], rejected[j][slot], pool=pool)
-            for j, slot in enumerate((rows - self.starts[groups]).tolist())
-        ]
-
-
-def unique_pairs(dataset: Dataset, side: str) -> UniquePairs:
-    """Find the rows of tokenized groups (:data:`mpo.data.tokenization.TOKENIZED_FEATURES`) that hold the same pair.
-
-    Args:
-        dataset: Tokenized groups.
-        side: ``"source"`` or ``"target"``.
-    """
-    seen: dict[bytes, int] = {}
-    pair_of_row: list[int] = []
-    first_row: list[int] = []
-    sizes: list[int] = []
-    counts: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
-    total = xxhash.xxh3_128()
-    columns = list(_SIDES[side])
-    for table in dataset.with_format("arrow").select_columns(columns).iter(batch_size=1000):
-        fields = []
-        for column in columns:
-            lists = table[column].combine_chunks()
-            if side == "target":
-                counts += [np.asarray(pc.list_value_length(lists))] if column == columns[0] else []
-                lists = lists.flatten()
-            elif column == columns[0]:
-                counts.append(np.ones(len(table), dtype=np.int64))
-            tokens = np.ascontiguousarray(lists.flatten(), dtype=np.int32).data
-            fields.append((np.concatenate([[0], np.cumsum(pc.list_value_length(lists))]).tolist(), tokens))
-        for row in range(len(fields[0][0]) - 1):
-            digest = xxhash.xxh3_128()
-            for ends, tokens in fields:
-                digest.update((ends[row + 1] - ends[row]).to_bytes(8, "little"))
-                digest.update(tokens[ends[row] : ends[row + 1]])
-            key = digest.digest()
-            if key not in seen:
-                seen[key] = len(first_row)
-                first_row.append(len(pair_of_row))
-                sizes.append(sum(ends[row + 1] - ends[row] for ends, _ in fields))
-                total.update(key)
-            pair_of_row.append(seen[key])
-    return UniquePairs(
-        side,
-        np.asarray(pair_of_row, dtype=np.int64),
-        np.asarray(first_row, dtype=np.int64),
-        np.asarray(sizes, dtype=np.int64),
-        np.cumsum(np.concatenate(counts)),
-        total.hexdigest(),
-    )
-
-
-def unique_sources(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
-    """Find the groups that share a source.
-
-    Args:
-        dataset: Tokenized groups.
-
-    Returns:
-        ``source_of_group`` ``[groups]``, ``first_group`` ``[sources]`` (a group that holds each source), and a hash of
-        all sources' tokens in order.
-    """
-    found = unique_pairs(dataset, "source")
-    return found.pair_of_row, found.first_row, found.digest
-
-
-def fingerprint_rows(dataset: Dataset) -> str:
-    """Hash of everything in a tokenized dataset, in order; the same wherever and however often it is tokenized."""
-    digest = xxhash.xxh3_128()
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        for column in sorted(table.column_names):
-            values = table[column].combine_chunks()
-            while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-                digest.update(np.asarray(pc.list_value_length(values).to_pylist(), dtype=np.int64).tobytes())
-                values = values.flatten()
-            if pa.types.is_integer(values.type):
-                digest.update(np.asarray(values, dtype=np.int64).tobytes())
-            else:
-                digest.update("\0".join(values.to_pylist()).encode())
-    return digest.hexdigest()
-
-
 def build_or_load(
     dataset: Dataset,
     forward: Callable[[], Any],
@@ -364,13 +254,13 @@ def build_or_load(
     Raises:
         StorageError: The folder cannot be written, is not shared by all ranks, or the disk is full.
     """
-    stored = stored or Stored()
+    stored = Stored() if stored is None else stored
 
-    def store(pairs: UniquePairs, arrays: frozenset[str]) -> ReferenceStore:
+    def store(pairs: _Pairs, arrays: frozenset[str]) -> ReferenceStore:
         full_key: dict[str, Any] = {**key, "rows": pairs.digest, "sources": len(pairs), "format": _FORMAT}
         if HIDDEN in arrays:
             full_key["pooling"] = shape.pooling
-        if (pairs.side, arrays) != ("source", Stored().sources):
+        if (pairs.side, arrays) != (SOURCE, Stored().sources):
             full_key |= {"side": pairs.side, "arrays": sorted(arrays)}
         folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
         shapes = {LOGPS: (len(pairs), 2), HIDDEN: (len(pairs), 2, hidden_size), SHARED: (len(pairs), 2)}
@@ -378,18 +268,21 @@ def build_or_load(
         if ranks.is_main_process and folder.exists():
             _remove_if_damaged(folder, shapes)
         if not from_main(folder.exists(), ranks):
-            _run_pass(dataset, pairs, forward, folder, full_key, shape, shapes, ranks, name)
+            _run_pass(pairs, forward, folder, full_key, shape, shapes, ranks, name)
         _require_visible(folder, ranks)
         return ReferenceStore(folder, shapes)
 
-    sources = unique_pairs(dataset, "source")
-    of_sources = store(sources, stored.sources) if stored.sources else None
-    if not stored.targets:
-        return GroupReference(of_sources, sources.pair_of_row, stored)
-    targets = unique_pairs(dataset, "target")
-    of_targets = store(targets, stored.targets)
+    sources = unique_pairs(dataset, SOURCE)
+    by_side = {SOURCE: sources}
+    if stored.targets:
+        by_side[TARGET] = unique_pairs(dataset, TARGET)
+    others = {side: mismatched_pairs(by_side[side], dataset, stored.max_length) for side in stored.mismatched}
     return GroupReference(
-        of_sources, sources.pair_of_row, stored, (of_targets, targets.pair_of_row), targets.starts
+        stored,
+        sources.pair_of_row,
+        store(sources, stored.sources) if stored.sources else None,
+        (store(by_side[TARGET], stored.targets), by_side[TARGET]) if stored.targets else None,
+        {side: (store(pairs, frozenset({LOGPS})), pairs) for side, pairs in sorted(others.items())},
     )
 
 
@@ -406,12 +299,12 @@ def _remove_if_damaged(folder: Path, arrays: Iterable[str]) -> None:
         )
 
 
+_Pairs = UniquePairs | MismatchedPairs
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
 def _run_pass(
-    dataset: Dataset,
-    pairs: UniquePairs,
+    pairs: _Pairs,
     forward: Callable[[], Any],
     folder: Path,
     key: Mapping[str, Any],
@@ -423,7 +316,7 @@ def _run_pass(
     # Runs that differ in their settings only share a key and may start together, so each has a folder of its own.
     token = from_main(uuid.uuid4().hex[:12], ranks)
     partial = folder.with_name(f".{folder.name}.{token}{PART}")
-    batches = list(_batches(pairs.sizes, shape.tokens_per_batch))
+    batches = list(_batches(pairs.lengths.sum(axis=1), shape.tokens_per_batch))
     shares = [_share(batches, rank, ranks.num_processes) for rank in range(ranks.num_processes)]
     mine = shares[ranks.process_index]
     if ranks.is_main_process:
@@ -440,7 +333,6 @@ def _run_pass(
         _create(own, {array: (len(mine), *size[1:]) for array, size in shapes.items()})
     arrays = _open_arrays(own, shapes)
 
-    columns = dataset.select_columns(list(_SIDES[pairs.side]))
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
     written = 0
@@ -452,7 +344,7 @@ def _run_pass(
         ):
             number = step * ranks.num_processes + ranks.process_index
             batch = batches[min(number, len(batches) - 1)]
-            trees = pairs.trees(columns, batch, pool=HIDDEN in shapes)
+            trees = pairs.trees(batch, pool=HIDDEN in shapes)
             output = call_on_trees(call, trees, shape, ranks.device, score_shared=SHARED in shapes)
             if number >= len(batches):
                 continue

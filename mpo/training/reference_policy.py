@@ -17,7 +17,7 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.identity import identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
 from mpo.training.config import MPOConfig
-from mpo.training.objectives import REFERENCE, RETENTION, SOURCE_GAP
+from mpo.training.objectives import MISMATCHED, REFERENCE, RETENTION, SOURCE_GAP
 from mpo.training.ranks import from_main
 from mpo.training.reference import (
     HIDDEN,
@@ -26,9 +26,9 @@ from mpo.training.reference import (
     GroupReference,
     Stored,
     build_or_load,
-    probe_trees,
 )
 from mpo.training.sharding import CallablePolicy, destroy_engine, inference, place_frozen
+from mpo.training.unique_pairs import SOURCE, TARGET, probe_trees
 
 # Initialisations under which a fresh adapter computes exactly what the base model does.
 _NEUTRAL_ADAPTER_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
@@ -50,7 +50,13 @@ def needed_for(args: MPOConfig, *, evaluation: bool = False) -> Stored:
         sources.add(LOGPS)
     if evaluation or RETENTION in needs:
         sources |= {LOGPS, HIDDEN}
-    return Stored(frozenset(sources), frozenset(own if train_on != "source" else ()))
+    sides = {"targets": {TARGET}, "source": {SOURCE}, "both": {SOURCE, TARGET}}[train_on]
+    return Stored(
+        frozenset(sources),
+        frozenset(own if train_on != "source" else ()),
+        frozenset(sides if MISMATCHED in needs else ()),
+        args.max_length,
+    )
 
 
 class ReferencePolicy:
@@ -104,12 +110,11 @@ class ReferencePolicy:
         Raises:
             ModelError: The data is new and the reference is gone.
         """
-        stored = stored or Stored()
+        stored = Stored() if stored is None else stored
         known = self.known.get(dataset)
         if known is not None and stored <= known.stored:
             return known
-        needs_reference = bool(stored.sources or stored.targets)
-        if needs_reference:
+        if stored:
             self._require_still_there()
         if not self._layout_checked:
             self._check_layout(dataset)
@@ -117,7 +122,7 @@ class ReferencePolicy:
             dataset,
             self.forward,
             cache_dir=self._cache_dir,
-            key=self._key() if needs_reference else {},
+            key=self._key() if stored else {},
             shape=self.shape,
             hidden_size=self._policy.model.config.get_text_config().hidden_size,
             ranks=self._policy.accelerator,

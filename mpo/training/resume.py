@@ -16,8 +16,8 @@ from mpo.errors import ConfigError, StorageError
 from mpo.training.checkpoints import is_complete, last_complete_checkpoint, saved_state, set_aside
 from mpo.training.config import MPOConfig
 from mpo.training.ranks import from_main
-from mpo.training.reference import fingerprint_rows
 from mpo.training.sharding import sharding_name
+from mpo.training.unique_pairs import fingerprint_rows
 
 logger = get_logger(__name__)
 

@@ -20,8 +20,9 @@ from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
-from mpo.training.objectives import PROMPT, REFERENCE
-from mpo.training.reference import GroupReference, unique_sources
+from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE
+from mpo.training.reference import GroupReference
+from mpo.training.unique_pairs import unique_sources
 
 logger = get_logger(__name__)
 
@@ -273,6 +274,7 @@ class Trained:
         targets, sources: Whether a group's targets are, and its source, where the group is the first that has it.
         reference: Whether log-likelihoods of the same responses under the reference are needed.
         prompts, shared: See :func:`mpo.modeling.trees.build_batch`.
+        mismatched: Whether those of another pair's responses are needed, under policy and reference.
     """
 
     targets: bool = True
@@ -280,6 +282,7 @@ class Trained:
     reference: bool = False
     prompts: bool = False
     shared: bool = False
+    mismatched: bool = False
 
     @classmethod
     def by(cls, args: MPOConfig) -> Trained:
@@ -291,6 +294,7 @@ class Trained:
             reference=REFERENCE in objectives.needs,
             prompts=PROMPT in objectives.needs,
             shared=objectives.needs_shared,
+            mismatched=MISMATCHED in objectives.needs,
         )
 
 
@@ -302,7 +306,7 @@ class _Pair(NamedTuple):
     language: int
     is_source: bool
     trained: bool
-    reference: Mapping[str, Any]  # `logps` and `shared`, [2] each
+    said: Mapping[str, Any]  # by the reference of it, see `GroupReference.row`
 
 
 @dataclass
@@ -331,6 +335,8 @@ class GroupCollator:
     - ``counts``, ``weight``: ``[T]`` float32, 0 for fillers and pairs that are only scored
     - ``num_pairs``: pairs that count; ``totals``: the same and their tokens, see :class:`mpo.modeling.pairs.StepMeans`
     - ``step``: the means of this batch; the trainer puts those of the whole step in their place
+    - ``mismatched``, only if needed: ``calls``, tensors of calls on the trained pairs' prompts with another pair's
+      responses; ``reference_logps`` and ``lengths`` of these, ``[T, 2]``; ``counts`` ``[T]``
     - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
       the pairs of the call, and ``source_call``, the tensors of the sources that are held still, or None
     - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from, ``fillers``
@@ -385,12 +391,13 @@ class GroupCollator:
             batch["reference_hidden"] = torch.from_numpy(
                 np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
             )
-        for name in (
-            ("logps", "shared") if self.trained.shared else ("logps",) if self.trained.reference else ()
-        ):
+        needed = {"logps": self.trained.reference, "shared": self.trained.shared}
+        for name in (name for name, asked in needed.items() if asked):
             unknown = np.full(2, np.nan, dtype=np.float32)  # of a pair that is only scored
-            values = [np.asarray(pair.reference.get(name, unknown), dtype=np.float32) for pair in pairs]
+            values = [pair.said.get(name, unknown) for pair in pairs]
             batch[f"reference_{name}"] = torch.from_numpy(np.stack(values))
+        if self.trained.mismatched:
+            batch["mismatched"] = self._mismatched([pair for pair in pairs if pair.trained], examples)
         batch["groups"] = [example["group"] for example in examples]
         batch["origins"] = [example["origin"] for example in examples]
         batch["rows"] = [list(example["row"]) for example in examples]
@@ -415,27 +422,36 @@ class GroupCollator:
             parts = [example[f"source_{part}"] for part in ("prompt", "chosen", "rejected")]
             trained = self.trained.sources and example["carries_source"]
             if trained or self.score_source:
-                own = {
-                    name: example[f"source_{name}"]
-                    for name in ("logps", "shared")
-                    if f"source_{name}" in example
-                }
                 tree = Tree(*parts, score=True, pool=self.run_source)
-                sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, own))
+                (said,) = example.get("source_reference", [{}])
+                sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, said))
             elif self.run_source:
                 held.append(Tree(*parts, score=False, pool=True))
             if not (self.trained.targets or self.score_source):
                 continue
-            for i, language in enumerate(example["target_language"]):
+            of_targets = example.get("target_reference", [{}] * len(example["target_language"]))
+            for i, (language, said) in enumerate(zip(example["target_language"], of_targets, strict=True)):
                 parts = [example[f"target_{part}"][i] for part in ("prompt", "chosen", "rejected")]
-                own = {
-                    name: example[f"target_{name}"][i]
-                    for name in ("logps", "shared")
-                    if f"target_{name}" in example
-                }
                 tree = Tree(*parts, score=True)
-                targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, own))
+                targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, said))
         return targets + sources, held
+
+    def _mismatched(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        trees = [Tree(pair.tree.prompt, *pair.said["other_responses"]) for pair in pairs]
+        sizes = [tree.size for tree in trees]
+        calls = []
+        for part in pack_rows(sizes, self.max_tokens_per_call or sum(sizes)):
+            numbers = sorted(part)
+            calls.append({**self._build([trees[i] for i in numbers]), "pairs": torch.tensor(numbers)})
+        counts = [not examples[pair.group]["filler"] for pair in pairs]
+        logps = [pair.said["other_logps"] for pair in pairs]
+        lengths = [(len(tree.chosen), len(tree.rejected)) for tree in trees]
+        return {
+            "calls": calls,
+            "reference_logps": torch.from_numpy(np.array(logps, dtype=np.float32).reshape(-1, 2)),
+            "lengths": torch.tensor(lengths, dtype=torch.long).reshape(-1, 2),
+            "counts": torch.tensor(counts, dtype=torch.float32),
+        }
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
         return build_batch(
@@ -451,7 +467,7 @@ class GroupCollator:
 
 
 def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str, Any]:
-    """Fields of :class:`mpo.modeling.pairs.StepMeans`, from sums over the pairs of a step."""
+    """Fields of :class:`mpo.modeling.pairs.StepMeans` about tokens, from sums over the pairs of a step."""
     return {"chosen_tokens": chosen_tokens / pairs, "sequence_tokens": sequence_tokens / pairs}
 
 
@@ -493,8 +509,13 @@ def language_weights(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a batch's tensors to a device without waiting for the copy."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    """Move a batch's tensors, those in its parts too, to a device without waiting for the copy."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, dict):
+            return to_device(value, device)
+        return [moved(item) for item in value] if isinstance(value, list) else value
+
+    return {name: moved(value) for name, value in batch.items()}

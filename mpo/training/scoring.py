@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from mpo.data.tokenization import set_chat_template, tokenize_groups
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.layout import BatchShape, Forward, batch_shape, usable_layout
-from mpo.modeling.pairs import PairTensors, run_model
+from mpo.modeling.pairs import PairTensors, mismatch_sums, run_model
 from mpo.training.ranks import Ranks, SingleRank, gathered
 from mpo.training.records import PairScore, Scores
-from mpo.training.reference import GroupReference, build_or_load, probe_trees
+from mpo.training.reference import GroupReference, build_or_load
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
@@ -34,6 +34,7 @@ from mpo.training.sampling import (
     target_languages,
     to_device,
 )
+from mpo.training.unique_pairs import probe_trees
 from mpo.training.workload import trained_totals
 
 
@@ -98,6 +99,8 @@ def score_dataset(
         ),
     )
     step = step_means(*trained_totals(groups, trained, reference.carries_source))
+    if trained.mismatched and pair_loss is not None:
+        step["kl"] = _reference_point(forward, loader, ranks)
     sums = _Sums()
     quiet = not (progress and ranks.is_main_process) or bool(os.environ.get("TQDM_DISABLE", ""))
     for cpu_batch in tqdm(loader, desc=description, disable=quiet):
@@ -145,6 +148,17 @@ def score_dataset(
         math.fsum(part.loss for part in parts) / total_pairs if pair_loss and total_pairs else math.nan
     )
     return scores, mean_loss
+
+
+def _reference_point(forward: Forward, loader: DataLoader[dict[str, Any]], ranks: Ranks) -> float:
+    """KTO's estimate of the divergence from the reference, over all pairs of a dataset."""
+    own = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in loader:
+            own += mismatch_sums(forward, to_device(batch["mismatched"], ranks.device)).double().cpu()
+    parts = gathered([own.tolist()], ranks)
+    total, count = (math.fsum(part[i] for part in parts) for i in (0, 1))
+    return max(0.0, total / count)
 
 
 def _score(group: int, language: str, is_source: bool, logps: np.ndarray, reference: float) -> PairScore:

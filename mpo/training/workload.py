@@ -16,9 +16,9 @@ from mpo.data.contract import PARTS
 from mpo.data.tokenization import tokenize_groups
 from mpo.errors import DataError
 from mpo.training.config import MPOConfig
-from mpo.training.reference import first_of_each, unique_sources
 from mpo.training.reference_policy import needed_for
 from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, Trained
+from mpo.training.unique_pairs import first_of_each, unique_sources
 
 # The official code runs source and target of a pair as two batches, each of two sequences (prompt + chosen, prompt +
 # rejected) that are padded to one length, a multiple of 8.

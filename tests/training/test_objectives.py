@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference, add_fused_lm_head
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from mpo import MPOConfig
 from mpo.training.metrics import LanguageMetrics
@@ -22,8 +24,12 @@ from tests.plain import Ids, assert_same_tensors, gradients, relative_error
 from tests.training.test_trainer_numerics import Bench, Case
 
 TOLERANCE = 1e-5
-# All that an objective can need: references of targets and sources, their first tokens, the prompts.
-EVERYTHING: dict[str, Any] = {"loss_type": ["sigmoid", "orpo"], "ld_alpha": 0.5, "train_on": "both"}
+# All that an objective can need: references of targets and sources, also of mismatched ones, and their first tokens.
+EVERYTHING: dict[str, Any] = {
+    "loss_type": ["sigmoid", "orpo", "kto"],
+    "ld_alpha": 0.5,
+    "train_on": "both",
+}
 
 
 class Settings(MPOConfig):
@@ -42,7 +48,7 @@ class Settings(MPOConfig):
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A policy that has moved away from its reference, on ragged groups; its objective is chosen by :func:`choose`."""
     family, lora = request.param
-    case = Case(family, lora, targets=(1, 4, 2), seed=31)
+    case = Case(family, lora, targets=(1, 4, 2), seed=31, cut=True)
     return Bench(case, tmp_path_factory.mktemp("bench"), **EVERYTHING)
 
 
@@ -65,7 +71,8 @@ def own_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
     loader = bench.trainer.get_train_dataloader()
     groups = list(range(len(bench.groups)))
     batch = bench.trainer.data_collator(loader.dataset.__getitems__(groups))
-    loss, found = bench.run([batch])
+    with bench.case.arithmetic():  # KTO's reference point, too, which the step begins with
+        loss, found = bench.run([batch])
     return torch.tensor(loss), found
 
 
@@ -87,6 +94,14 @@ def assert_same_step(bench: Bench, loss: Tensor, tolerance: float = TOLERANCE) -
 # ---- TRL's DPOTrainer ---------------------------------------------------------------------------------------------
 
 
+def reference_model(bench: Bench) -> Any:
+    """The model at the start, as TRL calls it."""
+    if not hasattr(bench, "reference_model"):
+        bench.reference_model = copy.deepcopy(bench.start)
+        add_fused_lm_head(bench.reference_model)
+    return bench.reference_model
+
+
 def dpo_loss(bench: Bench, args: MPOConfig, pairs: Sequence[Ids]) -> Tensor:
     """What TRL's trainer computes of these pairs, with the model and the reference of the bench."""
     trainer = bench.trainer
@@ -98,10 +113,7 @@ def dpo_loss(bench: Bench, args: MPOConfig, pairs: Sequence[Ids]) -> Tensor:
         setattr(trainer, name, getattr(args, name))
     trainer.precompute_ref_logps = False
     if not bench.case.lora:
-        if not hasattr(bench, "reference_model"):
-            bench.reference_model = copy.deepcopy(bench.start)
-            add_fused_lm_head(bench.reference_model)
-        trainer.ref_model = bench.reference_model
+        trainer.ref_model = reference_model(bench)
     collate = DataCollatorForPreference(pad_token_id=trainer._tokenizer.pad_token_id)
     batch = collate([{f"{name}_ids": ids for name, ids in pair._asdict().items()} for pair in pairs])
     with bench.case.arithmetic():
@@ -210,3 +222,82 @@ def test_orpo_is_that_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
     args = choose(bench, loss_type="orpo", **settings)
     loss = reference_free_loss(bench, ORPOTrainer, trained_pairs(bench, args.train_on), beta=args.beta)
     assert_same_step(bench, loss)
+
+
+# ---- TRL's KTOTrainer ---------------------------------------------------------------------------------------------
+
+
+def mismatched(bench: Bench, train_on: str) -> list[Ids]:
+    """Each pair with the responses of the one before it in its language, cut to the maximum length."""
+    found = []
+    max_length = max(len(pair.prompt) for pair in trained_pairs(bench, "both")) + 3  # see `Bench`
+    sides = {"targets": [False], "source": [True], "both": [False, True]}[train_on]
+    for is_source in sides:
+        if is_source:
+            pairs = [("source", group.source) for group in bench.groups]
+        else:
+            pairs = [
+                item for group in bench.groups for item in zip(group.languages, group.targets, strict=True)
+            ]
+        for i, (language, pair) in enumerate(pairs):
+            before = [other for name, other in pairs[:i] if name == language]
+            after = [other for name, other in pairs[i:] if name == language]
+            other = before[-1] if before else after[-1]
+            room = max_length - len(pair.prompt)
+            found.append(Ids(pair.prompt, other.chosen[:room], other.rejected[:room]))
+    return found
+
+
+def kto_loss(bench: Bench, args: MPOConfig) -> tuple[Tensor, float]:
+    """What TRL's trainer computes of the same responses, each an example of its own, and its reference point."""
+    trainer = KTOTrainer.__new__(KTOTrainer)
+    own = bench.trainer
+    trainer.__dict__.update(
+        {name: getattr(own, name) for name in ("accelerator", "model", "ref_model", "args")}
+    )
+    trainer.__dict__.update(
+        loss_type="kto",
+        beta=args.beta,
+        desirable_weight=args.desirable_weight,
+        undesirable_weight=args.undesirable_weight,
+        calculate_KL=True,
+        precompute_ref_logps=False,
+        aux_loss_enabled=False,
+        _total_train_tokens=0,
+        _tp_size=1,
+        _metrics={"train": defaultdict(list)},
+    )
+    if not bench.case.lora:
+        trainer.ref_model = reference_model(bench)
+    pairs, others = trained_pairs(bench, args.train_on), mismatched(bench, args.train_on)
+    examples = [
+        {
+            "prompt_ids": pair.prompt,
+            "completion_ids": getattr(pair, name),
+            "KL_completion_ids": getattr(other, name),
+            "label": name == "chosen",
+        }
+        for name in ("chosen", "rejected")
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    batch = DataCollatorForUnpairedPreference(pad_token_id=own._tokenizer.pad_token_id)(examples)
+    with bench.case.arithmetic():
+        loss = trainer._compute_loss(own.model.train(), batch, False)
+    return loss, trainer._metrics["train"]["kl"][0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7, "train_on": "both"},
+        {"train_on": "source"},
+    ],
+    ids=str,
+)
+def test_kto_is_that_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
+    args = choose(bench, loss_type="kto", **settings)
+    loss, kl = kto_loss(bench, args)
+    assert_same_step(bench, loss)
+    found = bench.trainer._metrics_per_language.log(1, bench.trainer.accelerator)
+    assert found["kl"] == pytest.approx(kl, rel=1e-5)

@@ -29,7 +29,8 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.identity import fingerprint_folder, fingerprint_module
 from mpo.modeling.layout import BatchShape
 from mpo.training import reference as subject
-from mpo.training.reference import GroupReference, build_or_load, unique_sources
+from mpo.training.reference import GroupReference, build_or_load
+from mpo.training.unique_pairs import unique_sources
 from tests import runs
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
 
