@@ -6,8 +6,10 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,9 +20,12 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, add_fused_lm_head
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from mpo import MPOConfig
+from mpo.errors import ConfigError
+from mpo.training import objectives
 from mpo.training.metrics import LanguageMetrics
+from mpo.training.objectives import register_objective
 from mpo.training.sampling import Trained
-from tests.plain import Ids, assert_same_tensors, gradients, relative_error
+from tests.plain import Ids, assert_same_tensors, gradients, relative_error, score_pair
 from tests.training.test_trainer_numerics import Bench, Case
 
 TOLERANCE = 1e-5
@@ -40,16 +45,23 @@ class Settings(MPOConfig):
     distributed_state = None
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(f, lora) for f in ("llama", "gemma2", "qwen2") for lora in (False, True)],
-    ids=str,
-)
+BENCHES = [(family, lora) for lora in (False, True) for family in ("llama", "gemma2", "qwen2")]
+
+
+@pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A policy that has moved away from its reference, on ragged groups; its objective is chosen by :func:`choose`."""
     family, lora = request.param
     case = Case(family, lora, targets=(1, 4, 2), seed=31, cut=True)
     return Bench(case, tmp_path_factory.mktemp("bench"), **EVERYTHING)
+
+
+def everywhere(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    """Every case with all weights of a Llama, and in turn with another family or an adapter."""
+    chosen = [
+        (BENCHES[place], case) for i, case in enumerate(cases) for place in (0, 1 + i % (len(BENCHES) - 1))
+    ]
+    return pytest.mark.parametrize(("bench", "settings"), chosen, indirect=["bench"], ids=str)
 
 
 def choose(bench: Bench, **settings: Any) -> MPOConfig:
@@ -150,7 +162,7 @@ DPO_FAMILY: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", DPO_FAMILY, ids=str)
+@everywhere(DPO_FAMILY)
 def test_the_dpo_family_is_that_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
     args = choose(bench, **settings)
     assert_same_step(bench, dpo_loss(bench, args, trained_pairs(bench, args.train_on)))
@@ -189,16 +201,14 @@ def reference_free_loss(bench: Bench, kind: Any, pairs: Sequence[Ids], **attribu
     return loss
 
 
-@pytest.mark.parametrize(
-    "settings",
+@everywhere(
     [
         {"loss_type": "simpo"},
         {"loss_type": "simpo", "beta": 1.5, "simpo_gamma": 0.9, "label_smoothing": 0.1, "train_on": "both"},
         {"loss_type": "cpo"},
         {"loss_type": "cpo", "beta": 0.3, "cpo_alpha": 0.4, "label_smoothing": 0.2, "train_on": "source"},
         {"loss_type": "cpo", "cpo_alpha": 0.0, "train_on": "both"},
-    ],
-    ids=str,
+    ]
 )
 def test_simpo_and_cpo_are_those_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
     args = choose(bench, **settings)
@@ -217,7 +227,7 @@ def test_simpo_and_cpo_are_those_of_trl(bench: Bench, settings: dict[str, Any]) 
     assert_same_step(bench, loss)
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta": 0.7, "train_on": "both"}, {"train_on": "source"}], ids=str)
+@everywhere([{}, {"beta": 0.7, "train_on": "both"}, {"train_on": "source"}])
 def test_orpo_is_that_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
     args = choose(bench, loss_type="orpo", **settings)
     loss = reference_free_loss(bench, ORPOTrainer, trained_pairs(bench, args.train_on), beta=args.beta)
@@ -286,18 +296,294 @@ def kto_loss(bench: Bench, args: MPOConfig) -> tuple[Tensor, float]:
     return loss, trainer._metrics["train"]["kl"][0]
 
 
-@pytest.mark.parametrize(
-    "settings",
+@everywhere(
     [
         {},
         {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7, "train_on": "both"},
         {"train_on": "source"},
-    ],
-    ids=str,
+    ]
 )
 def test_kto_is_that_of_trl(bench: Bench, settings: dict[str, Any]) -> None:
     args = choose(bench, loss_type="kto", **settings)
     loss, kl = kto_loss(bench, args)
     assert_same_step(bench, loss)
     found = bench.trainer._metrics_per_language.log(1, bench.trainer.accelerator)
-    assert found["kl"] == pytest.approx(kl, rel=1e-5)
+    assert found["kl"] == pytest.approx(kl, rel=1e-4)
+
+
+# ---- What TRL does not have ---------------------------------------------------------------------------------------
+
+
+@everywhere([{"rdpo_alpha": 0.0}, {"beta": 0.3, "rdpo_alpha": 0.2, "train_on": "both"}])
+def test_length_regularised_dpo_is_its_formula(bench: Bench, settings: dict[str, Any]) -> None:
+    args = choose(bench, loss_type="rdpo", **settings)
+    model, leaves = bench.policy()
+    losses = []
+    for pair in trained_pairs(bench, args.train_on):
+        with torch.no_grad():
+            reference = score_pair(bench.start, pair).logps
+        lengths = torch.tensor([len(pair.chosen), len(pair.rejected)], dtype=torch.float64)
+        chosen, rejected = (score_pair(model, pair).logps - reference) * lengths
+        reward = args.beta * (chosen - rejected) + args.rdpo_alpha * (lengths[0] - lengths[1])
+        losses.append(torch.log1p(torch.exp(-reward)))
+    expected = torch.stack(losses).mean()
+    loss, found = own_step(bench)
+    assert relative_error(loss, expected) <= TOLERANCE
+    assert_same_tensors(found, gradients(expected, leaves), TOLERANCE)
+
+
+# ---- The step's mean ----------------------------------------------------------------------------------------------
+
+RAGGED = (1, 4, 2, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ({"loss_type": "sft", "train_on": "both"}, {"per_device_train_batch_size": 1}),
+        (
+            {"loss_type": "orpo", "train_on": "both"},
+            {"per_device_train_batch_size": 2, "max_targets_per_group": 2},
+        ),
+        ({"loss_type": "orpo"}, {"per_device_train_batch_size": 5, "max_tokens_per_call": 100}),
+        (
+            {"loss_type": "sigmoid", "ld_alpha": 0.3, "train_on": "both"},
+            {"group_by_source": False, "batch_layout": "padded"},
+        ),
+        (
+            {"loss_type": "cpo", "train_on": "source"},
+            {"max_targets_per_group": 1, "per_device_train_batch_size": 4, "max_tokens_per_call": 1},
+        ),
+        (
+            {"loss_type": "kto", "train_on": "both"},
+            {"per_device_train_batch_size": 3, "max_tokens_per_call": 150},
+        ),
+        (
+            {"loss_type": "kto"},
+            {"per_device_train_batch_size": 1, "max_tokens_per_batch": 200},
+        ),
+        (
+            {"loss_type": ["apo_zero", "sft"], "train_on": "both"},
+            {"per_device_train_batch_size": 1, "max_tokens_per_batch": 150, "batch_layout": "padded"},
+        ),
+    ],
+    ids=str,
+)
+def test_a_step_is_the_same_however_its_pairs_are_grouped(
+    objective: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    case = Case("llama", layout=settings.get("batch_layout", "tree"), targets=RAGGED, seed=32)
+    beta = {"beta": 0.2} if objective["loss_type"] != "sft" else {"beta": 1.0}
+    whole = Bench(case, tmp_path / "whole", **beta, **objective)
+    loss, gradient = own_step(whole)
+    bench = Bench(case, tmp_path / "parts", **beta, **objective, **settings)
+    batches = bench.batches()
+    if "max_tokens_per_call" in settings:
+        assert all("calls" in batch for batch in batches)
+    else:
+        assert len(batches) > 1
+    sources = sum(int(batch["is_source"].sum()) for batch in batches)
+    assert sources == (0 if bench.trainer.args.train_on == "targets" else len(RAGGED))
+    with case.arithmetic():
+        own_loss, found = bench.run(batches)
+    assert relative_error(torch.tensor(own_loss), loss) <= TOLERANCE
+    assert_same_tensors(found, gradient, TOLERANCE)
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "kto"])
+def test_a_filler_changes_nothing(loss_type: str, tmp_path: Path) -> None:
+    case = Case("llama", targets=(2, 3, 1), seed=39)
+    bench = Bench(case, tmp_path, loss_type=loss_type, train_on="both")
+    loss, gradient = own_step(bench)
+    collate, data = bench.trainer.data_collator, bench.trainer.get_train_dataloader().dataset
+    batches = [collate(data.__getitems__(indices)) for indices in ([0, ~1], [~0], [1, ~2, 2], [~2, ~1])]
+    with case.arithmetic():
+        own_loss, found = bench.run(batches)
+    assert relative_error(torch.tensor(own_loss), loss) <= TOLERANCE
+    assert_same_tensors(found, gradient, TOLERANCE)
+
+
+def test_pairs_weigh_by_language_and_the_source_language_is_one(tmp_path: Path) -> None:
+    case = Case("llama", targets=(3, 2), seed=33)
+    settings = {"loss_type": "simpo", "train_on": "both", "language_weights": {"en": 3.0}}
+    bench = Bench(case, tmp_path, **settings)
+    (batch,) = bench.batches()
+    weights = batch["weight"]
+    assert bench.trainer.languages[-1] == "en"
+    assert float(weights.mean()) == pytest.approx(1.0)
+    assert weights[batch["is_source"]].tolist() == pytest.approx([3 * float(weights[0])] * 2)
+
+
+# ---- No more than is asked for ------------------------------------------------------------------------------------
+
+
+def test_dpo_on_targets_runs_no_source_and_neither_does_its_reference_pass(tmp_path: Path) -> None:
+    bench = Bench(Case("llama", targets=(2, 3), seed=34), tmp_path, loss_type="sigmoid")
+    (batch,) = bench.batches()
+    targets = trained_pairs(bench, "targets")
+    assert int((batch["tree_ids"] >= 0).sum()) == sum(len(part) for pair in targets for part in pair)
+    assert batch["pool_index"].numel() == 0
+    assert not {"reference_hidden", "prompt_index", "score_shared", "mismatched"} & set(batch)
+    (folder,) = (tmp_path / "reference").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", "logps.npy"]
+    with torch.no_grad():
+        plain = torch.stack([score_pair(bench.start, pair).logps for pair in targets])
+    np.testing.assert_allclose(np.load(folder / "logps.npy"), plain.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "sft"])
+def test_an_objective_without_a_reference_makes_no_reference_pass(loss_type: str, tmp_path: Path) -> None:
+    bench = Bench(Case("llama", targets=(2, 1), exact=False), tmp_path, loss_type=loss_type)
+    bench.trainer.train()
+    assert not (tmp_path / "reference").exists()
+    assert bench.trainer.source_report == {"sources": 2, "dropped": 0}
+    (logged, *_) = bench.trainer.state.log_history
+    assert {f"reward_gap/{language}" for language in bench.trainer.languages} <= set(logged)
+    assert not any("source" in name or "loss/" in name or "rewards" in name for name in logged)
+
+
+def test_a_least_source_gap_makes_a_pass_over_the_sources_alone(tmp_path: Path) -> None:
+    case = Case("llama", targets=(2, 1, 3, 1), seed=35)
+    gaps = [float(scored.gap) for scored in Bench(case, tmp_path / "mpo").reference()]
+    limit = sorted(gaps)[1] + 1e-4
+    bench = Bench(case, tmp_path, loss_type="simpo", min_source_gap=limit)
+    assert bench.trainer.source_report["dropped"] == 2
+    (folder,) = (tmp_path / "reference").iterdir()
+    assert np.load(folder / "logps.npy").shape == (4, 2) and not (folder / "hidden.npy").exists()
+    kept = sum(len(group.targets) for group, gap in zip(bench.groups, gaps, strict=True) if gap > limit)
+    assert sum(batch["num_pairs"] for batch in bench.batches()) == kept
+
+
+# ---- Logs and evaluation ------------------------------------------------------------------------------------------
+
+
+def test_several_objectives_are_logged_one_by_one_and_the_source_language_as_the_others(
+    tmp_path: Path,
+) -> None:
+    case = Case("llama", targets=(2, 3), seed=36, exact=False)
+    settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.2], "train_on": "both", "beta": 0.3}
+    bench = Bench(case, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings)
+    pairs = trained_pairs(bench, "both")
+    alone = {"output_dir": "x", "use_cpu": True}
+    terms = [
+        float(dpo_loss(bench, Settings(**alone, loss_type="sigmoid", beta=0.3), pairs)),
+        float(dpo_loss(bench, Settings(**alone, loss_type="sft"), pairs)),
+    ]
+    trl = bench.trainer._metrics["train"]
+    rewards = {name: trl[name][0] for name in trl if name.startswith("rewards/")}
+    model, _ = bench.policy()
+    with torch.no_grad():
+        gaps = [float(score_pair(model, group.source).gap) for group in bench.groups]
+    bench.trainer.train()
+    logged = bench.trainer.state.log_history[0]
+    assert [logged["loss/sigmoid"], logged["loss/sft"]] == pytest.approx(terms, rel=1e-4)
+    assert logged["loss"] == pytest.approx(0.7 * terms[0] + 0.2 * terms[1], rel=1e-4)
+    # TRL's have the temperature of the objective that was last set, 1 for the likelihood alone.
+    assert len(rewards) == 4
+    found = {name: logged[name] / (1 if name == "rewards/accuracies" else 0.3) for name in rewards}
+    assert found == pytest.approx(
+        {name: value / (1 if name == "rewards/accuracies" else 0.3) for name, value in rewards.items()},
+        rel=1e-3,
+        abs=1e-4,
+    )
+    assert logged["reward_gap/en"] == pytest.approx(sum(gaps) / 2, abs=2e-5)
+    assert "loss/reward_gap" not in logged and "loss/retention" not in logged
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["sigmoid", "sft"], "train_on": "both", "beta": 0.2},
+        {"loss_type": "sft"},
+        {"loss_type": "ipo", "train_on": "source", "ld_alpha": 0.5},
+    ],
+    ids=str,
+)
+def test_the_evaluation_loss_is_that_of_all_held_out_pairs_together(
+    settings: dict[str, Any], size: int, tmp_path: Path
+) -> None:
+    case = Case("llama", True, targets=(1, 4, 2), seed=37, exact=False)
+    bench = Bench(case, tmp_path, max_targets_per_group=2, per_device_eval_batch_size=size, **settings)
+    args = bench.trainer.args
+    expected = float(dpo_loss(bench, args, trained_pairs(bench, args.train_on)))
+    metrics = bench.trainer.evaluate(bench.rows)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert ("eval_reward_gap/en" in metrics) == ("train_on" in settings)
+
+
+def test_the_evaluation_loss_of_kto_has_the_reference_point_of_all_held_out_pairs(tmp_path: Path) -> None:
+    case = Case("llama", True, targets=(1, 4, 2), seed=37, exact=False, cut=True)
+    bench = Bench(case, tmp_path, loss_type="kto")
+    metrics = bench.trainer.evaluate(bench.rows)
+    assert metrics["eval_loss"] == pytest.approx(float(kto_loss(bench, bench.trainer.args)[0]), rel=1e-4)
+
+
+# ---- Names of one's own -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is forgotten afterwards."""
+    monkeypatch.setattr(objectives, "_known", dict(objectives._known))
+
+
+def absolute(pairs: Any, args: MPOConfig) -> Tensor:
+    return (args.beta * (pairs.chosen_logps - pairs.rejected_logps) - pairs.reference_gap).abs()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_objective_can_be_named_and_combined(tmp_path: Path) -> None:
+    register_objective("absolute", absolute, published={"beta": 2.0}, needs=["source_gap"])
+    case = Case("llama", targets=(2, 1), seed=38, beta=2.0)
+    bench = Bench(case, tmp_path, loss_type=["absolute", "sft"], loss_weights=[1.0, 0.5])
+    assert all("reference_hidden" not in batch for batch in bench.batches())
+    model, leaves = bench.policy()
+    losses, likelihood, length = [], torch.zeros((), dtype=torch.float64), 0
+    for group, reference in zip(bench.groups, bench.reference(), strict=True):
+        for pair in group.targets:
+            scored = score_pair(model, pair)
+            losses.append((2.0 * scored.gap - reference.gap).abs())
+            likelihood, length = likelihood + scored.logps[0] * len(pair.chosen), length + len(pair.chosen)
+    expected = torch.stack(losses).mean() - 0.5 * likelihood / length
+    loss, found = bench.run()
+    assert relative_error(torch.tensor(loss), expected) <= TOLERANCE
+    assert_same_tensors(found, gradients(expected, leaves), TOLERANCE)
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_installed_package_can_bring_an_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = tmp_path / "their_losses-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-losses\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[mpo.objectives]\nzero = their_losses:zero\nodd = their_losses:odd\nbroken = their_losses:missing\n"
+    )
+    (tmp_path / "their_losses.py").write_text(
+        "from mpo.training.objectives import register_objective\n"
+        "zero = register_objective('zero', lambda pairs, args: 0 * pairs.chosen_logps)\n"
+        "odd = None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert Settings(output_dir="x", use_cpu=True, loss_type="zero").objectives.names == ["zero"]
+    with pytest.raises(ConfigError, match="a NoneType; expected"):
+        Settings(output_dir="x", use_cpu=True, loss_type="odd")
+    with pytest.raises(ConfigError, match="cannot be loaded from their_losses:missing"):
+        Settings(output_dir="x", use_cpu=True, loss_type="broken")
+
+
+def test_a_name_that_is_taken_and_a_need_that_nothing_meets_are_refused() -> None:
+    with pytest.raises(ConfigError, match="there is an objective `sigmoid` already"):
+        register_objective("sigmoid", absolute)
+    with pytest.raises(ConfigError, match="needs attention, which nothing provides"):
+        register_objective("other", absolute, needs=["attention"])
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_objective_that_holds_the_source_does_not_train_on_it() -> None:
+    register_objective("held", lambda pairs, args: pairs.retention, needs=["retention"])
+    settings: dict[str, Any] = {"output_dir": "x", "use_cpu": True, "loss_type": "held"}
+    assert Settings(**settings).holds_sources
+    assert not Settings(**settings, retain_weight=0.0).holds_sources
+    with pytest.raises(ConfigError, match="`train_on: both` does not go with `held`"):
+        Settings(**settings, train_on="both")
