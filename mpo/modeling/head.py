@@ -44,6 +44,7 @@ class RewardGapOutput(ModelOutput):
         shared_logps: ``[T, 2]``, log-likelihood of as many first tokens of each response as the shorter one has, summed;
             where the batch asks for it.
         prompt_logps: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; where the batch asks for it.
+        prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
         aux_loss: scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
@@ -51,6 +52,7 @@ class RewardGapOutput(ModelOutput):
     pooled: Tensor | None = None
     shared_logps: Tensor | None = None
     prompt_logps: Tensor | None = None
+    prompt_states: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
@@ -105,6 +107,7 @@ def _reward_gap_forward(
     prompt_index: Tensor | None = None,
     prompt_labels: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
+    state_index: Tensor | None = None,
     output_router_logits: bool = False,
     **ignored: Any,
 ) -> RewardGapOutput:
@@ -136,8 +139,14 @@ def _reward_gap_forward(
         pooled=_pooled(hidden, pool_index, pool_lengths),
         shared_logps=shared_logps,
         prompt_logps=prompt_logps,
+        prompt_states=None if state_index is None else _states(hidden, state_index),
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
+
+
+@torch.compiler.disable
+def _states(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.index_select(0, index).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 @torch.compiler.disable

@@ -197,3 +197,27 @@ def kto_loss(
     desirable = desirable_weight * torch.sigmoid(beta * (kl - chosen))
     undesirable = undesirable_weight * torch.sigmoid(beta * (rejected - kl))
     return (desirable + undesirable) / 2
+
+
+def consistency_loss(states: Tensor, counts: Tensor, temperature: float) -> Tensor:
+    """``-log softmax(sigma / (sigma_1 * temperature))_1`` over the singular values of a prompt's states in its languages.
+
+    MLC (*Align Once, Benefit Multilingually*, ICLR 2026), as in its authors' code (Yuyan-B/MLC): the rows of the matrix are
+    scaled to length 1, and it is least where they all point the same way, so that only the first singular value is left. The
+    divisor ``sigma_1`` is a constant. Their code puts a linear layer before it, drawn at random and hardly trained at its
+    learning rate, which keeps angles between rows nearly as they are; here there is none.
+
+    Args:
+        states: ``[G, L, H]``, of each of G prompts a state in each language, zeros where it has fewer than L.
+        counts: ``[G]``, number of languages of each, at least 1.
+        temperature: Of the softmax.
+
+    Returns:
+        ``[G]``.
+    """
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    singular = torch.linalg.svdvals(torch.nn.functional.normalize(states, dim=-1))
+    scaled = singular / (singular[:, :1].detach() * temperature)
+    # Rows of zeros bring singular values of zero, which are none of the matrix's own.
+    missing = torch.arange(singular.shape[1], device=counts.device) >= counts[:, None]
+    return torch.logsumexp(scaled.masked_fill(missing, -torch.inf), dim=1) - scaled[:, 0]

@@ -59,6 +59,10 @@ class PairTensors:
             shorter one has, summed; or None.
         reference_shared_sums: ``[T, 2]``, the same under the reference, or None.
         prompt_sums: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; or None.
+        prompt_states: ``[P, L, H]``, of each of P prompts the final hidden state of its last token in each of its languages,
+            the source's too, zeros where it has fewer than L; or None.
+        prompt_counts: ``[P]``, number of languages of each, or None.
+        prompt_of_pair: ``[T]``, index of the pair's prompt among these, or None.
         step: Means over the optimizer step.
     """
 
@@ -78,6 +82,9 @@ class PairTensors:
     shared_sums: Tensor | None = None
     reference_shared_sums: Tensor | None = None
     prompt_sums: Tensor | None = None
+    prompt_states: Tensor | None = None
+    prompt_counts: Tensor | None = None
+    prompt_of_pair: Tensor | None = None
     step: StepMeans | None = None
 
     @property
@@ -109,7 +116,7 @@ class PairTensors:
 
     def select(self, pairs: Tensor) -> PairTensors:
         """Some of the pairs, by their places ``[S]``; groups stay what they are."""
-        of_groups = ("source_hidden", "reference_hidden", "step")
+        of_groups = ("source_hidden", "reference_hidden", "prompt_states", "prompt_counts", "step")
         per_pair = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_groups}
         return replace(self, **{k: v[pairs] for k, v in per_pair.items() if v is not None})
 
@@ -122,7 +129,10 @@ def call_model(forward: Forward, tensors: dict[str, Any], **kwargs: Any) -> Rewa
 
 
 def pair_tensors(
-    batch: dict[str, Any], output: RewardGapOutput, pooled: Tensor | None, pairs: Tensor | None = None
+    batch: dict[str, Any],
+    output: RewardGapOutput,
+    pooled: Tensor | None,
+    call: dict[str, Any] | None = None,
 ) -> PairTensors:
     """The tensors a loss needs, from what the head returned.
 
@@ -130,8 +140,9 @@ def pair_tensors(
         batch: From :class:`mpo.training.sampling.GroupCollator`.
         output: Scores of T pairs.
         pooled: ``[G, 2, H]``, pooled states of the sources, or None.
-        pairs: ``[T]``, which of the batch's pairs these are; None for all.
+        call: The call of a split batch that gave the output, with ``pairs``, which of the batch's pairs these are.
     """
+    pairs = None if call is None else call["pairs"]
 
     def own(name: str) -> Any:
         values = batch.get(name)
@@ -147,6 +158,10 @@ def pair_tensors(
     else:
         retention = retention_loss(pooled, reference_hidden)[group_of_pair]
     lengths, reference_logps = own("lengths"), own("reference_logps")
+    prompts = (batch if call is None else call).get("prompts")
+    states = None
+    if prompts is not None and output.prompt_states is not None:
+        states = output.prompt_states[prompts["rows"]] * prompts["present"][:, :, None]
     return PairTensors(
         chosen_logps=logps[:, 0],
         rejected_logps=logps[:, 1],
@@ -164,6 +179,9 @@ def pair_tensors(
         shared_sums=output.shared_logps,
         reference_shared_sums=own("reference_shared"),
         prompt_sums=output.prompt_logps,
+        prompt_states=states,
+        prompt_counts=None if states is None else prompts["present"].sum(dim=1),
+        prompt_of_pair=None if states is None else prompts["of_pair"],
         step=StepMeans(**batch["step"]),
     )
 
@@ -177,7 +195,7 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
         kwargs: Further arguments of a single call.
 
     Returns:
-        The pairs' tensors, and the head's whole output.
+        The pairs' tensors, and the head's whole output; without the prompts' states where the batch is split.
     """
     if "calls" not in batch:
         output = call_model(forward, batch, **kwargs)
@@ -235,6 +253,6 @@ def run_in_calls(
     pooled = call_model(forward, source_call).pooled if source_call is not None else None
     shared = pooled.detach().requires_grad_() if pooled is not None else None
     for call in batch["calls"]:
-        backward(pair_tensors(batch, call_model(forward, call), shared, call["pairs"]), call["pairs"])
+        backward(pair_tensors(batch, call_model(forward, call), shared, call), call["pairs"])
     if pooled is not None and shared is not None and shared.grad is not None:
         torch.autograd.backward(pooled, shared.grad)

@@ -37,6 +37,7 @@ MODEL_KEYS = (
     "prompt_lengths",
     "pool_index",
     "pool_lengths",
+    "state_index",
 )
 
 
@@ -50,6 +51,8 @@ class Tree(NamedTuple):
     """Whether log-likelihoods of the two responses are needed."""
     pool: bool = False
     """Whether pooled hidden states of the two sequences are needed."""
+    prompt_state: bool = False
+    """Whether the hidden state of the prompt's last token is needed."""
 
     @property
     def size(self) -> int:
@@ -148,6 +151,8 @@ def build_batch(
         - ``score_shared``: ``[N]``, True for the first tokens of a response (with ``score_shared``)
         - ``prompt_index``, ``prompt_labels``, ``prompt_lengths``: the same for the prompts' tokens but their first,
           ``[T]`` lengths (with ``score_prompts``)
+        - ``state_index``: ``[Q]``, flat positions of last tokens of prompts, of the trees that ask for their states (only
+          if some do)
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
 
     Raises:
@@ -173,6 +178,7 @@ def build_batch(
     prompt_index: list[np.ndarray] = []
     prompt_labels: list[np.ndarray] = []
     prompt_lengths: list[int] = []
+    state_index: list[int] = []
     pool_index: list[np.ndarray] = []
     pool_lengths: list[int] = []
 
@@ -202,10 +208,12 @@ def build_batch(
                 score_lengths.append(len(response))
                 if score_shared:
                     shared.append(np.arange(len(response)) < min(len(tree.chosen), len(tree.rejected)))
-                if score_prompts and branch == CHOSEN:  # of two rows, too, one prompt
+                if score_prompts and branch == CHOSEN:  # one prompt, also of two rows
                     prompt_index.append(prompt_positions[:-1])
                     prompt_labels.append(np.asarray(tree.prompt[1:], dtype=np.int64))
                     prompt_lengths.append(prompt_length - 1)
+            if tree.prompt_state and branch == CHOSEN:
+                state_index.append(int(prompt_positions[-1]))
             if tree.pool:
                 pooled = (
                     np.concatenate([prompt_positions, response_positions])
@@ -224,6 +232,8 @@ def build_batch(
         "pool_index": _concatenate(pool_index),
         "pool_lengths": torch.tensor(pool_lengths, dtype=torch.long),
     }
+    if state_index:
+        batch["state_index"] = torch.tensor(state_index, dtype=torch.long)
     if score_shared:
         batch["score_shared"] = _concatenate(shared)
     if score_prompts:

@@ -18,7 +18,7 @@ from mpo.common.redaction import is_secret_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError
 from mpo.modeling.objectives import F_DIVERGENCES
-from mpo.training.objectives import REFERENCE, RETENTION, TRAIN_ON, Objectives, readers
+from mpo.training.objectives import REFERENCE, RETENTION, STATES, TRAIN_ON, Objectives, readers
 from mpo.training.sharding import deepspeed_backend
 
 RETAIN_POOLINGS = ("mean", "last")
@@ -38,6 +38,7 @@ _OF_OBJECTIVES = {
     "rdpo_alpha": 0.01,
     "desirable_weight": 1.0,
     "undesirable_weight": 1.0,
+    "mlc_temperature": 0.2,
 }
 # Of these, what a recipe need not set because the objective's paper has a value; and what they are where nothing reads
 # them.
@@ -95,7 +96,7 @@ class MPOConfig(DPOConfig):
         loss_type (`list[str]`, *optional*, defaults to `["mpo"]`):
             The objective, or several: `"mpo"`; TRL's `"sigmoid"` (DPO), `"sigmoid_norm"`, `"hinge"`, `"ipo"`,
             `"exo_pair"`, `"nca_pair"`, `"robust"` (rDPO), `"bco_pair"`, `"sppo_hard"`, `"apo_zero"`, `"apo_down"`,
-            `"discopop"`, `"sft"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised), `"kto"`; or one that a package has
+            `"discopop"`, `"sft"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised), `"kto"`, `"mlc"`; or one that a package has
             registered ([`register_objective`][mpo.training.objectives.register_objective]).
         loss_weights (`list[float]`, *optional*):
             Weight of each of `loss_type`. Unset: 1 each.
@@ -118,6 +119,9 @@ class MPOConfig(DPOConfig):
             Reward that `rdpo` takes off per token of a response.
         desirable_weight, undesirable_weight (`float`, *optional*, defaults to `1.0`):
             Weights of the chosen and of the rejected responses for `kto`.
+        mlc_temperature (`float`, *optional*, defaults to `0.2`):
+            Temperature of the softmax over singular values for `mlc`. Its authors weigh it by 0.8 beside `sigmoid`, in
+            every second step.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight (lambda) of MPO's retention term. At 0 the source pair is not run at all while training.
         retain_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -225,6 +229,7 @@ class MPOConfig(DPOConfig):
     undesirable_weight: float = field(
         default=1.0, metadata={"help": "Weight of rejected responses for `kto`."}
     )
+    mlc_temperature: float = field(default=0.2, metadata={"help": "Temperature of `mlc`."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight (lambda) of the retention term."})
     retain_pooling: str = field(
         default="mean", metadata={"help": "Pooling of the retention term.", "choices": list(RETAIN_POOLINGS)}
@@ -357,6 +362,14 @@ class MPOConfig(DPOConfig):
                     f"`train_on: {self.train_on}` does not go with `{name}`: {objective.targets_only}. Set "
                     "`train_on: targets`, or another `loss_type`."
                 )
+        if STATES in self.objectives.needs:
+            for option in ("train_on", "max_targets_per_group", "group_by_source"):
+                value = getattr(self, option)
+                if value in ("source", False) or (option == "max_targets_per_group" and value is not None):
+                    raise ConfigError(
+                        f"`{option}` is {value!r}, but `mlc` compares a prompt in all its languages, which must be in one "
+                        f"group and be run. Remove `{option}`."
+                    )
         if self.f_divergence_type != "reverse_kl" and "f_divergence_type" in self.objectives.reads:
             others = [
                 name
@@ -422,7 +435,7 @@ class MPOConfig(DPOConfig):
             "f_divergence_type", lambda value: value in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}"
         )
         require("f_alpha_divergence_coef", _is_number, "a number")
-        require("discopop_tau", _is_positive, "a number above 0")
+        require("discopop_tau mlc_temperature", _is_positive, "a number above 0")
         require(
             "simpo_gamma cpo_alpha rdpo_alpha desirable_weight undesirable_weight retain_weight",
             _is_at_least_0,

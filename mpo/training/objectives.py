@@ -29,7 +29,8 @@ SOURCE_GAP = "source_gap"  # the reference's gap on the pair's source
 RETENTION = "retention"  # hidden states of the source, then and now; nothing at `retain_weight: 0`
 PROMPT = "prompt"  # log-likelihoods of the prompts' tokens
 MISMATCHED = "mismatched"  # those of other pairs' responses, for KTO's reference point
-NEEDS = (REFERENCE, SOURCE_GAP, RETENTION, PROMPT, MISMATCHED)
+STATES = "states"  # hidden states at the end of a prompt in all its languages
+NEEDS = (REFERENCE, SOURCE_GAP, RETENTION, PROMPT, MISMATCHED, STATES)
 
 Loss = Callable[[PairTensors, Any], Tensor]
 
@@ -397,3 +398,11 @@ def _orpo(pairs: PairTensors, args: Any) -> Tensor:
     assert pairs.step is not None and pairs.prompt_sums is not None
     likelihood = (pairs.sums[0] + pairs.prompt_sums) / pairs.step.sequence_tokens
     return args.beta * formulas.odds_ratio_loss(pairs.chosen_logps, pairs.rejected_logps) - likelihood
+
+
+@_objective("mlc", options=("mlc_temperature",), needs=(STATES,))
+def _mlc(pairs: PairTensors, args: Any) -> Tensor:
+    """Of each pair that of its prompt, as its source's retention is."""
+    assert pairs.prompt_states is not None and pairs.prompt_counts is not None
+    losses = formulas.consistency_loss(pairs.prompt_states, pairs.prompt_counts, args.mlc_temperature)
+    return losses[pairs.prompt_of_pair]

@@ -20,7 +20,7 @@ from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
-from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE
+from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE, STATES
 from mpo.training.reference import GroupReference
 from mpo.training.unique_pairs import unique_sources
 
@@ -275,6 +275,7 @@ class Trained:
         reference: Whether log-likelihoods of the same responses under the reference are needed.
         prompts, shared: See :func:`mpo.modeling.trees.build_batch`.
         mismatched: Whether those of another pair's responses are needed, under policy and reference.
+        states: Whether hidden states at the end of a prompt in all languages of its group are needed.
     """
 
     targets: bool = True
@@ -283,6 +284,7 @@ class Trained:
     prompts: bool = False
     shared: bool = False
     mismatched: bool = False
+    states: bool = False
 
     @classmethod
     def by(cls, args: MPOConfig) -> Trained:
@@ -295,6 +297,7 @@ class Trained:
             prompts=PROMPT in objectives.needs,
             shared=objectives.needs_shared,
             mismatched=MISMATCHED in objectives.needs,
+            states=STATES in objectives.needs,
         )
 
 
@@ -335,6 +338,8 @@ class GroupCollator:
     - ``counts``, ``weight``: ``[T]`` float32, 0 for fillers and pairs that are only scored
     - ``num_pairs``: pairs that count; ``totals``: the same and their tokens, see :class:`mpo.modeling.pairs.StepMeans`
     - ``step``: the means of this batch; the trainer puts those of the whole step in their place
+    - ``prompts``, only if needed: where the states of each group's prompts are among the call's, ``rows`` ``[G, L]``, which
+      of these are ``present``, and ``of_pair`` ``[T]``, the pair's row of them
     - ``mismatched``, only if needed: ``calls``, tensors of calls on the trained pairs' prompts with another pair's
       responses; ``reference_logps`` and ``lengths`` of these, ``[T, 2]``; ``counts`` ``[T]``
     - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
@@ -353,18 +358,27 @@ class GroupCollator:
     source_language: str = ""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        pairs, held = self._pairs(examples)
-        trees = [pair.tree for pair in pairs] + held
+        pairs, held, stems = self._pairs(examples)
+        trees = [pair.tree for pair in pairs] + list(stems.values()) + held
         limit = self.max_tokens_per_call
         batch: dict[str, Any]
         if limit is None or self.score_source or sum(tree.size for tree in trees) <= limit:
             # Pairs first: their scores are the head's output, whatever else is run.
             batch = dict(self._build(trees))
+            if self.trained.states:
+                batch["prompts"] = _prompts([pair.group for pair in pairs], list(stems))
         else:
             batch = {"calls": [], "source_call": self._build(held) if held else None}
-            for part in pack_rows([pair.tree.size for pair in pairs], limit):
-                pairs_of_call = sorted(part)
-                call = self._build([pairs[i].tree for i in pairs_of_call])
+            # The languages of a prompt stay together where their states are compared.
+            whole = [[i for i, pair in enumerate(pairs) if pair.group == g] for g in range(len(examples))]
+            units = whole if self.trained.states else [[i] for i in range(len(pairs))]
+            sizes = [sum(pairs[i].tree.size for i in unit) for unit in units]
+            for part in pack_rows(sizes, limit):
+                pairs_of_call = sorted(i for unit in part for i in units[unit])
+                own = [g for g in part if g in stems]
+                call = self._build([pairs[i].tree for i in pairs_of_call] + [stems[g] for g in own])
+                if self.trained.states:
+                    call["prompts"] = _prompts([pairs[i].group for i in pairs_of_call], own)
                 batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]
@@ -412,29 +426,38 @@ class GroupCollator:
             counts[self.source_language] = counts.get(self.source_language, 0) + sources
         self.language_weights = language_weights(self.languages, counts, weights)
 
-    def _pairs(self, examples: Sequence[Mapping[str, Any]]) -> tuple[list[_Pair], list[Tree]]:
-        """The pairs to score, targets first, and the sources that are only held still."""
+    def _pairs(
+        self, examples: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[_Pair], list[Tree], dict[int, Tree]]:
+        """The pairs to score, targets first; the sources that are only held still; by group, those only the state of whose
+        prompt is needed."""
         index_of = {language: i for i, language in enumerate(self.languages)}
         targets: list[_Pair] = []
         sources: list[_Pair] = []
         held: list[Tree] = []
+        stems: dict[int, Tree] = {}
+        states = self.trained.states
         for g, example in enumerate(examples):
             parts = [example[f"source_{part}"] for part in ("prompt", "chosen", "rejected")]
             trained = self.trained.sources and example["carries_source"]
             if trained or self.score_source:
-                tree = Tree(*parts, score=True, pool=self.run_source)
+                tree = Tree(*parts, score=True, pool=self.run_source, prompt_state=states)
                 (said,) = example.get("source_reference", [{}])
                 sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, said))
-            elif self.run_source:
-                held.append(Tree(*parts, score=False, pool=True))
+            else:
+                if self.run_source:
+                    held.append(Tree(*parts, score=False, pool=True))
+                if states:
+                    prompt, chosen, rejected = parts
+                    stems[g] = Tree(prompt, chosen[:1], rejected[:1], score=False, prompt_state=True)
             if not (self.trained.targets or self.score_source):
                 continue
             of_targets = example.get("target_reference", [{}] * len(example["target_language"]))
             for i, (language, said) in enumerate(zip(example["target_language"], of_targets, strict=True)):
                 parts = [example[f"target_{part}"][i] for part in ("prompt", "chosen", "rejected")]
-                tree = Tree(*parts, score=True)
+                tree = Tree(*parts, score=True, prompt_state=states)
                 targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, said))
-        return targets + sources, held
+        return targets + sources, held, stems
 
     def _mismatched(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         trees = [Tree(pair.tree.prompt, *pair.said["other_responses"]) for pair in pairs]
@@ -464,6 +487,20 @@ class GroupCollator:
             score_prompts=self.trained.prompts,
             score_shared=self.trained.shared,
         )
+
+
+def _prompts(group_of_pair: Sequence[int], further: Sequence[int]) -> dict[str, Tensor]:
+    """Where the states of each group's prompts are: those of the pairs first, then one more for each of some groups."""
+    of_group: dict[int, list[int]] = {}
+    for row, group in enumerate([*group_of_pair, *further]):
+        of_group.setdefault(group, []).append(row)
+    most = max(map(len, of_group.values()))
+    place = {group: i for i, group in enumerate(of_group)}
+    return {
+        "rows": torch.tensor([rows + [0] * (most - len(rows)) for rows in of_group.values()]),
+        "present": torch.tensor([[i < len(rows) for i in range(most)] for rows in of_group.values()]),
+        "of_pair": torch.tensor([place[group] for group in group_of_pair]),
+    }
 
 
 def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str, Any]:

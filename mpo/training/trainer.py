@@ -227,7 +227,7 @@ class MPOTrainer(DPOTrainer):
         if losses.shape != pairs.chosen_logps.shape:
             raise ConfigError(
                 f"`pair_loss` returned shape {tuple(losses.shape)}; expected {tuple(pairs.chosen_logps.shape)}, one "
-                "value per pair."
+                "value per target pair."
             )
         return losses
 

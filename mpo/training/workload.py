@@ -16,6 +16,7 @@ from mpo.data.contract import PARTS
 from mpo.data.tokenization import tokenize_groups
 from mpo.errors import DataError
 from mpo.training.config import MPOConfig
+from mpo.training.objectives import STATES
 from mpo.training.reference_policy import needed_for
 from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, Trained
 from mpo.training.unique_pairs import first_of_each, unique_sources
@@ -243,7 +244,12 @@ def tokens_of_step(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
     sources: bool | np.ndarray = args.holds_sources
     if args.train_on != "targets":
         sources = first_of_each(unique_sources(groups)[0])
-    return group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
+    tokens = group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
+    if STATES in args.objectives.needs and args.train_on == "targets":
+        # Of the source its prompt is run, with one token of each response.
+        prompts = np.concatenate([lengths[0] for lengths, _, _ in _lengths(groups)])
+        tokens += prompts + 2 if layout == "tree" else 2 * (prompts + 1)
+    return tokens
 
 
 def group_tokens(

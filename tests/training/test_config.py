@@ -163,6 +163,12 @@ def test_what_is_not_set_takes_the_published_value_of_the_objective(
             {"loss_type": ["sigmoid", "apo_zero"], "f_divergence_type": "forward_kl"},
             "which apo_zero cannot take",
         ),
+        (
+            {"loss_type": "mlc", "max_targets_per_group": 2},
+            "`max_targets_per_group` is 2, but `mlc` compares",
+        ),
+        ({"loss_type": "mlc", "group_by_source": False}, "Remove `group_by_source`"),
+        ({"loss_type": "mlc", "train_on": "source"}, "`train_on` is 'source', but `mlc` compares"),
         ({"loss_type": "cpo", "simpo_gamma": 1.0}, "it belongs to the objectives simpo"),
         ({"loss_type": "simpo", "simpo_gamma": -1.0}, "at least 0"),
     ],
