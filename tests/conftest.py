@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 # Set before transformers, datasets or trl are imported: they read these once.
@@ -19,10 +20,30 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 
 
+@pytest.fixture
+def accelerator_of_its_own() -> None:
+    """Mixed precision and compilation are settings of the process; each test with this starts as a process would."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure is reported from another process, which cannot take half a character of a text it is about."""
+    report = yield
+    if report.failed and report.longrepr is not None:
+        text = str(report.longrepr)
+        if text != (kept := text.encode("utf-8", "backslashreplace").decode("utf-8")):
+            report.longrepr = kept
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,10 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 
 from mpo import __version__
 from mpo.cli import analyze, data, evaluate, merge, plan, report, train
 from mpo.cli.options import Parser, show_help
+from mpo.common.characters import printable
 from mpo.common.words import nearest
 from mpo.errors import MPOError, ProcessLostError
 
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.rest = rest
     if {"-h", "--help"} & {*getattr(arguments, "overrides", ())}:
         return show_help(arguments.parser)
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         # Read by tqdm when it is imported: bars belong on a terminal, a log file gets lines.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -64,7 +68,7 @@ def _report(error: MPOError) -> int:
     if rank > 0 and not speaks:
         # The launcher ends all ranks as soon as one has gone. Mostly all fail alike: let the first say it, in full.
         time.sleep(3)
-    print(f"{f'[rank {rank}] ' if rank else ''}Error: {error}", file=sys.stderr, flush=True)
+    print(printable(f"{f'[rank {rank}] ' if rank else ''}Error: {error}"), file=sys.stderr, flush=True)
     return EXIT_ERROR
 
 

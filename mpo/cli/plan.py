@@ -65,20 +65,24 @@ def register(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from mpo.training.recipe_keys import check_keys, source_keys
+
+    machines = [_machine(text) for text in arguments.machines or []]
+    if known := source_keys():
+        _check_spelling(arguments, known)
+    check_keys(arguments.recipe, arguments.rest)  # what is misspelt is said before torch is imported
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
     from mpo.jobs.fit import Assumptions, Machine, compare, report
-    from mpo.training.recipe import load_recipe, recipe_fields
+    from mpo.training.recipe import load_recipe
 
     per_node = arguments.gpus_per_node
-    machines = [Machine(*_machine(text), per_node) for text in arguments.machines or []]
     alone = None if machines else Machine(arguments.gpus, arguments.gpu_memory, per_node)
     assumed = Assumptions(**{name: getattr(arguments, name) for name in Assumptions.__dataclass_fields__})
-    _check_spelling(arguments, recipe_fields())
     recipe = load_recipe(arguments.recipe, arguments.rest)
     if alone is None:
-        print(compare(recipe, machines, assumed))
+        print(compare(recipe, [Machine(*machine, per_node) for machine in machines], assumed))
     else:
         print(report(recipe, alone, assumed, scaling=arguments.scaling))
     return 0

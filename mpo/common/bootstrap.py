@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -112,8 +110,10 @@ def expanded_tail(groups: int, confidence: float) -> float:
         groups: Number of groups that are resampled, at least 2.
         confidence: Coverage asked for, between 0 and 1.
     """
-    quantile = student_t_quantile(0.5 + confidence / 2, groups - 1)
-    return NormalDist().cdf(-math.sqrt(groups / (groups - 1)) * quantile)
+    from scipy.special import ndtr, stdtrit
+
+    quantile = stdtrit(groups - 1, 0.5 + confidence / 2)
+    return float(ndtr(-math.sqrt(groups / (groups - 1)) * quantile))
 
 
 def check_settings(confidence: float, resamples: int) -> None:
@@ -125,34 +125,3 @@ def check_settings(confidence: float, resamples: int) -> None:
     check_confidence(confidence)
     if not isinstance(resamples, int) or resamples < 100:
         raise ConfigError(f"`resamples` is {resamples!r}; expected a whole number of at least 100.")
-
-
-@lru_cache(maxsize=256)
-def student_t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution, so that the library needs no SciPy for one number.
-
-    The distribution function for whole degrees of freedom is the finite sum 26.7.3 and 26.7.4 of Abramowitz and
-    Stegun (*Handbook of Mathematical Functions*, 1964); it is inverted by bisection.
-
-    Args:
-        probability: From 0.5 up to, and not including, 1.
-        degrees: Degrees of freedom, at least 1.
-    """
-    wanted = 2 * probability - 1
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        low, high = (angle, high) if _central_t_mass(angle, degrees) < wanted else (low, angle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def _central_t_mass(angle: float, degrees: int) -> float:
-    """Probability of |T| < t, for ``angle = arctan(t / sqrt(degrees))``."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2 == 1
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(3 if odd else 2, degrees, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

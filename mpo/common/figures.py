@@ -1,8 +1,9 @@
-"""The look of every picture: colours, fonts, sizes, and how a figure becomes a file."""
+"""The look of every picture: colours, fonts, sizes, round ticks, and how a figure becomes a file."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from mpo.common.files import write_bytes
 from mpo.common.redaction import redact_text
+from mpo.common.words import number
 from mpo.errors import DependencyError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette ("Color Universal Design", 2008), told apart with every common colour blindness. Its yellow
@@ -37,29 +38,24 @@ FAINT_INK = "#6B6B6B"
 GRID = "#E4E4E4"
 GREY = "#B4B4B4"
 
+WIDTH = 8.6
+"""Of every picture, in inches."""
+
 DPI = 200
 """Pixels per inch of what is saved: twice that of a plain screen, so that it is sharp on a fine one and in print."""
 
+# What differs from matplotlib's own defaults. Its font, DejaVu Sans, comes with it.
 _RC: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that a picture looks the same everywhere
     "font.size": 9.5,
     "text.color": INK,
-    "text.usetex": False,
     "text.parse_math": False,  # a language or model name may hold a dollar sign
-    "figure.facecolor": "white",
-    "figure.dpi": 100,
-    "savefig.facecolor": "white",
-    "axes.facecolor": "white",
     "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.unicode_minus": True,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "xtick.color": FAINT_INK,
@@ -68,8 +64,6 @@ _RC: dict[str, Any] = {
     "ytick.labelcolor": INK,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    "xtick.direction": "out",
-    "ytick.direction": "out",
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
@@ -109,27 +103,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | Path, *, colours: int | None = None) -> Path:
-    """Write the figure as PNG, atomically. The same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-        path: Where to.
-        colours: Keep so many colours, at most 256: a third of the size where thousands of points overlap.
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write the figure as PNG of 256 colours, atomically. The same figure gives the same bytes.
 
     Raises:
         StorageError: The disk is full, or the folder cannot be written.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    if colours is not None:
-        from PIL import Image  # matplotlib needs it, too
+    from PIL import Image  # matplotlib needs it, too
 
-        with Image.open(buffer) as picture:
-            fewer = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        buffer = io.BytesIO()
-        fewer.save(buffer, format="png", optimize=True)
-    return write_bytes(path, buffer.getvalue())
+    buffer, fewer = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    with Image.open(buffer) as picture:
+        # A third of the size where thousands of points overlap.
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            fewer, format="png", optimize=True
+        )
+    return write_bytes(path, fewer.getvalue())
 
 
 def add_title(figure: Figure, title: str, subtitle: str, *, left: float) -> None:
@@ -146,6 +135,11 @@ def add_title(figure: Figure, title: str, subtitle: str, *, left: float) -> None
     figure.text(left, 1 - 0.37 * inch, redact_text(subtitle), fontsize=9, color=FAINT_INK, va="top")
 
 
-def inches(axes: Axes) -> tuple[float, float]:
-    """Width and height of the axes in inches."""
-    return axes.bbox.width / axes.figure.dpi, axes.bbox.height / axes.figure.dpi
+def round_ticks(low: float, high: float, signed: bool = False) -> list[tuple[float, str]]:
+    """Four to seven round numbers from `low` to `high`, and how they are written: with equally many digits."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= 0.999 * rough)
+    digits = max(0, -math.floor(math.log10(power)) + (step == 2.5 * power) - (step == 10 * power))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [(n * step, number(n * step, digits, signed) if n else "0") for n in range(first, last + 1)]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -16,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpo.common.characters import without_halves
 from mpo.common.redaction import redact
-from mpo.errors import StorageError
+from mpo.errors import MPOError, StorageError
 
 PART = ".part"
 """Ending of what is being written."""
@@ -39,8 +41,9 @@ _SIGNS = (
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether something could not be written for want of room: the disk, a quota or the largest file size is reached."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    number = _error_number(error)
+    if number is not None:
+        return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(sign in str(error).lower() for sign in _SIGNS)
 
 
@@ -77,39 +80,32 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed over it.
 
     A reader, or a run that is killed, sees the old file or the new one, never a part. The folder is made where it is
-    missing.
+    missing. What a killed process left is removed as by :func:`whole_folder`.
 
     Raises:
         StorageError: The disk is full, or the folder cannot be written. The old file is still there.
     """
     target = Path(path)
-    temporary: str | None = None
+    temporary = _temporary(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
+        remove_leftovers(target)
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read; give this one the rights that open() would have.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise StorageError(_explain(target, error)) from error
-    except BaseException:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise
+    finally:
+        with contextlib.suppress(OSError):  # once it is renamed there is none
+            os.unlink(temporary)
     return target
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically; see :func:`write_bytes`."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text atomically; see :func:`write_bytes`. Half a surrogate pair becomes U+FFFD."""
+    return write_bytes(path, without_halves(text).encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:
@@ -139,40 +135,44 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         target: The folder to make. It must not exist, or be empty.
 
     Raises:
-        StorageError: The disk is full, the place cannot be written, or ``target`` is there already and not empty.
+        StorageError: The disk is full, the place cannot be written, or ``target`` is there already and not empty. An
+            error of the operating system inside the block counts as one in writing.
     """
     target = Path(target)
-    temporary: Path | None = None
+    temporary = _temporary(target)
     try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise StorageError(
+                f"{target} is there already and not empty. Choose a folder that does not exist yet."
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PART, dir=target.parent))
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         publish(temporary, target)
-    except OSError as error:
-        if isinstance(error, StorageError):
+    except MPOError:
+        raise
+    except Exception as error:
+        if _error_number(error) is None and not is_full_disk(error):
             raise
         raise StorageError(_explain(target, error)) from error
-    except Exception as error:
-        if is_full_disk(error):
-            raise StorageError(_explain(target, error)) from error
-        raise
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Flush every file of a finished folder to disk and give it its name, in one step.
+    """Flush a finished folder with all that is in it to disk and give it its name, in one step.
+
+    Args:
+        folder: On the same file system as ``target``.
+        target: Where it goes. It must not exist, or be an empty folder.
 
     Raises:
-        OSError: It cannot be renamed, for example because another process was first, or the disk is full.
+        OSError: It cannot be flushed or renamed, for example because another process was first, or the disk is full.
     """
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        sync(path)
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or path.is_dir():  # a pipe would wait for a reader
+            sync(path)
     os.replace(folder, target)
     sync(target.parent)
 
@@ -198,22 +198,25 @@ def sync(path: Path) -> None:
 def remove_leftovers(target: Path) -> None:
     """Remove what killed processes left while they wrote ``target``, but nothing that is being written now."""
     for leftover in target.parent.glob(f"{glob.escape('.' + target.name)}.*{PART}"):
-        try:
-            written = max(path.stat().st_mtime for path in (leftover, *leftover.rglob("*")))
-        except OSError:
-            continue
-        if time.time() - written < ABANDONED_AFTER:
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process was faster
+            written = max(path.lstat().st_mtime for path in (leftover, *leftover.rglob("*")))
+            if time.time() - written < ABANDONED_AFTER:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary(target: Path) -> Path:
+    """A name beside ``target`` that nobody else takes."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}{PART}")
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The operating system's number of an error, which libraries written in Rust have in their text only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return error.errno if isinstance(error, OSError) else int(found[1]) if found else None
 
 
 def _finite(value: Any) -> Any:
@@ -231,6 +234,6 @@ def _finite(value: Any) -> Any:
 def _explain(path: Path, error: Exception) -> str:
     if is_full_disk(error):
         return f"Cannot write {path}: the disk (or your quota) is full. Free some space, then run this again."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if _error_number(error) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"Cannot write {path}: no permission. Choose another folder, or change its rights."
     return f"Cannot write {path}: {getattr(error, 'strerror', None) or error}."

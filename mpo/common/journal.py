@@ -6,14 +6,30 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from mpo.common.files import write_json
 from mpo.common.redaction import redact
+from mpo.common.typed_json import parse_line, read_typed
+from mpo.common.words import shortened
 from mpo.errors import ConfigError, StorageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What every row of a journal has.
+
+    Attributes:
+        id: Its name in the journal.
+    """
+
+    id: str
 
 
 class Journal:
@@ -27,12 +43,12 @@ class Journal:
         rows: Every row in it, by id, in the order in which they were written.
     """
 
-    def __init__(self, path: str | Path, fields: Collection[str] = ("id",)) -> None:
+    def __init__(self, path: str | Path, kind: type[Any] = Row) -> None:
         """Opens the file, or makes it.
 
         Args:
             path: The file.
-            fields: What every row has.
+            kind: The form of its rows, a dataclass with an ``id``; see :mod:`mpo.common.typed_json`.
 
         Raises:
             StorageError: It cannot be opened, another process writes to it, or a whole line in it is damaged.
@@ -46,7 +62,7 @@ class Journal:
             raise StorageError(f"Cannot open {self.path}: {error.strerror or error}.") from error
         try:
             self._lock()
-            self.rows = self._read(fields)
+            self.rows = self._read(kind)
         except BaseException:
             self._file.close()
             raise
@@ -102,41 +118,50 @@ class Journal:
         except OSError:
             pass  # a file system without locks; then two processes at once are the user's to avoid
 
-    def _read(self, fields: Collection[str]) -> dict[str, dict[str, Any]]:
+    def _read(self, kind: type[Any]) -> dict[str, dict[str, Any]]:
         self._file.seek(0)
         *lines, unfinished = self._file.read().split(b"\n")
         rows: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-                rows.setdefault(str(row["id"]), row)
-                damaged = not all(name in row for name in fields)
-            except (ValueError, TypeError, KeyError):
-                damaged = True
-            if damaged:
+                parse_line(line, kind, "")
+            except StorageError:
+                names = ", ".join(f"`{field.name}`" for field in fields(kind))
                 raise StorageError(
-                    f"{self.path}, line {number}, is damaged: expected a JSON object with {', '.join(f'`{f}`' for f in fields)}. "
-                    "Delete that line and run the same command again; it is then made anew."
-                )
+                    f"{self.path}, line {number}, is damaged: expected a JSON object with {names}. Delete that line and run "
+                    "the same command again; it is then made anew."
+                ) from None
+            row = json.loads(line)
+            rows.setdefault(row["id"], row)
         if unfinished:
             self._file.truncate(sum(len(line) + 1 for line in lines))
         return rows
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, kind: type[T], damaged: list[str] | None = None) -> list[T]:
     """Rows of a journal that nobody writes to any more, or that someone else is writing; an unfinished line is left out.
 
+    Args:
+        path: The journal.
+        kind: The form of its rows; see :mod:`mpo.common.typed_json`.
+        damaged: Takes a sentence on each damaged line, which is then left out.
+
     Raises:
-        StorageError: The file cannot be read, or a whole line in it is damaged.
+        StorageError: The file cannot be read, or a whole line in it is damaged and `damaged` is not given.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise StorageError(f"Cannot read {path}: {error.strerror or error}.") from error
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise StorageError(f"{path} is damaged: {error}.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(parse_line(line, kind, f"{path}, line {number}"))
+        except StorageError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+    return rows
 
 
 def settle(path: str | Path, settings: Mapping[str, Any], *, empty: bool) -> None:
@@ -157,8 +182,8 @@ def settle(path: str | Path, settings: Mapping[str, Any], *, empty: bool) -> Non
         write_json(file, wanted)
         return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_typed(file, dict[str, Any])
+    except StorageError:
         raise StorageError(
             f"{path} has rows, but {file.name} beside it, which says how they were made, is missing or damaged. Choose "
             "another folder, or delete the rows."
@@ -176,5 +201,4 @@ def settle(path: str | Path, settings: Mapping[str, Any], *, empty: bool) -> Non
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(value, ensure_ascii=False))

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
+from mpo.common.characters import printable
 from mpo.common.words import duration
 
 _BETWEEN_LINES = 5.0  # seconds
@@ -64,7 +65,7 @@ class _AboveTheBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = re.sub(r"^\[RANK \d+\] ", "", record.getMessage())
-        tqdm.write(f"{record.levelname.capitalize()}: {text}", file=sys.stderr)
+        tqdm.write(printable(f"{record.levelname.capitalize()}: {text}"), file=sys.stderr)
 
 
 def _errors_only(record: logging.LogRecord) -> bool:

@@ -7,13 +7,15 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
 import mpo
 from mpo.common.files import write_json
 from mpo.common.redaction import portable_path, redact
+from mpo.common.typed_json import NO_KEY_IF_EMPTY, Count, open_mapping
 
 __all__ = ["collect", "portable_path", "redact", "write_json"]
 
@@ -43,6 +45,34 @@ _LIBRARIES = (
     "scipy",
 )
 
+Provenance = Annotated[
+    dict[str, Any],
+    open_mapping(
+        created=str,
+        mpo=str,
+        precision=str,
+        data_fingerprint=str,
+        base_model=str,
+        adapter=str,
+        libraries=dict[str, str],
+        devices=Annotated[dict[str, Any], open_mapping(cpu=str, accelerators=dict[str, int])],
+    ),
+]
+"""What :func:`collect` gives, as files hold it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What every result file says of itself.
+
+    Attributes:
+        version: Version of the file's form.
+        provenance: Where it was made.
+    """
+
+    version: Count = 1
+    provenance: Annotated[Provenance, NO_KEY_IF_EMPTY] = field(default_factory=dict)
+
 
 def collect(
     *,
@@ -52,7 +82,7 @@ def collect(
     base_model: str | None = None,
     argv: Sequence[str] | None = None,
     **more: Any,
-) -> dict[str, Any]:
+) -> Provenance:
     """Everything needed to say how a result was made. JSON-ready and safe to publish.
 
     Args:

@@ -31,12 +31,16 @@ _NOT_SECRET = re.compile(
     re.IGNORECASE,
 )
 
+# Whole tokens are taken without going back (`++`), and each pattern begins where it can only begin once in a word: a text
+# of any kind takes time in proportion to its length.
+_DATA_FILE = r"\.(?:jsonl?|csv|tsv|parquet|ya?ml|txt|md|safetensors|gguf)\b"
+_PART = r"[A-Za-z0-9_\-]"  # of a JSON Web Token
 _TOKEN_SHAPES = [
     re.compile(pattern)
     for pattern in (
         r"\bhf_[A-Za-z0-9]{12,}",  # Hugging Face
         r"\bapi_org_[A-Za-z0-9]{8,}",
-        r"\b(?:sk|pk)-[A-Za-z0-9_\-]{16,}",  # OpenAI, Anthropic, OpenRouter, ...
+        rf"\b(?:sk|pk)-[A-Za-z0-9_\-]{{16,}}+(?!{_DATA_FILE})",  # OpenAI, Anthropic, OpenRouter, ...
         r"\b(?:sk|pk|rk)_(?:live|test)_[A-Za-z0-9]{8,}",  # Stripe
         r"\bgh[pousr]_[A-Za-z0-9]{16,}",  # GitHub
         r"\bgithub_pat_[A-Za-z0-9_]{16,}",
@@ -52,7 +56,7 @@ _TOKEN_SHAPES = [
         r"\bwandb_v1_[A-Za-z0-9_]{16,}",  # Weights & Biases
         r"\bpypi-[A-Za-z0-9_\-]{16,}",
         r"\bdapi[0-9a-f]{32}\b",  # Databricks
-        r"\beyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*",  # JSON Web Token
+        rf"(?<!{_PART})(?={_PART}++\.{_PART}{{8,}}+\.)(?:[A-Za-z0-9_]*+-)*?eyJ{_PART}{{8,}}+\.{_PART}++\.{_PART}*+",
         r"(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))",
     )
 ]
@@ -62,7 +66,7 @@ _BEARER = re.compile(
 )
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 _ASSIGNMENT = re.compile(
-    rf"""(?P<name>[A-Za-z0-9_\-.]*(?:{_SECRET_WORD}|[_\-.]pwd))"""
+    rf"""(?<![A-Za-z0-9_\-.])(?P<name>[A-Za-z0-9_\-.]*(?:{_SECRET_WORD}|[_\-.]pwd))"""
     r"""(?P<between>["']?\s*[=:]\s*["']?)(?P<value>[^\s"'&,;}\])]{4,})""",
     re.IGNORECASE,
 )
@@ -145,8 +149,11 @@ def redact_text(text: str) -> str:
 def _redact_text(text: str, secrets: tuple[str, ...]) -> str:
     for secret in secrets:
         text = text.replace(secret, REDACTED)
+    shown = text
     for shape in _TOKEN_SHAPES:
-        text = shape.sub(REDACTED, text)
+        shown = shape.sub(REDACTED, shown)
+    if shown != text and not os.path.exists(text):  # files and folders may be called `sk-...`, too
+        text = shown
     text = _BEARER.sub(rf"\1{REDACTED}", text)
     text = _URL_LOGIN.sub(f"{REDACTED}@", text)
     text = _ASSIGNMENT.sub(_hide_assignment, text)

@@ -1,12 +1,16 @@
 """Intervals and tests for shares, agreement and correlation: numbers in, small records out.
 
 Everything here is a closed formula or a seeded resampling, and knows nothing of models, files or languages' names.
+What SciPy has comes from it, imported where it is used, since ``scipy.stats`` takes a second. It has neither Tango's
+interval, nor Holm's adjustment, nor an interval of kappa; statsmodels, which has the last two, is a second library of
+that weight for a dozen lines.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,14 +58,10 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Int
         )
     if total == 0:
         return 0.0, 1.0
-    z2 = _normal_quantile(confidence) ** 2
-    rate = successes / total
-    center = (rate + z2 / (2 * total)) / (1 + z2 / total)
-    half = math.sqrt(z2 * (rate * (1 - rate) / total + z2 / (4 * total**2))) / (1 + z2 / total)
-    # At the ends the formula is 0 or 1 exactly; floating point is not.
-    low = 0.0 if successes == 0 else center - half
-    high = 1.0 if successes == total else center + half
-    return low, high
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 # ----------------------------------------------------------------------------------------------------- two paired shares
@@ -106,14 +106,13 @@ def mcnemar(only_before: int, only_after: int, *, exact: bool | None = None) -> 
     if differing == 0:
         p_value = 1.0
     elif use_exact:
-        term = tail = 1  # whole numbers: no rounding, no overflow
-        for k in range(min(only_before, only_after)):
-            term = term * (differing - k) // (k + 1)
-            tail += term
-        p_value = min(1.0, 2 * tail / 2**differing)
+        from scipy.stats import binomtest
+
+        p_value = float(binomtest(only_before, differing, 0.5).pvalue)
     else:
-        # The upper tail of chi-squared with one degree of freedom.
-        p_value = math.erfc(math.sqrt((only_before - only_after) ** 2 / differing / 2))
+        from scipy.special import chdtrc  # the upper tail of chi-squared
+
+        p_value = float(chdtrc(1, (only_before - only_after) ** 2 / differing))
     return McNemar(only_before, only_after, p_value, use_exact)
 
 
@@ -435,25 +434,22 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], confidenc
             "least one."
         )
     count = len(first)
-    cells = {pair: n / count for pair, n in Counter(zip(first, second, strict=True)).items()}
-    rows = {label: n / count for label, n in Counter(first).items()}
-    columns = {label: n / count for label, n in Counter(second).items()}
-    labels = rows.keys() | columns.keys()
-    observed = math.fsum(share for (a, b), share in cells.items() if a == b)
-    if len(labels) == 1:
+    places = {label: place for place, label in enumerate(dict.fromkeys([*first, *second]))}
+    table = np.zeros((len(places), len(places)))
+    for pair, number in Counter(zip(first, second, strict=True)).items():
+        table[places[pair[0]], places[pair[1]]] = number
+    rows, columns = table.sum(axis=1) / count, table.sum(axis=0) / count
+    observed = float(table.trace()) / count
+    if len(places) == 1:
         return Kappa(count, observed, None, None, None)
-    expected = math.fsum(rows.get(label, 0.0) * columns.get(label, 0.0) for label in labels)
+    expected = float(rows @ columns)
     kappa = (observed - expected) / (1 - expected)
-    # Fleiss et al., equation 8: agreement cells, other cells, correction.
-    agreeing = math.fsum(
-        share * (1 - (rows[a] + columns[a]) * (1 - kappa)) ** 2 for (a, b), share in cells.items() if a == b
-    )
-    differing = (1 - kappa) ** 2 * math.fsum(
-        share * (columns.get(a, 0.0) + rows.get(b, 0.0)) ** 2 for (a, b), share in cells.items() if a != b
-    )
-    correction = (kappa - expected * (1 - kappa)) ** 2
-    variance = max(0.0, agreeing + differing - correction) / (count * (1 - expected) ** 2)
-    half = _normal_quantile(confidence) * math.sqrt(variance)
+    # Fleiss et al., equation 8: a weight for each cell of agreement and one for each other.
+    agreeing = (1 - (rows + columns) * (1 - kappa)) ** 2
+    differing = (1 - kappa) ** 2 * (columns[:, None] + rows) ** 2
+    weights = np.where(np.eye(len(places), dtype=bool), agreeing, differing)
+    spread = float((table * weights).sum()) / count - (kappa - expected * (1 - kappa)) ** 2
+    half = _normal_quantile(confidence) * math.sqrt(max(0.0, spread) / count) / (1 - expected)
     return Kappa(count, observed, kappa, max(-1.0, kappa - half), min(1.0, kappa + half))
 
 
@@ -526,6 +522,8 @@ def correlation(
     count = len(first)
     if count < 3 or _is_constant(first) or _is_constant(second):
         return Correlation(count, None, None)
+    from scipy.stats import rankdata
+
     random = np.random.default_rng(seed)
     draws = random.integers(count, size=(resamples, count))
     exact = count <= _ALL_ORDERS_UP_TO
@@ -535,17 +533,10 @@ def correlation(
         else random.permuted(np.tile(np.arange(count), (resamples, 1)), axis=1)
     )
     pearson = _coefficient(first, second, first[draws], second[draws], orders, exact, confidence)
-    spearman = _coefficient(
-        ranks(first), ranks(second), ranks(first[draws]), ranks(second[draws]), orders, exact, confidence
-    )
+    x_ranks, y_ranks = rankdata(first), rankdata(second)
+    drawn_ranks = rankdata(first[draws], axis=-1), rankdata(second[draws], axis=-1)
+    spearman = _coefficient(x_ranks, y_ranks, *drawn_ranks, orders, exact, confidence)
     return Correlation(count, pearson, spearman)
-
-
-def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 1 along the last axis; equal values share the mean of theirs. [..., points] -> [..., points]."""
-    below = (values[..., None, :] < values[..., :, None]).sum(axis=-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(axis=-1)
-    return below + (equal + 1) / 2
 
 
 def _coefficient(
@@ -573,12 +564,13 @@ def _coefficient(
 
 def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Pearson's correlation along the last axis; NaN where either is constant."""
-    dx = x - x.mean(axis=-1, keepdims=True)
-    dy = y - y.mean(axis=-1, keepdims=True)
-    norms = np.sqrt((dx**2).sum(axis=-1) * (dy**2).sum(axis=-1))
-    constant = (np.ptp(x, axis=-1) == 0) | (np.ptp(y, axis=-1) == 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(constant, np.nan, np.clip((dx * dy).sum(axis=-1) / norms, -1.0, 1.0))
+    from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr
+
+    with warnings.catch_warnings():
+        for category in (ConstantInputWarning, NearConstantInputWarning):  # a draw may take one point only
+            warnings.simplefilter("ignore", category)
+        found: NDArray[np.float64] = pearsonr(*np.broadcast_arrays(x, y), axis=-1).statistic
+    return found
 
 
 def _is_constant(values: NDArray[np.float64]) -> bool:

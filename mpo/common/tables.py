@@ -6,6 +6,7 @@ import re
 import sys
 import unicodedata
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -118,6 +119,12 @@ class Tabular(ABC):
     def show(self, file: TextIO | None = None) -> None:
         """Print the table: in colour on a terminal, as plain text elsewhere."""
         self.text_table().show(file)
+
+
+def fact_lines(facts: Mapping[str, str]) -> str:
+    """One fact per line, the names in a column of their own."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in facts.items())
 
 
 def escape_markdown(text: str) -> str:

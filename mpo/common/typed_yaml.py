@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from mpo.common.characters import printable
 from mpo.common.redaction import REDACTED, is_secret_name, redact_text
-from mpo.common.words import nearest, printable, shortened
+from mpo.common.words import nearest, shortened
 from mpo.errors import ConfigError, MPOError
 
 T = TypeVar("T")
@@ -205,7 +206,7 @@ class Document:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            here = sorted(path.parent.glob("*.yaml")) or sorted(Path("recipes").glob("*.yaml"))
+            here = sorted(path.parent.glob("[!.]*.yaml")) or sorted(Path("recipes").glob("[!.]*.yaml"))
             hint = f" Recipes here: {', '.join(map(str, here[:12]))}." if here else ""
             raise ConfigError(f"There is no recipe {path}.{hint}") from None
         except OSError as error:
@@ -360,6 +361,7 @@ class Document:
     def _section(self, node: _Node, kind: type, path: str, given: Mapping[str, Any] | None = None) -> Any:
         """The dataclass ``kind`` from a mapping, or None where anything in it is wrong."""
         before = len(self._mistakes)
+        node = self._opened(node, kind)
         if not isinstance(node.value, dict):
             self.wrong(node.place, f"`{path}` is {_show(node)}; expected {_LINES}.")
             return None

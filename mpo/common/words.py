@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from enum import Enum
 
+from mpo.common.characters import printable
+
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
@@ -75,14 +77,9 @@ def shortened(text: str, longest: int = 80) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def printable(text: str) -> str:
-    """The text with an escape for every character that acts on a terminal; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
 def show_name(name: object) -> str:
     """A key, column or label as it may be printed: short, and without characters that act on a terminal."""
-    return printable(shortened(str(name).replace("\n", "\\n"), 40))
+    return printable(shortened(str(name), 40), lines=False)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mpo.common.characters import printable
+from mpo.common.words import shortened
 from mpo.data.contract import PARTS, is_blank, messages_text
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
 from mpo.data.loading import BadRow, _load
@@ -458,9 +460,7 @@ def _percentiles(values: Sequence[int]) -> Percentiles:
 
 def _shown(text: str, length: int) -> str:
     """A text as it may be printed: one line, short, characters that act on a terminal or on reading order escaped."""
-    text = " ".join(text[: 4 * length].split())
-    text = text if len(text) <= length else text[: length - 3] + "..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(shortened(" ".join(text[: 4 * length].split()), length), lines=False)
 
 
 def _title(language: LanguageReport) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
 from mpo.data.languages import UNDETERMINED, detect_pair_language, language_name, normalize_language
 from mpo.errors import DataError
@@ -149,13 +150,8 @@ _WRITTEN_LIST = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]
 def _check_text(text: object, place: _Place, *, may_be_blank: bool = False) -> str:
     if not isinstance(text, str):
         raise place.error(f"is {_describe(text)}; expected a text.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise place.error(
-            f"holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, half of a character "
-            "that was cut in two. Write the text again from its origin."
-        ) from error
+    if problem := half_character(text):
+        raise place.error(problem)
     if is_blank(text) and not may_be_blank:
         kind = "is empty" if not text else "is empty: it holds only whitespace or invisible characters"
         raise place.error(f"{kind}. Expected text.")

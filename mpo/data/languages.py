@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -185,18 +184,33 @@ _SYNONYM_NAMES = {
     "汉语": "zh",
 }
 
-# Country codes that are often written where a language code belongs, and are no language codes themselves.
-_COUNTRY_CODES = {
-    "cn": "zh",
-    "jp": "ja",
-    "kr": "ko",
-    "vn": "vi",
-    "ua": "uk",
-    "gr": "el",
-    "cz": "cs",
-    "dk": "da",
+# Codes of countries and abbreviations that are often written where a language's code belongs. Two are codes of other
+# languages, too: `kr` of Kanuri, `chn` of Chinook Jargon.
+_MISTAKEN_CODES = {
+    mistaken: code
+    for code, several in {
+        "be": "by",
+        "bn": "bd",
+        "cs": "cz",
+        "da": "dk",
+        "el": "gr",
+        "en": "us gb",
+        "es": "sp esp",
+        "fa": "ir",
+        "he": "il",
+        "ja": "jp jap",
+        "kk": "kz",
+        "km": "kh",
+        "ko": "kr",
+        "ne": "np",
+        "sr": "rs",
+        "tl": "ph",
+        "uk": "ua",
+        "vi": "vn",
+        "zh": "cn chn",
+    }.items()
+    for mistaken in several.split()
 }
-_COUNTRY_CODES |= {"us": "en", "gb": "en"}
 
 _CODE = re.compile(r"[a-z]{2,3}")
 _TAG = re.compile(r"([A-Za-z]{2,3})(?:[-_][A-Za-z0-9]{1,8})*")
@@ -224,7 +238,7 @@ def _codes() -> dict[str, str]:
 def _resolve(label: str) -> tuple[str, str]:
     """The code of a label and an empty text, or an empty code and what is wrong."""
     text = " ".join(label.split())
-    name = text.casefold()
+    name = text.casefold() if len(text) <= 100 else ""  # longer than any name, and slow to compare with one
     if name in _names():
         return _names()[name], ""
     bare_name = re.sub(r"\s*\(.*\)$", "", name)
@@ -235,9 +249,9 @@ def _resolve(label: str) -> tuple[str, str]:
         code = tag.group(1).lower()
         if code in _codes():
             return _codes()[code], ""
-        if code in _COUNTRY_CODES:
-            meant = LANGUAGES[_COUNTRY_CODES[code]]
-            return "", f"{label!r} is the code of a country; the code of {meant.name} is {meant.code!r}."
+        if code in _MISTAKEN_CODES:
+            meant = LANGUAGES[_MISTAKEN_CODES[code]]
+            return "", f"{label!r} is not taken for a language; the code of {meant.name} is {meant.code!r}."
         if _CODE.fullmatch(code):
             return code, ""
     near = difflib.get_close_matches(name, list(_names()), n=1, cutoff=0.6)
@@ -289,87 +303,8 @@ def language_name(code: str) -> str:
     return LANGUAGES[code].name if code in LANGUAGES else code
 
 
-# First code point of each range and the script of its letters; None: not counted. Katakana's middle dot
-# (U+30FB) and its double hyphen (U+30A0) stand in Chinese texts too, so they say nothing.
-_RANGES: list[tuple[int, str | None]] = [
-    (0x0000, None),
-    (0x0041, "Latin"),
-    (0x02B0, None),
-    (0x0370, "Greek"),
-    (0x0400, "Cyrillic"),
-    (0x0530, "Armenian"),
-    (0x0590, "Hebrew"),
-    (0x0600, "Arabic"),
-    (0x0700, None),
-    (0x0750, "Arabic"),
-    (0x0780, None),
-    (0x0870, "Arabic"),
-    (0x0900, "Devanagari"),
-    (0x0980, "Bengali"),
-    (0x0A00, "Gurmukhi"),
-    (0x0A80, "Gujarati"),
-    (0x0B00, "Odia"),
-    (0x0B80, "Tamil"),
-    (0x0C00, "Telugu"),
-    (0x0C80, "Kannada"),
-    (0x0D00, "Malayalam"),
-    (0x0D80, "Sinhala"),
-    (0x0E00, "Thai"),
-    (0x0E80, "Lao"),
-    (0x0F00, None),
-    (0x1000, "Myanmar"),
-    (0x10A0, "Georgian"),
-    (0x1100, "Hangul"),
-    (0x1200, "Ethiopic"),
-    (0x13A0, None),
-    (0x1780, "Khmer"),
-    (0x1800, None),
-    (0x1C80, "Cyrillic"),
-    (0x1C90, "Georgian"),
-    (0x1CC0, None),
-    (0x1E00, "Latin"),
-    (0x1F00, "Greek"),
-    (0x2000, None),
-    (0x2D00, "Georgian"),
-    (0x2D30, None),
-    (0x2D80, "Ethiopic"),
-    (0x2DE0, "Cyrillic"),
-    (0x2E00, None),
-    (0x3041, "Kana"),
-    (0x30A0, None),
-    (0x30A1, "Kana"),
-    (0x30FB, None),
-    (0x30FC, "Kana"),
-    (0x3100, None),
-    (0x3131, "Hangul"),
-    (0x3190, None),
-    (0x31F0, "Kana"),
-    (0x3200, None),
-    (0x3400, "Han"),
-    (0x4DC0, None),
-    (0x4E00, "Han"),
-    (0xA000, None),
-    (0xA640, "Cyrillic"),
-    (0xA6A0, None),
-    (0xA960, "Hangul"),
-    (0xA980, None),
-    (0xAB00, "Ethiopic"),
-    (0xAB30, None),
-    (0xAC00, "Hangul"),
-    (0xD7FC, None),
-    (0xF900, "Han"),
-    (0xFB00, None),
-    (0xFB1D, "Hebrew"),
-    (0xFB50, "Arabic"),
-    (0xFE00, None),
-    (0xFE70, "Arabic"),
-    (0xFEFF, None),
-    (0xFF66, "Kana"),
-    (0xFFA0, None),
-    (0x20000, "Han"),
-    (0x32400, None),
-]
-_STARTS = [start for start, _ in _RANGES]
+# What Unicode calls a script, where the table has another word for it. The prolonged sound mark is common to both kana.
+_UNICODE_SCRIPTS = {"Odia": r"\p{Script=Oriya}", "Kana": r"\p{Script=Hiragana}\p{Script=Katakana}ー"}
 
 # Characters that detection reads of a text: more does not change the answer, only the time.
 _TEXT_LIMIT = 2000
@@ -383,11 +318,22 @@ _VOTE_LIMIT = 200
 _KANA_SHARE = 0.1
 
 
+@lru_cache(maxsize=1)
+def _letters() -> Any:
+    """A pattern with one group for each script of the table, kana and Han apart."""
+    import regex  # the standard library's `re` knows no scripts
+
+    scripts = {script for language in LANGUAGES.values() for script in language.scripts} - {"Japanese"} | {
+        "Kana"
+    }
+    classes = {script: _UNICODE_SCRIPTS.get(script, rf"\p{{Script={script}}}") for script in sorted(scripts)}
+    return regex.compile("|".join(f"(?P<{script}>[{letters}])" for script, letters in classes.items()))
+
+
 @lru_cache(maxsize=65536)
 def _script_of(character: str) -> str | None:
-    if not character.isalpha():
-        return None
-    return _RANGES[bisect_right(_STARTS, ord(character)) - 1][1]
+    match = _letters().match(character) if character.isalpha() else None
+    return match.lastgroup if match else None
 
 
 def count_scripts(text: str) -> dict[str, int]:

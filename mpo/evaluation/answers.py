@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,7 @@ class AnswerRow:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> AnswerRow:
-        return cls(**{name: row[name] for name in _FIELDS}, blocked=row.get("blocked"))
-
-
-_FIELDS = ("id", "prompt_id", "language", "prompt", "answer", "finished")
+        return cls(**{f.name: row[f.name] for f in fields(cls) if f.name in row})
 
 
 def make_answers(
@@ -91,7 +88,7 @@ def make_answers(
         MPOError: The model cannot be used, or the folder cannot be written. Answers made before are kept.
     """
     framing = framing or Framing()
-    with Journal(folder / FILE, _FIELDS) as journal:
+    with Journal(folder / FILE, AnswerRow) as journal:
         settings = {"prompts": prompts.fingerprint, **framing.settings(), **engine.settings()}
         settle(journal.path, settings, empty=not journal.rows)
         done = {index for index, prompt in enumerate(prompts.prompts) if prompt.id in journal.rows}

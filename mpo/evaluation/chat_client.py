@@ -1,29 +1,36 @@
 """A client for servers that speak OpenAI's chat completions: vLLM, SGLang, llama.cpp, ``transformers serve``, OpenAI.
 
 It sends one kind of request, so it is written on ``httpx2``, which huggingface_hub uses too, and not on the ``openai``
-package, which brings the whole API. Asking again is decided here, since a reply that is cut off or no JSON has to be
-asked for again as well.
+package, which brings the whole API. Asking again is left to ``tenacity`` and not to the HTTP library, since a reply that
+is cut off or no JSON has to be asked for again as well.
+
+A server is not trusted. Requests run in an event loop in a thread of their own: there one deadline covers a whole request,
+however slowly its reply drips in, and Ctrl-C leaves behind whatever is under way.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from mpo.common.characters import printable, without_halves
 from mpo.common.redaction import REDACTED, redact_text
 from mpo.errors import ConfigError, DependencyError, ServerError
 
 Message = Mapping[str, Any]
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
@@ -31,11 +38,21 @@ OPENAI_KEY = "OPENAI_API_KEY"
 _TRY_AGAIN = frozenset({408, 409, 425, 429})  # and every 5xx
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0  # seconds
 _LONGEST_DEMANDED_WAIT = 300.0  # seconds; what a server's Retry-After may ask for
+_LARGEST_REPLY = 8 * 2**20  # bytes; a model that writes 100,000 tokens fills a quarter of it
+_LARGEST_ERROR = 2**16  # bytes of a refusal that are read
 _REJECTIONS_WITHOUT_REPLY = 20  # after so many, the requests are at fault and not the texts in them
 
 
 class RejectedRequest(ServerError):
     """The server refuses this one request (HTTP 400, 413 or 422): it is too long, or a filter dislikes it."""
+
+
+class _Unusable(Exception):
+    """An attempt that failed and may go well another time, and the seconds that the server asks to wait before it."""
+
+    def __init__(self, trouble: str, wait: float | None = None) -> None:
+        super().__init__(trouble)
+        self.wait = wait
 
 
 @dataclass(frozen=True)
@@ -56,14 +73,12 @@ class Reply:
 class ChatClient:
     """Asks one model behind one URL.
 
-    Safe to use from several threads.
-
     Attributes:
         url: The server's base URL, ``http://localhost:8000/v1``; ``/v1`` is added where there is no path.
         model: What the server calls the model.
         key_variable: Environment variable that holds the API key. By default OPENAI_API_KEY for OpenAI's own server and
             no key for any other: a key is not sent to where it does not belong.
-        timeout: Seconds to wait for a reply.
+        timeout: Seconds to wait for a reply, from connecting to its last byte.
         retries: How often a request is sent again after a failure that may pass.
         concurrency: Requests under way at the same time.
     """
@@ -75,18 +90,16 @@ class ChatClient:
     retries: int = 8
     concurrency: int = 8
     _key: str = field(default="", repr=False)
-    _stopped: threading.Event = field(default_factory=threading.Event, repr=False)
-    _http: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Checks the settings without connecting.
 
         Raises:
             ConfigError: The URL is none, a number is out of range, or the key is missing or cannot be sent.
-            DependencyError: httpx2 is not installed.
+            DependencyError: httpx2 or tenacity is not installed.
         """
         self.url = _base_url(self.url)
-        if self.timeout <= 0 or self.retries < 0 or self.concurrency < 1:
+        if not self.timeout > 0 or self.retries < 0 or self.concurrency < 1:
             raise ConfigError(
                 f"timeout, retries and concurrency: expected more than 0, at least 0 and at least 1, got {self.timeout!r}, "
                 f"{self.retries!r} and {self.concurrency!r}."
@@ -94,12 +107,12 @@ class ChatClient:
         if self.key_variable is None and self.url == OPENAI_URL:
             self.key_variable = OPENAI_KEY
         try:
-            import httpx2
+            import httpx2  # noqa: F401
+            import tenacity  # noqa: F401
         except ImportError as error:
             raise DependencyError(
-                "Talking to a server needs the package httpx2: pip install httpx2"
+                f"Talking to a server needs the package {error.name}: pip install {error.name}"
             ) from error
-        headers = {}
         if self.key_variable is not None:
             key = os.environ.get(self.key_variable, "").strip()
             if not key:
@@ -113,14 +126,6 @@ class ChatClient:
                     "ASCII in one line, without spaces. Was more than the key copied?"
                 )
             self._key = key
-            headers["Authorization"] = f"Bearer {key}"
-        self._http = httpx2.Client(
-            headers=headers,
-            timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 30.0), pool=None),
-            limits=httpx2.Limits(
-                max_connections=self.concurrency, max_keepalive_connections=self.concurrency
-            ),
-        )
 
     def ask(self, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Reply:
         """Sends one conversation and returns the model's reply, asking again as often as allowed.
@@ -134,57 +139,49 @@ class ChatClient:
             RejectedRequest: The server refuses this request and would refuse it again.
             ServerError: The server refuses any request (wrong key, unknown model), or gave no usable reply in time.
         """
-        body = {"model": self.model, "messages": list(messages), **parameters}
-        body = {name: value for name, value in body.items() if value is not None}
-        trouble = ""
-        for attempt in range(self.retries + 1):
-            reply, trouble, demanded = self._try(body)
-            if reply is not None:
-                return reply
-            if attempt < self.retries and self._stopped.wait(_delay(attempt, demanded)):
-                break
-        raise ServerError(
-            f"{self.url} gave no usable reply in {self.retries + 1} attempts. The last: {trouble} What was answered before is "
-            "kept: see to the server, and run the same command again."
-        )
+        with closing(_Session(self)) as session:
+            return session.begin(messages, parameters).result()
 
     def for_all(
-        self, items: Sequence[Item], work: Callable[[Item], Result], *, accepted: bool = False
-    ) -> Iterator[tuple[Item, Result | RejectedRequest]]:
-        """Calls ``work``, which asks this client, on every item, several at a time; yields results as they come.
+        self,
+        items: Sequence[Item],
+        request: Callable[[Item], tuple[Sequence[Message], Mapping[str, Any]]],
+        *,
+        accepted: bool = False,
+    ) -> Iterator[tuple[Item, Reply | RejectedRequest]]:
+        """Asks about every item, several at a time; yields the replies as they come.
 
         A request that the server rejects is yielded as its error, once the server has accepted any other: one that
         rejects all is wrongly set up. That, and any other error, ends the work: nothing new is begun, what was under
-        way is still yielded, then the error is raised.
+        way is still yielded, then the error is raised. When interrupted, what has arrived is still yielded.
 
         Args:
-            items: What to work on.
-            work: Called with one item, in a thread.
+            items: What to ask about.
+            request: The conversation and the parameters for one item, as :meth:`ask` takes them.
             accepted: The server is known to accept such requests.
 
         Raises:
             ServerError: See above.
         """
         rejected: list[tuple[Item, RejectedRequest]] = []
-        self._stopped.clear()
         waiting = iter(items)
-        under_way: dict[Future[Result], Item] = {}
+        under_way: dict[Future[Reply], Item] = {}
         failure: BaseException | None = None
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="ask")
-
-        def begin() -> None:
-            for item in waiting:
-                under_way[pool.submit(work, item)] = item
-                if len(under_way) >= self.concurrency:
-                    return
-
-        try:
-            begin()
-            while under_way:
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+        with closing(_Session(self)) as session:
+            while True:
+                if failure is None:
+                    for item in islice(waiting, self.concurrency - len(under_way)):
+                        under_way[session.begin(*request(item))] = item
+                if not under_way:
+                    break
+                try:
+                    done = wait(under_way, return_when=FIRST_COMPLETED).done
+                except KeyboardInterrupt as interrupt:
+                    failure = interrupt
+                    done = {future for future in under_way if future.done()}
+                    under_way = {future: under_way[future] for future in done}
                 for future in done:
-                    item = under_way.pop(future)
-                    error = future.exception()
+                    item, error = under_way.pop(future), future.exception()
                     if error is None:
                         accepted = True
                         yield item, future.result()
@@ -194,56 +191,146 @@ class ChatClient:
                         rejected.append((item, error))
                     else:
                         failure = failure or error
-                        self._stopped.set()
+                        session.stop_asking_again()
                 if accepted:
                     yield from rejected
                     rejected.clear()
-                if failure is None:
-                    begin()
-            failure = failure or (rejected[0][1] if rejected else None)
-            if failure is not None:
-                raise failure
-        finally:
-            self._stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        failure = failure or (rejected[0][1] if rejected else None)
+        if failure is not None:
+            raise failure
+
+
+class _Session:
+    """Requests under way, in an event loop in a daemon thread, which neither an interrupt nor the program's end waits for."""
+
+    def __init__(self, client: ChatClient) -> None:
+        import httpx2
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+        self._client = client
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if client._key:
+            headers["Authorization"] = f"Bearer {client._key}"
+        self._http = httpx2.AsyncClient(
+            headers=headers,
+            timeout=httpx2.Timeout(None, connect=min(client.timeout, 30.0)),
+            limits=httpx2.Limits(
+                max_connections=client.concurrency, max_keepalive_connections=client.concurrency
+            ),
+        )
+        self._retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Unusable),
+            stop=stop_after_attempt(client.retries + 1),
+            wait=_wait,
+            sleep=self._pause,
+            reraise=True,
+        )
+        self._stopped, self._closed = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._run, name="ask", daemon=True).start()
+
+    def begin(self, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Future[Reply]:
+        """Sends a request; see :meth:`ChatClient.ask`."""
+        body = {"model": self._client.model, "messages": list(messages), **parameters}
+        # ASCII, in which half a surrogate pair can be sent, too.
+        content = json.dumps({name: value for name, value in body.items() if value is not None})
+        return asyncio.run_coroutine_threadsafe(self._ask(content.encode("ascii")), self._loop)
+
+    def stop_asking_again(self) -> None:
+        """Ends the requests that wait for another attempt; those that wait for a reply still get it."""
+        self._loop.call_soon_threadsafe(self._stopped.set)
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._http.close()
+        """Ends all requests, without waiting until they have ended."""
+        self._loop.call_soon_threadsafe(self._closed.set)
 
-    def _try(self, body: Mapping[str, Any]) -> tuple[Reply | None, str, float | None]:
-        """One attempt: the reply, or what went wrong and the seconds that the server asks to wait."""
+    def _run(self) -> None:
+        async def until_closed() -> None:
+            await self._closed.wait()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await self._http.aclose()
+
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(until_closed())
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+            raise ServerError(f"{self._client.url} was not asked again, because another request failed.")
+
+    async def _ask(self, content: bytes) -> Reply:
+        client = self._client
+        try:
+            return await self._retrying.copy()(self._attempt, content)
+        except _Unusable as last:
+            raise ServerError(
+                f"{client.url} gave no usable reply in {client.retries + 1} attempts. The last: {last} What was answered "
+                "before is kept: see to the server, and run the same command again."
+            ) from None
+
+    async def _attempt(self, content: bytes) -> Reply:
         import httpx2
 
+        client = self._client
         try:
-            response = self._http.post(f"{self.url}/chat/completions", json=body)
-        except httpx2.TimeoutException:
-            return None, f"no reply within {self.timeout:g} seconds.", None
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            return None, f"the connection failed ({self._shown(str(error)) or type(error).__name__}).", None
+            async with (
+                asyncio.timeout(client.timeout),
+                self._http.stream("POST", f"{client.url}/chat/completions", content=content) as response,
+            ):
+                received = await _read(response)
+        except (TimeoutError, httpx2.TimeoutException):
+            raise _Unusable(f"no reply within {client.timeout:g} seconds.") from None
+        except httpx2.TransportError as error:
+            said = self._excerpt(str(error) or type(error).__name__).rstrip(".")
+            raise _Unusable(f"the connection failed ({said}).") from None
         status = response.status_code
-        reply = _parse(response) if status == 200 else None
+        reply = _parse(received) if status == 200 else None
         if reply is not None:
-            return reply, "", None
-        said = f"HTTP {status}: {_excerpt(self._shown(response.text))}"
+            return reply
+        said = f"HTTP {status}: {self._excerpt(received[:_LARGEST_ERROR].decode('utf-8', 'replace'))}"
         if status == 200:
-            return None, f"no chat completion, but {said}", None
+            raise _Unusable(f"no chat completion, but {said}")
         if status in _TRY_AGAIN or status >= 500:
-            return None, said, _retry_after(response.headers.get("retry-after"))
+            raise _Unusable(said, _retry_after(response.headers.get("retry-after")))
+        self._refused(status, said)
+
+    def _refused(self, status: int, said: str) -> NoReturn:
+        client = self._client
         if status in (400, 413, 422):
-            raise RejectedRequest(f"{self.url} rejects a request with {said}")
+            raise RejectedRequest(f"{client.url} rejects a request with {said}")
         hint = {
-            401: f"Is the key in {self.key_variable} right?"
-            if self.key_variable
+            401: f"Is the key in {client.key_variable} right?"
+            if client.key_variable
             else "It wants a key: name the environment variable that holds it.",
             403: "The key may not use this model.",
-            404: f"Does it serve a model called {self.model!r}, and is this the base URL, which mostly ends in /v1?",
+            404: f"Does it serve a model called {client.model!r}, and is this the base URL, which mostly ends in /v1?",
         }.get(status, "Is this the base URL of an OpenAI-compatible server?")
-        raise ServerError(f"{self.url} answers with {said} {hint}")
+        raise ServerError(f"{client.url} answers with {said} {hint}")
 
-    def _shown(self, text: str) -> str:
-        """What a server said, without the key, which some repeat."""
-        return redact_text(text.replace(self._key, REDACTED) if self._key else text)
+    def _excerpt(self, text: str) -> str:
+        """The beginning of what a server said, in one line, without the key, which some repeat."""
+        key = self._client._key
+        text = redact_text(text.replace(key, REDACTED) if key else text)
+        text = printable(" ".join(text.split()), lines=False)
+        text = text if len(text) <= 300 else text[:297] + "..."
+        return text if text.endswith((".", "!", "?")) else text + "."
+
+
+async def _read(response: Any) -> bytes:
+    """The body as it comes, up to a limit: a refusal is cut off there, and a reply is of no use.
+
+    Nothing is decompressed, which was not asked for: a small body could fill the memory.
+    """
+    limit = _LARGEST_REPLY if response.status_code == 200 else _LARGEST_ERROR
+    received = bytearray()
+    async for chunk in response.aiter_raw():
+        received += chunk
+        if len(received) > limit:
+            if response.status_code == 200:
+                raise _Unusable(f"a reply of more than {limit // 2**20} MiB.")
+            break
+    return bytes(received)
 
 
 def _base_url(url: str) -> str:
@@ -258,23 +345,16 @@ def _base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _parse(response: Any) -> Reply | None:
+def _parse(content: bytes) -> Reply | None:
     try:
-        choice = response.json()["choices"][0]
+        choice = json.loads(content)["choices"][0]
         text = choice["message"].get("content")
         reason = choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     if text is not None and not isinstance(text, str):
         return None
-    return Reply(text or "", reason if isinstance(reason, str) else None)
-
-
-def _excerpt(text: str) -> str:
-    text = " ".join(text.split())
-    text = "".join(c for c in text if c.isprintable())
-    text = text if len(text) <= 300 else text[:297] + "..."
-    return text if text.endswith((".", "!", "?")) else text + "."
+    return Reply(without_halves(text or ""), reason if isinstance(reason, str) else None)
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -291,7 +371,12 @@ def _retry_after(value: str | None) -> float | None:
     return min(max(seconds, 0.0), _LONGEST_DEMANDED_WAIT) if seconds == seconds else None
 
 
+def _wait(state: Any) -> float:
+    """Seconds that tenacity waits after a failed attempt."""
+    return _delay(state.attempt_number - 1, state.outcome.exception().wait)
+
+
 def _delay(attempt: int, demanded: float | None) -> float:
-    """Seconds before the next attempt: doubled each time, spread at random so that threads do not return as one."""
+    """Seconds before the next attempt: doubled each time, spread at random so that requests do not return as one."""
     growing = min(_FIRST_WAIT * 2.0**attempt, _LONGEST_WAIT) * random.uniform(0.5, 1.0)
     return growing if demanded is None else max(demanded, growing)

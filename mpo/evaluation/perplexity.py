@@ -6,21 +6,19 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpo.common.bootstrap import ratio_interval
 from mpo.common.checks import check_confidence, check_limit, check_max_length
-from mpo.common.files import write_json
 from mpo.common.provenance import collect
 from mpo.common.tables import TextTable, printable_name
+from mpo.common.typed_json import write_typed
 from mpo.data.languages import language_name, normalize_language_setting
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import load_policy
+from mpo.evaluation.results import LARGEST_LOG, PERPLEXITY, PerplexityResult, TextPerplexity
 from mpo.evaluation.safety import about_model, model_folder
 from mpo.modeling.likelihoods import text_likelihoods
-
-RESULT = "perplexity.json"
 
 
 def measure_perplexity(
@@ -32,7 +30,7 @@ def measure_perplexity(
     max_length: int = 1024,
     limit: int | None = None,
     confidence: float = 0.95,
-) -> dict[str, Any]:
+) -> PerplexityResult:
     """Measures, prints and writes ``out/NAME/perplexity.json``.
 
     Args:
@@ -45,9 +43,7 @@ def measure_perplexity(
         confidence: Coverage of the intervals, which resample texts.
 
     Returns:
-        What was written. Per language ``texts``, ``cut`` (texts longer than `max_length`), ``tokens``, ``perplexity``
-        (``exp`` of the mean negative log-likelihood per token but the first of each text), its ``interval``,
-        ``bits_per_byte`` (which models with different tokenizers can be compared by), and the parts of each text.
+        What was written.
 
     Raises:
         ConfigError: A setting has an impossible value.
@@ -72,15 +68,14 @@ def measure_perplexity(
         )
         cut = sum(len(policy.tokenizer(line)["input_ids"]) > max_length for line in lines)
         languages[code] = _summary(code, lines, scored, cut, confidence)
-    result = {
-        "measurement": "perplexity",
-        "model": about_model(model, folder.name),
-        "max_length": max_length,
-        "confidence": confidence,
-        "languages": languages,
-        "provenance": collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
-    }
-    path = write_json(folder / RESULT, result)
+    result = PerplexityResult(
+        model=about_model(model, folder.name),
+        max_length=max_length,
+        confidence=confidence,
+        languages=languages,
+        provenance=collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
+    )
+    path = write_typed(folder / PERPLEXITY, result)
     print()
     _table(languages, folder.name, confidence).show()
     print(f"\nWritten: {path}")
@@ -111,7 +106,7 @@ def read_lines(file: str, limit: int | None = None) -> list[str]:
 
 def _summary(
     code: str, lines: Sequence[str], scored: Sequence[tuple[float, int]], cut: int, confidence: float
-) -> dict[str, Any]:
+) -> TextPerplexity:
     kept = [(line, -total, count) for line, (total, count) in zip(lines, scored, strict=True) if count]
     if not kept:
         raise DataError(f"No text in {code} has two tokens or more, so there is nothing to predict.")
@@ -123,34 +118,38 @@ def _summary(
         )
     ends = ratio_interval(nats, tokens, confidence=confidence)
     digest = hashlib.sha256("\n".join(line for line, *_ in kept).encode("utf-8")).hexdigest()
-    return {
-        "texts": len(kept),
-        "cut": cut,
-        "tokens": sum(tokens),
-        "perplexity": math.exp(total / sum(tokens)),
-        "interval": None if ends is None else [math.exp(end) for end in ends],
-        "bits_per_byte": None if cut else total / math.log(2) / sum(len(line.encode()) for line, *_ in kept),
-        "fingerprint": digest,
-        "tokens_per_text": tokens,
-        "nats_per_text": nats,
-    }
+    return TextPerplexity(
+        texts=len(kept),
+        cut=cut,
+        tokens=sum(tokens),
+        perplexity=_exp(total / sum(tokens)),
+        interval=None if ends is None else (_exp(ends[0]), _exp(ends[1])),
+        bits_per_byte=None if cut else total / math.log(2) / sum(len(line.encode()) for line, *_ in kept),
+        fingerprint=digest,
+        tokens_per_text=tokens,
+        nats_per_text=nats,
+    )
 
 
-def _table(languages: Mapping[str, Mapping[str, Any]], name: str, confidence: float) -> TextTable:
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, LARGEST_LOG))
+
+
+def _table(languages: Mapping[str, TextPerplexity], name: str, confidence: float) -> TextTable:
     rows = [
         (
             printable_name(language_name(code)),
-            str(row["texts"]),
-            str(row["tokens"]),
-            f"{row['perplexity']:.3f}",
-            "-" if row["interval"] is None else f"[{row['interval'][0]:.3f}, {row['interval'][1]:.3f}]",
-            "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
+            str(row.texts),
+            str(row.tokens),
+            f"{row.perplexity:.3f}",
+            "-" if row.interval is None else f"[{row.interval[0]:.3f}, {row.interval[1]:.3f}]",
+            "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
         )
         for code, row in languages.items()
     ]
     header = ("Language", "Texts", "Tokens", "Perplexity", f"[{100 * confidence:g} %]", "Bits/byte")
     notes = ["Per token, the first of each text left out. Intervals: bootstrap over texts."]
-    cut = sum(int(row["cut"]) for row in languages.values())
+    cut = sum(row.cut for row in languages.values())
     if cut:
         notes.append(f"{cut} texts were cut at the greatest length; their languages have no bits per byte.")
     return TextTable(

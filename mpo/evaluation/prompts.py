@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpo.common.characters import half_character
 from mpo.common.checks import check_limit, check_name
 from mpo.common.words import show_name
 from mpo.data import LANGUAGES, normalize_language
@@ -284,6 +285,9 @@ def _prompts(
             counts[written] = count + 1
             if not isinstance(text, str) or not text.strip():
                 yield RowError("expected a prompt, got nothing.", file=label, row=number, field=column)
+                continue
+            if problem := half_character(text):
+                yield RowError(f"the prompt {problem}", file=label, row=number, field=column)
                 continue
             yield Prompt(_prompt_id(row, count if columns.language is not None else number), written, text)
 

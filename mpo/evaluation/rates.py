@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import Annotated, Any, TextIO
+
+from pydantic import Field
 
 from mpo.common.statistics import LanguageAverage, language_average, wilson_interval
 from mpo.common.tables import TextTable, printable_name
+from mpo.common.typed_json import (
+    FROM_LIST,
+    Confidence,
+    Count,
+    Share,
+    as_dict,
+    named_by_key,
+    open_mapping,
+    stored_as,
+)
 from mpo.data import language_name
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
+
+Ends = Annotated[tuple[Share | None, Share | None], FROM_LIST] | None
+"""Lower and upper end of a rate's interval."""
 
 
 @dataclass(frozen=True)
@@ -25,65 +40,74 @@ class LanguageRate:
         verdicts: How often each verdict was given, ``unparsed`` and ``blocked`` included.
         cut_off: Answers that were cut at the greatest length.
         rate: Share of the counted verdict among those that could be read; None where none could.
-        low: Lower end of the rate's Wilson interval; None with `rate`.
-        high: Upper end.
+        interval: Wilson interval of the rate; None with `rate`.
     """
 
-    language: str
-    count: int
-    verdicts: dict[str, int]
-    cut_off: int
-    rate: float | None
-    low: float | None
-    high: float | None
+    language: Annotated[str, Field(exclude=True)]
+    count: Count
+    verdicts: dict[str, Count]
+    cut_off: Count = 0
+    rate: Share | None = None
+    interval: Ends = None
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval."""
+        return None if self.interval is None else self.interval[0]
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval."""
+        return None if self.interval is None else self.interval[1]
 
 
-@dataclass(frozen=True)
+def _read_mean(mean: dict[str, Any]) -> LanguageAverage:
+    low, high = mean.get("interval") or (None, None)
+    return LanguageAverage(mean["rate"], low, high, mean.get("languages", 0), mean.get("prompts", 0))
+
+
+def _write_mean(mean: LanguageAverage) -> dict[str, Any]:
+    sizes = {"languages": mean.languages, "prompts": mean.prompts}
+    return {"rate": mean.mean, "interval": [mean.low, mean.high], **sizes}
+
+
+_StoredMean = Annotated[
+    dict[str, Any], open_mapping("rate", rate=Share, interval=Ends, languages=Count, prompts=Count)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RateTable:
-    """The result of a task on one prompt set.
+    """The result of a task on one prompt set, as its file holds it.
 
     Attributes:
-        task: What was measured.
-        rows: One per language, in the order of the prompts.
-        average: Mean of the languages' rates; None where no verdict could be read.
+        counted: The verdict whose share is the rate; None in old files, where it is that of the task.
         confidence: Coverage of the intervals.
+        languages: By code, in the order of the prompts.
+        average: Mean of the languages' rates; None where no verdict could be read.
     """
 
-    task: Task
-    rows: tuple[LanguageRate, ...]
-    average: LanguageAverage | None
-    confidence: float
+    counted: str | None = None
+    confidence: Confidence = 0.95
+    languages: Annotated[dict[str, LanguageRate], named_by_key("language")]
+    average: Annotated[LanguageAverage, stored_as(_StoredMean, _read_mean, _write_mean)] | None = None
+
+    @property
+    def rows(self) -> tuple[LanguageRate, ...]:
+        """One row per language."""
+        return tuple(self.languages.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: ``languages`` and ``average``."""
-        return {
-            "counted": self.task.counted,
-            "confidence": self.confidence,
-            "languages": {
-                row.language: {
-                    "count": row.count,
-                    "verdicts": row.verdicts,
-                    "cut_off": row.cut_off,
-                    "rate": row.rate,
-                    "interval": None if row.rate is None else [row.low, row.high],
-                }
-                for row in self.rows
-            },
-            "average": None
-            if self.average is None
-            else {
-                "rate": self.average.mean,
-                "interval": [self.average.low, self.average.high],
-                **{name: asdict(self.average)[name] for name in ("languages", "prompts")},
-            },
-        }
+        """Ready for JSON."""
+        return as_dict(self)
 
     def to_table(self, title: str, notes: Sequence[str] = ()) -> TextTable:
         """The table for people."""
-        seen = [name for name in NO_VERDICT if any(row.verdicts[name] for row in self.rows)]
-        columns = [*self.task.verdicts, *seen]
-        percent = f"{100 * self.confidence:g}"
-        header = ("Language", "Answers", f"Rate [{percent} %]", *columns, "cut off")
+        total = Counter[str]()
+        for row in self.rows:
+            total.update(row.verdicts)
+        columns = [name for name in total if name not in NO_VERDICT or total[name]]
+        header = ("Language", "Answers", f"Rate [{100 * self.confidence:g} %]", *columns, "cut off")
         rows = [
             (
                 _name(row.language),
@@ -97,9 +121,6 @@ class RateTable:
         rules = frozenset[int]()
         if self.average is not None and len(rows) > 1:
             rules = frozenset({len(rows)})
-            total = Counter[str]()
-            for row in self.rows:
-                total.update(row.verdicts)
             rows.append(
                 (
                     "Mean of languages",
@@ -109,23 +130,18 @@ class RateTable:
                     str(sum(row.cut_off for row in self.rows)),
                 )
             )
-        return TextTable(title, header, tuple(rows), rules, (*self._notes(), *notes), frozenset({2}))
+        below = [f"The rate is the share of `{self.counted}`."]
+        if total[UNPARSED]:
+            below.append(f"{total[UNPARSED]} replies of the judge name no verdict; they are part of no rate.")
+        if total[BLOCKED]:
+            below.append(
+                f"{total[BLOCKED]} prompts were blocked by the model's server, not by the model; they are part of no rate."
+            )
+        return TextTable(title, header, tuple(rows), rules, (*below, *notes), frozenset({2}))
 
     def show(self, title: str, notes: Sequence[str] = (), file: TextIO | None = None) -> None:
         """Prints the table."""
         self.to_table(title, notes).show(file)
-
-    def _notes(self) -> list[str]:
-        notes = [f"The rate is the share of `{self.task.counted}`."]
-        count = sum(row.verdicts[UNPARSED] for row in self.rows)
-        if count:
-            notes.append(f"{count} replies of the judge name no verdict; they are part of no rate.")
-        blocked = sum(row.verdicts[BLOCKED] for row in self.rows)
-        if blocked:
-            notes.append(
-                f"{blocked} prompts were blocked by the model's server, not by the model; they are part of no rate."
-            )
-        return notes
 
 
 def tabulate(
@@ -145,9 +161,9 @@ def tabulate(
     by_language: dict[str, list[AnswerRow]] = {}
     for row in answers:
         by_language.setdefault(row.language, []).append(row)
-    rows = tuple(
-        _language_rate(task, language, found, verdicts, confidence) for language, found in by_language.items()
-    )
+    languages = {
+        code: _language_rate(task, code, found, verdicts, confidence) for code, found in by_language.items()
+    }
     outcomes: dict[str, dict[Hashable, float]] = {
         language: {
             row.prompt_id: float(verdicts[row.id] == task.counted)
@@ -156,9 +172,8 @@ def tabulate(
         }
         for language, found in by_language.items()
     }
-    known = any(outcomes.values())
-    average = language_average(outcomes, confidence=confidence) if known else None
-    return RateTable(task, rows, average, confidence)
+    average = language_average(outcomes, confidence=confidence) if any(outcomes.values()) else None
+    return RateTable(counted=task.counted, confidence=confidence, languages=languages, average=average)
 
 
 def _language_rate(
@@ -167,12 +182,11 @@ def _language_rate(
     found = Counter(verdicts[row.id] for row in answers)
     counts = {name: found[name] for name in (*task.verdicts, *NO_VERDICT)}
     readable = len(answers) - sum(counts[name] for name in NO_VERDICT)
-    rate = low = high = None
-    if readable:
-        rate = counts[task.counted] / readable
-        low, high = wilson_interval(counts[task.counted], readable, confidence)
     cut_off = sum(not row.finished for row in answers)
-    return LanguageRate(language, len(answers), counts, cut_off, rate, low, high)
+    if not readable:
+        return LanguageRate(language, len(answers), counts, cut_off)
+    ends = wilson_interval(counts[task.counted], readable, confidence)
+    return LanguageRate(language, len(answers), counts, cut_off, counts[task.counted] / readable, ends)
 
 
 def _name(code: str) -> str:

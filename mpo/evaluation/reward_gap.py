@@ -6,16 +6,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 from mpo.common.bootstrap import check_settings, grouped_mean_interval
 from mpo.common.checks import check_beta
 from mpo.common.tables import Tabular, TextTable, interval, printable_name, signed
-from mpo.errors import ConfigError, DataError, ModelError, StorageError
+from mpo.common.typed_json import Confidence, Count, Number, Share, as_dict, parse, stored_as
+from mpo.common.words import counted
+from mpo.data.languages import language_name
+from mpo.errors import ConfigError, DataError, ModelError
 from mpo.training.records import PairScore
 
 PAPER_ORDER = ("zh", "ja", "ko", "ar", "bn", "sw")
@@ -48,17 +54,36 @@ class RewardGapRow:
 
     language: str
     is_source: bool
-    pairs: int
-    groups: int
-    gap: float
-    ci_low: float | None
-    ci_high: float | None
-    positive: float
-    chosen: float
-    rejected: float
-    reference_gap: float
-    gap_to_source: float
-    squared_error: float | None
+    pairs: Count
+    groups: Count
+    gap: Number
+    ci_low: Number | None
+    ci_high: Number | None
+    positive: Share
+    chosen: Number
+    rejected: Number
+    reference_gap: Number
+    gap_to_source: Number
+    squared_error: Annotated[float, Field(ge=0, le=1e24)] | None
+
+
+def _target_rows(rows: Mapping[str, RewardGapRow]) -> tuple[RewardGapRow, ...]:
+    """Those of a file, which may have been sorted by another program."""
+    if any(row.language != code for code, row in rows.items()):
+        raise ValueError("every row under its own `language`")
+    return tuple(rows[code] for code in sort_languages(rows))
+
+
+def _columns(records: Sequence[PairScore]) -> dict[str, list[Any]]:
+    return {f.name: [getattr(record, f.name) for record in records] for f in fields(PairScore)}
+
+
+def _records(columns: Any) -> Any:
+    names = [f.name for f in fields(PairScore)]
+    lists: list[Any] = [columns.get(name) for name in names] if isinstance(columns, dict) else []
+    if not all(isinstance(some, list) for some in lists) or len({len(some) for some in lists}) != 1:
+        raise ValueError(f"lists of one length for {', '.join(names)}")
+    return tuple(dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True))
 
 
 @dataclass(frozen=True)
@@ -78,21 +103,40 @@ class RewardGapTable(Tabular):
         records: The scores it was made of, which :func:`compare` needs; empty when read from a file without them.
     """
 
-    beta: float
+    beta: Annotated[float, Field(ge=1e-9, le=1e9)]
     source: RewardGapRow | None
-    targets: tuple[RewardGapRow, ...]
+    targets: Annotated[
+        tuple[RewardGapRow, ...],
+        stored_as(dict[str, RewardGapRow], _target_rows, lambda rows: {row.language: row for row in rows}),
+    ]
     all_targets: RewardGapRow | None
-    reference_gap: float
-    groups: int
-    confidence: float
-    resamples: int
-    seed: int
-    records: tuple[PairScore, ...] = field(default=(), repr=False, compare=False)
+    reference_gap: Number
+    groups: Count
+    confidence: Confidence
+    resamples: Annotated[int, Field(ge=100, le=10**6)]
+    seed: Count
+    records: Annotated[tuple[PairScore, ...], BeforeValidator(_records), PlainSerializer(_columns)] = field(
+        default=(), repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not (self.source is None or self.source.is_source) or any(row.is_source for row in self.targets):
+            raise ValueError("`is_source` to be true in `source` and false in `targets`")
+        if (self.all_targets is None) != (not self.targets):
+            raise ValueError("`all_targets` where there are `targets`, and only there")
+        pairs = Counter((record.is_source, record.language) for record in self.records)
+        if self.records and pairs != {(row.is_source, row.language): row.pairs for row in self.rows}:
+            raise ValueError("`records` of the languages and numbers of pairs of the rows")
 
     @property
     def rows(self) -> tuple[RewardGapRow, ...]:
         """The source's row, then the target languages'. The row over all targets is not among them."""
         return (*(() if self.source is None else (self.source,)), *self.targets)
+
+    @property
+    def all_rows(self) -> tuple[RewardGapRow, ...]:
+        """:attr:`rows`, then the row over all targets where there is one."""
+        return (*self.rows, *(() if self.all_targets is None else (self.all_targets,)))
 
     @property
     def goal(self) -> float:
@@ -103,16 +147,15 @@ class RewardGapTable(Tabular):
         """English name of the row's language, told apart where the source's language is a target too."""
         if row.language == ALL_TARGETS:
             return "All targets"
-        name = _language_name(row.language)
-        both = self.source is not None and any(t.language == self.source.language for t in self.targets)
-        if both and self.source is not None and row.language == self.source.language:
+        name = language_name(row.language)
+        if sum(other.language == row.language for other in self.rows) > 1:
             return f"{name} ({'source' if row.is_source else 'target'})"
         return name
 
     @property
     def source_label(self) -> str:
         """Name of the dominant language, or "Source" where the table has no row for it."""
-        return "Source" if self.source is None else _language_name(self.source.language)
+        return "Source" if self.source is None else language_name(self.source.language)
 
     def text_table(self) -> TextTable:
         """The cells of :meth:`to_text`, for other output formats."""
@@ -128,10 +171,10 @@ class RewardGapTable(Tabular):
                 signed(row.gap_to_source),
                 "-" if row.squared_error is None else f"{row.squared_error:.3f}",
             )
-            for row in self._with_total()
+            for row in self.all_rows
         ]
         return TextTable(
-            title=f"Reward gap per language, nats per token, on {_count(self.groups, 'group')}",
+            title=f"Reward gap per language, nats per token, on {counted(self.groups, 'group')}",
             header=(
                 "Language",
                 "Pairs",
@@ -146,16 +189,18 @@ class RewardGapTable(Tabular):
             rows=tuple(rows),
             rules=self._rules(),
             notes=(
-                f"{self.source_label} reference gap {signed(self.reference_gap)}; beta {self.beta:g}: targets are "
-                f"trained towards {signed(self.goal)}.",
+                self._aim(),
                 "To source: gap minus the reference gap. Error: mean (beta * gap - reference gap)^2.",
                 "Intervals: bootstrap over groups. Chosen, Rejected: mean log-likelihood per token.",
             ),
             emphasis=frozenset({2}),
         )
 
-    def _with_total(self) -> tuple[RewardGapRow, ...]:
-        return (*self.rows, *(() if self.all_targets is None else (self.all_targets,)))
+    def _aim(self) -> str:
+        return (
+            f"{self.source_label} reference gap {signed(self.reference_gap)}; beta {self.beta:g}: targets are trained "
+            f"towards {signed(self.goal)}."
+        )
 
     def _rules(self) -> frozenset[int]:
         after_source = {1} if self.source is not None and self.targets else set()
@@ -172,20 +217,9 @@ class RewardGapTable(Tabular):
             ``{"beta", "reference_gap", "goal", "groups", "confidence", "resamples", "seed", "source": row or None,
             "targets": {code: row}, "all_targets": row or None}``, a row being the fields of :class:`RewardGapRow`.
         """
-        out: dict[str, Any] = {
-            "beta": self.beta,
-            "reference_gap": self.reference_gap,
-            "goal": self.goal,
-            "groups": self.groups,
-            "confidence": self.confidence,
-            "resamples": self.resamples,
-            "seed": self.seed,
-            "source": None if self.source is None else asdict(self.source),
-            "targets": {row.language: asdict(row) for row in self.targets},
-            "all_targets": None if self.all_targets is None else asdict(self.all_targets),
-        }
-        if records:
-            out["records"] = {f.name: [getattr(r, f.name) for r in self.records] for f in fields(PairScore)}
+        out = {**as_dict(self), "goal": self.goal}
+        if not records:
+            del out["records"]
         return out
 
     @classmethod
@@ -195,28 +229,7 @@ class RewardGapTable(Tabular):
         Raises:
             StorageError: A field is missing or has the wrong type.
         """
-        try:
-            columns = values.get("records")
-            names = [f.name for f in fields(PairScore)]
-            return cls(
-                beta=float(values["beta"]),
-                source=None if values["source"] is None else _read_row(values["source"]),
-                targets=tuple(_read_row(row) for row in values["targets"].values()),
-                all_targets=None if values["all_targets"] is None else _read_row(values["all_targets"]),
-                reference_gap=float(values["reference_gap"]),
-                groups=int(values["groups"]),
-                confidence=float(values["confidence"]),
-                resamples=int(values["resamples"]),
-                seed=int(values["seed"]),
-                records=()
-                if columns is None
-                else tuple(PairScore(*row) for row in zip(*(columns[name] for name in names), strict=True)),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StorageError(
-                f"This is no reward-gap table: {error!r}. Expected what RewardGapTable.to_dict() writes; evaluate "
-                "again to make a new one."
-            ) from error
+        return parse(json.dumps(values, default=str), cls, "The reward-gap table")
 
 
 def summarize(
@@ -266,7 +279,7 @@ def summarize(
         gaps = [p.gap for p in pairs]
         groups = [p.group for p in pairs]
         ends = grouped_mean_interval(gaps, groups, confidence=confidence, resamples=resamples, seed=seed)
-        low, high = (None, None) if ends is None else ends
+        low, high = ends or (None, None)
         error = None if is_source else _mean((beta * p.gap - p.reference_gap) ** 2 for p in pairs)
         return RewardGapRow(
             language=language,
@@ -335,9 +348,13 @@ class Comparison(Tabular):
     changes: tuple[Change, ...]
     all_targets: Change | None
 
+    @property
+    def all_changes(self) -> tuple[Change, ...]:
+        """:attr:`changes`, then that over all targets where there is one."""
+        return (*self.changes, *(() if self.all_targets is None else (self.all_targets,)))
+
     def text_table(self) -> TextTable:
         """The cells of :meth:`to_text`, for other output formats."""
-        changes = (*self.changes, *(() if self.all_targets is None else (self.all_targets,)))
         rows = [
             (
                 printable_name(self.before.label(b), 15),
@@ -350,11 +367,10 @@ class Comparison(Tabular):
                 if b.squared_error is None or a.squared_error is None
                 else f"{b.squared_error:.2f} -> {a.squared_error:.2f}",
             )
-            for b, a, c in zip(self.before._with_total(), self.after._with_total(), changes, strict=True)
+            for b, a, c in zip(self.before.all_rows, self.after.all_rows, self.all_changes, strict=True)
         ]
         return TextTable(
-            title=f"Reward gap per language, before -> after, nats per token, on "
-            f"{_count(self.before.groups, 'group')}",
+            title=f"Reward gap per language, before -> after, nats per token, on {counted(self.before.groups, 'group')}",
             header=(
                 "Language",
                 "Pairs",
@@ -367,8 +383,7 @@ class Comparison(Tabular):
             rows=tuple(rows),
             rules=self.before._rules(),
             notes=(
-                f"{self.before.source_label} reference gap {signed(self.before.reference_gap)}; beta "
-                f"{self.before.beta:g}: targets are trained towards {signed(self.before.goal)}.",
+                self.before._aim(),
                 "Change: mean over pairs of after - before, with its interval (bootstrap over groups).",
                 "Chosen: change of its log-likelihood per token. Error: mean (beta * gap - reference gap)^2.",
             ),
@@ -434,7 +449,7 @@ def compare(before: RewardGapTable, after: RewardGapTable) -> Comparison:
             resamples=before.resamples,
             seed=before.seed,
         )
-        return Change(language, is_source, _mean(values), *((None, None) if ends is None else ends))
+        return Change(language, is_source, _mean(values), *(ends or (None, None)))
 
     every = [pair for (is_source, _), pairs in differences.items() if not is_source for pair in pairs]
     return Comparison(
@@ -469,56 +484,20 @@ def _by_key(records: Sequence[PairScore]) -> dict[tuple[int, bool, str, int], Pa
 
 
 def _refuse_not_finite(records: Sequence[PairScore]) -> None:
-    def bad(record: PairScore) -> str | None:
-        return next(
-            (
-                n
-                for n in ("chosen", "rejected", "gap", "reference_gap")
-                if not math.isfinite(getattr(record, n))
-            ),
-            None,
-        )
-
-    broken = [(record, name) for record in records if (name := bad(record)) is not None]
-    if broken:
-        first, name = broken[0]
+    names = ("chosen", "rejected", "gap", "reference_gap")
+    bad = [(r, name) for r in records for name in names if not math.isfinite(getattr(r, name))]
+    if bad:
+        first, name = bad[0]
         raise ModelError(
-            f"The model gave scores that are not finite for {len(broken)} of {len(records)} pairs: `{name}` is "
+            f"The model gave scores that are not finite for {len({id(r) for r, _ in bad})} of {len(records)} pairs: `{name}` is "
             f"{getattr(first, name)} for {first.language!r} in group {first.group}. Load the model in bf16 or fp32 "
             "(fp16 overflows in some models), and check its weights."
         )
 
 
-def _read_row(values: Mapping[str, Any]) -> RewardGapRow:
-    readers: dict[str, Callable[[Any], Any]] = {
-        "language": str,
-        "is_source": bool,
-        "pairs": int,
-        "groups": int,
-        "ci_low": _optional_float,
-        "ci_high": _optional_float,
-        "squared_error": _optional_float,
-    }
-    return RewardGapRow(**{f.name: readers.get(f.name, float)(values[f.name]) for f in fields(RewardGapRow)})
-
-
-def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return math.fsum(numbers) / len(numbers)
-
-
-def _language_name(code: str) -> str:
-    from mpo.data.languages import language_name
-
-    return language_name(code)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _percent(confidence: float) -> str:

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.checks import check_confidence, check_name
+from mpo.common.provenance import collect, portable_path
 from mpo.common.statistics import Kappa
+from mpo.common.typed_json import write_typed
 from mpo.errors import ConfigError
 from mpo.evaluation.answers import Framing, make_answers
 from mpo.evaluation.engines import Generation, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, JudgeChoice, make_judge
 from mpo.evaluation.prompts import PromptSet
 from mpo.evaluation.rates import RateTable, tabulate
+from mpo.evaluation.results import SAFETY, SafetyResult
 from mpo.evaluation.tasks import Task
 from mpo.evaluation.verdicts import agreement, judge_answers, unparsed
 
-RESULT = "result.json"
 CACHE = "judge_cache"
 
 
@@ -83,31 +85,33 @@ def measure_safety(
         for each in judges:
             each.close()
     table = tabulate(task, answers, verdicts[0], confidence)
-    kappa = agreement(verdicts[0], verdicts[1], confidence) if second_judge is not None else None
-    result = {
-        "measurement": task.name,
-        "prompt_set": prompts.name,
-        "prompts": _about_prompts(prompts, framing),
-        "model": about_model(model, folder.parent.parent.name),
-        "engine": about_engine,
-        "judge": _about_judge(judges[0], verdicts[0]),
-        **table.to_dict(),
-    }
-    notes = []
+    second, notes = None, []
     if second_judge is not None:
-        second = tabulate(task, answers, verdicts[1], confidence)
-        result["second_judge"] = {
+        kappa = agreement(verdicts[0], verdicts[1], confidence)
+        second = {
             **_about_judge(judges[1], verdicts[1]),
-            **second.to_dict(),
+            **tabulate(task, answers, verdicts[1], confidence).to_dict(),
             "agreement": None if kappa is None else vars(kappa),
         }
         notes.append(_agreement_note(judges[1], kappa, unparsed(verdicts[1])))
-    _finish(result, folder, model, prompts)
+    base = model.model if model.engine != "server" else None
+    result = SafetyResult(
+        **vars(table),
+        measurement=task.name,
+        prompt_set=prompts.name,
+        prompts=_about_prompts(prompts, framing),
+        model=about_model(model, folder.parent.parent.name),
+        engine=about_engine,
+        judge=_about_judge(judges[0], verdicts[0]),
+        second_judge=second,
+        provenance=collect(base_model=base, data_fingerprint=prompts.fingerprint),
+    )
+    written = write_typed(folder / SAFETY, result)
     print()
     table.show(
         f"{task.title}: {folder.parent.parent.name} on {prompts.name}, judged by {judges[0].label}", notes
     )
-    print(f"\nWritten: {folder / RESULT}")
+    print(f"\nWritten: {written}")
     return table
 
 
@@ -143,7 +147,6 @@ def _about_prompts(prompts: PromptSet, framing: Framing) -> dict[str, Any]:
 
 def about_model(model: ModelChoice, name: str) -> dict[str, Any]:
     """What a result says of the model it is of; folders are shown without their users' names."""
-    from mpo.common.provenance import portable_path
 
     def shown(source: str | None) -> str | None:
         return portable_path(source) if source is not None and Path(source).exists() else source
@@ -170,12 +173,3 @@ def _agreement_note(judge: Judge, kappa: Kappa | None, unread: int) -> str:
         f"{judge.label} agrees on {100 * kappa.agreement:.1f} % of {kappa.count} answers; Cohen's kappa "
         f"{kappa.kappa:.2f} [{kappa.low:.2f}, {kappa.high:.2f}]{rest}."
     )
-
-
-def _finish(result: dict[str, Any], folder: Path, model: ModelChoice, prompts: PromptSet) -> None:
-    from mpo.common.files import write_json
-    from mpo.common.provenance import collect
-
-    name = model.model if model.engine != "server" else None
-    provenance = collect(base_model=name, data_fingerprint=prompts.fingerprint)
-    write_json(folder / RESULT, {**result, "provenance": provenance})

@@ -14,12 +14,13 @@ from mpo.common.checks import check_limit
 from mpo.common.files import write_json
 from mpo.common.provenance import collect
 from mpo.common.tables import TextTable, printable_name
+from mpo.common.typed_json import write_typed
 from mpo.errors import ConfigError, DataError, DependencyError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.policy import Policy, load_policy
+from mpo.evaluation.results import UTILITY, Score, TaskScores, UtilityResult
 from mpo.evaluation.safety import about_model, model_folder
 
-RESULT = "utility.json"
 HARNESS = "lm_eval.json"
 
 
@@ -34,7 +35,7 @@ def measure_utility(
     limit: int | None = None,
     apply_chat_template: bool = False,
     seed: int = 1234,
-) -> dict[str, Any]:
+) -> UtilityResult:
     """Runs tasks of lm-evaluation-harness, prints their scores and writes ``out/NAME/utility.json``.
 
     ``out/NAME/lm_eval.json`` keeps what the harness itself reports: versions, settings and scores of every sub-task.
@@ -51,8 +52,7 @@ def measure_utility(
         seed: Seed of the harness.
 
     Returns:
-        What was written: per task ``count``, ``metrics`` (``{"name,filter": {"value", "stderr"}}``) and ``items``
-        (each item's value of each metric, in order, where the metric is a mean over items).
+        What was written.
 
     Raises:
         DependencyError: lm-evaluation-harness is not installed.
@@ -89,20 +89,19 @@ def measure_utility(
     )
     samples = found.pop("samples", {})
     scores = _tasks(found, samples)
-    result = {
-        "measurement": "utility",
-        "model": about_model(model, folder.name),
-        "settings": {
+    result = UtilityResult(
+        model=about_model(model, folder.name),
+        settings={
             "tasks": list(tasks),
             "num_fewshot": num_fewshot,
             "limit": limit,
             "apply_chat_template": apply_chat_template,
             "seed": seed,
         },
-        "tasks": scores,
-        "provenance": collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
-    }
-    written = [write_json(folder / RESULT, result), write_json(folder / HARNESS, _plain(found))]
+        tasks=scores,
+        provenance=collect(base_model=model.model, precision=policy.dtype, identity=policy.identity),
+    )
+    written = [write_typed(folder / UTILITY, result), write_json(folder / HARNESS, _plain(found))]
     print()
     _table(scores, folder.name).show()
     print(f"\nWritten: {', '.join(map(str, written))}")
@@ -182,7 +181,9 @@ def _evaluate(
     return dict(found)
 
 
-def _tasks(found: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+def _tasks(
+    found: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, TaskScores]:
     """Scores of tasks and groups that are part of no other group with a score of its own."""
     scores: Mapping[str, Mapping[str, Any]] = {**found["results"], **found.get("groups", {})}
     below = found.get("group_subtasks", {})
@@ -194,23 +195,22 @@ def _tasks(found: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str,
         rows = [row for leaf in leaves for row in sorted(samples.get(leaf, ()), key=lambda r: r["doc_id"])]
         metrics = _metrics(scores[task])
         items = {metric: _items(rows, metric) for metric in metrics}
-        means = {m: v for m, v in items.items() if v and abs(sum(v) / len(v) - metrics[m]["value"]) < 1e-6}
+        means = {
+            m: v for m, v in items.items() if v and abs(sum(v) / len(v) - (metrics[m].value or 0)) < 1e-6
+        }
         filters = {metric.partition(",")[2] for metric in metrics}
-        out[task] = {"count": len(rows) // max(len(filters), 1), "metrics": metrics, "items": means}
+        out[task] = TaskScores(metrics, len(rows) // max(len(filters), 1), means)
     return out
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``{"acc,none": {"value", "stderr"}}`` from the harness's flat row."""
+def _metrics(row: Mapping[str, Any]) -> dict[str, Score]:
+    """Scores by ``acc,none`` from the harness's flat row."""
     out = {}
     for key, value in row.items():
         metric, _, kept = key.partition(",")
         if kept and not metric.endswith("_stderr") and isinstance(value, (int, float)):
             error = row.get(f"{metric}_stderr,{kept}")
-            out[key] = {
-                "value": float(value),
-                "stderr": float(error) if isinstance(error, (int, float)) else None,
-            }
+            out[key] = Score(float(value), float(error) if isinstance(error, (int, float)) else None)
     return out
 
 
@@ -234,17 +234,17 @@ def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(tasks: Mapping[str, Mapping[str, Any]], name: str) -> TextTable:
+def _table(tasks: Mapping[str, TaskScores], name: str) -> TextTable:
     rows = tuple(
         (
             printable_name(task, 40),
-            str(entry["count"]),
+            str(entry.count),
             metric.removesuffix(",none"),
-            f"{values['value']:.4f}",
-            "-" if values["stderr"] is None else f"{values['stderr']:.4f}",
+            "-" if score.value is None else f"{score.value:.4f}",
+            "-" if score.stderr is None else f"{score.stderr:.4f}",
         )
         for task, entry in tasks.items()
-        for metric, values in entry["metrics"].items()
+        for metric, score in entry.metrics.items()
     )
     header = ("Task", "Items", "Metric", "Score", "Std. error")
     return TextTable(f"Utility: {name}, by lm-evaluation-harness", header, rows, emphasis=frozenset({3}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mpo.common.journal import Journal, settle
@@ -14,6 +15,25 @@ from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED, Task
 
 Verdicts = Mapping[str, str]
 """Verdict by the answer's id."""
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """One row of ``verdicts.JUDGE.jsonl``.
+
+    Attributes:
+        id: That of the answer.
+        prompt_id: The same for the translations of one request.
+        language: Code of the prompt's language.
+        verdict: One of the task's, ``unparsed`` or ``blocked``.
+        reply: What the judge wrote; None where it was not asked.
+    """
+
+    id: str
+    prompt_id: str
+    language: str
+    verdict: str
+    reply: str | None = None
 
 
 def verdicts_file(folder: Path, label: str) -> Path:
@@ -39,20 +59,13 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
         ConfigError: The folder holds verdicts on other answers, or of the same judge with other settings.
         MPOError: The judge cannot be reached or used. Verdicts given before are kept.
     """
-    fields = ("id", "prompt_id", "language", "verdict")
-    with Journal(verdicts_file(folder, judge.label), fields) as journal:
+    with Journal(verdicts_file(folder, judge.label), VerdictRow) as journal:
         settings = {"answers": fingerprint_answers(answers), **judge.settings()}
         settle(journal.path, settings, empty=not journal.rows)
 
         def keep(row: AnswerRow, verdict: Verdict) -> None:
             journal.append(
-                {
-                    "id": row.id,
-                    "prompt_id": row.prompt_id,
-                    "language": row.language,
-                    "verdict": verdict.verdict,
-                    "reply": verdict.reply,
-                }
+                asdict(VerdictRow(row.id, row.prompt_id, row.language, verdict.verdict, verdict.reply))
             )
 
         for row in answers:
@@ -72,7 +85,7 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
                 ):
                     keep(left[index], verdict)
                     progress.advance()
-        return {row.id: str(journal.rows[row.id]["verdict"]) for row in answers}
+        return {row.id: journal.rows[row.id]["verdict"] for row in answers}
 
 
 def agreement(first: Verdicts, second: Verdicts, confidence: float = 0.95) -> Kappa | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpo.common.typed_json import Count
 from mpo.errors import ConfigError, DataError
 from mpo.hidden_space.pairs import pair_measures, pair_rows, pairing_test
 from mpo.hidden_space.probe import Probe, fold_auroc, fold_ranks, folds_of, train_probe, with_training_error
@@ -16,6 +17,7 @@ from mpo.hidden_space.projection import centred, principal_plane, shared_plane, 
 from mpo.hidden_space.resampling import (
     Array,
     Estimate,
+    Stored,
     bootstrap_weights,
     check_resampling,
     estimate,
@@ -143,11 +145,11 @@ class LanguageResult:
         between: measures of the two models' embeddings of the same text.
     """
 
-    count: dict[str, int]
-    before: dict[str, Estimate] = field(default_factory=dict)
-    after: dict[str, Estimate] = field(default_factory=dict)
-    change: dict[str, Estimate] = field(default_factory=dict)
-    between: dict[str, Estimate] = field(default_factory=dict)
+    count: dict[str, Count]
+    before: dict[str, Stored] = field(default_factory=dict)
+    after: dict[str, Stored] = field(default_factory=dict)
+    change: dict[str, Stored] = field(default_factory=dict)
+    between: dict[str, Stored] = field(default_factory=dict)
 
     def state(self, name: str) -> dict[str, Estimate]:
         """``before`` or ``after``."""
@@ -164,7 +166,7 @@ class LayerResult:
     """
 
     languages: dict[str, LanguageResult] = field(default_factory=dict)
-    cosines: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
+    cosines: dict[str, dict[str, dict[str, Stored]]] = field(default_factory=dict)
 
     def cosine_matrix(self, state: str) -> Array:
         """``[languages, languages]`` cosines of the harm directions before or after."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from mpo.common.bootstrap import check_settings
+from mpo.common.typed_json import stored_as
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -35,6 +37,11 @@ class Estimate:
     high: float | None = None
     p_value: float | None = None
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval, of a change, leaves zero out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
     def to_list(self) -> list[float | None]:
         """``[value, low, high]``, followed by the p-value where there is one, to seven digits."""
         parts = [self.value, self.low, self.high, *([] if self.p_value is None else [self.p_value])]
@@ -44,7 +51,17 @@ class Estimate:
     def from_list(cls, parts: list[float | None]) -> Estimate:
         """What :meth:`to_list` gave."""
         value, low, high, *rest = parts
-        return cls(math.nan if value is None else value, low, high, rest[0] if rest else None)
+        p_value = rest[0] if rest else None
+        if p_value is not None and not 0 <= p_value <= 1:
+            raise ValueError("a p-value from 0 to 1 as the last entry")
+        return cls(math.nan if value is None else value, low, high, p_value)
+
+
+_Parts = Annotated[
+    list[Annotated[float, Field(ge=-1e300, le=1e300)] | None], Field(min_length=3, max_length=4)
+]
+Stored = Annotated[Estimate, stored_as(_Parts, Estimate.from_list, Estimate.to_list)]
+"""An estimate that a file holds as a list."""
 
 
 def bootstrap_weights(unit: Array, harmful: Array, resamples: int, seed: int) -> Array:

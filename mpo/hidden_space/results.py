@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from mpo.common.provenance import Result
 from mpo.common.tables import TextTable, interval, printable_name, signed
+from mpo.common.typed_json import Confidence, named_by_key, read_typed
 from mpo.data.languages import language_name
-from mpo.errors import StorageError
 from mpo.hidden_space.compare import LanguageResult, LayerResult
-from mpo.hidden_space.resampling import Estimate
 
 FILE = "hidden_space.json"
 MEASUREMENT = "hidden_space"
@@ -52,7 +52,7 @@ class ModelResult:
         layers: estimates by layer.
     """
 
-    name: str
+    name: Annotated[str, Field(exclude=True)]
     reference: str | None
     aligned: str | None
     adapter: str | None
@@ -67,9 +67,13 @@ class ModelResult:
     @property
     def components(self) -> int:
         """The smallest number of principal components that was measured on."""
-        (one, *_) = self.shown.languages.values()
-        found = (re.fullmatch(r"between_class_ratio_(\d+)", measure) for measure in one.after)
-        return min(int(match[1]) for match in found if match)
+        return min(self._numbers_of_components)
+
+    @property
+    def _numbers_of_components(self) -> list[int]:
+        measures = [measure for one in self.shown.languages.values() for measure in one.after]
+        found = (re.fullmatch(r"between_class_ratio_([0-9]{1,9})", measure) for measure in measures)
+        return [int(match[1]) for match in found if match]
 
     @property
     def shown(self) -> LayerResult:
@@ -134,32 +138,11 @@ class ModelResult:
             cells.append("-" if moved_by is None else f"{moved_by.value:.2f}")
         return cells
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; an estimate is ``[value, low, high]``, with the p-value behind it where there is one."""
-        return {
-            "reference": self.reference,
-            "aligned": self.aligned,
-            "adapter": self.adapter,
-            "shown_layer": self.shown_layer,
-            "layers": {name: _layer_to_dict(layer) for name, layer in self.layers.items()},
-        }
 
-    @classmethod
-    def from_dict(cls, name: str, values: Mapping[str, Any]) -> ModelResult:
-        """What :meth:`to_dict` gave."""
-        return cls(
-            name,
-            values["reference"],
-            values["aligned"],
-            values["adapter"],
-            values["shown_layer"],
-            {layer: _layer_from_dict(found) for layer, found in values["layers"].items()},
-        )
-
-
-@dataclass
-class HiddenSpace:
-    """An analysis of one or more models on one set of texts.
+@dataclass(frozen=True)
+class HiddenSpace(Result):
+    """An analysis of one or more models on one set of texts; an estimate is ``[value, low, high]`` in its file, followed by
+    the p-value where there is one.
 
     Attributes:
         data: name of the texts.
@@ -167,27 +150,21 @@ class HiddenSpace:
         confidence: coverage of the intervals.
         settings: how it was embedded and measured.
         models: by name.
-        provenance: where the numbers came from.
     """
 
     data: str
     source_language: str
-    confidence: float
+    confidence: Confidence
     settings: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, ModelResult] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    models: Annotated[dict[str, ModelResult], named_by_key("name")] = field(default_factory=dict)
+    measurement: Literal["hidden_space"] = "hidden_space"
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {
-            "measurement": MEASUREMENT,
-            "data": self.data,
-            "source_language": self.source_language,
-            "confidence": self.confidence,
-            "settings": self.settings,
-            "models": {name: model.to_dict() for name, model in self.models.items()},
-            "provenance": self.provenance,
-        }
+    def __post_init__(self) -> None:
+        for name, model in self.models.items():
+            if model.shown_layer not in model.layers:
+                raise ValueError(f"`shown_layer` of {name!r} to be one of its `layers`")
+            if not model._numbers_of_components:
+                raise ValueError(f"a `between_class_ratio_N` in the shown layer of {name!r}")
 
     @classmethod
     def read(cls, folder: str | Path) -> HiddenSpace:
@@ -196,53 +173,6 @@ class HiddenSpace:
         Raises:
             StorageError: there is none, or the file is damaged.
         """
-        path = Path(folder) / FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                values["data"],
-                values["source_language"],
-                values["confidence"],
-                values["settings"],
-                {name: ModelResult.from_dict(name, model) for name, model in values["models"].items()},
-                values["provenance"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
-                f"{path} is no analysis of the hidden space ({type(error).__name__}: {error}). Analyse again to make one."
-            ) from error
-
-
-_GROUPS = ("before", "after", "change", "between")
-
-
-def _layer_to_dict(layer: LayerResult) -> dict[str, Any]:
-    return {
-        "languages": {
-            code: {
-                "count": one.count,
-                **{name: {m: e.to_list() for m, e in getattr(one, name).items()} for name in _GROUPS},
-            }
-            for code, one in layer.languages.items()
-        },
-        "cosines": {
-            state: {a: {b: e.to_list() for b, e in row.items()} for a, row in matrix.items()}
-            for state, matrix in layer.cosines.items()
-        },
-    }
-
-
-def _layer_from_dict(values: Mapping[str, Any]) -> LayerResult:
-    return LayerResult(
-        {
-            code: LanguageResult(
-                one["count"],
-                **{name: {m: Estimate.from_list(e) for m, e in one[name].items()} for name in _GROUPS},
-            )
-            for code, one in values["languages"].items()
-        },
-        {
-            state: {a: {b: Estimate.from_list(e) for b, e in row.items()} for a, row in matrix.items()}
-            for state, matrix in values["cosines"].items()
-        },
-    )
+        return read_typed(
+            Path(folder) / FILE, cls, "So it is no analysis of the hidden space; analyse again to make one."
+        )

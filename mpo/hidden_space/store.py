@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mpo.common.files import write_json
+from mpo.common.files import publish, write_json
 from mpo.errors import StorageError
 from mpo.hidden_space.resampling import Array
 
@@ -299,9 +299,7 @@ class EmbeddingWriter:
             },
         )
         try:
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
-                self.folder.rmdir()
-            os.replace(self.partial, self.folder)
+            publish(self.partial, self.folder)
             # Only now: without them, what a kill before the renaming leaves behind would be embedded again.
             for leftover in [*self.folder.glob("done.*"), self.folder / _IDENTITY]:
                 leftover.unlink()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from mpo.common.characters import half_character
 from mpo.data.contract import is_blank
 from mpo.data.languages import normalize_language, normalize_language_setting
 from mpo.data.reading import looks_like_path, read_file, read_hub
@@ -354,6 +355,8 @@ def _text(value: Mapping[str, Any], columns: Sequence[str], name: str, row: int)
         if text is not None and not isinstance(text, str):
             raise DataError(f"expected text, found {type(text).__name__}.", file=name, row=row, field=column)
         if text is not None and not is_blank(text):
+            if problem := half_character(text):
+                raise DataError(problem, file=name, row=row, field=column)
             return text
     for column in columns:
         if column in value:

@@ -21,6 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from mpo.common.files import publish
 from mpo.errors import DependencyError, ModelError, MPOError, StorageError
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -99,7 +100,7 @@ def prepare_demo_model(folder: str | Path = DEFAULT_FOLDER) -> Path:
                     if folder.exists():  # aside first: a folder cannot be renamed onto one with files in it
                         shutil.rmtree(old, ignore_errors=True)
                         folder.rename(old)
-                    partial.rename(folder)
+                    publish(partial, folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
                     shutil.rmtree(old, ignore_errors=True)

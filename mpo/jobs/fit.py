@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
-from mpo.common.tables import TextTable
+from mpo.common.tables import TextTable, fact_lines
 from mpo.common.words import counted, magnitude, rough_duration
 from mpo.errors import ConfigError, ModelError
 from mpo.jobs.preflight.data import load_data
@@ -38,17 +39,7 @@ from mpo.training.workload import (
 
 @dataclass(frozen=True)
 class Machine:
-    """
-    GPUs of one kind.
-
-    Attributes:
-        gpus: number of GPUs over all nodes.
-        gpu_memory: GB of each.
-        gpus_per_node: GPUs of a node.
-
-    Raises:
-        ConfigError: there are no such GPUs.
-    """
+    """Where a recipe would run: GPUs over all nodes, GB of each, and GPUs of a node."""
 
     gpus: int
     gpu_memory: float
@@ -72,22 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """
-    What is taken for granted.
-
-    Attributes:
-        model: folder with a config.json, or name of a model, instead of the recipe's own.
-        peak_tflops: peak of a GPU in bf16.
-        utilisation: share of that peak that is reached.
-        groups: sources, where the data are not at hand.
-        targets: target languages of each source, likewise.
-        tree_tokens: tokens of a prompt and both responses, likewise.
-        node_bandwidth: GB/s between GPUs of a node.
-        network_bandwidth: GB/s of a GPU to other nodes.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
+    """What is taken for granted: the options of ``mpo plan`` of these names, whose help explains them."""
 
     model: str | None
     peak_tflops: float
@@ -149,7 +125,7 @@ def compare(recipe: Recipe, machines: Sequence[Machine], assumed: Assumptions) -
             f"Time: at {fit.speed}; longer with weights in main memory.",
         ),
     )
-    return f"{_lines(fit.facts)}\n\n{table.plain()}"
+    return f"{fact_lines(fit.facts)}\n\n{table.plain()}"
 
 
 def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: bool = False) -> str:
@@ -169,21 +145,8 @@ def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: b
     table = TextTable(
         title=f"GB on each of {counted(machine.gpus, 'GPU')} of {machine.gpu_memory:g} GB, with the largest micro-batch "
         "that fits",
-        header=(
-            "Divided by",
-            "Weights",
-            "Gradients",
-            "Optimizer",
-            "Buffers",
-            "Activations",
-            "Recomputed",
-            "LM head",
-            "Reference",
-            "Total",
-            "Main memory",
-            "Tokens",
-        ),
-        rows=tuple(map(_row, found)),
+        header=tuple(_columns(found[0])),
+        rows=tuple(tuple(_columns(choice).values()) for choice in found),
         notes=(
             "Total: the larger of the step and the reference pass, with 2.5 GB for CUDA and 5 % lost to fragmentation.",
             "Main memory: GB per GPU that wait there. Tokens: of a micro-batch on each GPU; 0 does not fit.",
@@ -191,7 +154,7 @@ def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: b
     )
     where = f"{machine} on {machine.nodes} nodes" if machine.nodes > 1 else str(machine)
     parts = [
-        _lines(fit.facts | {"Machine" if machine.nodes == 1 else "Machines": where}),
+        fact_lines(fit.facts | {"Machine" if machine.nodes == 1 else "Machines": where}),
         table.plain(),
     ]
     chosen = best(found, fit.needed)
@@ -200,7 +163,7 @@ def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: b
             "Nothing fits. More GPUs, larger ones, an adapter (`--use_peft true`) or a smaller model would."
         )
         return "\n\n".join(parts)
-    parts.append(_lines(fit.outcome(chosen, machine)))
+    parts.append(fact_lines(fit.outcome(chosen, machine)))
     if scaling:
         parts.append(fit.scaling(chosen, machine.gpus_per_node).plain())
     return "\n\n".join(parts)
@@ -265,7 +228,7 @@ class Fit:
     def choices(self, machine: Machine) -> list[Choice]:
         """Each way to divide the model there."""
         given = self.recipe.given.get("gradient_checkpointing")
-        # A group that is divided as far as it can be: one target and, where it is held still, its source.
+        # A group that is divided as far as it can be: one target and, where sources are run, its source.
         least = math.ceil(self.work.mean_tree * (2 if self.recipe.training.runs_sources else 1))
         return choices(
             self.training,
@@ -396,33 +359,39 @@ def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row
             # Without it Accelerate asks for pdsh and a file of hosts.
             words += ["--deepspeed_multinode_launcher standard"]
         words += ["--machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"]
-    words += ["scripts/train.py", str(recipe.source_path)]
+    script = ["scripts/train.py", str(recipe.source_path)]
     if choice.row != default_row:
-        words.append(f"--max_tokens_per_row {choice.row}")
-    return " ".join([*words, *recipe.overrides])
+        script += ["--max_tokens_per_row", str(choice.row)]
+    return " ".join([*words, shlex.join([*script, *recipe.overrides])])
 
 
 def _config_file(name: str) -> str:
     return f"--config_file recipes/accelerate/{name}"
 
 
-def _lines(facts: dict[str, str]) -> str:
-    width = max(map(len, facts))
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in facts.items())
-
-
-def _row(choice: Choice) -> tuple[str, ...]:
+def _columns(choice: Choice) -> dict[str, str]:
+    """A row of the table of one machine."""
     held = choice.memory
-    activations = max(held.forward, held.activations + held.layer)
-    before = (held.weights, held.gradients, held.optimizer, held.buffers, activations)
-    after = (held.lm_head, held.reference, held.total, held.main_memory)
-    return (
-        choice.sharding.name,
-        *(f"{value / GB:.1f}" for value in before),
-        "yes" if choice.training.checkpointing else "no",
-        *(f"{value / GB:.1f}" for value in after),
-        f"{choice.tokens:,}",
-    )
+    before = {
+        "Weights": held.weights,
+        "Gradients": held.gradients,
+        "Optimizer": held.optimizer,
+        "Buffers": held.buffers,
+        "Activations": max(held.forward, held.activations + held.layer),
+    }
+    after = {
+        "LM head": held.lm_head,
+        "Reference": held.reference,
+        "Total": held.total,
+        "Main memory": held.main_memory,
+    }
+    return {
+        "Divided by": choice.sharding.name,
+        **{name: f"{value / GB:.1f}" for name, value in before.items()},
+        "Recomputed": "yes" if choice.training.checkpointing else "no",
+        **{name: f"{value / GB:.1f}" for name, value in after.items()},
+        "Tokens": f"{choice.tokens:,}",
+    }
 
 
 def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:

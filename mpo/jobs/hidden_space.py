@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mpo.common.files import write_json, write_text
+from mpo.common.files import write_text
 from mpo.common.provenance import collect, portable_path
+from mpo.common.typed_json import write_typed
 from mpo.common.words import duration
 from mpo.errors import ConfigError, DependencyError
 from mpo.hidden_space.compare import AFTER, BEFORE, check_texts, measure_layer
@@ -29,10 +30,9 @@ def require_packages() -> None:
     Raises:
         DependencyError: they are; the message says how to install them.
     """
-    missing = [name for name in ("sklearn", "scipy") if find_spec(name) is None]
-    if missing:
+    if find_spec("sklearn") is None:
         raise DependencyError(
-            f"The analysis needs {' and '.join(missing)}, not installed here. Install what it needs with: pip install "
+            "The analysis needs scikit-learn, which is not installed. Install what it needs with: pip install "
             "'mpo-align[analysis]'"
         )
 
@@ -71,7 +71,7 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
         print()
         table.show()
         written = [
-            write_json(folder / FILE, result.to_dict()),
+            write_typed(folder / FILE, result),
             write_text(folder / f"{entry.name}.txt", table.plain() + "\n"),
             *_draw(result, entry.name, stores, texts, recipe, folder),
         ]

@@ -139,13 +139,14 @@ def measure_reward_gap(
 
 
 def _write(result: RewardGapTable | Comparison, out: Path, **made_of: Any) -> None:
-    from mpo.common.files import write_json, write_text
+    from mpo.common.files import write_text
     from mpo.common.provenance import collect
+    from mpo.evaluation.results import REWARD_GAP, write_reward_gap
     from mpo.report.plots import reward_gap_before_after, reward_gap_single
 
     provenance = collect(**made_of)
     written = [
-        write_json(out / "reward_gap.json", {**result.to_dict(records=True), "provenance": provenance}),
+        write_reward_gap(out / REWARD_GAP, result, provenance),
         write_text(out / "reward_gap.txt", result.to_text() + "\n"),
     ]
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from mpo.data.tokenization import render
 from mpo.errors import ConfigError, ModelError, StorageError
 from mpo.modeling.loading import ModelSource, adapter_settings, is_quantized, load_config, load_model
 from mpo.modeling.opening import OpenedModel, another_base, named_base, open_model
+from mpo.report.card import write_merged_card
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -89,7 +88,8 @@ def merge_adapter(
         )
     if base is None and (said := another_base(str(adapter), settings, source)):
         raise ModelError(f"{said} Name the model to fold it into all the same with `--base`.")
-    opened = open_model(source, adapter=str(adapter), dtype="float32", device="cpu")
+    # The weights are the same whatever the template is given, so a damaged recipe beside the adapter is no obstacle.
+    opened = open_model(source, adapter=str(adapter), chat_template_kwargs={}, dtype="float32", device="cpu")
     stored = str(config.dtype or torch.float32).removeprefix("torch.")
     wanted = getattr(torch, stored if dtype in (None, "auto") else str(dtype))
     prompts = _prompts(opened)
@@ -110,7 +110,9 @@ def merge_adapter(
         del merged
         saved = load_model(ModelSource(str(partial), None, trust_remote_code), device_map=None)
         _require_equal(_logits(saved, prompts), expected, str(adapter), "read from its files")
-    _describe(Path(adapter), target, name)
+        write_merged_card(
+            partial, adapter=Path(adapter), base_model=name, adapter_settings=settings, name=target.name
+        )
     return target
 
 
@@ -126,9 +128,6 @@ def _fold(opened: OpenedModel, prompts: list[Tensor]) -> Any:
             f"The adapter {opened.adapter} cannot be folded into weights: {error} Use it as an adapter."
         ) from error
     _require_equal(_logits(merged, prompts), expected, str(opened.adapter), "folded in")
-    if merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight:
-        for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = False
     return merged
 
 
@@ -190,40 +189,3 @@ def _check_target(target: Path) -> None:
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise StorageError(f"{target} cannot be written: no permission in {parent}. Choose another folder.")
-
-
-def _describe(adapter: Path, folder: Path, base: str) -> None:
-    """Takes the adapter's measurements along, which hold for the merged model, too, and writes its card."""
-    for name in ("metrics.json", "provenance.json", "recipe.yaml", "reward_gap.png", "training_curve.png"):
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, folder / name)
-    if not (folder / "metrics.json").is_file():
-        return
-    from mpo.evaluation import RewardGapTable
-    from mpo.report.card import write_card
-
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if not metrics.get("before") or not metrics.get("after"):
-        return
-    before, after = (RewardGapTable.from_dict(metrics[when]) for when in ("before", "after"))
-    retention = metrics.get("retention_loss") or {}
-    card = write_card(
-        folder,
-        base_model=base,
-        peft=False,
-        languages=[row.language for row in after.targets],
-        source_language=after.source.language if after.source is not None else "en",
-        before=before,
-        after=after,
-        recipe_yaml=_text(folder / "recipe.yaml"),
-        provenance=json.loads(_text(folder / "provenance.json") or "{}"),
-        retention=None
-        if None in retention.values() or not retention
-        else (retention["before"], retention["after"]),
-    )
-    text = card.read_text(encoding="utf-8")
-    card.write_text(text.replace("A full fine-tune of", "A LoRA adapter folded into", 1), encoding="utf-8")
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -10,14 +10,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.common.files import write_json
-from mpo.errors import ConfigError, MPOError
+from mpo.common.typed_json import read_typed, write_typed
+from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.judges import check_judge
 from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
+from mpo.evaluation.results import (
+    PERPLEXITY,
+    REWARD_GAP,
+    SAFETY,
+    SUITE,
+    UTILITY,
+    SuiteIndex,
+    read_reward_gap,
+)
 from mpo.evaluation.reward_gap import RewardGapTable
 from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.tasks import TASKS
@@ -25,7 +34,6 @@ from mpo.evaluation.utility import measure_utility, require_harness
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
 from mpo.report.page import write_report
-from mpo.report.results import SUITE
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ def _reward_gap_job(
         "model": identity,
         "confidence": recipe.confidence,
     }
-    return Job(f"{name}/reward_gap", depends, out / name / "reward_gap.json", run)
+    return Job(f"{name}/reward_gap", depends, out / name / REWARD_GAP, run)
 
 
 def _base_table(earlier: Sequence[Job], depends: dict[str, Any], out: Path) -> RewardGapTable | None:
@@ -232,8 +240,8 @@ def _base_table(earlier: Sequence[Job], depends: dict[str, Any], out: Path) -> R
     for job in earlier:
         if job.settings == wanted and _is_done(job, done):
             try:
-                return RewardGapTable.from_dict(json.loads(job.file.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
+                return read_reward_gap(job.file).after
+            except StorageError:
                 return None
     return None
 
@@ -279,7 +287,7 @@ def _safety_job(
         "engine": [model.engine, model.batch_size],
         "confidence": recipe.confidence,
     }
-    return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / "result.json", run)
+    return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / SAFETY, run)
 
 
 def _capability_jobs(
@@ -296,7 +304,7 @@ def _capability_jobs(
                 ),
                 "model": identity,
             },
-            out / name / "utility.json",
+            out / name / UTILITY,
             lambda: measure_utility(**asdict(utility), model=model, out=out, name=name),
         )
     if perplexity is not None:
@@ -308,7 +316,7 @@ def _capability_jobs(
                 "confidence": recipe.confidence,
                 "model": identity,
             },
-            out / name / "perplexity.json",
+            out / name / PERPLEXITY,
             lambda: measure_perplexity(
                 **asdict(perplexity), model=model, out=out, name=name, confidence=recipe.confidence
             ),
@@ -334,11 +342,10 @@ def _is_done(job: Job, done: dict[str, str]) -> bool:
 def _read_done(out: Path) -> dict[str, str]:
     """What the suite has finished in this folder; nothing where its file is missing or damaged."""
     try:
-        found = json.loads((out / SUITE).read_text(encoding="utf-8"))["done"]
-        return {str(name): str(value) for name, value in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_typed(out / SUITE, SuiteIndex).done
+    except StorageError:
         return {}
 
 
 def _write_done(out: Path, recipe: SuiteRecipe, done: dict[str, str]) -> None:
-    write_json(out / SUITE, {"models": list(recipe.models), "done": done})
+    write_typed(out / SUITE, SuiteIndex(models=list(recipe.models), done=done))

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpo.common.characters import printable
 from mpo.common.files import is_full_disk, write_json, write_text
 from mpo.common.progress import quiet_libraries
+from mpo.common.typed_json import write_typed
 from mpo.common.words import duration
 from mpo.errors import (
     DependencyError,
@@ -28,9 +30,9 @@ from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.launcher import launched_with
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
-from mpo.training.sharding import launched_with
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer
@@ -268,10 +270,8 @@ def _provenance(plan: Plan) -> dict[str, Any]:
 def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     """What explains a run, written before it starts so that one that is cut off can be explained, too."""
     folder = Path(str(plan.recipe.training.output_dir))
-    write_text(
-        folder / "recipe.yaml",
-        f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml\n{resolved}",
-    )
+    header = printable(f"# A resolved recipe. Run it again with: mpo train {folder}/recipe.yaml", lines=False)
+    write_text(folder / "recipe.yaml", f"{header}\n{resolved}")
     write_json(folder / "provenance.json", provenance)
     if plan.dropped:
         _write_dropped(plan, [])
@@ -293,26 +293,36 @@ def _write_results(
     resolved: str,
     provenance: dict[str, Any],
 ) -> None:
+    from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
     from mpo.report.plots import reward_gap_before_after, training_curve
 
     recipe, training = plan.recipe, plan.recipe.training
     folder = Path(str(training.output_dir))
     history = trainer.state.log_history
-    metrics: dict[str, Any] = {"beta": training.beta, "held_out_groups": 0}
+    measured: dict[str, Any] = {}
     retention: tuple[float, float] | None = None
     if comparison is not None and before is not None and after is not None:
-        metrics.update(comparison.to_dict(records=True))
-        metrics["held_out_groups"] = comparison.before.groups
-        metrics["retention_loss"] = {"before": before[0].retention, "after": after[0].retention}
-        if before[0].retention is not None and after[0].retention is not None:
-            retention = (before[0].retention, after[0].retention)
-    metrics["sources"] = dict(trainer.source_report)
-    metrics["steps"] = trainer.state.global_step
-    metrics["train_runtime"] = next(
-        (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
+        losses = (before[0].retention, after[0].retention)
+        if losses[0] is not None and losses[1] is not None:
+            retention = (losses[0], losses[1])
+        measured = {
+            "held_out_groups": comparison.before.groups,
+            "before": comparison.before,
+            "after": comparison.after,
+            "change": comparison.to_dict()["change"],
+            "retention_loss": dict(zip(("before", "after"), losses, strict=True)),
+        }
+    metrics = TrainingMetrics(
+        beta=training.beta,
+        **measured,
+        sources=dict(trainer.source_report),
+        steps=trainer.state.global_step,
+        train_runtime=next(
+            (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
+        ),
     )
-    write_json(folder / "metrics.json", metrics)
+    write_typed(folder / METRICS, metrics)
     if trainer.dropped_rows:
         _write_dropped(plan, trainer.dropped_rows)
     try:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations import moe
 
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.loading import ModelSource, empty_model
@@ -247,8 +249,7 @@ def _run(layers: Layers, number: int, rows: int, length: int, backward: bool) ->
         masks = _masks(text, rows, length, layers)
         states = torch.empty((rows, length, text.hidden_size), dtype=layers.weights, requires_grad=backward)
         positions = torch.zeros((rows, length), dtype=torch.long)
-        grouped = mock.patch("transformers.integrations.moe._grouped_mm", _grouped_mm)
-        with counter, grouped, torch.set_grad_enabled(backward):
+        with counter, _experts_counted(), torch.set_grad_enabled(backward):
             with torch.autocast("cpu", torch.bfloat16, enabled=layers.autocast):
                 output = body(
                     inputs_embeds=states,
@@ -329,6 +330,20 @@ def _fused_branch(
     """The same for one branch under ``tree`` attention, whose keys and values are repeated already where they must be."""
     output: Tensor = _FusedAttention.apply(*_cast(query, key, value), attn_mask)
     return output
+
+
+@contextmanager
+def _experts_counted() -> Iterator[None]:
+    """Multiply tokens and experts by :func:`_grouped_mm`, the one function of a library that this package replaces.
+
+    The kernel that transformers calls has no form for tensors without memory. A contract test watches its name.
+    """
+    original = moe._grouped_mm
+    moe._grouped_mm = _grouped_mm  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        moe._grouped_mm = original
 
 
 def _grouped_mm(states: Tensor, weight: Tensor, **ignored: Any) -> Tensor:

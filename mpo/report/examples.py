@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
+from mpo.evaluation.answers import AnswerRow
+from mpo.report.build import in_order
+from mpo.report.folder import Results, SafetyRun
 from mpo.report.measurement import MIXED, shown_language
-from mpo.report.measurements import in_order
-from mpo.report.results import Results, SafetyResult
-from mpo.report.sections import Section
+from mpo.report.rendering import Section, html
 
 _MOST_CHARACTERS = 2_000
 
@@ -21,66 +21,45 @@ def examples_section(results: Results, per_language: int) -> Section | None:
         results: The result folder.
         per_language: Prompts per language and prompt set; 0 leaves the section out.
     """
-    if per_language < 1:
+    sets = [
+        (f"{'Harmful' if kind == 'attack' else 'Harmless'} prompts: {name}", languages)
+        for kind in ("attack", "over_refusal")
+        for name in results.prompt_sets(kind)
+        if per_language > 0 and (languages := _prompt_set(results, kind, name, per_language))
+    ]
+    if not sets:
         return None
-    sets = [(kind, name) for kind in ("attack", "over_refusal") for name in results.prompt_sets(kind)]
-    parts = [_prompt_set(results, kind, name, per_language) for kind, name in sets]
-    body = "".join(parts)
-    if not body:
-        return None
-    html = (
-        "<p>Some prompts and answers, so that a reader can check the judge. Where models differ in their verdict, those "
-        "prompts come first, so this is no sample of all answers.</p>"
-        '<details class="folded"><summary>Harmful text: open only if you need to read it</summary>'
-        f"{body}</details>"
-    )
-    return Section("answers", "Prompts and answers", html, "")
+    return Section("answers", "Prompts and answers", html("examples.html", sets=sets, most=_MOST_CHARACTERS))
 
 
-def _prompt_set(results: Results, kind: str, name: str, per_language: int) -> str:
-    found = [(model.name, model.safety.get((kind, name))) for model in results.models]
-    answers = {model: result.answers() for model, result in found if result is not None}
-    if not any(answers.values()):
-        return ""
-    codes = in_order({code for _, r in found if r for code in r.verdicts}, results.dominant)
-    title = f"{'Harmful' if kind == 'attack' else 'Harmless'} prompts: {name}"
+def _prompt_set(
+    results: Results, kind: str, name: str, per_language: int
+) -> list[tuple[str, str, list[Any]]]:
+    """``(name of the language, its code, exchanges)`` of each language with answers."""
+    found = {m.name: result for m in results.models if (result := m.safety.get((kind, name))) is not None}
+    answers = {model: result.answers() for model, result in found.items()}
     out = []
-    for code in codes:
-        verdicts = {model: result.verdicts.get(code, {}) for model, result in found if result is not None}
-        ids = list(dict.fromkeys(p for rows in verdicts.values() for p in rows))
-        ids.sort(
-            key=lambda p: len({rows.get(p) for rows in verdicts.values()}) == 1
-        )  # stable: differing ones first
+    for code in in_order({code for result in found.values() for code in result.verdicts}, results.dominant):
+        verdicts = [result.verdicts.get(code, {}) for result in found.values()]
+        ids = list(dict.fromkeys(p for rows in verdicts for p in rows))
+        ids.sort(key=lambda p: len({rows.get(p) for rows in verdicts}) == 1)  # stable: differing ones first
         shown = [p for p in ids if any((code, p) in rows for rows in answers.values())][:per_language]
         if shown:
-            body = "".join(_exchange(code, p, found, answers) for p in shown)
-            out.append(f"<details><summary>{escape(shown_language(code))}</summary>{body}</details>")
-    return f"<h3>{escape(title)}</h3>{''.join(out)}" if out else ""
+            exchanges = [_exchange(code, p, found, answers) for p in shown]
+            out.append((shown_language(code), "" if code == MIXED else code, exchanges))
+    return out
 
 
 def _exchange(
     code: str,
     prompt_id: str,
-    found: list[tuple[str, SafetyResult | None]],
-    answers: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]],
-) -> str:
-    rows = [rows[code, prompt_id] for rows in answers.values() if (code, prompt_id) in rows]
-    parts = [f'<p class="faint small">Prompt {escape(prompt_id)}</p>{_text(rows[0].get("prompt"), code)}']
-    for model, result in found:
-        row = answers.get(model, {}).get((code, prompt_id))
-        if result is not None and row is not None:
-            verdict = result.verdicts.get(code, {}).get(prompt_id, "not judged")
-            parts.append(
-                f'<p class="small"><b>{escape(model)}</b> <span class="verdict">{escape(verdict)}</span></p>'
-                f"{_text(row.get('answer'), code)}"
-            )
-    return f'<div class="exchange">{"".join(parts)}</div>'
-
-
-def _text(text: Any, code: str) -> str:
-    shown = str(text if text is not None else "")
-    cut = len(shown) > _MOST_CHARACTERS
-    more = f" \N{HORIZONTAL ELLIPSIS} ({len(shown):,} characters)" if cut else ""
-    lang = f' lang="{escape(code)}"' if code != MIXED else ""
-    body = escape(shown[:_MOST_CHARACTERS]) or '<span class="faint">(empty)</span>'
-    return f'<div class="text" dir="auto"{lang}>{body}{escape(more)}</div>'
+    found: Mapping[str, SafetyRun],
+    answers: Mapping[str, Mapping[tuple[str, str], AnswerRow]],
+) -> tuple[str, str, list[tuple[str, str, str]]]:
+    """``(prompt id, prompt, [(model, verdict, answer)])``."""
+    rows = {model: rows[code, prompt_id] for model, rows in answers.items() if (code, prompt_id) in rows}
+    given = [
+        (model, found[model].verdicts.get(code, {}).get(prompt_id, "not judged"), row.answer)
+        for model, row in rows.items()
+    ]
+    return prompt_id, next(iter(rows.values())).prompt, given

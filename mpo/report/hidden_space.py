@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
-from html import escape
 from pathlib import Path
 
 from mpo.common.redaction import redact_text
-from mpo.common.tables import TextTable, escape_markdown
+from mpo.common.tables import escape_markdown
+from mpo.common.words import ARROW, listed, number
 from mpo.data.languages import language_name
 from mpo.errors import StorageError
 from mpo.hidden_space.results import FILE, MEASUREMENT, HiddenSpace, ModelResult
-from mpo.report.sections import Section
+from mpo.report.rendering import Section, html
+from mpo.report.tables import Shown
 
 PICTURES = {
     "clusters": "Harmful and harmless texts before and after, in the plane that both models share",
@@ -20,16 +21,6 @@ PICTURES = {
     "layers": "Separation by layer",
 }
 """Endings of the picture files, in the order of the page, and what they show."""
-
-_LEAD = (
-    "How far apart a model holds harmful and harmless texts, in its hidden states and per language. Nothing is generated: "
-    "this shows what the model represents, not what it answers."
-)
-_READING = (
-    "A larger part of the variance between the classes does not make them easier to tell apart: look at the probe. A "
-    "probe trained in the source language that works in another one shows that both represent harm along the same "
-    "direction."
-)
 
 
 def has_hidden_space(folder: Path) -> bool:
@@ -48,59 +39,54 @@ def hidden_space_section(folder: Path) -> Section | None:
         return None
     place = folder / MEASUREMENT
     result = HiddenSpace.read(place)
-    parts = [f"<p>{escape(_LEAD)}</p>"]
-    markdown = []
+    models, markdown = [], []
     for model in result.models.values():
         table = model.text_table(result.confidence)
-        parts.append(f"<h3>{escape(redact_text(table.title))}</h3>{_findings(model)}{_table(table)}")
-        parts += [
-            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{_encoded(picture)}">'
-            f"<figcaption>{escape(caption)}.</figcaption></figure>"
+        pictures = {
+            caption: picture
             for ending, caption in PICTURES.items()
             if (picture := place / f"{model.name}.{ending}.png").is_file()
-        ]
+        }
+        models.append(
+            {
+                "table": table,
+                "rows": [
+                    (name, False, [Shown(_arrow(text)) for text in cells]) for name, *cells in table.rows
+                ],
+                "finding": _finding(model),
+                "pictures": [(caption, _encoded(picture)) for caption, picture in pictures.items()],
+            }
+        )
         markdown.append(f"**{escape_markdown(redact_text(table.title))}**\n\n{table.markdown()}")
-    parts.append(f'<p class="faint small">{escape(_READING)}</p>')
-    return Section("hidden-space", "Hidden space", "".join(parts), "\n\n".join(markdown))
+    body = html("hidden_space.html", models=models)
+    return Section("hidden-space", "Hidden space", body, "\n\n".join(markdown))
 
 
-def _findings(model: ModelResult) -> str:
+def _arrow(text: str) -> str:
+    return text.replace(" -> ", f" {ARROW} ")
+
+
+def _finding(model: ModelResult) -> str:
     """One sentence on what changed for certain."""
     if not model.is_comparison:
         return ""
-    clear = []
     measure = f"between_class_ratio_{model.components}"
-    is_shared = any(f"{measure}_shared" in one.change for one in model.shown.languages.values())
-    for code, one in model.shown.languages.items():
-        change = one.change.get(f"{measure}_shared" if is_shared else measure)
-        if change is None:
-            continue
-        if change.low is not None and change.high is not None and (change.low > 0 or change.high < 0):
-            clear.append(f"{language_name(code)} ({change.value:+.3f})")
-    number = {1: "component", 2: "two components"}.get(model.components, f"{model.components} components")
-    what = (
-        f"The share of variance that lies between harmful and harmless texts, on the {number} that both models share,"
-        if is_shared
-        else f"The share of variance that lies between harmful and harmless texts, on each model's first {number},"
+    languages = model.shown.languages
+    is_shared = any(f"{measure}_shared" in one.change for one in languages.values())
+    changes = {
+        code: one.change.get(f"{measure}_shared" if is_shared else measure) for code, one in languages.items()
+    }
+    clear = [
+        f"{language_name(code)} ({number(change.value, 3, signed=True)})"
+        for code, change in changes.items()
+        if change is not None and change.is_clear
+    ]
+    components = {1: "component", 2: "two components"}.get(model.components, f"{model.components} components")
+    on = f"the {components} that both models share" if is_shared else f"each model's first {components}"
+    return (
+        f"The share of variance that lies between harmful and harmless texts, on {on}, changed clearly in "
+        f"{listed(clear) or 'no language'}."
     )
-    text = (
-        f"{what} changed clearly in {', '.join(clear)}."
-        if clear
-        else f"{what} changed clearly in no language."
-    )
-    return f"<p>{escape(text)}</p>"
-
-
-def _table(table: TextTable) -> str:
-    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell.replace(' -> ', ' → '))}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in table.rows
-    )
-    notes = "".join(f'<p class="faint small">{escape(note)}</p>' for note in table.notes)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>{notes}'
 
 
 def _encoded(picture: Path) -> str:

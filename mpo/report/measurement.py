@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpo.common.tables import printable_name
+from mpo.common.words import number
 from mpo.data.languages import language_name
 
 MIXED = "mul"  # ISO 639-2's code for several languages, which code-switching prompts have
-MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 
 
@@ -214,21 +213,8 @@ def shown_language(code: str) -> str:
     return "Mixed languages" if code == MIXED else printable_name(language_name(code), 24)
 
 
-def number(value: float, digits: int, signed: bool = False) -> str:
-    """A number with a true minus sign; what rounds to zero has none."""
-    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("+-")
-    return text.replace("-", MINUS)
-
-
 def p_text(p_value: float | None) -> str:
     """A p-value as papers print it."""
     if p_value is None:
         return NONE
     return "<\N{THIN SPACE}0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from html import escape
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import mpo
 from mpo.common.files import write_text
 from mpo.common.redaction import redact, redact_text
 from mpo.common.statistics import Coefficient
 from mpo.common.tables import escape_markdown
-from mpo.errors import DataError
+from mpo.common.words import listed, number
+from mpo.errors import DataError, StorageError
 from mpo.report import charts
+from mpo.report.build import gap_against_attack, measurements
 from mpo.report.examples import examples_section
+from mpo.report.folder import Results, read_results
 from mpo.report.hidden_space import hidden_space_section
-from mpo.report.measurement import GAP, NONE, SHARE, Measurement, Row, listed, number, p_text
-from mpo.report.measurements import GapAgainstAttack, gap_against_attack, measurements
-from mpo.report.results import Results, read_results
-from mpo.report.sections import Section
-from mpo.report.tables import finding, html_table, markdown_table
+from mpo.report.measurement import NONE, SHARE, Measurement, p_text
+from mpo.report.rendering import Section, html
+from mpo.report.tables import Shown, cells, finding, header, headline, markdown_table
 
 PAGE = "report.html"
 TABLE = "report.md"
-
-_MORE_SECTIONS: tuple[Callable[[Path], Section | None], ...] = (hidden_space_section,)
-"""Sections that other parts of the package make from a result folder."""
-
-_READING = (
-    "A clear change is one whose interval leaves zero out and whose test, adjusted for the number of languages, rejects. "
-    "Anything else is not evidence of no change: with few prompts only large changes are clear.",
-    "Attack success is only as good as its judge. Judges err more often in languages they know less well; compare with "
-    "a second judge, and read some answers.",
-    "Fewer unsafe answers may be more refusals, or more babble: look at the invalid answers, at the refusals of harmless "
-    "prompts and at utility before calling a model safer.",
-    "Prompts are translations of each other. The mean over languages treats a prompt with its translations as one.",
-    "A benchmark's prompts are known attacks of one turn. A model that passes is not safe against others.",
-)
 
 
 def write_report(
@@ -57,7 +45,7 @@ def write_report(
     any. Texts of models and data are escaped and folded away.
 
     Args:
-        folder: Result folder; see :mod:`mpo.report.results`.
+        folder: Result folder; see :mod:`mpo.report.folder`.
         out: Folder of the two files; by default the result folder.
         models: Names of the models to show, the one to compare with first; by default all.
         title: Heading of the page.
@@ -69,39 +57,59 @@ def write_report(
     Raises:
         ConfigError: A model that was asked for is not there.
         DataError: The folder holds no measurement at all; one of them is enough.
-        StorageError: A file is damaged, or cannot be written.
+        StorageError: Every file is damaged, or the two cannot be written. What is damaged beside others is left out,
+            and both files and standard error say so.
     """
     results = read_results(folder, models)
     found = measurements(results)
-    more = [section for make in _MORE_SECTIONS if (section := make(results.folder)) is not None]
-    if not found and not more:
+    left_out = results.left_out
+    hidden_space = left_out.unless(hidden_space_section, results.folder)
+    if not found and hidden_space is None and left_out:
+        raise StorageError(f"{folder} holds nothing that can be reported. {' '.join(left_out)}")
+    if not found and hidden_space is None:
         raise DataError(
             f"{folder} holds no number to report. Run a measurement of `mpo evaluate` on it first."
         )
+    after = [m for m in found if m.anchor.startswith(("utility", "perplexity"))]
     sections = [
-        *(measurement_section(m) for m in found if not m.anchor.startswith(("utility", "perplexity"))),
+        *(_measurement_section(m) for m in found if m not in after),
         *_correlation_sections(results),
-        *more,
-        *(measurement_section(m) for m in found if m.anchor.startswith(("utility", "perplexity"))),
-        *([_reading_section()] if found else []),
-        *([section] if (section := examples_section(results, examples)) else []),
-        *([_provenance_section(results)] if results.models else []),
+        hidden_space,
+        *(_measurement_section(m) for m in after),
+        Section("reading", "How to read this page", html("reading.html")) if found else None,
+        examples_section(results, examples),
+        _provenance_section(results) if results.models else None,
     ]
+    shown = [section for section in sections if section is not None]
+    if left_out:
+        shown.insert(0, _left_out_section(left_out))
+    for text in left_out:
+        print(f"Left out: {text}", file=sys.stderr)
     target = Path(out) if out is not None else results.folder
-    page = _page(results, found, sections, title)
-    markdown = _markdown(results, found, sections, title)
+    page = _page(results, found, shown, title) + "\n"
+    markdown = _markdown(results, found, shown, title)
     return write_text(target / PAGE, page), write_text(target / TABLE, markdown)
 
 
-def measurement_section(measurement: Measurement) -> Section:
+def _measurement_section(measurement: Measurement) -> Section:
     """Chart, table and notes of a measurement."""
-    warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in measurement.warnings)
-    notes = "".join(f'<p class="faint small">{escape(redact_text(text))}</p>' for text in measurement.notes)
-    html = (
-        f"<p>{escape(measurement.lead)}</p>{warnings}{charts.legend(measurement.models)}"
-        f"{charts.dumbbells(measurement)}{html_table(measurement)}{notes}"
+    rows = [
+        (
+            row.label,
+            row.is_average,
+            [*cells(row, measurement, measurement.is_tested), *map(Shown, row.detail)],
+        )
+        for row in measurement.rows
+    ]
+    body = html(
+        "measurement.html",
+        measurement=measurement,
+        scale=charts.scale(measurement),
+        from_to=charts.from_to,
+        header=header(measurement),
+        rows=rows,
     )
-    return Section(measurement.anchor, measurement.title, html, "")
+    return Section(measurement.anchor, measurement.title, body)
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -109,189 +117,128 @@ def measurement_section(measurement: Measurement) -> Section:
 
 def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Section], title: str) -> str:
     style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    findings = [finding(m, model) for m in found for model in range(1, len(m.models))]
+    return html(
+        "page.html",
+        title=title,
+        style=style,
+        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+        models=[model.name for model in results.models],
+        made=datetime.now(UTC).strftime("%Y-%m-%d"),
+        version=mpo.__version__,
+        tiles=[_tile(measurement) for measurement in found],
+        findings=[text for text in findings if text is not None],
+        sections=sections,
     )
-    links = "".join(f'<li><a href="#{escape(s.anchor)}">{escape(s.title)}</a></li>' for s in sections)
-    body = "".join(
-        f'<section id="{escape(s.anchor)}"><h2>{escape(s.title)}</h2>{s.html}</section>' for s in sections
-    )
-    names = " against ".join(f"<b>{escape(model.name)}</b>" for model in reversed(results.models[:2]))
-    others = f" and {len(results.models) - 2} more" if len(results.models) > 2 else ""
-    about = f"{names}{others}. " if names else ""
-    made = datetime.now(UTC).strftime("%Y-%m-%d")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<meta name="robots" content="noindex">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-<p class="faint">{about}Made on {made} with mpo {escape(mpo.__version__)}.</p>
-{_tiles(found)}
-{_findings(found)}
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-</header>
-<main>
-{body}
-</main>
-<footer><p>This page is complete in itself: it loads nothing and runs no script.</p></footer>
-</body>
-</html>
-"""
 
 
-def _tiles(found: Sequence[Measurement]) -> str:
-    tiles = "".join(_tile(measurement) for measurement in found)
-    return f'<ul class="tiles">{tiles}</ul>' if tiles else ""
+class _Tile(NamedTuple):
+    """The one number of a measurement, large, with a unit behind it and a line below."""
+
+    what: str
+    number: str
+    unit: str
+    how: str = ""
+    strong: str = ""
+    kind: str = ""
 
 
-def _tile(measurement: Measurement) -> str:
-    """The one number of a measurement: of the first two models, or of the only one."""
-    row = measurement.average or (measurement.rows[0] if len(measurement.rows) == 1 else None)
-    what = f'<div class="what">{escape(measurement.title)}</div>'
+def _tile(measurement: Measurement) -> _Tile:
+    """Of the first two models, or of the only one; where there is no mean, how many rows changed clearly."""
+    row = headline(measurement)
     if row is None:
-        return _tile_of_counts(measurement, what)
-    cells = row.cells[:2]
+        return _counts(measurement)
     unit = measurement.unit
-    values = " \N{RIGHTWARDS ARROW} ".join(
-        NONE if cell is None else unit.write(cell.value.value).split("\N{NO-BREAK SPACE}")[0]
-        for cell in cells
-    )
-    last = cells[-1]
+    last = row.cells[:2][-1]
     change = last.change if last is not None else None
     kind = measurement.verdict(change) or ""
+    strong = how = ""
     if change is not None:
-        how = f"<b>{escape(unit.write_change(change.change))}</b> " + escape(
-            unit.write_change_interval(change.low, change.high)
-        )
-        how += {"better": ", better", "worse": ", worse", "": ", not clear"}[kind]
-    else:
-        how = "" if last is None else escape(unit.write_interval(last.value.low, last.value.high))
-    shown_unit = "%" if unit is SHARE else "" if unit.name in ("score", "perplexity") else unit.name
-    return (
-        f'<li class="tile {kind}">{what}<div class="from-to">{escape(values)} '
-        f'<span class="unit">{escape(shown_unit)}</span></div><div class="how">{how}, {escape(_over(measurement, row))}</div>'
-        "</li>"
-    )
+        strong = unit.write_change(change.change)
+        how = f"{unit.write_change_interval(change.low, change.high)}, {kind or 'not clear'}"
+    elif last is not None:
+        how = unit.write_interval(last.value.low, last.value.high)
+    over = f"{row.label.lower()} ({measurement.averaged})" if row.is_average else row.label
+    name = "%" if unit is SHARE else "" if unit.name in ("score", "perplexity") else unit.name
+    values = charts.from_to(row.cells[:2], unit)
+    return _Tile(measurement.title, values, name, f"{how}, {over}", strong, kind)
 
 
-def _tile_of_counts(measurement: Measurement, what: str) -> str:
-    number_of_rows = len(measurement.rows)
+def _counts(measurement: Measurement) -> _Tile:
+    title, rows = measurement.title, len(measurement.rows)
     things = "tasks" if measurement.anchor.startswith("utility") else "languages"
     if len(measurement.models) < 2:
-        return f'<li class="tile">{what}<div class="from-to">{number_of_rows} <span class="unit">{things}</span></div></li>'
+        return _Tile(title, str(rows), things)
     up, down, same = (len(measurement.moved(1, direction)) for direction in (1, -1, 0))
     if not up + down + same:
-        return (
-            f'<li class="tile">{what}<div class="from-to">{number_of_rows} <span class="unit">{things}</span></div>'
-            '<div class="how">not compared</div></li>'
-        )
+        return _Tile(title, str(rows), things, "not compared")
     better, worse = (up, down) if measurement.better == "higher" else (down, up)
+    how = f"{better} clearly better, {same} without a clear change"
     kind = "worse" if worse else "better" if better else ""
-    return (
-        f'<li class="tile {kind}">{what}<div class="from-to">{worse} <span class="unit">of {number_of_rows} {things} '
-        f'clearly worse</span></div><div class="how">{better} clearly better, {same} without a clear change</div></li>'
-    )
-
-
-def _over(measurement: Measurement, row: Row) -> str:
-    return f"{row.label.lower()} ({measurement.averaged})" if row.is_average else row.label
-
-
-def _findings(found: Sequence[Measurement]) -> str:
-    texts = [
-        text
-        for measurement in found
-        for model in range(1, len(measurement.models))
-        if (text := finding(measurement, model)) is not None
-    ]
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f'<details><summary>In words</summary><ul class="findings">{items}</ul></details>' if items else ""
+    return _Tile(title, str(worse), f"of {rows} {things} clearly worse", how, kind=kind)
 
 
 # ------------------------------------------------------------------------------------------------------ other sections
 
 
 def _correlation_sections(results: Results) -> list[Section]:
+    names = [model.name for model in results.models]
     out = []
-    for prompt_set in results.prompt_sets("attack"):
+    for n, prompt_set in enumerate(results.prompt_sets("attack"), start=1):
         series = gap_against_attack(results, prompt_set)
-        if series:
-            out.append(_correlation_section(results, prompt_set, series))
+        if not series:
+            continue
+        rows = [
+            (
+                model,
+                False,
+                [Shown(str(found.count)), *_coefficient(found.pearson), *_coefficient(found.spearman)],
+            )
+            for model, _, found in series
+        ]
+        body = html("correlation.html", models=names, chart=charts.scatter(series, names), rows=rows)
+        markdown = "\n".join(
+            f"Reward gap and attack success on {escape_markdown(prompt_set)} over {found.count} languages, "
+            f"{escape_markdown(model)}: Pearson {_in_words(found.pearson)}; Spearman {_in_words(found.spearman)}."
+            for model, _, found in series
+        )
+        out.append(
+            Section(f"correlation-{n}", f"Reward gap and attack success: {prompt_set}", body, markdown)
+        )
     return out
 
 
-def _correlation_section(results: Results, prompt_set: str, series: Sequence[GapAgainstAttack]) -> Section:
-    names = [model.name for model in results.models]
-    rows = "".join(
-        f'<tr><th scope="row">{escape(model)}</th><td>{found.count}</td>'
-        + "".join(
-            f"<td>{_html_coefficient(c)}</td><td>{p_text(c.p_value) if c else NONE}</td>"
-            for c in (found.pearson, found.spearman)
-        )
-        + "</tr>"
-        for model, _, found in series
-    )
-    html = (
-        "<p>MPO rests on one observation: across languages, the smaller the gap between the safe and the unsafe answer, "
-        "the more often an attack succeeds. Here it is for these models; a negative correlation is what it predicts. "
-        "With this few languages the intervals are rough, and a correlation is no cause.</p>"
-        f"{charts.legend(names)}{charts.scatter(series, GAP, SHARE, names)}"
-        '<div class="scroll" tabindex="0" role="region" aria-label="Correlation, numbers"><table><thead><tr>'
-        '<th scope="col">Model</th><th scope="col">Languages</th><th scope="col">Pearson r [95\N{NO-BREAK SPACE}%]</th>'
-        '<th scope="col">p</th><th scope="col">Spearman \N{GREEK SMALL LETTER RHO} [95\N{NO-BREAK SPACE}%]</th>'
-        f'<th scope="col">p</th></tr></thead><tbody>{rows}</tbody></table></div>'
-        '<p class="faint small">Intervals: bootstrap over languages. p-values: permutation test.</p>'
-    )
-    markdown = "\n".join(
-        f"Reward gap and attack success on {escape_markdown(prompt_set)} over {found.count} languages, "
-        f"{escape_markdown(model)}: Pearson {_text_coefficient(found.pearson)}; Spearman {_text_coefficient(found.spearman)}."
-        for model, _, found in series
-    )
-    anchor = f"correlation-{results.prompt_sets('attack').index(prompt_set) + 1}"
-    return Section(anchor, f"Reward gap and attack success: {prompt_set}", html, markdown)
-
-
-def _html_coefficient(value: Coefficient | None) -> str:
+def _coefficient(value: Coefficient | None) -> list[Shown]:
+    """A coefficient with its interval, and its p-value."""
     if value is None:
-        return NONE
-    ends = (
-        f' <span class="ci">[{number(value.low, 2)}, {number(value.high, 2)}]</span>'
-        if value.low is not None and value.high is not None
-        else ""
-    )
-    return f"{number(value.value, 2)}{ends}"
+        return [Shown(NONE), Shown(NONE)]
+    low, high = value.low, value.high
+    ends = f"[{number(low, 2)}, {number(high, 2)}]" if low is not None and high is not None else ""
+    return [Shown(number(value.value, 2), ends), Shown(p_text(value.p_value))]
 
 
-def _text_coefficient(value: Coefficient | None) -> str:
+def _in_words(value: Coefficient | None) -> str:
     if value is None:
         return "undefined"
-    ends = (
-        f" \\[{number(value.low, 2)}, {number(value.high, 2)}\\]"
-        if value.low is not None and value.high is not None
-        else ""
+    shown, p_value = _coefficient(value)
+    ends = shown.interval.replace("[", " \\[").replace("]", "\\]")
+    return f"{shown.text}{ends} (p {p_value.text})"
+
+
+def _left_out_section(left_out: Sequence[str]) -> Section:
+    """What the report lacks: files and rows that could not be read."""
+    texts = [redact_text(text) for text in left_out]
+    lines = "\n".join(f"- {escape_markdown(text)}" for text in texts)
+    return Section(
+        "left-out",
+        "Left out of this report",
+        html("left_out.html", texts=texts),
+        f"**Left out of this report:**\n\n{lines}",
     )
-    return f"{number(value.value, 2)}{ends} (p {p_text(value.p_value)})"
-
-
-def _reading_section() -> Section:
-    items = "".join(f"<li>{escape(text)}</li>" for text in _READING)
-    return Section("reading", "How to read this page", f'<ul class="findings">{items}</ul>', "")
 
 
 def _provenance_section(results: Results) -> Section:
-    parts = []
+    models = []
     for model in results.models:
         entries: dict[str, str] = {}
         about = redact(dict(model.about))
@@ -301,19 +248,12 @@ def _provenance_section(results: Results) -> Section:
         for provenance in model.provenances():
             entries.setdefault("Measured", str(provenance.get("created", "")))
             versions = provenance.get("libraries") or {}
-            entries.setdefault(
-                "Made with", ", ".join(f"{name} {version}" for name, version in versions.items())
-            )
+            made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+            entries.setdefault("Made with", made_with)
             devices = provenance.get("devices") or {}
             entries.setdefault("Hardware", str(devices.get("accelerators") or devices.get("cpu") or ""))
-        rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in entries.items() if v)
-        parts.append(f"<h3>{escape(model.name)}</h3><dl class='about'>{rows}</dl>")
-    return Section(
-        "provenance",
-        "Where the numbers come from",
-        f"<details><summary>Models, versions and hardware</summary>{''.join(parts)}</details>",
-        "",
-    )
+        models.append((model.name, [(key, value) for key, value in entries.items() if value]))
+    return Section("provenance", "Where the numbers come from", html("provenance.html", models=models))
 
 
 # ------------------------------------------------------------------------------------------------------- the Markdown
@@ -324,7 +264,11 @@ def _markdown(results: Results, found: Sequence[Measurement], sections: Sequence
     if found:
         parts += [markdown_table(found), _brackets(found)]
     if found and len(results.models) > 1:
-        parts.append(_how_compared(results.models[0].name))
+        parts.append(
+            f"Changes are paired against {escape_markdown(results.models[0].name)}, with Tango's interval for rates; clear "
+            "ones are in bold. p: McNemar's test, adjusted over languages after Holm; for means of languages a test that "
+            "exchanges prompts."
+        )
     return "\n\n".join([*parts, *(s.markdown for s in sections if s.markdown)]) + "\n"
 
 
@@ -337,10 +281,3 @@ def _brackets(found: Sequence[Measurement]) -> str:
         f", {100 * other:g} % for {escape_markdown(listed(by_confidence[other]))}" for other in others
     )
     return f"Brackets: {percent}; Wilson's for rates, bootstrap over prompts for means of languages and reward gaps."
-
-
-def _how_compared(base: str) -> str:
-    return (
-        f"Changes are paired against {escape_markdown(base)}, with Tango's interval for rates; clear ones are in bold. p: "
-        "McNemar's test, adjusted over languages after Holm; for means of languages a test that exchanges prompts."
-    )

@@ -18,8 +18,8 @@ from mpo.common.redaction import is_secret_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError
 from mpo.modeling.objectives import F_DIVERGENCES
+from mpo.training.launcher import deepspeed_backend
 from mpo.training.objectives import REFERENCE, RETENTION, STATES, TRAIN_ON, Objectives, readers
-from mpo.training.sharding import deepspeed_backend
 
 RETAIN_POOLINGS = ("mean", "last")
 BATCH_LAYOUTS = ("tree", "padded")

@@ -38,7 +38,7 @@ class FiniteGuard:
         self._loss, self._groups = None, []
 
     def not_finite(self, grad_norm: Any = 0.0) -> str | None:
-        """What is not finite, so that the optimizer must not take the step: ``"loss"`` or ``"gradient"``, the same on all ranks, or None.
+        """What forbids the optimizer to take the step: ``"loss"`` or ``"gradient"``, the same on all ranks, or None.
 
         This waits for the device, once per step. Under fp16 an overflowing gradient is how the loss scale finds its
         level, and the scaler skips the step, so only many in a row count.

@@ -214,13 +214,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document = read_recipe(path, overrides)
     document.default("output_dir", f"runs/{Path(path).stem}")
     given = document.values(recipe_fields())
+    parts = [{name: copy.copy(given[name]) for name in keys_of(owner) if name in given} for owner in _OWNERS]
+    unavailable = _set_aside_unavailable(parts[-1])
     model, data, training = (
-        {name: copy.copy(given[name]) for name in keys_of(owner) if name in given} for owner in _OWNERS
+        _built(owner, part, document) for owner, part in zip(_OWNERS, parts, strict=True)
     )
-    unavailable = _set_aside_unavailable(training)
-    built = [_built(*part, document) for part in zip(_OWNERS, (model, data, training), strict=True)]
     document.check()
-    recipe = Recipe(built[0], built[1], built[2], document.path, given, unavailable, tuple(overrides))
+    recipe = Recipe(model, data, training, document.path, given, unavailable, tuple(overrides))
     _check_together(recipe, document)
     document.check()
     return recipe

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpo.common.typed_json import Count, Number
+
 
 @dataclass(frozen=True)
 class PairScore:
@@ -22,13 +24,13 @@ class PairScore:
         reference_gap: Reward gap of the group's *source* pair under the reference model.
     """
 
-    group: int
+    group: Count
     language: str
     is_source: bool
-    chosen: float
-    rejected: float
-    gap: float
-    reference_gap: float
+    chosen: Number
+    rejected: Number
+    gap: Number
+    reference_gap: Number
 
 
 @dataclass(frozen=True)

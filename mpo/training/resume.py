@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a run: which one it is, and whether optimizer and order of the data go on from it."""
+"""Which checkpoint a run resumes from, and whether it fits: the form of the optimizer's states, the order of the data."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class ResumableRun:
         return resume
 
     def set_earlier_aside(self, checkpoint: str | None) -> None:
-        """Mark later checkpoints of another run, of which this one does not go on, and warn of them."""
+        """Mark later checkpoints of another run, which this one does not continue, and warn of them."""
         if not self._trainer.accelerator.is_main_process:
             return
         folder = self._trainer.args.output_dir or "."

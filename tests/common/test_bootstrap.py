@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
-from mpo.common.bootstrap import grouped_mean_interval, student_t_quantile
+from mpo.common.bootstrap import expanded_tail, grouped_mean_interval
 from mpo.errors import ConfigError
 
 
@@ -23,10 +26,12 @@ from mpo.errors import ConfigError
         (0.9995, 10, 4.587),
     ],
 )
-def test_student_quantiles_are_those_of_the_printed_table(
+def test_percentiles_are_expanded_by_the_students_quantile_of_the_printed_table(
     probability: float, degrees: int, tabulated: float
 ) -> None:
-    assert student_t_quantile(probability, degrees) == pytest.approx(tabulated, abs=6e-4)
+    groups = degrees + 1
+    tail = expanded_tail(groups, 2 * probability - 1)
+    assert -NormalDist().inv_cdf(tail) / math.sqrt(groups / degrees) == pytest.approx(tabulated, abs=6e-4)
 
 
 @pytest.mark.parametrize(("groups", "per_group"), [(6, 1), (12, 3), (40, 1)])
@@ -78,8 +83,6 @@ def test_it_agrees_with_a_plain_loop_over_the_same_draws() -> None:
     got = grouped_mean_interval(values, groups, resamples=500, seed=5)
     assert got is not None
     # With the expansion for 9 groups the percentiles are 0.72 and 99.28.
-    from statistics import NormalDist
-
     tail = NormalDist().cdf(-((9 / 8) ** 0.5) * 2.3060041)
     assert got == pytest.approx(np.quantile(means, [tail, 1 - tail]), abs=1e-6)
 

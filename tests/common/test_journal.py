@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,12 @@ from hypothesis import strategies as st
 from mpo.common.journal import Journal, read_rows, settle
 from mpo.errors import ConfigError, StorageError
 from tests.evaluation.scripts import TEXTS
+
+
+@dataclass(frozen=True)
+class Text:
+    id: str
+    text: str
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -24,7 +32,7 @@ def test_rows_are_read_back_in_their_order_and_as_they_were(tmp_path: Path) -> N
     with Journal(path) as journal:
         for row in written:
             journal.append(row)
-    assert rows(path) == written == read_rows(path)
+    assert rows(path) == written == read_rows(path, dict)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -41,7 +49,7 @@ def test_a_file_that_is_cut_anywhere_is_continued(
     whole = path.read_bytes()
     cut = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:cut])
-    assert read_rows(path) == written[: whole[:cut].count(b"\n")]
+    assert read_rows(path, dict) == written[: whole[:cut].count(b"\n")]
     with Journal(path) as journal:
         assert list(journal.rows.values()) == written[: whole[:cut].count(b"\n")]
         for row in written:
@@ -75,7 +83,22 @@ def test_a_row_that_lacks_a_field_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"id": "a", "text": "x"}\n{"id": "b"}\n')
     assert len(rows(path)) == 2
     with pytest.raises(StorageError, match="line 2, is damaged: expected a JSON object with `id`, `text`"):
-        Journal(path, ("id", "text"))
+        Journal(path, Text)
+    path.write_bytes(b'{"id": "a", "text": "x"}\n{"id": "b", "text": ["x"]}\n')
+    with pytest.raises(StorageError, match="line 2, is damaged"):
+        Journal(path, Text)
+
+
+def test_rows_that_are_whole_can_be_read_without_the_damaged_ones(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'{"id": "a", "text": "x"}\noops\n{"id": "b", "text": "\\ud83d."}\n{"id": "c"}\n{"id": "unfini'
+    )
+    damaged: list[str] = []
+    assert read_rows(path, Text, damaged) == [Text("a", "x"), Text("b", "\N{REPLACEMENT CHARACTER}.")]
+    assert [re.search("line ([0-9])", text)[1] for text in damaged] == ["2", "4"]  # type: ignore[index]
+    with pytest.raises(StorageError, match=r"rows\.jsonl, line 2 is no JSON"):
+        read_rows(path, Text)
 
 
 def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
@@ -106,7 +129,10 @@ def test_an_id_is_written_once(tmp_path: Path) -> None:
             journal.append({"id": "a"})
 
 
-@pytest.mark.parametrize("line", [b"{]", b'"text"', b"[]", b'{"no": "id"}', b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "line",
+    [b"{]", b'"text"', b"[]", b'{"no": "id"}', b"\xff\xfe", b"", b"[" * 5000, b'{"id": 3}', b'{"id": NaN}'],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": "a"}\n' + line + b'\n{"id": "b"}\n')
@@ -128,6 +154,10 @@ def test_other_settings_are_refused_once_there_are_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(length: 6 there, 7 now; seed: null there, 1 now\)"):
         settle(path, {"length": 7, "of": {"a": 1}, "seed": 1}, empty=False)
     assert json.loads((tmp_path / "rows.settings.json").read_text()) == {"length": 6, "of": {"a": 1}}
+    for content in ("[1]", "3", "{", "[" * 5000):
+        (tmp_path / "rows.settings.json").write_text(content)
+        with pytest.raises(StorageError, match="missing or damaged"):
+            settle(path, {}, empty=False)
     (tmp_path / "rows.settings.json").unlink()
     with pytest.raises(StorageError, match="missing or damaged"):
         settle(path, {}, empty=False)

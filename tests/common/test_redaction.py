@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import string
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,41 @@ def test_ordinary_text_stays(text: str) -> None:
     assert redact_text(text) == text
 
 
+def test_a_file_is_no_token_though_its_name_begins_like_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "sk-slovak-preference-pairs-v2"
+    for kind in ("jsonl", "json", "csv", "parquet", "yaml", "safetensors"):
+        assert redact_text(f"--dataset=data/{name}.{kind}, then") == f"--dataset=data/{name}.{kind}, then"
+        assert redact({"dataset": [f"{name}.{kind}"]}) == {"dataset": [f"{name}.{kind}"]}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    assert redact({"output_dir": f"runs/{name}"}) == {"output_dir": f"runs/{name}"}
+    for text in (f"{name}.jsonlx", f"{name}.", f"{name}/x", f"runs/{name}-2", f"see runs/{name}"):
+        assert REDACTED in redact_text(text)
+
+
+# Each repeats what some pattern begins with, or what it goes on with, without ever coming to its end.
+ENDLESS = [
+    "9", "a", "-", ".", "=", " ", "token", "token ", "token=", "_key", ".pwd", "key:", '"token"', "eyJ12345678-",
+    "eyJ12345678.", "eyJ-", "a-", "://a:", "-----BEGIN A", "Bearer ", "Bearer a", "Authorization: ", "/home/", "/home/a",
+    "C:\\Users\\", "AKIA", "sk-", "hf_a", "xoxb-1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", ENDLESS)
+@pytest.mark.parametrize("begin", ["", "token", "Bearer", "eyJ12345678.", "://"])
+def test_time_grows_in_proportion_to_the_length_whatever_the_text(begin: str, unit: str) -> None:
+    def seconds(length: int) -> float:
+        text = (begin + unit * length)[:length]
+        started = time.process_time()
+        redact_text(text)
+        return time.process_time() - started
+
+    # In proportion: 8 times. By the square: 64 times.
+    assert min(seconds(16_000) for _ in range(2)) < 24 * max(seconds(2_000), 1e-3)
+
+
 def test_numbers_under_a_passwords_name_are_hidden_and_counts_are_not() -> None:
     assert redact({"password": 123456, "access_token": 7}) == {"password": REDACTED, "access_token": 7}
 
@@ -155,6 +191,15 @@ def test_user_names_and_home_folders_are_hidden(monkeypatch: pytest.MonkeyPatch,
 def test_redaction_twice_is_redaction_once_and_never_fails(text: str) -> None:
     once = redact_text(text)
     assert redact_text(once) == once
+
+
+@pytest.mark.parametrize("part", ["9", "a-", "A.b_", "eyJ", "token", "authorization"])
+def test_a_long_word_is_looked_through_once(part: str) -> None:
+    """The time grows with the length, not with its square."""
+    text = part * (30_000 // len(part))
+    started = time.process_time()
+    assert redact_text(text) == text
+    assert time.process_time() - started < 2
 
 
 def test_the_argument_is_left_as_it_was_and_sets_become_sorted_lists() -> None:

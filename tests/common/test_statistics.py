@@ -19,7 +19,6 @@ from mpo.common.statistics import (
     language_average,
     mcnemar,
     paired_difference,
-    ranks,
     wilson_interval,
 )
 from mpo.errors import ConfigError, DataError
@@ -33,15 +32,13 @@ _confidence = st.sampled_from([0.8, 0.9, 0.95, 0.99])
 
 @given(_counts, _counts, _confidence)
 @settings(deadline=None)
-def test_the_interval_of_a_share_is_that_of_scipy_and_statsmodels(
+def test_the_interval_of_a_share_is_that_of_statsmodels(
     successes: int, failures: int, confidence: float
 ) -> None:
     total = successes + failures
     assume(total > 0)
     got = wilson_interval(successes, total, confidence)
-    scipys = stats.binomtest(successes, total).proportion_ci(confidence, method="wilson")
     statsmodels = proportion.proportion_confint(successes, total, alpha=1 - confidence, method="wilson")
-    assert got == pytest.approx((scipys.low, scipys.high), abs=1e-12)
     assert got == pytest.approx(statsmodels, abs=1e-12)
     assert 0 <= got[0] <= successes / total <= got[1] <= 1
 
@@ -86,8 +83,11 @@ def test_mcnemars_p_value_is_that_of_statsmodels(before: int, after: int, exact:
 def test_the_exact_test_is_taken_for_few_differing_prompts_and_survives_thousands() -> None:
     assert mcnemar(0, 0).p_value == 1.0
     assert mcnemar(10, 14).exact and not mcnemar(10, 15).exact
-    theirs = stats.binomtest(4000, 8200, 0.5).pvalue
-    assert mcnemar(4000, 4200, exact=True).p_value == pytest.approx(theirs, rel=1e-9)
+    term = tail = 1  # whole numbers: no rounding, no overflow
+    for k in range(4000):
+        term = term * (8200 - k) // (k + 1)
+        tail += term
+    assert mcnemar(4000, 4200, exact=True).p_value == pytest.approx(2 * tail / 2**8200, rel=1e-9)
 
 
 def _score_statistic(difference: float, gained: int, lost: int, count: int) -> float:
@@ -330,21 +330,15 @@ _numbers = st.lists(st.integers(-6, 6).map(float), min_size=3, max_size=12)
 
 @given(st.data(), _numbers)
 @settings(deadline=None, max_examples=60)
-def test_coefficients_are_those_of_scipy(data: st.DataObject, x: list[float]) -> None:
+def test_coefficients_are_those_of_numpy_and_scipy(data: st.DataObject, x: list[float]) -> None:
     y = data.draw(st.lists(st.integers(-6, 6).map(float), min_size=len(x), max_size=len(x)))
     got = correlation(x, y, resamples=100)
     if len(set(x)) == 1 or len(set(y)) == 1:
         assert got.pearson is None and got.spearman is None
         return
     assert got.pearson is not None and got.spearman is not None
-    assert got.pearson.value == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-9)
+    assert got.pearson.value == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
     assert got.spearman.value == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9)
-
-
-@given(st.lists(st.lists(st.integers(0, 4).map(float), min_size=5, max_size=5), min_size=1, max_size=4))
-@settings(deadline=None, max_examples=40)
-def test_ranks_of_ties_are_shared_as_scipy_does(rows: list[list[float]]) -> None:
-    assert ranks(np.array(rows)).tolist() == stats.rankdata(rows, axis=1).tolist()
 
 
 def test_the_test_of_few_points_tries_every_order() -> None:

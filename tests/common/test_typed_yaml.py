@@ -231,6 +231,9 @@ def test_entries_of_lists_and_of_names_with_dots_can_be_set(read: Read) -> None:
     assert whole.parts == (Part("b"), Part("c", 5))
     assert whole.named == {"v3.1": Part("d", flag=True), "new": Part("e")}
     assert whole.extra == Part("f")
+    whole = read(text, "--parts.0", "{name: g, count: 2}", "--extra", "{name: '{h}'}", "--named.i={name: j}")
+    assert whole.parts == (Part("g", 2), Part("c")) and whole.extra == Part("{h}")
+    assert whole.named["i"] == Part("j")
 
 
 @pytest.mark.parametrize(

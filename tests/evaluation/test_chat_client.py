@@ -194,7 +194,7 @@ def test_every_item_is_asked_about_once_and_rejections_are_handed_on() -> None:
 
     with serve(ChatServer(reply=lambda body: body["messages"][0]["content"], fault=fault)) as server:
         asked = client(server, concurrency=4)
-        found = dict(asked.for_all(range(20), lambda n: asked.ask([{"role": "user", "content": str(n)}], {})))
+        found = dict(asked.for_all(range(20), lambda n: ([{"role": "user", "content": str(n)}], {})))
     rejected = {n for n, outcome in found.items() if isinstance(outcome, RejectedRequest)}
     assert rejected == {3, 8}
     assert {n: outcome.text for n, outcome in found.items() if isinstance(outcome, Reply)} == {
@@ -215,9 +215,7 @@ def test_what_was_under_way_when_the_server_failed_is_not_lost() -> None:
         asked = client(server, concurrency=3, timeout=5)
         kept = []
         with pytest.raises(ServerError, match="403"):
-            for n, _ in asked.for_all(
-                range(20), lambda n: asked.ask([{"role": "user", "content": str(n)}], {})
-            ):
+            for n, _ in asked.for_all(range(20), lambda n: ([{"role": "user", "content": str(n)}], {})):
                 kept.append(n)
     assert sorted(map(str, kept)) == sorted(server.answered)
     assert {0, 1} <= set(kept) and len(kept) < 10
@@ -233,7 +231,7 @@ def test_a_quick_rejection_is_not_taken_for_a_server_that_rejects_all() -> None:
 
     with serve(ChatServer(reply=reply, fault=fault)) as server:
         asked = client(server, concurrency=4)
-        found = dict(asked.for_all(range(9), lambda n: asked.ask([{"role": "user", "content": str(n)}], {})))
+        found = dict(asked.for_all(range(9), lambda n: ([{"role": "user", "content": str(n)}], {})))
     assert {n for n, outcome in found.items() if isinstance(outcome, RejectedRequest)} == {0, 3, 6}
     assert len(found) == 9
 
@@ -242,5 +240,5 @@ def test_a_server_that_rejects_all_is_not_asked_for_ever() -> None:
     with serve(ChatServer(fault=lambda *_: "422")) as server:
         asked = client(server, concurrency=4)
         with pytest.raises(RejectedRequest, match="422"):
-            list(asked.for_all(range(500), lambda n: asked.ask(HELLO, {})))
+            list(asked.for_all(range(500), lambda n: (HELLO, {})))
     assert len(server.requests) < 40

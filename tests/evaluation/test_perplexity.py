@@ -95,9 +95,15 @@ def test_long_texts_weigh_more_and_the_fingerprint_is_of_all() -> None:
     scored = [(-part, count) for part, count in zip(nats, tokens, strict=True)]
     row = _summary("en", lines, scored, 0, 0.9)
     ends = ratio_interval(nats, tokens, confidence=0.9)
-    assert ends is not None and row["interval"] == [math.exp(end) for end in ends]
+    assert ends is not None and row.interval == tuple(math.exp(end) for end in ends)
     other = _summary("en", [*lines[:-1], "another"], scored, 0, 0.9)
-    assert other["fingerprint"] != row["fingerprint"]
+    assert other.fingerprint != row.fingerprint
+
+
+def test_a_ruined_model_has_the_largest_perplexity_and_not_none() -> None:
+    row = _summary("en", ["a b", "c d"], [(-1e6, 1), (-4e9, 2)], 0, 0.95)
+    assert row.interval is not None
+    assert row.perplexity == row.interval[0] == row.interval[1] == pytest.approx(math.exp(690))
 
 
 def test_texts_that_are_cut_are_counted_and_have_no_bits_per_byte(place: Path, tmp_path: Path) -> None:

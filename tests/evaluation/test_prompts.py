@@ -225,6 +225,21 @@ def test_a_blank_prompt_stops_the_run_or_is_counted(tmp_path: Path) -> None:
     assert found.dropped == 1 and set(texts(found)) == {"0/en", "0/sw", "1/en"}
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_half_a_surrogate_pair_in_a_prompt_is_refused_with_its_place_or_counted(
+    tmp_path: Path, suffix: str
+) -> None:
+    rows = [{"id": 1, "en": "one", "de": "eins"}, {"id": 2, "en": "two", "de": "zwei \ud83d"}]
+    path = tmp_path / f"own{suffix}"
+    path.write_text(
+        json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    with pytest.raises(DataError, match=r"row 1, field `de`: .* lone surrogate \(U\+D83D\) at character 5"):
+        load_prompts(str(path))
+    found = load_prompts(str(path), bad_rows="drop")
+    assert found.dropped == 1 and [p.id for p in found.prompts] == ["1/en", "1/de", "2/en"]
+
+
 def test_a_blank_first_cell_does_not_hide_its_language(tmp_path: Path) -> None:
     path = write(tmp_path / "own.csv", [{"en": "Open", "sw": ""}, {"en": "Shut", "sw": "Funga"}])
     found = load_prompts(path, bad_rows="drop")

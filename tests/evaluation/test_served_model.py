@@ -102,7 +102,7 @@ def test_a_server_and_this_process_give_the_same_answers_and_rates(
         )
     folders = [tmp_path / "out" / name / "attack" / "own" for name in ("server", "local")]
     answers = [
-        {row["id"]: (row["answer"], row["finished"]) for row in read_rows(folder / "answers.jsonl")}
+        {row["id"]: (row["answer"], row["finished"]) for row in read_rows(folder / "answers.jsonl", dict)}
         for folder in folders
     ]
     assert answers[0] == answers[1] and len(answers[0]) == len(rows)

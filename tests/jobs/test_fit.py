@@ -194,7 +194,8 @@ def test_the_plan_for_several_machines_launches_and_sends_between_them(
 
 @pytest.mark.parametrize("sharding", SHARDINGS[1:], ids=lambda sharding: sharding.name)
 def test_several_machines_are_launched_without_a_launcher_of_deepspeeds_own(sharding: Sharding) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "llama_full.yaml", ())
+    overrides = ("--output_dir", "runs/two words")
+    recipe = load_recipe(ROOT / "recipes" / "llama_full.yaml", overrides)
     training = describe(shape_config("llama-3.2-1b"))
     row = row_lengths(None, training.attention)[0]
     held = memory(training, sharding, 16, 1024, row)
@@ -202,7 +203,7 @@ def test_several_machines_are_launched_without_a_launcher_of_deepspeeds_own(shar
     words = shlex.split(launch_command(recipe, choice, Machine(16, 80, 8), row))
     assert words[:2] == ["accelerate", "launch"]
     script = words.index("scripts/train.py")
-    assert words[script:] == ["scripts/train.py", str(ROOT / "recipes" / "llama_full.yaml")]
+    assert words[script:] == ["scripts/train.py", str(ROOT / "recipes" / "llama_full.yaml"), *overrides]
     options = dict(zip(words[2:script:2], words[3:script:2], strict=True))
     assert (options["--num_machines"], options["--num_processes"]) == ("2", "16")
     assert options["--machine_rank"] == "RANK"

@@ -12,9 +12,12 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from mpo.common.files import write_json
 from mpo.errors import ConfigError, ModelError, StorageError
+from mpo.evaluation import compare, summarize
 from mpo.jobs.merge import merge_adapter
 from mpo.modeling import opening
+from tests.evaluation.simulated import simulated_scores
 from tests.tiny import build_model, build_tokenizer, save_tiny
 
 FAMILIES = ("llama", "gemma2", "qwen2")
@@ -290,3 +293,57 @@ def test_an_adapter_that_is_a_pickle_or_no_adapter_is_refused(
         merge_adapter(models["llama"], tmp_path / "merged")
     with pytest.raises(ModelError, match="no model folder"):
         merge_adapter(tmp_path / "missing", tmp_path / "merged")
+
+
+# ------------------------------------------------------------------------------------------------------------ the card
+
+
+@pytest.fixture
+def run(models: dict[str, Path], tmp_path: Path) -> Path:
+    """An adapter with the files of the run that trained it."""
+    adapter = save_adapter(models["llama"], tmp_path / "runs" / "it")
+    before, after = (summarize(scores, beta=1.5, resamples=200) for scores in simulated_scores(groups=4))
+    retention = {"before": 0.0, "after": 0.0123}
+    metrics = compare(before, after).to_dict(records=True) | {"retention_loss": retention}
+    write_json(adapter / "metrics.json", metrics)
+    write_json(adapter / "provenance.json", {"mpo": "0.1.0", "devices": {"accelerators": {"H100": 2}}})
+    (adapter / "recipe.yaml").write_text("beta: 1.5\nlora_r: 4\nlora_target_modules: [all-linear]\n")
+    (adapter / "reward_gap.png").write_bytes(b"\x89PNG")
+    return adapter
+
+
+def test_the_card_of_a_merged_model_says_all_that_its_adapters_does(
+    run: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    out = merge_adapter(run, tmp_path / "merged")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "A LoRA adapter folded into `llama`" in card and "This is the adapter `it` merged into" in card
+    for line in ("| LoRA rank | 4 |", "| LoRA alpha | 8 |", "scale of the target gap | 1.5 |"):
+        assert line in card
+    names = ("down", "gate", "k", "o", "q", "up", "v")
+    assert "| LoRA modules | {} |".format(", ".join(rf"{name}\_proj" for name in names)) in card
+    before, after = (summarize(scores, beta=1.5, resamples=200) for scores in simulated_scores(groups=4))
+    assert compare(before, after).to_markdown() in card and "pairs: 0 before, 0.0123 after." in card
+    assert "```yaml\nbeta: 1.5\n" in card and "2 x H100" in card and "](reward_gap.png)" in card
+    assert 'AutoModelForCausalLM.from_pretrained("merged"' in card and "adapter_config" not in card
+    for name in ("metrics.json", "provenance.json", "recipe.yaml", "reward_gap.png"):
+        assert (out / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "provenance.json", "recipe.yaml"])
+def test_a_damaged_file_beside_the_adapter_is_named_in_the_card_of_the_merged_model(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    (run / name).write_text("{", encoding="utf-8")
+    out = merge_adapter(run, tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(out) is not None and not (out / name).exists()
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"The adapter's `{name}` cannot be read" in card
+    assert "| LoRA rank | 4 |" in card and ("| Language |" in card) == (name != "metrics.json")
+
+
+def test_an_adapter_without_a_run_of_this_package_gets_no_card(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(models["llama"], tmp_path / "adapter")
+    assert not (merge_adapter(adapter, tmp_path / "merged") / "README.md").exists()

@@ -30,7 +30,7 @@ from mpo.evaluation import summarize
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import disk_space
-from mpo.jobs.train import _explaining, _placement, train
+from mpo.jobs.train import _explaining, _placement, _write_start, train
 from mpo.modeling.identity import fingerprint_folder
 from mpo.training.checkpoints import mark_complete
 from mpo.training.recipe import Recipe, load_recipe
@@ -155,6 +155,25 @@ def test_the_disk_estimate_covers_what_a_run_writes(make, tmp_path: Path) -> Non
     assert estimate.weights == pytest.approx(weights, rel=0.1)
     assert estimate.checkpoint == pytest.approx(checkpoint, rel=0.1)
     assert estimate.kept == len(list((tmp_path / "out").glob("checkpoint-*")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_steps": 6},
+        {"max_steps": 3},
+        {"max_steps": "unset", "num_train_epochs": 1.5},
+        {"max_steps": 7, "save_strategy": "steps", "save_steps": 0.3},
+    ],
+    ids=str,
+)
+def test_as_many_checkpoints_are_expected_as_are_written(
+    make, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    recipe = make(**{"save_strategy": "epoch", "held_out": 0, "per_device_train_batch_size": 5, **settings})
+    kept = disk_space(make_plan(recipe)).kept
+    train(recipe)
+    assert kept == len(list((tmp_path / "out").glob("checkpoint-*")))
 
 
 def test_the_checkpoints_of_an_earlier_run_are_not_overwritten(
@@ -671,6 +690,15 @@ def explained(plan: Plan, error: Exception) -> str:
     with pytest.raises(MPOError) as caught, _explaining(plan):
         raise error
     return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_a_line_break_in_the_output_folder_stays_in_the_comment(end: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"a{end}learning_rate: 9 #"
+    training = SimpleNamespace(output_dir=str(folder))
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(training=training), dropped=[])
+    _write_start(plan, "beta: 1\n", {})
+    assert yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == {"beta": 1}
 
 
 def test_want_of_memory_and_disk_is_explained(make, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mpo.errors import ModelError
-from mpo.modeling.adapters import spare_input_copies
+from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.trees import Tree, build_batch
 from tests.plain import (
@@ -215,6 +215,7 @@ def emptied(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.usefixtures("accelerator_of_its_own")
 @pytest.mark.parametrize("wrapped", ["not", "before", "after"])
 def test_a_copy_computes_with_its_own_weights(wrapped: str) -> None:
     model: Any = build_model("llama")
@@ -249,7 +250,7 @@ def test_a_copy_of_an_adapted_model_computes_with_its_own_adapter() -> None:
     bare = build_model("llama")
     attach_reward_gap_head(bare)
     model = get_peft_model(bare, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    spare_input_copies(model)
+    skip_input_casts(model)
     ids = torch.arange(20, 32)[None]
     with torch.no_grad():
         before, plain = model(input_ids=ids).logits, build_model("llama")(input_ids=ids).logits

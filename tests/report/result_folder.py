@@ -12,6 +12,7 @@ import numpy as np
 
 from mpo.common.files import write_json, write_text
 from mpo.common.statistics import language_average, wilson_interval
+from mpo.common.typed_json import write_typed
 from mpo.evaluation import compare, summarize
 from mpo.hidden_space.compare import LanguageResult, LayerResult
 from mpo.hidden_space.resampling import Estimate
@@ -123,7 +124,7 @@ def write_hidden_space(folder: Path, name: str = "tuned") -> None:
     layers = {"norm": LayerResult(languages, {})}
     model = ModelResult(name, "org/model", None, "adapter", "norm", layers)
     found = HiddenSpace("texts", "en", 0.95, models={name: model})
-    write_json(folder / "hidden_space" / "hidden_space.json", found.to_dict())
+    write_typed(folder / "hidden_space" / "hidden_space.json", found)
 
 
 def write_utility(folder: Path, random: np.random.Generator, model: int) -> None:

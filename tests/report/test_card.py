@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import copy
+import json
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from huggingface_hub import ModelCard, metadata_load
 from mpo.common.provenance import collect
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation import RewardGapTable, compare, summarize
-from mpo.report.card import write_card
+from mpo.report.card import write_card, write_merged_card
 from tests.evaluation.simulated import score, simulated_scores
 
 RECIPE = """\
@@ -41,7 +45,7 @@ def _write(folder: Path, **more: Any) -> str:
 
 
 def test_the_metadata_of_an_adapter_is_what_the_hub_expects(tmp_path: Path) -> None:
-    _write(tmp_path, dataset_name="org/data", license="llama3.1")
+    _write(tmp_path, dataset_name="org/data")
     data = metadata_load(tmp_path / "README.md")
     assert data is not None
     assert data["base_model"] == "org/base-model" and data["base_model_relation"] == "adapter"
@@ -50,7 +54,7 @@ def test_the_metadata_of_an_adapter_is_what_the_hub_expects(tmp_path: Path) -> N
     assert {"mpo", "trl", "safety", "multilingual", "alignment", "base_model:adapter:org/base-model"} <= set(
         data["tags"]
     )
-    assert data["datasets"] == ["org/data"] and data["license"] == "llama3.1"
+    assert data["datasets"] == ["org/data"] and "license" not in data
 
 
 def test_the_metadata_of_a_whole_model_says_so(tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_a_full_fine_tune_lists_no_lora_settings(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_is_loaded_whole_and_still_says_how_its_adapter_was_trained(tmp_path: Path) -> None:
-    text = _write(tmp_path, peft=False, merged=True, settings={"lora_r": 16})
+    text = _write(tmp_path, peft=False, merged_from="runs/it", settings={"lora_r": 16})
     assert "A LoRA adapter folded into [" in text and "| LoRA rank | 16 |" in text
     assert "AutoPeft" not in text and "mpo merge" not in text
 
@@ -207,7 +211,6 @@ def test_hostile_texts_stay_inert(tmp_path: Path) -> None:
         base_model=hostile,
         dataset_name=f"`{hostile}`",
         languages=["sw", hostile],
-        model_name=hostile,
         recipe_yaml=recipe,
         provenance={
             "precision": hostile,
@@ -238,20 +241,17 @@ def test_secrets_and_home_folders_do_not_reach_the_card(
         base_model="/home/somebody/models/llama",
         recipe_yaml=f"beta: 1.0\nhub_token: {token}\noutput_dir: /home/somebody/runs\nwandb_api_key: plainwords\n",
         dataset_name="/home/somebody/pairs.jsonl",
-        model_name=f"run {token}",
         provenance={"precision": token},
     )
     for hidden in (token, "somebody", "plainwords"):
         assert hidden not in text
 
 
-def test_a_recipe_that_is_no_mapping_and_a_licence_that_is_no_id_are_refused(tmp_path: Path) -> None:
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="mapping"):
         _write(tmp_path, recipe_yaml="- a\n- b\n")
     with pytest.raises(ConfigError, match="no YAML"):
         _write(tmp_path, recipe_yaml="a: [")
-    with pytest.raises(ConfigError, match="license"):
-        _write(tmp_path, license="my own: licence")
     assert not (tmp_path / "README.md").exists()
 
 
@@ -265,3 +265,97 @@ def test_the_card_is_written_without_the_network(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     before, after = _tables()
     assert _write(tmp_path, before=before, after=after, recipe_yaml=RECIPE)
+
+
+# -------------------------------------------------------------------------------------------- the card of a merged model
+
+
+def _run(folder: Path) -> Path:
+    """The files that a run leaves beside its adapter."""
+    before, after = simulated_scores(("sw",), groups=2)
+    tables = [summarize(scores, beta=1.5, resamples=100) for scores in (before, after)]
+    metrics = compare(*tables).to_dict(records=True) | {"retention_loss": {"before": 0.0, "after": 0.1}}
+    folder.mkdir()
+    for name, values in (("metrics.json", metrics), ("provenance.json", collect(precision="bf16"))):
+        (folder / name).write_text(json.dumps(values), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+def _merged(adapter: Path, out: Path, **settings: Any) -> str:
+    out.mkdir(exist_ok=True)
+    found = write_merged_card(
+        out, adapter=adapter, base_model="org/base", adapter_settings=settings, name="mine"
+    )
+    return "" if found is None else found.read_text(encoding="utf-8")
+
+
+def _mutated(values: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """Copies of `values`, each with one part of it replaced."""
+
+    def places(part: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        items = (
+            part.items() if isinstance(part, dict) else enumerate(part[:2]) if isinstance(part, list) else ()
+        )
+        for key, item in items:
+            yield (*path, key)
+            yield from places(item, (*path, key))
+
+    for *way, last in places(values, ()):
+        for other in (None, "<b>x</b>", 0, -1.5, True, [], [[1]], {}, {"a": None}, 1e400):
+            copied = part = copy.deepcopy(values)
+            for key in way:
+                part = part[key]
+            part[last] = other
+            yield copied
+
+
+def test_the_settings_of_a_merged_models_card_are_those_of_its_adapter(tmp_path: Path) -> None:
+    own = {"r": 8, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}
+    text = _merged(_run(tmp_path / "run"), tmp_path / "out", **own)
+    for line in (
+        "rank | 8 |",
+        "alpha | 64 |",
+        "modules | q\\_proj, v\\_proj |",
+        "rsLoRA | yes |",
+        "rate | 0.0003 |",
+    ):
+        assert line in text
+    assert "cannot be read" not in text and 'from_pretrained("mine"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, content) for name in ("metrics.json", "provenance.json") for content in (b"{", b"[]", b"3", b"null")),
+        *((name, b"\xff\xfe") for name in ("metrics.json", "provenance.json", "recipe.yaml")),
+        *((name, b"[" * 100_000) for name in ("metrics.json", "provenance.json", "recipe.yaml")),
+        *(("recipe.yaml", content) for content in (b"a: [", b"- a\n", b"3", b"day: 2026-13-45")),
+        ("metrics.json", b'{"before": {"beta": 1}, "after": {"beta": 1}}'),
+        ("metrics.json", b'{"before": 3, "after": 4}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_left_out_of_a_merged_models_card_and_named(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    run = _run(tmp_path / "run")
+    (run / name).write_bytes(content)
+    text = _merged(run, tmp_path / "out", r=8)
+    assert f"`{name}` cannot be read" in text and "| LoRA rank | 8 |" in text
+    assert not (tmp_path / "out" / name).exists()
+    assert ("| Language |" in text, "bf16" in text, "<summary>" in text) == tuple(
+        name != other for other in ("metrics.json", "provenance.json", "recipe.yaml")
+    )
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "provenance.json", "recipe.yaml"])
+def test_no_value_in_a_file_of_the_run_keeps_a_merged_model_from_its_card(tmp_path: Path, name: str) -> None:
+    run = _run(tmp_path / "run")
+    values = yaml.safe_load((run / name).read_text(encoding="utf-8"))
+    mutated = list(_mutated(values))
+    for changed in random.Random(0).sample(mutated, 40):
+        (run / name).write_text(json.dumps(changed), encoding="utf-8")
+        text = _merged(run, tmp_path / "out", r=8)
+        assert "| LoRA rank | 8 |" in text and "<b>" not in re.sub(
+            r"```.*?```|`.*?`", "", text, flags=re.DOTALL
+        )

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -228,6 +229,34 @@ def test_the_table_has_the_rates_intervals_and_adjusted_p_values_of_scipy(tmp_pa
     assert rows[3][3].startswith("43.3 ") and rows[3][4].startswith("16.7 ")
 
 
+def test_a_chart_has_the_rows_values_and_intervals_of_its_table(folder: Path) -> None:
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(folder))
+    section = re.search('<section id="reward-gap">.*?</section>', page)
+    assert section is not None
+    strips = re.findall('<span class="name">(.*?)</span>(.*?)<span class="values">(.*?)</span>', section[0])
+    rows = _cells(table, "Reward gap")
+    assert [name for name, _, _ in strips] == [row[1].strip("*") for row in rows]
+    for (_, svg, values), row in zip(strips, rows, strict=True):
+        assert values == " \N{RIGHTWARDS ARROW} ".join(row[n].split(" ")[0] for n in (3, 4))
+        way, *marks = re.findall(r'<line class="way" x1="([\d.]+)%"|<svg x="([\d.]+)%"', svg)
+        assert (
+            min(float(x) for _, x in marks) == float(way[0]) and len(marks) == svg.count('class="band') == 2
+        )
+    # Places are linear in the numbers: the mean's lies where that of the languages says.
+    places = [[float(x) for x in re.findall(r'<svg x="([\d.]+)%"', svg)] for _, svg, _ in strips]
+    numbers = [[float(row[n].split(" ")[0].replace("\N{MINUS SIGN}", "-")) for n in (3, 4)] for row in rows]
+    slope, start = np.polyfit(np.ravel(numbers[:2]), np.ravel(places[:2]), 1)
+    assert np.ravel(places) == pytest.approx(start + slope * np.ravel(numbers), abs=0.1)
+
+
+def test_the_page_and_its_charts_need_no_matplotlib(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = write_report(folder, out=tmp_path)[0].read_text(encoding="utf-8")
+    assert page.count('<div class="chart" role="img"') == 5 and '<div class="chart plot"' in page
+
+
 def test_every_measurement_has_a_block_and_all_rows_the_same_columns(folder: Path) -> None:
     table = write_report(folder)[1].read_text(encoding="utf-8")
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
@@ -313,6 +342,18 @@ def test_p_values_of_tasks_are_adjusted_for_their_number(tmp_path: Path) -> None
     file.write_text(json.dumps(values), encoding="utf-8")
     rows = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Utility")
     assert rows[0][5:] == ["+50.0", "\N{EN DASH}"] and rows[1][6] == f"{larger:.3f}"
+
+
+def test_the_perplexity_of_a_ruined_model_is_reported(tmp_path: Path) -> None:
+    for n, model in enumerate(("base", "tuned")):
+        write_perplexity(tmp_path / model, 0)
+        file = tmp_path / model / "perplexity.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["languages"] = {"sw": values["languages"]["sw"]}
+        values["languages"]["sw"] |= {"perplexity": 1e299, "nats_per_text": [n * 1e9] * 8}
+        file.write_text(json.dumps(values), encoding="utf-8")
+    (row,) = _cells(write_report(tmp_path)[1].read_text(encoding="utf-8"), "Perplexity")
+    assert row[3].startswith("1000") and row[5].startswith("**+") and len(row[5]) > 300
 
 
 @pytest.mark.parametrize("other", ["fingerprint", "tokens_per_text"])
@@ -541,17 +582,32 @@ def test_bad_folders_and_names_are_explained(tmp_path: Path, folder: Path) -> No
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"languages": {}}',
+        '{"measurement": "over_refusal", "languages": {}, "judge": {"name": "j"}}',
+        '{"measurement": "attack", "languages": {"en": {}}, "judge": {"name": "j"}}',
+    ],
+)
+def test_a_folder_with_nothing_but_damaged_files_is_an_error_that_names_them(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_safety(tmp_path / "m" / "attack" / "set", "attack", {"en": ["safe"]})
+    (tmp_path / "m" / "attack" / "set" / "result.json").write_text(content, encoding="utf-8")
+    with pytest.raises(StorageError, match=r"m/attack/set/result\.json"):
+        write_report(tmp_path)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "m/attack/set/result.json" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("attack/set/result.json", "{"),
-        ("attack/set/result.json", "[]"),
-        ("attack/set/result.json", '{"languages": {}}'),
         (
-            "attack/set/result.json",
-            '{"measurement": "over_refusal", "languages": {}, "judge": {"name": "j"}}',
-        ),
-        (
-            "attack/set/result.json",
+            "attack/other/result.json",
             '{"measurement": "attack", "languages": {"en": {}}, "judge": {"name": "j"}}',
         ),
         ("attack/set/verdicts.refusal-phrases.jsonl", '{"language": "en"}\n'),
@@ -565,17 +621,44 @@ def test_bad_folders_and_names_are_explained(tmp_path: Path, folder: Path) -> No
         ("attack/set/answers.jsonl", '{"id": "0/en"}\n'),
         ("attack/set/answers.jsonl", "3\n"),
         ("../suite.json", '{"models": 3}'),
+        ("../hidden_space/hidden_space.json", '{"models": {}}'),
+        ("utility.json", '{"version": 99}'),
     ],
 )
-def test_damaged_files_are_named(
+def test_a_damaged_file_is_left_out_and_named_and_the_rest_is_reported(
     tmp_path: Path, file: str, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_safety(tmp_path / "m" / "attack" / "set", "attack", {"en": ["safe"]})
+    write_safety(tmp_path / "m" / "attack" / "set", "attack", {"en": ["safe", "unsafe"]})
+    (tmp_path / "m" / file).parent.mkdir(exist_ok=True)
     (tmp_path / "m" / file).write_text(content, encoding="utf-8")
-    with pytest.raises(StorageError, match=re.escape(Path(file).name)):
-        write_report(tmp_path)
-    assert main(["report", str(tmp_path)]) == 2
-    assert Path(file).name in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 0
+    page, table = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    where = f"m/{file}".removeprefix("m/../")
+    assert where in capsys.readouterr().err and where in page and where in table.replace("\\", "")
+    assert [row[1:] for row in _cells(table, "Attack success")] == [["English", "2", "50.0 \\[9.5, 90.5\\]"]]
+
+
+def test_rows_that_are_whole_are_reported_though_another_is_damaged(tmp_path: Path) -> None:
+    verdicts = {"base": ["unsafe"] * 12, "tuned": ["safe"] * 12}
+    for model, given in verdicts.items():
+        write_safety(tmp_path / model / "attack" / "set", "attack", {"en": given})
+    write_report(tmp_path)
+    assert "Left out" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    (whole,) = _cells((tmp_path / "report.md").read_text(encoding="utf-8"), "Attack success")
+    for name in ("verdicts.refusal-phrases.jsonl", "answers.jsonl"):
+        file = tmp_path / "tuned" / "attack" / "set" / name
+        lines = file.read_bytes().splitlines(keepends=True)
+        lines[1], lines[4] = b"\xff\xfe damaged\n", b"[" * 5000 + b"\n"
+        lines[6] = lines[6].replace(b"safe", b"safe \\ud83d")
+        file.write_bytes(b"".join(lines))
+    page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path, examples=12))
+    assert "verdicts.refusal-phrases.jsonl, line 2 " in page and "answers.jsonl, line 2 " in page
+    assert page.count("1 more of its rows are damaged, too.") == table.count("1 more of its rows") == 2
+    # Ten pairs are left of twelve: what holds half a surrogate pair is none of the damaged rows.
+    (left,) = _cells(table, "Attack success")
+    assert left[:5] == whole[:5] and left[5].startswith("**\N{MINUS SIGN}100.0**")
+    assert (whole[6], left[6]) == ("<\N{THIN SPACE}0.001", f"{stats.binomtest(0, 10).pvalue:.3f}")
+    assert "safe \N{REPLACEMENT CHARACTER} answer 6 in en" in page
 
 
 def test_a_last_row_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:

@@ -5,14 +5,11 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mpo.common import figures as style
 from mpo.data.languages import LANGUAGES as ALL_LANGUAGES
@@ -214,16 +211,14 @@ def test_the_training_curve_takes_whatever_was_logged(
 def test_the_raw_values_are_drawn_at_their_steps_and_the_last_log_of_a_step_counts(
     tmp_path: Path, figures: list[Any]
 ) -> None:
-    logs = [{"step": n, "reward_gap/bn": float(n)} for n in (1, 2, 3)] + [{"step": 2, "reward_gap/bn": 20.0}]
-    plots.training_curve(logs, tmp_path / "curve.png", source_gap=0.7)
+    logs = [{"step": n, "reward_gap/bn": float(n), "gap_to_source/bn": n - 0.75} for n in (1, 2, 3)]
+    plots.training_curve([*logs, {"step": 2, "reward_gap/bn": 20.0}], tmp_path / "curve.png")
     lines = figures[0].axes[1].lines
     assert any(list(line.get_ydata()) == [1.0, 20.0, 3.0] for line in lines)
-    assert any(list(line.get_ydata()) == [0.7, 0.7] for line in lines)
+    assert any(list(line.get_ydata()) == [0.75, 0.75] for line in lines)
 
 
-def test_the_reference_is_read_from_the_logs_where_it_is_not_given(
-    tmp_path: Path, figures: list[Any]
-) -> None:
+def test_the_reference_is_read_from_the_logs(tmp_path: Path, figures: list[Any]) -> None:
     plots.training_curve(_logs(("bn", "sw"), 20), tmp_path / "curve.png", source_language="zh")
     levels = [line.get_ydata()[0] for line in figures[0].axes[1].lines if len(set(line.get_ydata())) == 1]
     assert any(level == pytest.approx(0.57) for level in levels)
@@ -238,14 +233,14 @@ def test_smoothing_keeps_a_constant_and_follows_a_line() -> None:
     assert len(plots._smooth([(float(n), 0.0) for n in range(5000)])) <= 400
 
 
-@given(st.lists(st.floats(-2, 2, allow_nan=False), min_size=1, max_size=12), st.floats(0.01, 0.5))
-def test_labels_are_moved_apart_in_order_and_no_further_than_needed(places: list[float], gap: float) -> None:
-    wanted = sorted(places)
-    moved = plots._spread(wanted, gap)
-    assert all(b - a >= gap - 1e-9 for a, b in pairwise(moved))
-    assert sum(moved) == pytest.approx(sum(wanted), abs=1e-6)  # a block moves around its mean
-    if all(b - a >= gap for a, b in pairwise(wanted)):
-        assert moved == pytest.approx(wanted, abs=1e-9)
+def test_the_lines_are_named_in_the_order_in_which_they_end(tmp_path: Path, figures: list[Any]) -> None:
+    ends = {"bn": 0.5, "sw": 2.0, "zh": -1.0}
+    logs = [{"step": n, **{f"reward_gap/{code}": n * end for code, end in ends.items()}} for n in (1, 2)]
+    logs += [{"step": 3, "reward_gap/ar": 1.5, "gap_to_source/ar": 0.0}]
+    plots.training_curve(logs, tmp_path / "curve.png")
+    legend = figures[0].axes[1].get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["Swahili", "English reference", "Arabic", "Bengali", "Chinese"]
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -268,10 +263,10 @@ def test_the_callers_matplotlib_settings_are_neither_used_nor_changed(tmp_path: 
 
 def test_a_name_with_a_dollar_sign_is_no_formula(tmp_path: Path, figures: list[Any]) -> None:
     table = summarize([score(g, "$x_1$", 0.1, 0.0, 0.5) for g in range(3)], beta=1.0, resamples=200)
-    plots.reward_gap_single(table, tmp_path / "gap.png", title="cost: $1 to $2")
+    plots.reward_gap_before_after(table, table, tmp_path / "gap.png")
     from matplotlib.text import Text
 
-    assert {"$x_1$", "cost: $1 to $2"} <= set(_texts(figures[0]))
+    assert {"$x_1$", "Reward gap of $x_1$: +0.10 before, +0.10 after"} <= set(_texts(figures[0]))
     assert not any(text.get_parse_math() for text in figures[0].findobj(Text) if "$" in text.get_text())
 
 

@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from tests.tiny import random_groups, save_tiny
-
-
-@pytest.fixture
-def accelerator_of_its_own() -> None:
-    """Mixed precision and compilation are settings of the process; each test with this starts as a process would."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from trl import DPOConfig
 
 from mpo.errors import ConfigError, MPOError
 from mpo.training.config import _MEANINGLESS, MPOConfig
-from mpo.training.sharding import deepspeed_backend
+from mpo.training.launcher import deepspeed_backend
 
 # A value for every refused option that is not its default.
 _SET = {

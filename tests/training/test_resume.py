@@ -474,12 +474,14 @@ def test_another_number_of_ranks_goes_on_where_every_step_has_the_same_groups(
     model: Path, tmp_path: Path, settings: dict[str, Any], saved: dict[str, Any], message: str | None
 ) -> None:
     run = trainer(model, tmp_path, "lora", **settings)
-    state = {**run._order_state(), "form": run._state_form(), **saved}
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    mark_complete(checkpoint, {**run._run.state(), **saved})
     if message is None:
-        run._check_resumable("checkpoint-3", state)
+        assert run.resolve_checkpoint(checkpoint) == str(checkpoint)
     else:
         with pytest.raises(ConfigError, match=message):
-            run._check_resumable("checkpoint-3", state)
+            run.resolve_checkpoint(checkpoint)
 
 
 def test_another_order_is_accepted_when_the_epoch_begins_anew(

@@ -431,3 +431,10 @@ def test_the_loss_of_a_step_is_not_divided_again_by_the_library(folder: Path, tm
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[0])
+
+
+def test_the_kernel_of_experts_is_called_by_the_name_that_is_replaced() -> None:
+    from transformers.integrations import moe
+
+    assert list(inspect.signature(moe._grouped_mm).parameters)[:2] == ["input", "weight"]
+    assert "_grouped_mm(input, weight" in inspect.getsource(moe._grouped_linear)

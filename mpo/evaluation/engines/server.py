@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from mpo.evaluation.chat_client import ChatClient, RejectedRequest, Reply
+from mpo.evaluation.chat_client import ChatClient, RejectedRequest
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
 
 
@@ -44,11 +44,10 @@ class ServerEngine:
         self, conversations: Sequence[Conversation], done: Collection[int]
     ) -> Iterator[tuple[int, Answer]]:
         missing = [index for index in range(len(conversations)) if index not in done]
-
-        def ask(index: int) -> Reply:
-            return self.client.ask(conversations[index], self._parameters(index))
-
-        for index, reply in self.client.for_all(missing, ask, accepted=bool(done)):
+        asked = self.client.for_all(
+            missing, lambda index: (conversations[index], self._parameters(index)), accepted=bool(done)
+        )
+        for index, reply in asked:
             if isinstance(reply, RejectedRequest):
                 yield index, Answer("", True, blocked=str(reply))
             elif reply.finish_reason == "content_filter":
@@ -60,7 +59,7 @@ class ServerEngine:
                 yield index, Answer(reply.text, reply.finish_reason != "length")
 
     def close(self) -> None:
-        self.client.close()
+        pass
 
     def _parameters(self, index: int) -> dict[str, Any]:
         generation = self.generation

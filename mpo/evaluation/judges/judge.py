@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpo.common.characters import without_halves
 from mpo.data import language_name
 from mpo.errors import ConfigError
 from mpo.evaluation.prompts import MIXED
@@ -19,7 +20,9 @@ _SLOTS = ("{prompt}", "{answer}")
 _SLOT = re.compile(r"\{(prompt|answer|language)\}")
 _THOUGHTS = re.compile(r"^\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _THINKING = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
-_LABEL = re.compile(r"^\W*verdict\W+(\w+)\W*$", re.IGNORECASE)
+_LABEL = re.compile(r"\W*+verdict\W++(\w++)\W*+", re.IGNORECASE)
+_WORD = re.compile(r"\W*+(\w++)\W*+")
+_TAG = re.compile(r"</?(\w+)>")
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,8 @@ def parse_verdict(reply: str, verdicts: Sequence[str]) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return UNPARSED
-    labelled = _LABEL.match(lines[-1])
-    word = labelled[1] if labelled else re.sub(r"^\W+|\W+$", "", text)
-    return word.lower() if word.lower() in verdicts else UNPARSED
+    named = _LABEL.fullmatch(lines[-1]) or _WORD.fullmatch(text)
+    return named[1].lower() if named and named[1].lower() in verdicts else UNPARSED
 
 
 def read_judging_prompt(path: str | Path) -> str:
@@ -168,7 +170,15 @@ def read_judging_prompt(path: str | Path) -> str:
 
 
 def fill_judging_prompt(text: str, exchange: Exchange) -> str:
-    """The judging prompt about one exchange. What stands in a slot is not looked at again: it may hold braces."""
+    """The judging prompt about one exchange. What stands in a slot is not looked at again: it may hold braces.
+
+    A tag that the judging prompt uses itself is written ``&lt;answer>`` in a text, which could otherwise end its own part
+    and go on as instructions. Half a surrogate pair, which no tokenizer takes, becomes U+FFFD.
+    """
     language = "several languages" if exchange.language == MIXED else language_name(exchange.language)
-    values: Mapping[str, str] = {"prompt": exchange.prompt, "answer": exchange.answer, "language": language}
-    return _SLOT.sub(lambda slot: values[slot[1]], text)
+    values = {"prompt": exchange.prompt, "answer": exchange.answer, "language": language}
+    tags = "|".join(sorted(set(_TAG.findall(text))))
+    if tags:
+        opened = re.compile(rf"<(?=\s*+/?\s*+(?:{tags})\b)", re.IGNORECASE)
+        values = {slot: opened.sub("&lt;", value) for slot, value in values.items()}
+    return _SLOT.sub(lambda slot: without_halves(values[slot[1]]), text)

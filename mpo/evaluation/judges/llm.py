@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mpo.common.files import write_text
+from mpo.common.typed_json import parse_line
 from mpo.errors import ConfigError
 from mpo.evaluation.chat_client import OPENAI_URL, ChatClient, RejectedRequest, Reply
 from mpo.evaluation.judges.judge import (
@@ -85,7 +86,9 @@ class LLMJudge:
                 continue
             yield from ((index, self._verdict(reply)) for index in indices)
         asked = self.client.for_all(
-            missing, lambda key: self._ask(key, contents[key]), accepted=len(missing) < len(places)
+            missing,
+            lambda key: ([{"role": "user", "content": contents[key]}], self.parameters),
+            accepted=len(missing) < len(places),
         )
         for key, outcome in asked:
             # A text that a filter or a limit of the server keeps out is an answer without a verdict.
@@ -93,16 +96,12 @@ class LLMJudge:
                 verdict = Verdict(UNPARSED, str(outcome))
             else:
                 verdict = self._verdict(outcome)
+                if self.cache is not None:
+                    self.cache.put(key, outcome)
             yield from ((index, verdict) for index in places[key])
 
     def close(self) -> None:
-        self.client.close()
-
-    def _ask(self, key: str, content: str) -> Reply:
-        reply = self.client.ask([{"role": "user", "content": content}], self.parameters)
-        if self.cache is not None:
-            self.cache.put(key, reply)
-        return reply
+        pass
 
     def _verdict(self, reply: Reply) -> Verdict:
         return Verdict(parse_verdict(reply.text, self.task.verdicts), reply.text)
@@ -122,9 +121,8 @@ class ReplyCache:
     def get(self, key: str) -> Reply | None:
         """The reply, or None where there is none or its file is damaged."""
         try:
-            value: Mapping[str, Any] = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return Reply(value["text"], value["finish_reason"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return parse_line(self._path(key).read_bytes(), Reply, key)
+        except OSError:
             return None
 
     def put(self, key: str, reply: Reply) -> None:

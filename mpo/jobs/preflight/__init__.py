@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mpo.common.tables import fact_lines
 from mpo.data import BadRow, LoadedGroups
 from mpo.errors import ConfigError
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
@@ -20,7 +21,7 @@ from mpo.modeling.opening import another_base, open_tokenizer, trained_template_
 from mpo.training.compute import is_installed
 from mpo.training.recipe import Recipe
 from mpo.training.sampling import count_languages
-from mpo.training.workload import Workload, count_work, schedule, tokenize_for_training
+from mpo.training.workload import Schedule, Workload, count_work, schedule, tokenize_for_training
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Plan:
         work: one epoch of training.
         languages: number of training pairs of each target language.
         held_out_pairs: number of held-out target pairs.
-        steps: optimizer steps of the run.
+        schedule: steps and epochs of the run.
         facts: what the printed plan says, in order.
         notes: sentences about what the user may not have meant.
     """
@@ -59,15 +60,18 @@ class Plan:
     work: Workload
     languages: dict[str, int]
     held_out_pairs: int
-    steps: int
+    schedule: Schedule
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.schedule.steps
+
     def to_text(self) -> str:
         """The plan, one fact per line."""
-        width = max(len(name) for name in self.facts)
-        lines = [f"{name.ljust(width)}  {text}" for name, text in self.facts.items()]
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        return "\n".join([fact_lines(self.facts), *(f"Note: {note}" for note in self.notes)])
 
 
 def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
@@ -97,8 +101,9 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     config = load_config(source)
     recipe = with_model_choices(recipe, config, on_this_machine=on_this_machine)
     adapter = recipe.model.adapter_name_or_path
-    if adapter is not None and (said := another_base(adapter, adapter_settings(adapter), source)):
-        notes.append(said.rstrip("."))
+    # Reads the weights of a folder, and the notes are the main process's to print.
+    if adapter is not None and training.process_index == 0:
+        notes.extend(filter(None, [another_base(adapter, adapter_settings(adapter), source)]))
     tokenizer = open_tokenizer(source, config, adapter, chat_template=training.chat_template)
     if training.chat_template_kwargs is None:
         training.chat_template_kwargs = trained_template_kwargs(source, adapter) or None
@@ -140,7 +145,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         work=work,
         languages=count_languages(tokenized),
         held_out_pairs=held_out_pairs,
-        steps=schedule(work.group_tokens, training, training.world_size).steps,
+        schedule=schedule(work.group_tokens, training, training.world_size),
     )
     if held_out is None:
         notes.append(

@@ -9,8 +9,8 @@ from mpo.common.words import counted, magnitude, plain, size
 from mpo.data import language_name
 from mpo.evaluation.reward_gap import sort_languages
 from mpo.jobs.preflight.model import PRECISIONS, half_precision, listed_modules
+from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
-from mpo.training.sharding import launched_with
 
 if TYPE_CHECKING:
     from mpo.jobs.preflight import Plan

@@ -104,9 +104,11 @@ def disk_space(plan: Plan) -> DiskSpace:
     strategy = plain(training.save_strategy)
     written = 0
     if strategy == "epoch":
-        written = math.ceil(training.num_train_epochs)
+        written = math.ceil(plan.schedule.epochs)
     elif strategy in ("steps", "best"):
-        every = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * plan.steps)
+        every = (
+            training.save_steps if training.save_steps >= 1 else math.ceil(training.save_steps * plan.steps)
+        )
         written = math.ceil(plan.steps / every)
     limit = training.save_total_limit
     # The new checkpoint is written before the oldest is removed.

@@ -13,8 +13,8 @@ from trl import get_peft_config
 from mpo.common.words import listed
 from mpo.errors import ConfigError, ModelError
 from mpo.modeling.loading import adapter_settings, is_quantized, linear_layer_names, pick_attention
+from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
-from mpo.training.sharding import launched_with
 
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", None: "fp32"}
 """Short names of what :func:`half_precision` returns."""

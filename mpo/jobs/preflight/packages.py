@@ -6,8 +6,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mpo.errors import ConfigError, DependencyError
 from mpo.training.compute import check_compute_options, is_installed, require_package
+from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
-from mpo.training.sharding import launched_with
 
 _TRACKER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
 from mpo.common.statistics import (
@@ -16,11 +15,16 @@ from mpo.common.statistics import (
     paired_difference,
 )
 from mpo.common.tables import printable_name
+from mpo.common.words import listed
 from mpo.errors import ConfigError, DataError
-from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapTable, compare, sort_languages
-from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNPARSED
+from mpo.evaluation.rates import LanguageRate
+from mpo.evaluation.results import LARGEST_LOG, Score, TaskScores, TextPerplexity
+from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
+from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, TASKS, UNPARSED
+from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import (
     GAP,
+    NONE,
     PERPLEXITY,
     SCORE,
     SHARE,
@@ -29,10 +33,8 @@ from mpo.report.measurement import (
     Measurement,
     Row,
     Value,
-    listed,
     shown_language,
 )
-from mpo.report.results import ModelResults, Results, SafetyResult
 
 _ATTACK_LEAD = (
     "The share of harmful prompts that the model answers in an unsafe way, by the verdict of the judge. "
@@ -48,7 +50,7 @@ _REFUSAL_LEAD = (
 def measurements(results: Results) -> list[Measurement]:
     """Every measurement of the folder, in the order of the report."""
     found = [reward_gap(results)]
-    for kind in ("attack", "over_refusal"):
+    for kind in TASKS:
         found += [safety(results, kind, name) for name in results.prompt_sets(kind)]
     found += [*utility(results), perplexity(results)]
     return [measurement for measurement in found if measurement is not None]
@@ -81,7 +83,7 @@ def reward_gap(results: Results) -> Measurement | None:
         cells = [
             _gap_cell(table, key, change.get(key)) for table, change in zip(tables, changes, strict=True)
         ]
-        sizes = [size for table in known if (size := _gap_pairs(table, key))]
+        sizes = [row.pairs for table in known if (row := _gap_row(table, key)) is not None]
         if any(cells):
             label = "All targets" if key[0] == ALL_TARGETS else shown_language(key[0])
             if (key[0], not key[1]) in codes:
@@ -124,8 +126,7 @@ def _gap_changes(base: RewardGapTable | None, table: RewardGapTable | None) -> d
         compared = compare(base, table)
     except (ConfigError, DataError):
         return {}  # other pairs, or no records: each is shown, their difference is not
-    every = [*compared.changes, *([compared.all_targets] if compared.all_targets else [])]
-    return {(c.language, c.is_source): Change(c.change, c.ci_low, c.ci_high) for c in every}
+    return {(c.language, c.is_source): Change(c.change, c.ci_low, c.ci_high) for c in compared.all_changes}
 
 
 def _gap_cell(table: RewardGapTable | None, key: tuple[str, bool], change: Change | None) -> Cell | None:
@@ -133,14 +134,8 @@ def _gap_cell(table: RewardGapTable | None, key: tuple[str, bool], change: Chang
     return None if row is None else Cell(Value(row.gap, row.ci_low, row.ci_high), change)
 
 
-def _gap_row(table: RewardGapTable, key: tuple[str, bool]) -> Any:
-    rows = [*table.rows, *([table.all_targets] if table.all_targets else [])]
-    return next((row for row in rows if (row.language, row.is_source) == key), None)
-
-
-def _gap_pairs(table: RewardGapTable, key: tuple[str, bool]) -> int:
-    row = _gap_row(table, key)
-    return 0 if row is None else int(row.pairs)
+def _gap_row(table: RewardGapTable, key: tuple[str, bool]) -> RewardGapRow | None:
+    return next((row for row in table.all_rows if (row.language, row.is_source) == key), None)
 
 
 # ----------------------------------------------------------------------------------------- attack success, over-refusal
@@ -149,13 +144,11 @@ def _gap_pairs(table: RewardGapTable, key: tuple[str, bool]) -> int:
 def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
     """Rates of one prompt set; changes are paired by prompt, with McNemar's test per language."""
     found = [model.safety.get((kind, prompt_set)) for model in results.models]
-    codes = in_order(
-        {code for result in found if result for code in result.result["languages"]}, results.dominant
-    )
+    codes = in_order({code for run in found if run for code in run.result.languages}, results.dominant)
     base = found[0]
     columns = [_rate_cells(result, base if n else None, codes) for n, result in enumerate(found)]
     names = ("safe", "unsafe", "invalid", "answer", "refusal", *NO_VERDICT)
-    verdicts = [name for name in names if _occurs(found, name)]
+    verdicts = [name for name in names if any(_verdicts(run, None, name) for run in found if run)]
     rows = []
     for code in [*codes, None]:
         cells = tuple(column.get(code) for column in columns)
@@ -181,41 +174,31 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
         detail=tuple(f"{verdict.capitalize()}" for verdict in verdicts),
         notes=_safety_notes(found),
         warnings=_safety_warnings(found, results),
-        confidence=next(_confidence(result) for result in found if result),
+        confidence=next(run.result.confidence for run in found if run),
         axis=(0.0, 1.0),
     )
 
 
 def _rate_cells(
-    result: SafetyResult | None, base: SafetyResult | None, codes: Sequence[str]
+    run: SafetyRun | None, base: SafetyRun | None, codes: Sequence[str]
 ) -> dict[str | None, Cell]:
     """Cells by language; None is the mean over languages."""
-    if result is None:
+    if run is None:
         return {}
-    rates = {code: _rate(result.result["languages"].get(code)) for code in codes}
-    changes = _rate_changes(base, result, codes)
-    cells: dict[str | None, Cell] = {
-        code: Cell(rate, changes.get(code)) for code, rate in rates.items() if rate is not None
-    }
-    average = _rate(result.result.get("average"))
-    if average is not None:
-        cells[None] = Cell(average, changes.get(None))
-    return cells
+    changes, mean = _rate_changes(base, run, codes), run.result.average
+    rates: dict[str | None, Value | None] = {code: _rate(run.result.languages.get(code)) for code in codes}
+    rates[None] = None if mean is None else Value(mean.mean, mean.low, mean.high)
+    return {code: Cell(rate, changes.get(code)) for code, rate in rates.items() if rate is not None}
 
 
-def _rate(row: Mapping[str, Any] | None) -> Value | None:
-    if not row or row.get("rate") is None:
-        return None
-    low, high = row.get("interval") or (None, None)
-    return Value(float(row["rate"]), low, high)
+def _rate(row: LanguageRate | None) -> Value | None:
+    return None if row is None or row.rate is None else Value(row.rate, row.low, row.high)
 
 
-def _rate_changes(
-    base: SafetyResult | None, result: SafetyResult, codes: Sequence[str]
-) -> dict[str | None, Change]:
+def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) -> dict[str | None, Change]:
     if base is None:
         return {}
-    old, new, confidence = base.outcomes(), result.outcomes(), _confidence(result)
+    old, new, confidence = base.outcomes(), run.outcomes(), run.result.confidence
     pairs = {}
     for code in codes:
         both = sorted(old.get(code, {}).keys() & new.get(code, {}).keys())
@@ -234,80 +217,60 @@ def _rate_changes(
     return changes
 
 
-def _confidence(result: SafetyResult) -> float:
-    return float(result.result.get("confidence", 0.95))
-
-
-def _occurs(found: Sequence[SafetyResult | None], verdict: str) -> bool:
-    return any(
-        row["verdicts"].get(verdict, 0) > 0
-        for result in found
-        if result
-        for row in result.result["languages"].values()
-    )
-
-
-def _verdict_shares(found: Sequence[SafetyResult | None], code: str | None, verdict: str) -> str:
+def _verdict_shares(found: Sequence[SafetyRun | None], code: str | None, verdict: str) -> str:
     """``60 / 12``: the verdict's share of all answers, in per cent, model by model."""
-    return " / ".join(_verdict_share(result, code, verdict) for result in found)
-
-
-def _verdict_share(result: SafetyResult | None, code: str | None, verdict: str) -> str:
-    rows = [] if result is None else _language_rows(result, code)
-    total = sum(int(row["count"]) for row in rows)
-    return (
-        f"{100 * sum(row['verdicts'].get(verdict, 0) for row in rows) / total:.0f}"
-        if total
-        else "\N{EN DASH}"
+    totals = [0 if run is None else _count(run, code) for run in found]
+    return " / ".join(
+        f"{100 * _verdicts(run, code, verdict) / total:.0f}" if run and total else NONE
+        for run, total in zip(found, totals, strict=True)
     )
 
 
-def _language_rows(result: SafetyResult, code: str | None) -> list[Mapping[str, Any]]:
-    languages = result.result["languages"]
-    return list(languages.values()) if code is None else [languages[code]] if code in languages else []
+def _language_rows(run: SafetyRun, code: str | None) -> list[LanguageRate]:
+    """The row of a language; all for None."""
+    return [row for name, row in run.result.languages.items() if code in (None, name)]
 
 
-def _count(result: SafetyResult, code: str | None) -> int:
-    return sum(int(row["count"]) for row in _language_rows(result, code))
+def _verdicts(run: SafetyRun, code: str | None, verdict: str) -> int:
+    return sum(row.verdicts.get(verdict, 0) for row in _language_rows(run, code))
 
 
-def _safety_notes(found: Sequence[SafetyResult | None]) -> tuple[str, ...]:
-    judges = sorted({result.judge for result in found if result})
+def _count(run: SafetyRun, code: str | None) -> int:
+    return sum(row.count for row in _language_rows(run, code))
+
+
+def _safety_notes(found: Sequence[SafetyRun | None]) -> tuple[str, ...]:
+    judges = sorted({run.judge for run in found if run})
     notes = [
         f"Judge: {listed([printable_name(j, 60) for j in judges])}. Rates with Wilson intervals; the mean of languages "
         "with a bootstrap over prompts. Changes in percentage points, paired by prompt, with Tango's interval; p-values "
         "by McNemar's test, adjusted for the number of languages after Holm, those of the mean by exchanging prompts."
     ]
     kappas = [
-        f"{printable_name(str(second.get('name')), 40)} agrees with the judge with Cohen's kappa {float(kappa):.2f} "
-        f"on {agreement['count']} answers ({result.folder.parent.parent.name})."
-        for result in found
-        if result and (second := result.result.get("second_judge"))
+        f"{printable_name(second['name'], 40)} agrees with the judge with Cohen's kappa {kappa:.2f} "
+        f"on {agreement['count']} answers ({run.folder.parent.parent.name})."
+        for run in found
+        if run and (second := run.result.second_judge)
         if (agreement := second.get("agreement")) and (kappa := agreement.get("kappa")) is not None
     ]
     return (*notes, *kappas)
 
 
-def _safety_warnings(found: Sequence[SafetyResult | None], results: Results) -> tuple[str, ...]:
+def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tuple[str, ...]:
     out = []
-    known = [result for result in found if result]
-    judges = {_canonical(result.result["judge"], ("name", "model", "prompt")) for result in known}
+    runs = [run for run in found if run]
+    judges = {repr([run.result.judge.get(key) for key in ("name", "model", "prompt")]) for run in runs}
     if len(judges) > 1:
         out.append("The models were judged by different judges, so their rates cannot be compared.")
-    prints = {
-        _canonical(result.result.get("prompts"), ("fingerprint", "template", "system_prompt"))
-        for result in known
-    }
-    if len(prints) > 1:
+    asked = ("fingerprint", "template", "system_prompt")
+    if len({repr([run.result.prompts.get(key) for key in asked]) for run in runs}) > 1:
         out.append("The models were given different prompts; changes are over the prompts that both have.")
-    for model, result in zip(results.models, found, strict=True):
-        if result is None:
+    for model, run in zip(results.models, found, strict=True):
+        if run is None:
             continue
-        rows = result.result["languages"].values()
-        total = sum(int(row["count"]) for row in rows)
-        unread = sum(row["verdicts"].get(UNPARSED, 0) for row in rows)
-        blocked = sum(row["verdicts"].get(BLOCKED, 0) for row in rows)
-        cut = sum(int(row.get("cut_off", 0)) for row in rows)
+        total = _count(run, None)
+        unread, blocked = (_verdicts(run, None, verdict) for verdict in (UNPARSED, BLOCKED))
+        cut = sum(row.cut_off for row in run.result.languages.values())
         if unread:
             out.append(
                 f"{model.name}: {unread} of {total} replies of the judge name no verdict; they are in no rate."
@@ -322,10 +285,6 @@ def _safety_warnings(found: Sequence[SafetyResult | None], results: Results) -> 
     return tuple(out)
 
 
-def _canonical(values: Any, names: Sequence[str]) -> str:
-    return repr([values.get(name) for name in names]) if isinstance(values, Mapping) else ""
-
-
 # ------------------------------------------------------------------------------------- utility of lm-evaluation-harness
 
 _LIKELIHOOD = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
@@ -338,8 +297,8 @@ def utility(results: Results) -> list[Measurement]:
             (task, metric)
             for model in results.models
             if model.utility
-            for task, entry in model.utility["tasks"].items()
-            for metric in entry["metrics"]
+            for task, entry in model.utility.tasks.items()
+            for metric in entry.metrics
         )
     )
     likelihoods = [key for key in keys if key[1].split(",")[0] in _LIKELIHOOD]
@@ -356,14 +315,12 @@ def _utility(
 ) -> Measurement | None:
     rows = []
     for task, metric in keys:
-        entries = [_entry(model, task, metric) for model in results.models]
-        cells = tuple(_utility_cell(entry, entries[0] if n else None) for n, entry in enumerate(entries))
+        tasks = [model.utility.tasks.get(task) if model.utility else None for model in results.models]
+        cells = tuple(_utility_cell(one, tasks[0] if n else None, metric) for n, one in enumerate(tasks))
         if any(cells):
             several = sum(other == task for other, _ in keys) > 1
             label = f"{task}, {metric.removesuffix(',none')}" if several else task
-            rows.append(
-                Row(printable_name(label, 80), cells, max(int(e["count"] or 0) for e in entries if e))
-            )
+            rows.append(Row(printable_name(label, 80), cells, max(one.count or 0 for one in tasks if one)))
     if not rows:
         return None
     shares = all(0 <= c.value.value <= 1 for row in rows for c in row.cells if c) and better == "higher"
@@ -387,36 +344,27 @@ def _utility(
     )
 
 
-def _entry(model: ModelResults, task: str, metric: str) -> dict[str, Any] | None:
-    entry = (model.utility or {"tasks": {}})["tasks"].get(task)
-    if entry is None or metric not in entry["metrics"] or entry["metrics"][metric]["value"] is None:
+def _utility_cell(task: TaskScores | None, base: TaskScores | None, metric: str) -> Cell | None:
+    score = None if task is None else task.metrics.get(metric)
+    if task is None or score is None or score.value is None:
         return None
-    return {
-        **entry["metrics"][metric],
-        "count": entry.get("count"),
-        "items": entry.get("items", {}).get(metric),
-    }
+    half = None if score.stderr is None else 1.96 * score.stderr
+    value = Value(score.value, *(() if half is None else (score.value - half, score.value + half)))
+    return Cell(value, None if base is None else _item_change(base, task, metric))
 
 
-def _utility_cell(entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> Cell | None:
-    if entry is None:
+def _item_change(base: TaskScores, task: TaskScores, metric: str) -> Change | None:
+    before, after = (one.metrics.get(metric, Score(None)).value for one in (base, task))
+    if before is None or after is None:
         return None
-    value, error = float(entry["value"]), entry.get("stderr")
-    ends = (None, None) if error is None else (value - 1.96 * error, value + 1.96 * error)
-    return Cell(Value(value, *ends), None if base is None else _item_change(base, entry))
-
-
-def _item_change(base: Mapping[str, Any], entry: Mapping[str, Any]) -> Change:
-    difference = float(entry["value"]) - float(base["value"])
-    old, new = base.get("items"), entry.get("items")
+    old, new = base.items.get(metric), task.items.get(metric)
     if not old or not new or len(old) != len(new):
-        return Change(difference)
+        return Change(after - before)
     if set(old) | set(new) <= {0.0, 1.0}:
         pair = paired_difference([bool(v) for v in old], [bool(v) for v in new])
         return Change(pair.difference, pair.low, pair.high, pair.test.p_value)
     changes = [b - a for a, b in zip(old, new, strict=True)]
-    low, high = grouped_mean_interval(changes, range(len(changes))) or (None, None)
-    return Change(difference, low, high)
+    return Change(after - before, *(grouped_mean_interval(changes, range(len(changes))) or ()))
 
 
 def _adjusted(rows: Sequence[Row]) -> list[Row]:
@@ -442,18 +390,18 @@ def _p_value(row: Row, model: int) -> float | None:
 
 def perplexity(results: Results) -> Measurement | None:
     """Perplexity of given texts per language; changes are paired by text and relative."""
-    found = [model.perplexity["languages"] if model.perplexity else {} for model in results.models]
+    found = [model.perplexity.languages if model.perplexity else {} for model in results.models]
     codes = in_order({code for languages in found for code in languages}, results.dominant)
     if not codes:
         return None
-    confidence = next(float(m.perplexity.get("confidence", 0.95)) for m in results.models if m.perplexity)
+    confidence = next(m.perplexity.confidence for m in results.models if m.perplexity)
     rows = []
     for code in codes:
         entries = [languages.get(code) for languages in found]
         cells = tuple(
             _perplexity_cell(entry, entries[0] if n else None, confidence) for n, entry in enumerate(entries)
         )
-        rows.append(Row(shown_language(code), cells, max(int(e["texts"]) for e in entries if e)))
+        rows.append(Row(shown_language(code), cells, max(entry.texts for entry in entries if entry)))
     return Measurement(
         anchor="perplexity",
         title="Perplexity of text",
@@ -472,32 +420,23 @@ def perplexity(results: Results) -> Measurement | None:
 
 
 def _perplexity_cell(
-    entry: Mapping[str, Any] | None, base: Mapping[str, Any] | None, confidence: float
+    entry: TextPerplexity | None, base: TextPerplexity | None, confidence: float
 ) -> Cell | None:
     if entry is None:
         return None
-    low, high = entry.get("interval") or (None, None)
-    return Cell(Value(float(entry["perplexity"]), low, high), _perplexity_change(base, entry, confidence))
+    return Cell(Value(entry.perplexity, *(entry.interval or ())), _perplexity_change(base, entry, confidence))
 
 
 def _perplexity_change(
-    base: Mapping[str, Any] | None, entry: Mapping[str, Any], confidence: float
+    base: TextPerplexity | None, entry: TextPerplexity, confidence: float
 ) -> Change | None:
     """None where the two read other texts, or cut them into other tokens."""
-    if (
-        base is None
-        or base["fingerprint"] != entry["fingerprint"]
-        or base["tokens_per_text"] != entry["tokens_per_text"]
-    ):
+    tokens = entry.tokens_per_text
+    if base is None or (base.fingerprint, base.tokens_per_text) != (entry.fingerprint, tokens):
         return None
-    tokens = entry["tokens_per_text"]
-    change = [b - a for a, b in zip(base["nats_per_text"], entry["nats_per_text"], strict=True)]
-    low, high = ratio_interval(change, tokens, confidence=confidence) or (None, None)
-    return Change(
-        math.expm1(math.fsum(change) / sum(tokens)),
-        None if low is None else math.expm1(low),
-        None if high is None else math.expm1(high),
-    )
+    change = [b - a for a, b in zip(base.nats_per_text, entry.nats_per_text, strict=True)]
+    ends = ratio_interval(change, tokens, confidence=confidence) or ()
+    return Change(*(math.expm1(min(nats, LARGEST_LOG)) for nats in (math.fsum(change) / sum(tokens), *ends)))
 
 
 # --------------------------------------------------------------------------------------------------------- correlation
@@ -518,7 +457,7 @@ def gap_against_attack(results: Results, prompt_set: str) -> list[GapAgainstAtta
         if table is None or attack is None:
             continue
         gaps = {row.language: row.gap for row in table.rows}
-        rates = {code: _rate(row) for code, row in attack.result["languages"].items()}
+        rates = {code: _rate(row) for code, row in attack.result.languages.items()}
         points = [
             (code, gaps[code], rate.value)
             for code in in_order(gaps.keys() & rates.keys(), results.dominant)

@@ -1,0 +1,271 @@
+"""The result file of every measurement: what it holds.
+
+::
+
+    suite.json                                 SuiteIndex
+    MODEL/reward_gap.json                      RewardGapResult
+    MODEL/attack/PROMPTS/result.json           SafetyResult, and so over_refusal/PROMPTS/result.json
+    MODEL/attack/PROMPTS/answers.jsonl         rows of mpo.evaluation.answers.AnswerRow
+    MODEL/attack/PROMPTS/verdicts.JUDGE.jsonl  rows of mpo.evaluation.verdicts.VerdictRow
+    MODEL/utility.json                         UtilityResult
+    MODEL/perplexity.json                      PerplexityResult
+    hidden_space/hidden_space.json             mpo.hidden_space.results.HiddenSpace
+    metrics.json                               TrainingMetrics, beside a trained model
+
+All are written by :func:`~mpo.common.typed_json.write_typed` and read by :func:`~mpo.common.typed_json.read_typed`, the
+reward gap by :func:`write_reward_gap` and :func:`read_reward_gap`. ``version`` is the version of a file's form; a file
+without it is older than this key and has version 1. That of ``result.json`` holds for the rows beside it, too. It rises
+when an older reader would misunderstand a file; a new key needs no new version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer
+
+from mpo.common.files import write_json
+from mpo.common.provenance import Provenance, Result
+from mpo.common.typed_json import (
+    FROM_LIST,
+    NO_KEY_IF_EMPTY,
+    Confidence,
+    Count,
+    Number,
+    Share,
+    open_mapping,
+    read_typed,
+)
+from mpo.evaluation.rates import RateTable
+from mpo.evaluation.reward_gap import Comparison, RewardGapTable
+from mpo.evaluation.tasks import TASKS
+
+REWARD_GAP = "reward_gap.json"
+SAFETY = "result.json"
+UTILITY = "utility.json"
+PERPLEXITY = "perplexity.json"
+SUITE = "suite.json"
+METRICS = "metrics.json"
+
+Model = Annotated[
+    dict[str, Any], open_mapping(name=str, model=str | None, adapter=str | None, revision=str | None)
+]
+"""What was measured: names, and whatever else identifies it."""
+
+
+# ---------------------------------------------------------------------------------------------------------- reward gap
+
+Table = Annotated[RewardGapTable, PlainSerializer(lambda table: table.to_dict(records=True))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardGapResult(Result):
+    """``reward_gap.json``.
+
+    Attributes:
+        after: The model's table.
+        before: That of its base model on the same pairs, where the model is an adapter.
+    """
+
+    after: Table
+    before: Table | None = None
+
+
+def write_reward_gap(
+    path: str | Path, measured: RewardGapTable | Comparison, provenance: Provenance | None = None
+) -> Path:
+    """Write ``reward_gap.json``: the keys of a table, or of a comparison, with the scores of every pair.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    made = Result(provenance=provenance or {})
+    return write_json(
+        path,
+        {"version": made.version, **measured.to_dict(records=True), "provenance": made.provenance},
+    )
+
+
+def read_reward_gap(path: str | Path) -> RewardGapResult:
+    """Read ``reward_gap.json``.
+
+    Raises:
+        StorageError: It cannot be read, or is damaged; see :func:`~mpo.common.typed_json.read_typed`.
+    """
+    made = read_typed(path, Result)
+    if "after" in read_typed(path, dict[str, Any]):
+        return read_typed(path, RewardGapResult)
+    return RewardGapResult(after=read_typed(path, RewardGapTable), provenance=made.provenance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMetrics(Result):
+    """``metrics.json``: what a training run measured of itself.
+
+    Attributes:
+        beta: Scale of the target gap.
+        held_out_groups: Number of groups that were measured on; with 0 the four after it are None.
+        before: Table before training.
+        after: Table after it.
+        change: The paired change, as :meth:`Comparison.to_dict` gives it.
+        retention_loss: The retention term on the held-out sources ``before`` and ``after``; None where it was not computed.
+        sources: How many sources were trained on and left out.
+        steps: Number of optimizer steps.
+        train_runtime: Seconds.
+    """
+
+    beta: Number | None = None
+    held_out_groups: Count = 0
+    before: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
+    after: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
+    change: Annotated[dict[str, Any] | None, NO_KEY_IF_EMPTY] = None
+    retention_loss: Annotated[dict[str, Number | None], NO_KEY_IF_EMPTY] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
+    steps: Count = 0
+    train_runtime: Number | None = None
+
+
+# -------------------------------------------------------------------------------------------- attack and over-refusal
+
+Judge = Annotated[dict[str, Any], open_mapping("name", name=str, unparsed=Count)]
+"""Name and settings of a judge, and how many of its replies name no verdict."""
+
+SecondJudge = Annotated[
+    dict[str, Any],
+    open_mapping(
+        "name",
+        name=str,
+        unparsed=Count,
+        languages=dict[str, Any],
+        agreement=Annotated[
+            dict[str, Any], open_mapping("count", count=Count, agreement=Share, kappa=Number | None)
+        ]
+        | None,
+    ),
+]
+"""The same, with its rates and its agreement with the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyResult(Result, RateTable):
+    """``result.json`` of one model on one prompt set; beside it are the answers and the verdicts.
+
+    Attributes:
+        measurement: Name of the task.
+        prompt_set: Name of the prompts.
+        prompts: Where they came from, how many there are, their fingerprint, and what was put around them.
+        model: What answered.
+        engine: What ran it, and how it answered.
+        judge: What judged.
+        second_judge: A second opinion on the same answers.
+    """
+
+    measurement: Annotated[str, Field(pattern=f"^({'|'.join(TASKS)})$")]
+    prompt_set: str = ""
+    prompts: dict[str, Any] = field(default_factory=dict)
+    model: Model = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    judge: Judge
+    second_judge: Annotated[SecondJudge | None, NO_KEY_IF_EMPTY] = None
+
+
+# --------------------------------------------------------------------------------------------- utility and perplexity
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task with its standard error; None where it is not finite or was not given."""
+
+    value: Annotated[float, Field(ge=-1e300, le=1e300)] | None
+    stderr: Annotated[float, Field(ge=0, le=1e300)] | None = None
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One task of lm-evaluation-harness.
+
+    Attributes:
+        count: Number of items.
+        metrics: Scores by ``METRIC,FILTER``.
+        items: Each item's value of a metric, in order, where the metric is their mean.
+    """
+
+    metrics: dict[str, Score]
+    count: Count | None = None
+    items: dict[str, list[Number]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtilityResult(Result):
+    """``utility.json``: scores by task."""
+
+    measurement: Literal["utility"] = "utility"
+    model: Model = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, TaskScores]
+
+
+LARGEST_LOG = 690.0
+"""Of a number whose exponential is taken: the perplexity of a ruined model that no float could hold is e^690."""
+
+Perplexity = Annotated[float, Field(gt=0, le=1e300)]
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Perplexity of the texts of one language.
+
+    Attributes:
+        texts: Number of texts.
+        tokens: Number of tokens that are predicted, the first of each text left out.
+        perplexity: ``exp`` of the mean negative log-likelihood per token.
+        interval: Its confidence interval, which resamples texts; None with fewer than two.
+        fingerprint: Hash of the texts.
+        tokens_per_text: ``[texts]``.
+        nats_per_text: ``[texts]`` negative log-likelihoods.
+        cut: Texts longer than the limit.
+        bits_per_byte: By which models with different tokenizers can be compared; None where texts were cut.
+    """
+
+    texts: Count
+    tokens: Count
+    perplexity: Perplexity
+    interval: Annotated[tuple[Perplexity, Perplexity], FROM_LIST] | None
+    fingerprint: str
+    tokens_per_text: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(min_length=1)]
+    nats_per_text: list[Number]
+    cut: Count = 0
+    bits_per_byte: Number | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.nats_per_text) != len(self.tokens_per_text):
+            raise ValueError("as many `nats_per_text` as `tokens_per_text`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityResult(Result):
+    """``perplexity.json``: perplexity by language."""
+
+    measurement: Literal["perplexity"] = "perplexity"
+    model: Model = field(default_factory=dict)
+    max_length: Count | None = None
+    confidence: Confidence = 0.95
+    languages: dict[str, TextPerplexity]
+
+
+# --------------------------------------------------------------------------------------------------------------- suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteIndex(Result):
+    """``suite.json``.
+
+    Attributes:
+        models: Names of the models in the order of every table.
+        done: Fingerprint of the settings of each measurement that is complete.
+    """
+
+    models: list[str]
+    done: dict[str, str] = field(default_factory=dict)

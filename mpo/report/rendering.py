@@ -1,0 +1,76 @@
+"""Jinja2 templates of the page and the model card: whatever they print is escaped, unless a template wrote it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mpo.common.redaction import redact_text
+from mpo.common.tables import escape_markdown, signed
+from mpo.common.words import listed
+
+
+@dataclass(frozen=True)
+class Section:
+    """One measurement, ready for the page and for the Markdown table.
+
+    Attributes:
+        anchor: Name of the section in links: lower-case letters, digits and hyphens.
+        title: Heading, as plain text.
+        html: Body for the page. Every text in it is escaped, and every picture is a ``data:`` URI.
+        markdown: The same finding as GitHub-flavoured Markdown, escaped, without a heading; empty to leave it out.
+    """
+
+    anchor: str
+    title: str
+    html: str
+    markdown: str = ""
+
+
+class Raw(str):
+    """Markdown that a template prints as it is."""
+
+
+def html(template: str, **values: Any) -> str:
+    """A template as HTML, without the line breaks between its tags."""
+    return re.sub(r">\s*\n\s*<", "><", _HTML.get_template(template).render(values)).strip()
+
+
+def markdown(template: str, **values: Any) -> str:
+    """A template as Markdown, with every value redacted and escaped but :class:`Raw` ones."""
+    return _MARKDOWN.get_template(template).render(values)
+
+
+def fence(text: str, least: int = 1) -> str:
+    """Backticks that are more in a row than any in the text."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def code(text: object) -> Raw:
+    """Inline code in Markdown, also inside a table and whatever backticks the text holds."""
+    line = " ".join(redact_text(str(text)).split()).replace("|", "\\|") or " "
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return Raw(f"{fence(line)}{space}{line}{space}{fence(line)}")
+
+
+def _escaped(value: object) -> str:
+    return value if isinstance(value, Raw) else escape_markdown(redact_text(str(value)))
+
+
+def _environment(**options: Any) -> Environment:
+    return Environment(
+        loader=PackageLoader("mpo.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
+
+
+_HTML = _environment(autoescape=True)
+_HTML.filters["redact"] = redact_text
+_MARKDOWN = _environment(finalize=_escaped, keep_trailing_newline=True)
+_MARKDOWN.filters |= {"code": code, "listed": listed, "signed": signed}
