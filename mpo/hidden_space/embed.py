@@ -384,18 +384,18 @@ class Embedder:
         digest = xxhash.xxh3_128()
         for ids in tokens:
             digest.update(np.asarray([len(ids), *ids], dtype="<i4").tobytes())
-        model = self.opened.identity(with_adapter=with_adapter)
+        reader = self.opened.identity(with_adapter=with_adapter)
         return {
-            "weights": model.weights,
-            "adapter": model.adapter,
+            "weights": reader.model,
+            "adapter": reader.adapter,
             "rows": texts.fingerprint,
             "token_ids": digest.hexdigest(),
             "texts": len(tokens),
             "layers": self.layers,
             "poolings": [name for name in POOLINGS if name in self.settings.poolings],
             "hidden_size": self.text_config.hidden_size,
-            "dtype": model.dtype,
-            "attention": model.attention,
+            "dtype": reader.dtype,
+            "attention": reader.attention,
         }
 
     def _provenance(self, texts: TextSet, cut: int, with_adapter: bool) -> dict[str, Any]:

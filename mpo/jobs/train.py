@@ -26,6 +26,7 @@ from mpo.errors import (
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
+from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
 from mpo.training.allocator import keep_freed_memory
@@ -258,7 +259,8 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         precision=PRECISIONS[half_precision(plan.recipe)],
         data_fingerprint=plan.data.fingerprint,
         base_model=plan.source.name,
-        base_model_revision=getattr(plan.config, "_commit_hash", None) or model.model_revision,
+        base_model_revision=hub_commit(plan.source.name, "config.json", model.model_revision)
+        or model.model_revision,
         base_model_weights=folder_content(plan.source.name) if training.process_index == 0 else None,
         data_origin=plan.data.origin,
         dropped_rows=len(plan.dropped),

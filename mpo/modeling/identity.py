@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import xxhash
-from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from mpo.errors import ModelError
+from mpo.modeling.loading import ModelSource, file_of
 
 _CHUNK = 1 << 24
 
@@ -51,9 +51,9 @@ class ModelIdentity:
     """What tells one computation from another. Two models with equal identities compute the same.
 
     Attributes:
-        weights: ``files:CONTENT:SETTINGS`` (hashes of the safetensors and of the configuration, quantization included),
-            ``hub:NAME@COMMIT``, ``tensors:CONTENT:SETTINGS`` of a model in memory, or ``unknown:...``, which equals no
-            other.
+        model: The model without its adapter: ``files:CONTENT:SETTINGS`` (hashes of the safetensors and of the
+            configuration, quantization included), ``hub:NAME@COMMIT``, ``tensors:CONTENT:SETTINGS`` of a model in memory,
+            or ``unknown:...``, which equals no other.
         adapter: The same of the adapter that is switched on; None without one.
         tokenizer: Hash of the tokenizer's content; None where the token ids themselves are known.
         chat_template: Hash of the chat template, likewise.
@@ -62,7 +62,7 @@ class ModelIdentity:
         attention: Attention implementation; None for the model's own.
     """
 
-    weights: str
+    model: str
     adapter: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
@@ -80,19 +80,19 @@ class ModelIdentity:
         return hash_settings(self.to_dict())
 
 
-def identify_files(name: str, settings_file: str, commit: str | None) -> str:
-    """A model or an adapter that is read from files, see :attr:`ModelIdentity.weights`.
+def identify_files(name: str, settings_file: str, revision: str | None = None) -> str:
+    """A model or an adapter that is read from files, see :attr:`ModelIdentity.model`.
 
     Args:
         name: Folder or Hub name.
         settings_file: ``config.json`` or ``adapter_config.json``.
-        commit: Commit or revision on the Hub.
+        revision: On the Hub.
 
     Raises:
         ModelError: The folder has no safetensors file, or its settings cannot be read.
     """
     if not os.path.isdir(name):
-        return f"hub:{name}@{commit}"
+        return f"hub:{name}@{hub_commit(name, settings_file, revision)}"
     folder = Path(name)
     settings = _read_json(folder / settings_file)
     if (folder / "generation_config.json").is_file():  # which tokens end an answer
@@ -100,22 +100,28 @@ def identify_files(name: str, settings_file: str, commit: str | None) -> str:
     return f"files:{fingerprint_folder(folder)}:{hash_settings(computing_settings(settings))}"
 
 
-def identify_module(model: Any, *, adapter_on: bool = True, files: str | None = None) -> ModelIdentity:
+def hub_commit(name: str, file: str, revision: str | None = None) -> str | None:
+    """The commit that a file of a Hub repository is read from; None for a folder, or where the file is not there."""
+    found = None if os.path.isdir(name) else file_of(name, file, revision=revision)
+    return None if found is None else found.parent.name  # the cache calls its folders so
+
+
+def identify_module(
+    model: Any, *, adapter_on: bool = True, files: ModelSource | None = None
+) -> ModelIdentity:
     """The identity of a model in memory, with the adapter that is on it.
 
     Args:
         model: A causal language model or a PEFT model of one.
         adapter_on: False where the model computes with its adapter switched off.
-        files: Folder or Hub name that the base model's weights were read from and still equal, which spares hashing
-            them in memory.
+        files: Where the base model's weights were read from, if they are still the same: spares hashing them in memory.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     settings = hash_settings(computing_settings(json.loads(base.config.to_json_string(use_diff=False))))
-    commit = getattr(base.config, "_commit_hash", None)
-    if files is not None and os.path.isdir(files):
-        weights = f"files:{fingerprint_folder(Path(files))}:{settings}"
-    elif files is not None and commit:
-        weights = f"hub:{files}@{commit}:{settings}"
+    if files is not None and files.is_local:
+        weights = f"files:{fingerprint_folder(Path(files.name))}:{settings}"
+    elif files is not None and (commit := hub_commit(files.name, "config.json", files.revision)):
+        weights = f"hub:{files.name}@{commit}:{settings}"
     else:
         tensors = fingerprint_module(model)
         # Partitioned weights cannot be told apart here, so nothing is ever found under their identity.
@@ -176,7 +182,7 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         content = json.dumps(sorted(tokenizer.get_vocab().items()))
     else:
         if backend.truncation is not None or backend.padding is not None:  # set by whoever called it last
-            backend = Tokenizer.from_str(backend.to_str())
+            backend = type(backend).from_str(backend.to_str())
             backend.no_truncation()
             backend.no_padding()
         content = backend.to_str()

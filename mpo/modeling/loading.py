@@ -212,16 +212,16 @@ def adapter_tensors(adapter: str, *, revision: str | None = None) -> set[str]:
     """
     path = file_of(adapter, "adapter_model.safetensors", revision=revision)
     if path is None:
-        pickle = file_of(adapter, "adapter_model.bin", revision=revision) is not None
-        raise ModelError(
-            f"The adapter {adapter} has no adapter_model.safetensors"
-            + (
-                ", only a pickle (adapter_model.bin), which could run code when read. Save it again as safetensors "
-                "with a current version of PEFT."
-                if pickle
-                else ". Was its training cut off while saving?"
+        if file_of(adapter, "adapter_model.bin", revision=revision) is not None:
+            what = (
+                ", only a pickle (adapter_model.bin), which could run code when read. Save it again as safetensors with a "
+                "current version of PEFT."
             )
-        )
+        elif os.path.isdir(adapter):
+            what = ". Was its training cut off while saving?"
+        else:
+            what = f" on the Hub or, while offline, in the cache. `hf download {adapter}` fetches it where there is a network."
+        raise ModelError(f"The adapter {adapter} has no adapter_model.safetensors{what}")
     names = _open_safetensors(path)
     if not names:
         raise ModelError(

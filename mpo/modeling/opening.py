@@ -81,13 +81,10 @@ class OpenedModel:
         """
         adapter = None
         if self.adapter is not None and with_adapter:
-            found = file_of(self.adapter, "adapter_config.json", revision=self.adapter_revision)
-            commit = found.parent.name if found is not None else self.adapter_revision
-            adapter = identify_files(self.adapter, "adapter_config.json", commit)
-        commit = getattr(self.config, "_commit_hash", None) or self.source.revision
+            adapter = identify_files(self.adapter, "adapter_config.json", self.adapter_revision)
         stored = self.config.dtype if self.dtype == "auto" else None
         return ModelIdentity(
-            identify_files(self.source.name, "config.json", commit),
+            identify_files(self.source.name, "config.json", self.source.revision),
             adapter,
             fingerprint_tokenizer(self.tokenizer),
             fingerprint_template(self.tokenizer),

@@ -35,7 +35,7 @@ def open_policy(
             raise ModelError(
                 "the model was not loaded from anywhere: pass its tokenizer as `processing_class`."
             )
-        tokenizer = load_tokenizer(_source(name, args), args.chat_template)
+        tokenizer = load_tokenizer(source_of(name, args), args.chat_template)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(
             f"`processing_class` is a {type(tokenizer).__name__}; MPO trains on text and needs a tokenizer."
@@ -44,7 +44,8 @@ def open_policy(
     return model, tokenizer
 
 
-def _source(name: str, args: MPOConfig) -> ModelSource:
+def source_of(name: str, args: MPOConfig) -> ModelSource:
+    """Where a model of this name is read from, as the settings say."""
     kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
     return ModelSource(name, kwargs.get("revision"), args.trust_remote_code)
 
@@ -52,7 +53,7 @@ def _source(name: str, args: MPOConfig) -> ModelSource:
 def _open(name: str, args: MPOConfig, tokenizer: PreTrainedTokenizerBase | None) -> OpenedModel:
     given: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     return open_model(
-        _source(name, args),
+        source_of(name, args),
         tokenizer=tokenizer,
         chat_template=args.chat_template,
         chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from mpo.errors import ModelError
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.identity import identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
+from mpo.modeling.loading import ModelSource
 from mpo.training.config import MPOConfig
 from mpo.training.objectives import MISMATCHED, REFERENCE, RETENTION, SOURCE_GAP
 from mpo.training.ranks import from_main
@@ -69,7 +70,7 @@ class ReferencePolicy:
         policy: The model that is trained.
         explicit: An explicit reference, or None.
         new_adapter: Configuration of the adapter that the trainer has put on the policy, or None.
-        loaded_from: Folder or Hub id that the policy's weights were loaded from, or None.
+        loaded_from: Where the policy's weights were loaded from, or None.
         cache_dir: Folder of the reference cache, shared by all ranks.
         shape: How sources become model calls; once values were asked for, with the layout that the model takes.
     """
@@ -80,7 +81,7 @@ class ReferencePolicy:
         explicit: PreTrainedModel | None,
         *,
         new_adapter: Any,
-        loaded_from: str | None,
+        loaded_from: ModelSource | None,
         cache_dir: str,
         shape: BatchShape,
     ) -> None:

@@ -43,7 +43,7 @@ from mpo.training.guards import FiniteGuard
 from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import LanguageMetrics, evaluation_metrics
 from mpo.training.objectives import SOURCE_GAP
-from mpo.training.policy import open_policy
+from mpo.training.policy import open_policy, source_of
 from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
@@ -186,7 +186,7 @@ class MPOTrainer(DPOTrainer):
             self._policy,
             ref_model,
             new_adapter=peft_config,
-            loaded_from=loaded_from,
+            loaded_from=None if loaded_from is None else source_of(loaded_from, args),
             cache_dir=args.reference_folder(),
             shape=self.data_collator.shape,
         )

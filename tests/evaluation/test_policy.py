@@ -52,7 +52,7 @@ def test_a_result_says_who_was_measured(place: Path, tmp_path: Path, measurement
 
     plain, tuned = identity(), identity("--adapter", str(place / "adapter"))
     assert plain["adapter"] is None and tuned["adapter"].startswith("files:")
-    assert plain["weights"] == tuned["weights"]
+    assert plain["model"] == tuned["model"]
     assert tuned["chat_template_kwargs"] == {"enable_thinking": False}
     given = identity("--adapter", str(place / "adapter"), "--chat_template_kwargs", '{"a": [1]}')
     assert given == {**tuned, "chat_template_kwargs": {"a": [1]}}

@@ -104,9 +104,7 @@ def test_a_recipe_leaves_numbers_tables_and_pictures(analysed: Path) -> None:
 def test_a_second_run_embeds_nothing_and_finds_the_same(
     analysed: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "mpo.hidden_space.embed.load_model", lambda *a, **k: pytest.fail("weights were loaded")
-    )
+    monkeypatch.setattr("mpo.modeling.opening.load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     before = json.loads((analysed / "hidden_space.json").read_text(encoding="utf-8"))["models"]
     pictures = {path.name: path.read_bytes() for path in analysed.glob("*.png")}
     assert main(["analyze", "hidden-space", str(place / "recipe.yaml")]) == 0

@@ -19,7 +19,6 @@ from mpo.modeling.identity import (
     ModelIdentity,
     computing_settings,
     fingerprint_folder,
-    identify_files,
     identify_module,
 )
 from mpo.modeling.loading import ModelSource
@@ -83,7 +82,7 @@ def test_every_setting_of_an_adapter_that_changes_what_it_computes_is_part_of_wh
     edit(folders / "adapter" / "adapter_config.json", **changes)
     after = identity(folders)
     assert after.adapter != before.adapter and after.digest != before.digest
-    assert after.weights == before.weights
+    assert after.model == before.model
 
 
 def test_paths_versions_and_the_order_of_a_set_are_not(folders: Path) -> None:
@@ -171,10 +170,6 @@ def test_what_another_library_saved_as_the_same_template_and_tokenizer_is_the_sa
     assert (after.tokenizer, after.chat_template) == (before.tokenizer, before.chat_template)
 
 
-def test_a_model_of_the_hub_is_its_name_and_commit() -> None:
-    assert identify_files("org/model", "config.json", "abc") == "hub:org/model@abc"
-
-
 def test_the_order_of_layers_is_no_order_of_a_set() -> None:
     layers = ["full_attention", "sliding_attention"]
     assert computing_settings({"layer_types": layers}) != computing_settings({"layer_types": layers[::-1]})
@@ -233,23 +228,26 @@ def test_adapters_in_memory_that_compute_something_else_are_told_apart(other: Ca
 
 def test_a_switched_off_adapters_settings_do_not_count(place: Path) -> None:
     model = str(place / "model")
-    off = [identify_module(adapted(lora_alpha=a), adapter_on=False, files=model).digest for a in (8, 64)]
-    assert off[0] == off[1] == identify_module(build_model("llama"), files=model).digest
+    off = [
+        identify_module(adapted(lora_alpha=a), adapter_on=False, files=ModelSource(model)).digest
+        for a in (8, 64)
+    ]
+    assert off[0] == off[1] == identify_module(build_model("llama"), files=ModelSource(model)).digest
 
 
 def test_files_and_configuration_both_count_for_a_model_that_was_read_from_files(place: Path) -> None:
     model = build_model("llama")
-    before = identify_module(model, files=str(place / "model"))
-    assert before.weights.startswith("files:")
+    before = identify_module(model, files=ModelSource(str(place / "model")))
+    assert before.model.startswith("files:")
     changed = copy.deepcopy(model)
     changed.config.rms_norm_eps = 0.1
-    assert identify_module(changed, files=str(place / "model")).weights != before.weights
+    assert identify_module(changed, files=ModelSource(str(place / "model"))).model != before.model
 
 
 def test_weights_that_are_divided_over_ranks_equal_no_others() -> None:
     model = build_model("llama").to("meta")  # as under ZeRO-3, the tensors are not here
     first, second = identify_module(model), identify_module(model)
-    assert first.weights.startswith("unknown:") and first.digest != second.digest
+    assert first.model.startswith("unknown:") and first.digest != second.digest
 
 
 def test_an_adapter_that_is_loaded_has_the_identity_of_its_copy_in_memory(place: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer
 
 from mpo.errors import ModelError
 from mpo.modeling import opening
+from mpo.modeling.identity import identify_module
 from mpo.modeling.loading import ModelSource
 from mpo.modeling.opening import OpenedModel, open_model, trained_template_kwargs
 from tests.evaluation.adapters import save_model_and_adapter
@@ -60,6 +62,13 @@ def opened(place: Path, **settings: Any) -> OpenedModel:
     return open_model(
         ModelSource(str(place / "model")), adapter=str(place / "adapter"), device="cpu", **settings
     )
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    warnings: list[str] = []
+    monkeypatch.setattr(opening.logger, "warning_once", warnings.append)
+    return warnings
 
 
 # ---- Tokenizer and template ----------------------------------------------------------------------------------------
@@ -255,14 +264,47 @@ def test_checks_come_before_weights(place: Path, monkeypatch: pytest.MonkeyPatch
         opened(place)
 
 
+# ---- The Hub -------------------------------------------------------------------------------------------------------
+
+
+def put_on_hub(cache: Path, folder: Path, name: str, commit: str) -> None:
+    """As a download leaves it; the network is switched off."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+
+
+def test_a_model_and_an_adapter_of_the_hub_are_opened_alike(
+    place: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = OWN
+    tokenizer.save_pretrained(place / "adapter")
+    recipe(place / "adapter", "chat_template_kwargs: {quiet: true}")
+    name_base(place / "adapter", "org/model")
+    cache, commits = place / "hub", {"model": "1" * 40, "adapter": "2" * 40}
+    for name, commit in commits.items():
+        put_on_hub(cache, place / name, f"org/{name}", commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    found = open_model(ModelSource("org/model"), adapter="org/adapter", device="cpu")
+    assert found.tokenizer.chat_template == OWN and found.chat_template_kwargs == {"quiet": True}
+    identity = found.identity()
+    assert identity.model == f"hub:org/model@{commits['model']}"
+    assert identity.adapter == f"hub:org/adapter@{commits['adapter']}"
+    ids = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(found.load()(input_ids=ids).logits, opened(place).load()(input_ids=ids).logits)
+    assert identify_module(found.load(with_adapter=False), files=found.source).model.startswith(
+        identity.model
+    )
+    assert [text for text in said if "org/adapter" in text] == []
+    (cache / "models--org--adapter" / "snapshots" / commits["adapter"] / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"while offline, in the cache\. `hf download org/adapter`"):
+        open_model(ModelSource("org/model"), adapter="org/adapter", device="cpu")
+
+
 # ---- The adapter's base --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    warnings: list[str] = []
-    monkeypatch.setattr(opening.logger, "warning_once", warnings.append)
-    return warnings
 
 
 def test_another_base_of_the_same_shape_is_named_with_the_adapters_own(place: Path, said: list[str]) -> None:

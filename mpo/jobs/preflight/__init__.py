@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from datasets import Dataset
-from peft import PeftConfig
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-from mpo.common.tables import fact_lines
-from mpo.data import BadRow, LoadedGroups
 from mpo.errors import ConfigError
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
 from mpo.jobs.preflight.model import count_adapter, with_model_choices
 from mpo.jobs.preflight.packages import check_packages
+from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
 from mpo.training.compute import is_installed
 from mpo.training.recipe import Recipe
 from mpo.training.sampling import count_languages
-from mpo.training.workload import Schedule, Workload, count_work, schedule, tokenize_for_training
+from mpo.training.workload import count_work, schedule, tokenize_for_training
 
-
-@dataclass
-class Plan:
-    """A recipe that was found sound, with what was opened to find out.
-
-    Attributes:
-        recipe: the recipe, with `dtype` and `attn_implementation` filled in.
-        source: where the model comes from.
-        config: the model's configuration.
-        tokenizer: with a chat template.
-        peft_config: of the new adapter, or None.
-        data: what was loaded, before the split.
-        train, held_out: groups; ``held_out`` is None where nothing is.
-        dropped: bad rows that were left out.
-        trainable, parameters: numbers of trained weights and of the model's own.
-        work: one epoch of training.
-        languages: number of training pairs of each target language.
-        held_out_pairs: number of held-out target pairs.
-        schedule: steps and epochs of the run.
-        facts: what the printed plan says, in order.
-        notes: sentences about what the user may not have meant.
-    """
-
-    recipe: Recipe
-    source: ModelSource
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    peft_config: PeftConfig | None
-    data: LoadedGroups
-    train: Dataset
-    held_out: Dataset | None
-    dropped: list[BadRow]
-    trainable: int
-    parameters: int
-    work: Workload
-    languages: dict[str, int]
-    held_out_pairs: int
-    schedule: Schedule
-    facts: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.schedule.steps
-
-    def to_text(self) -> str:
-        """The plan, one fact per line."""
-        return "\n".join([fact_lines(self.facts), *(f"Note: {note}" for note in self.notes)])
+__all__ = ["Plan", "check_output_folder", "check_packages", "make_plan"]
 
 
 def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from mpo.common.words import counted, magnitude, plain, size
 from mpo.data import language_name
 from mpo.evaluation.reward_gap import sort_languages
 from mpo.jobs.preflight.model import PRECISIONS, half_precision, listed_modules
+from mpo.jobs.preflight.plan import Plan
 from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from mpo.jobs.preflight import Plan
 
 
 def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:

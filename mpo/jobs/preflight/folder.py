@@ -6,16 +6,13 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpo.common.files import check_writable
 from mpo.common.words import counted, plain, size
 from mpo.errors import ConfigError, StorageError
+from mpo.jobs.preflight.plan import Plan
 from mpo.training.checkpoints import last_complete_checkpoint
 from mpo.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from mpo.jobs.preflight import Plan
 
 # Bytes that AdamW keeps for each trained weight: two float32 moments.
 _OPTIMIZER_BYTES = 8

@@ -1,0 +1,65 @@
+"""What was found out about a recipe before it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from mpo.common.tables import fact_lines
+from mpo.data import BadRow, LoadedGroups
+from mpo.modeling.loading import ModelSource
+from mpo.training.recipe import Recipe
+from mpo.training.workload import Schedule, Workload
+
+
+@dataclass
+class Plan:
+    """A recipe that was found sound, with what was opened to find out.
+
+    Attributes:
+        recipe: the recipe, with `dtype` and `attn_implementation` filled in.
+        source: where the model comes from.
+        config: the model's configuration.
+        tokenizer: with a chat template.
+        peft_config: of the new adapter, or None.
+        data: what was loaded, before the split.
+        train, held_out: groups; ``held_out`` is None where nothing is.
+        dropped: bad rows that were left out.
+        trainable, parameters: numbers of trained weights and of the model's own.
+        work: one epoch of training.
+        languages: number of training pairs of each target language.
+        held_out_pairs: number of held-out target pairs.
+        schedule: steps and epochs of the run.
+        facts: what the printed plan says, in order.
+        notes: sentences about what the user may not have meant.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    peft_config: PeftConfig | None
+    data: LoadedGroups
+    train: Dataset
+    held_out: Dataset | None
+    dropped: list[BadRow]
+    trainable: int
+    parameters: int
+    work: Workload
+    languages: dict[str, int]
+    held_out_pairs: int
+    schedule: Schedule
+    facts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.schedule.steps
+
+    def to_text(self) -> str:
+        """The plan, one fact per line."""
+        return "\n".join([fact_lines(self.facts), *(f"Note: {note}" for note in self.notes)])
