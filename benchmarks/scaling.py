@@ -38,7 +38,7 @@ from mpo.errors import ConfigError
 from mpo.modeling.head import RewardGapOutput
 from mpo.modeling.layout import BatchShape
 from mpo.planning.known_models import SHAPES, shape_config
-from mpo.training.reference import SourceReference, build_or_load, unique_sources
+from mpo.training.reference import GroupReference, build_or_load
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
@@ -46,6 +46,7 @@ from mpo.training.sampling import (
     TokenBudgetSampler,
     count_languages,
 )
+from mpo.training.unique_pairs import unique_sources
 from mpo.training.workload import group_tokens
 
 PARTS = ("targets", "length", "vocabulary", "groups")
@@ -239,7 +240,7 @@ def measure_groups(count: int, folder: Path, *, reference_pass: bool = True) -> 
     groups = write_groups(folder / "groups.arrow", count)
     shape = BatchShape("tree", 1 << 20, 0, "mean", 32_768)
 
-    def reference() -> SourceReference:
+    def reference() -> GroupReference:
         return build_or_load(
             groups,
             lambda: contextlib.nullcontext(stand_in),

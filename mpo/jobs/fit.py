@@ -228,8 +228,8 @@ class Fit:
     def choices(self, machine: Machine) -> list[Choice]:
         """Each way to divide the model there."""
         given = self.recipe.given.get("gradient_checkpointing")
-        # A group that is divided as far as it can be: one target and, for the retention term, its source.
-        least = math.ceil(self.work.mean_tree * (2 if self.recipe.training.retain_weight > 0 else 1))
+        # A group that is divided as far as it can be: one target and, where sources are run, its source.
+        least = math.ceil(self.work.mean_tree * (2 if self.recipe.training.runs_sources else 1))
         return choices(
             self.training,
             machine.gpus,
@@ -249,7 +249,7 @@ class Fit:
         """Time of the reference pass and of so many epochs."""
         context = self.work.mean_tree / 2  # a token attends to half of its tree, on average
         work = step_flops(training, self.work.tokens * epochs, context)
-        work += reference_flops(training, self.work.source_tokens, context)
+        work += reference_flops(training, self.work.reference_tokens, context)
         return work / (gpus * self._flops_per_second)
 
     @property
@@ -433,7 +433,7 @@ def _work(recipe: Recipe, assumed: Assumptions) -> tuple[Workload, str]:
             )
     work = assume_work(args, sources=assumed.groups, targets=assumed.targets, tree_tokens=assumed.tree_tokens)
     origin = data.dataset if isinstance(data.dataset, str) else "the data"
-    most = int(work.group_tokens.max()) // assumed.tree_tokens - (args.retain_weight > 0)
+    most = int(work.group_tokens.max()) // assumed.tree_tokens - args.runs_sources
     return work, (
         f"assumed, since {origin} or its tokenizer is not here: {work.groups:,} groups of "
         f"{'' if work.pairs == most * work.groups else 'up to '}{counted(most, 'pair')}, "

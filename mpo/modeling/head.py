@@ -22,7 +22,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from mpo.errors import ModelError
 from mpo.modeling.logprobs import FrozenHeadLogProbs
-from mpo.modeling.loss import segment_mean
+from mpo.modeling.loss import segment_mean, segment_sum
 from mpo.modeling.masks import attention_mask as tree_attention_mask
 from mpo.modeling.tree_attention import IMPLEMENTATION as TREE_IMPLEMENTATION
 
@@ -41,11 +41,18 @@ class RewardGapOutput(ModelOutput):
             tree, in nats, float32.
         pooled: ``[P, 2, H]``, pooled final hidden state (after the final norm) of prompt + chosen and prompt +
             rejected of each pooled tree, float32.
+        shared_logps: ``[T, 2]``, log-likelihood of as many first tokens of each response as the shorter one has, summed;
+            where the batch asks for it.
+        prompt_logps: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; where the batch asks for it.
+        prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
         aux_loss: scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
     response_logps: Tensor | None = None
     pooled: Tensor | None = None
+    shared_logps: Tensor | None = None
+    prompt_logps: Tensor | None = None
+    prompt_states: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
@@ -96,6 +103,11 @@ def _reward_gap_forward(
     tree_ids: Tensor | None = None,
     branch_ids: Tensor | None = None,
     tree_spans: tuple[int, ...] | None = None,
+    score_shared: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    prompt_labels: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    state_index: Tensor | None = None,
     output_router_logits: bool = False,
     **ignored: Any,
 ) -> RewardGapOutput:
@@ -116,11 +128,25 @@ def _reward_gap_forward(
         input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, **extra
     )
     hidden = outputs.last_hidden_state.flatten(0, 1)
+    prompts = None
+    if prompt_index is not None and prompt_labels is not None and prompt_lengths is not None:
+        prompts = (prompt_index, prompt_labels, prompt_lengths)
+    response_logps, shared_logps, prompt_logps = _log_likelihoods(
+        model, config, hidden, (score_index, score_labels, score_lengths), score_shared, prompts
+    )
     return RewardGapOutput(
-        response_logps=_response_logps(model, config, hidden, score_index, score_labels, score_lengths),
+        response_logps=response_logps,
         pooled=_pooled(hidden, pool_index, pool_lengths),
+        shared_logps=shared_logps,
+        prompt_logps=prompt_logps,
+        prompt_states=None if state_index is None else _states(hidden, state_index),
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
+
+
+@torch.compiler.disable
+def _states(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.index_select(0, index).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 @torch.compiler.disable
@@ -132,12 +158,44 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     return segment_mean(hidden.index_select(0, index), lengths).unflatten(0, (-1, 2))
 
 
+_Scored = tuple[
+    Tensor, Tensor, Tensor
+]  # positions that predict tokens, the tokens, and how many belong together
+
+
 @torch.compiler.disable
-def _response_logps(
-    model: PreTrainedModel, config: Any, hidden: Tensor, index: Tensor, labels: Tensor, lengths: Tensor
-) -> Tensor:
+def _log_likelihoods(
+    model: PreTrainedModel,
+    config: Any,
+    hidden: Tensor,
+    responses: _Scored,
+    shared: Tensor | None,
+    prompts: _Scored | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Means over the responses' tokens ``[T, 2]`` and, where asked for, sums over their first tokens and the prompts'."""
+    index, labels, lengths = responses
     if lengths.numel() == 0:
-        return hidden.new_zeros((0, 2), dtype=torch.float32)
+        nothing = hidden.new_zeros((0, 2), dtype=torch.float32)
+        return nothing, None if shared is None else nothing, None if prompts is None else nothing[:, 0]
+    if prompts is not None:
+        index, labels = torch.cat([index, prompts[0]]), torch.cat([labels, prompts[1]])
+    # One call of the head for all: where it is sharded, a call is a collective.
+    values = _token_logps(model, config, hidden, index, labels)
+    lengths = lengths.to(values.device)
+    of_prompts = None
+    if prompts is not None:
+        values, rest = values.split([responses[0].shape[0], prompts[0].shape[0]])
+        of_prompts = segment_sum(rest, prompts[2].to(values.device))
+    of_shared = None
+    if shared is not None:
+        of_shared = segment_sum(values * shared.to(values.device), lengths).unflatten(0, (-1, 2))
+    return segment_mean(values, lengths).unflatten(0, (-1, 2)), of_shared, of_prompts
+
+
+def _token_logps(
+    model: PreTrainedModel, config: Any, hidden: Tensor, index: Tensor, labels: Tensor
+) -> Tensor:
+    """Log-likelihood ``[N]`` of each token under the state before it."""
     head = model.get_output_embeddings()
     # With a model split over devices (`device_map`), the last layer may lie elsewhere than the head.
     device = head.weight.device
@@ -163,8 +221,7 @@ def _response_logps(
             )[0]
         return values
 
-    scored = hidden.index_select(0, index).to(device)
-    return segment_mean(_call_as(head, log_probs, scored), lengths.to(device)).unflatten(0, (-1, 2))
+    return _call_as(head, log_probs, hidden.index_select(0, index).to(device))
 
 
 def _call_as(module: nn.Module, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:

@@ -47,15 +47,21 @@ class BatchShape:
 
 
 def call_on_trees(
-    forward: Forward, trees: Sequence[Tree], shape: BatchShape, device: torch.device
+    forward: Forward,
+    trees: Sequence[Tree],
+    shape: BatchShape,
+    device: torch.device,
+    *,
+    score_shared: bool = False,
 ) -> RewardGapOutput:
-    """One call of a model with the reward-gap head on trees, in the given layout."""
+    """One call of a model with the reward-gap head on trees, in the given layout; see :func:`mpo.modeling.trees.build_batch`."""
     batch = build_batch(
         trees,
         layout=shape.layout,
         max_tokens_per_row=shape.max_tokens_per_row,
         pad_token_id=shape.pad_token_id,
         pooling=shape.pooling,
+        score_shared=score_shared,
     )
     return forward(
         reward_gap_head=True,

@@ -26,6 +26,21 @@ def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "mean", lengths=lengths, axis=0, unsafe=True)
 
 
+def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
+    """
+    Sum of consecutive segments along the first dimension.
+
+    Args:
+        values: ``[N]``, the segments one after another. Half-precision values are summed in float32.
+        lengths: ``[S]`` integers that sum to ``N``; an empty segment's sum is 0.
+
+    Returns:
+        ``[S]``, float32 or the dtype of ``values`` if that is wider.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True)
+
+
 def reward_gap(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     """
     Reward gap ``RG(x) = r(x, y_w) - r(x, y_l)``: chosen minus rejected.

@@ -1,9 +1,9 @@
-"""Target pairs under a model: the tensors that a loss needs, and the model calls that they come from."""
+"""Preference pairs under a model: the tensors that a loss needs, and the model calls that they come from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,19 +15,55 @@ from mpo.modeling.loss import retention_loss
 from mpo.modeling.trees import MODEL_KEYS
 
 
+@dataclass(frozen=True)
+class StepMeans:
+    """Means over all pairs of an optimizer step, its micro-batches and ranks together.
+
+    With them the loss of a pair can be its share of a mean over the step's tokens: a sum over the pair's tokens divided by
+    the mean number of tokens.
+
+    Attributes:
+        chosen_tokens: Length of the chosen response.
+        sequence_tokens: Tokens of prompt and chosen response but the first, which nothing predicts.
+        kl: KTO's reference point ``z_0`` of the step, nats; 0 for other objectives.
+    """
+
+    chosen_tokens: Tensor | float
+    sequence_tokens: Tensor | float
+    kl: Tensor | float = 0.0
+
+
 @dataclass
 class PairTensors:
-    """The tensors of one batch of T target pairs from G groups: all a loss needs, whatever the batch's layout.
+    """The tensors of one batch of T pairs from G groups: all a loss needs, whatever the batch's layout.
+
+    The pairs are the groups' target pairs, unless ``train_on`` says otherwise. What the chosen objectives do not ask for
+    is None.
 
     Attributes:
         chosen_logps: ``[T]``, mean log-likelihood per token of the chosen responses under the policy, nats.
         rejected_logps: ``[T]``, the same for the rejected responses.
-        reference_gap: ``[T]``, the reference's reward gap on the pair's source (a constant), nats per token.
+        reference_gap: ``[T]``, the reference's reward gap on the pair's source (a constant), nats per token; NaN where it
+            is not asked for.
         retention: ``[T]``, retention term of the pair's source (0 where the source is not run).
         language: ``[T]``, index of the pair's language in the trainer's ``languages``.
         group_of_pair: ``[T]``, index of the pair's group, 0 to G - 1.
         source_hidden: ``[G, 2, H]``, pooled states of the source's two sequences under the policy, or None.
         reference_hidden: ``[G, 2, H]``, the same under the reference, or None.
+        chosen_lengths: ``[T]``, tokens of the chosen responses.
+        rejected_lengths: ``[T]``, the same for the rejected responses.
+        is_source: ``[T]``, True for a pair in the dominant language.
+        reference_chosen_logps: ``[T]``, ``chosen_logps`` of the same pairs under the reference (a constant), or None.
+        reference_rejected_logps: ``[T]``, the same for the rejected responses, or None.
+        shared_sums: ``[T, 2]``, log-likelihood of as many first tokens of the chosen and the rejected response as the
+            shorter one has, summed; or None.
+        reference_shared_sums: ``[T, 2]``, the same under the reference, or None.
+        prompt_sums: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; or None.
+        prompt_states: ``[P, L, H]``, of each of P prompts the final hidden state of its last token in each of its languages,
+            the source's too, zeros where it has fewer than L; or None.
+        prompt_counts: ``[P]``, number of languages of each, or None.
+        prompt_of_pair: ``[T]``, index of the pair's prompt among these, or None.
+        step: Means over the optimizer step.
     """
 
     chosen_logps: Tensor
@@ -38,6 +74,51 @@ class PairTensors:
     group_of_pair: Tensor
     source_hidden: Tensor | None = None
     reference_hidden: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    is_source: Tensor | None = None
+    reference_chosen_logps: Tensor | None = None
+    reference_rejected_logps: Tensor | None = None
+    shared_sums: Tensor | None = None
+    reference_shared_sums: Tensor | None = None
+    prompt_sums: Tensor | None = None
+    prompt_states: Tensor | None = None
+    prompt_counts: Tensor | None = None
+    prompt_of_pair: Tensor | None = None
+    step: StepMeans | None = None
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods of the chosen and the rejected responses summed over their tokens, ``[T]`` each."""
+        assert self.chosen_lengths is not None and self.rejected_lengths is not None
+        return self.chosen_logps * self.chosen_lengths, self.rejected_logps * self.rejected_lengths
+
+    @property
+    def reference_sums(self) -> tuple[Tensor, Tensor]:
+        """The same under the reference."""
+        assert self.chosen_lengths is not None and self.rejected_lengths is not None
+        assert self.reference_chosen_logps is not None and self.reference_rejected_logps is not None
+        return (
+            self.reference_chosen_logps * self.chosen_lengths,
+            self.reference_rejected_logps * self.rejected_lengths,
+        )
+
+    @property
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
+        """``log pi(y|x) - log pi_ref(y|x)`` of the chosen and the rejected responses, summed over their tokens."""
+        assert self.chosen_lengths is not None and self.rejected_lengths is not None
+        assert self.reference_chosen_logps is not None and self.reference_rejected_logps is not None
+        # The difference first: of two large sums it would lose digits.
+        return (
+            (self.chosen_logps - self.reference_chosen_logps) * self.chosen_lengths,
+            (self.rejected_logps - self.reference_rejected_logps) * self.rejected_lengths,
+        )
+
+    def select(self, pairs: Tensor) -> PairTensors:
+        """Some of the pairs, by their places ``[S]``; groups stay what they are."""
+        of_groups = ("source_hidden", "reference_hidden", "prompt_states", "prompt_counts", "step")
+        per_pair = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_groups}
+        return replace(self, **{k: v[pairs] for k, v in per_pair.items() if v is not None})
 
 
 def call_model(forward: Forward, tensors: dict[str, Any], **kwargs: Any) -> RewardGapOutput:
@@ -48,33 +129,60 @@ def call_model(forward: Forward, tensors: dict[str, Any], **kwargs: Any) -> Rewa
 
 
 def pair_tensors(
-    batch: dict[str, Any], logps: Tensor, pooled: Tensor | None, pairs: Tensor | None = None
+    batch: dict[str, Any],
+    output: RewardGapOutput,
+    pooled: Tensor | None,
+    call: dict[str, Any] | None = None,
 ) -> PairTensors:
     """The tensors a loss needs, from what the head returned.
 
     Args:
         batch: From :class:`mpo.training.sampling.GroupCollator`.
-        logps: ``[T, 2]``, scores of the target pairs.
+        output: Scores of T pairs.
         pooled: ``[G, 2, H]``, pooled states of the sources, or None.
-        pairs: ``[T]``, which of the batch's pairs these are; None for all.
+        call: The call of a split batch that gave the output, with ``pairs``, which of the batch's pairs these are.
     """
-    select = (lambda values: values) if pairs is None else (lambda values: values[pairs])
-    group_of_pair = select(batch["group_of_pair"])
+    pairs = None if call is None else call["pairs"]
+
+    def own(name: str) -> Any:
+        values = batch.get(name)
+        return values if pairs is None or values is None else values[pairs]
+
+    logps = output.response_logps
+    assert logps is not None
+    group_of_pair = own("group_of_pair")
     reference_hidden = batch.get("reference_hidden")
     if pooled is None or not pooled.shape[0] or reference_hidden is None:
         pooled, reference_hidden = None, None
         retention = torch.zeros_like(logps[:, 0])
     else:
         retention = retention_loss(pooled, reference_hidden)[group_of_pair]
+    lengths, reference_logps = own("lengths"), own("reference_logps")
+    prompts = (batch if call is None else call).get("prompts")
+    states = None
+    if prompts is not None and output.prompt_states is not None:
+        states = output.prompt_states[prompts["rows"]] * prompts["present"][:, :, None]
     return PairTensors(
         chosen_logps=logps[:, 0],
         rejected_logps=logps[:, 1],
-        reference_gap=select(batch["reference_gap"]),
+        reference_gap=own("reference_gap"),
         retention=retention.to(logps.device),
-        language=select(batch["language"]),
+        language=own("language"),
         group_of_pair=group_of_pair,
         source_hidden=pooled,
         reference_hidden=reference_hidden,
+        chosen_lengths=lengths[:, 0],
+        rejected_lengths=lengths[:, 1],
+        is_source=own("is_source"),
+        reference_chosen_logps=None if reference_logps is None else reference_logps[:, 0],
+        reference_rejected_logps=None if reference_logps is None else reference_logps[:, 1],
+        shared_sums=output.shared_logps,
+        reference_shared_sums=own("reference_shared"),
+        prompt_sums=output.prompt_logps,
+        prompt_states=states,
+        prompt_counts=None if states is None or prompts is None else prompts["present"].sum(dim=1),
+        prompt_of_pair=None if states is None or prompts is None else prompts["of_pair"],
+        step=StepMeans(**batch["step"]),
     )
 
 
@@ -87,26 +195,44 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
         kwargs: Further arguments of a single call.
 
     Returns:
-        The target pairs' tensors, and the head's whole output (scores of sources, if any, follow the targets').
+        The pairs' tensors, and the head's whole output; without the prompts' states where the batch is split.
     """
-    count = batch["reference_gap"].shape[0]
     if "calls" not in batch:
         output = call_model(forward, batch, **kwargs)
-    else:
-        source = (
-            call_model(forward, batch["source_call"])
-            if batch["source_call"] is not None
-            else RewardGapOutput()
-        )
-        parts: list[Tensor] = []
-        for call in batch["calls"]:
-            scored = call_model(forward, call).response_logps
-            assert scored is not None
-            parts.append(scored)
-        order = torch.argsort(torch.cat([call["pairs"] for call in batch["calls"]]))
-        output = RewardGapOutput(response_logps=torch.cat(parts)[order], pooled=source.pooled)
-    assert output.response_logps is not None
-    return pair_tensors(batch, output.response_logps[:count], output.pooled), output
+        return pair_tensors(batch, output, output.pooled), output
+    held = batch["source_call"]
+    pooled = None if held is None else call_model(forward, held).pooled
+    parts = [call_model(forward, call) for call in batch["calls"]]
+    order = torch.argsort(torch.cat([call["pairs"] for call in batch["calls"]]))
+
+    def joined(name: str) -> Tensor | None:
+        found = [part[name] for part in parts if name in part]
+        return torch.cat(found)[order] if found else None
+
+    scores = ("response_logps", "shared_logps", "prompt_logps")
+    output = RewardGapOutput(**{name: joined(name) for name in scores}, pooled=pooled)
+    return pair_tensors(batch, output, pooled), output
+
+
+def mismatch_sums(forward: Forward, mismatched: dict[str, Any]) -> Tensor:
+    """How far a policy is from the reference on pairs with responses of other pairs.
+
+    Args:
+        forward: The policy with the reward-gap head; nothing asks for gradients of this.
+        mismatched: Of :class:`mpo.training.sampling.GroupCollator`'s batch.
+
+    Returns:
+        ``[2]``: the sum of ``log pi(y'|x) - log pi_ref(y'|x)`` over the chosen and rejected responses y' of all pairs that
+        count, and the number of these responses.
+    """
+    sums = torch.zeros(2, device=mismatched["counts"].device)
+    for call in mismatched["calls"]:
+        output, pairs = call_model(forward, call), call["pairs"]
+        assert output.response_logps is not None
+        moved = (output.response_logps - mismatched["reference_logps"][pairs]) * mismatched["lengths"][pairs]
+        counts = mismatched["counts"][pairs]
+        sums = sums + torch.stack([(moved.sum(dim=1) * counts).sum(), 2 * counts.sum()])
+    return sums
 
 
 def run_in_calls(
@@ -114,8 +240,8 @@ def run_in_calls(
 ) -> None:
     """Forward and backward of a batch that the collator has split: a call's activations are freed before the next.
 
-    The pairs of all calls share their sources. Each call's backward stops at the sources' states, where the gradients add
-    up, and one backward from there finishes the step: the same sums as in a single call.
+    The pairs of all calls share the sources that are held still. Each call's backward stops at these sources' states, where
+    the gradients add up, and one backward from there finishes the step: the same sums as in a single call.
 
     Args:
         forward: The model with the reward-gap head.
@@ -127,8 +253,6 @@ def run_in_calls(
     pooled = call_model(forward, source_call).pooled if source_call is not None else None
     shared = pooled.detach().requires_grad_() if pooled is not None else None
     for call in batch["calls"]:
-        output = call_model(forward, call)
-        assert output.response_logps is not None
-        backward(pair_tensors(batch, output.response_logps, shared, call["pairs"]), call["pairs"])
+        backward(pair_tensors(batch, call_model(forward, call), shared, call), call["pairs"])
     if pooled is not None and shared is not None and shared.grad is not None:
         torch.autograd.backward(pooled, shared.grad)

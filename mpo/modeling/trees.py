@@ -31,8 +31,13 @@ MODEL_KEYS = (
     "score_index",
     "score_labels",
     "score_lengths",
+    "score_shared",
+    "prompt_index",
+    "prompt_labels",
+    "prompt_lengths",
     "pool_index",
     "pool_lengths",
+    "state_index",
 )
 
 
@@ -46,6 +51,8 @@ class Tree(NamedTuple):
     """Whether log-likelihoods of the two responses are needed."""
     pool: bool = False
     """Whether pooled hidden states of the two sequences are needed."""
+    prompt_state: bool = False
+    """Whether the hidden state of the prompt's last token is needed."""
 
     @property
     def size(self) -> int:
@@ -113,6 +120,8 @@ def build_batch(
     pad_token_id: int,
     pooling: str,
     pad_to_multiple_of: int | None = None,
+    score_prompts: bool = False,
+    score_shared: bool = False,
 ) -> dict[str, Any]:
     """
     Turn trees into the tensors of one model call.
@@ -125,6 +134,8 @@ def build_batch(
         pad_token_id: token that fills rows.
         pooling: ``"mean"`` or ``"last"``, see :func:`mpo.modeling.loss.retention_loss`.
         pad_to_multiple_of: round the row length up to a multiple of this.
+        score_prompts: whether log-likelihoods of the scored trees' prompts are needed, too.
+        score_shared: whether those of the first tokens of the responses are needed, as many as the shorter one has.
 
     Returns:
         With R rows of S tokens, T scored trees and N scored response tokens, P pooled trees:
@@ -137,6 +148,11 @@ def build_batch(
         - ``score_index``: ``[N]``, flat position (row * S + column) whose hidden state predicts the token
         - ``score_labels``: ``[N]``, the token
         - ``score_lengths``: ``[2T]``, tokens of chosen and rejected of each scored tree in turn
+        - ``score_shared``: ``[N]``, True for the first tokens of a response (with ``score_shared``)
+        - ``prompt_index``, ``prompt_labels``, ``prompt_lengths``: the same for the prompts' tokens but their first,
+          ``[T]`` lengths (with ``score_prompts``)
+        - ``state_index``: ``[Q]``, flat positions of last tokens of prompts, of the trees that ask for their states (only
+          if some do)
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
 
     Raises:
@@ -158,6 +174,11 @@ def build_batch(
     score_index: list[np.ndarray] = []
     score_labels: list[np.ndarray] = []
     score_lengths: list[int] = []
+    shared: list[np.ndarray] = []
+    prompt_index: list[np.ndarray] = []
+    prompt_labels: list[np.ndarray] = []
+    prompt_lengths: list[int] = []
+    state_index: list[int] = []
     pool_index: list[np.ndarray] = []
     pool_lengths: list[int] = []
 
@@ -185,6 +206,14 @@ def build_batch(
                 score_index.append(np.concatenate([prompt_positions[-1:], response_positions[:-1]]))
                 score_labels.append(np.asarray(response, dtype=np.int64))
                 score_lengths.append(len(response))
+                if score_shared:
+                    shared.append(np.arange(len(response)) < min(len(tree.chosen), len(tree.rejected)))
+                if score_prompts and branch == CHOSEN:  # one prompt, also of two rows
+                    prompt_index.append(prompt_positions[:-1])
+                    prompt_labels.append(np.asarray(tree.prompt[1:], dtype=np.int64))
+                    prompt_lengths.append(prompt_length - 1)
+            if tree.prompt_state and branch == CHOSEN:
+                state_index.append(int(prompt_positions[-1]))
             if tree.pool:
                 pooled = (
                     np.concatenate([prompt_positions, response_positions])
@@ -203,6 +232,14 @@ def build_batch(
         "pool_index": _concatenate(pool_index),
         "pool_lengths": torch.tensor(pool_lengths, dtype=torch.long),
     }
+    if state_index:
+        batch["state_index"] = torch.tensor(state_index, dtype=torch.long)
+    if score_shared:
+        batch["score_shared"] = _concatenate(shared)
+    if score_prompts:
+        batch["prompt_index"] = _concatenate(prompt_index)
+        batch["prompt_labels"] = _concatenate(prompt_labels)
+        batch["prompt_lengths"] = torch.tensor(prompt_lengths, dtype=torch.long)
     if layout == "tree":
         batch["tree_ids"] = torch.from_numpy(tree_ids)
         batch["branch_ids"] = torch.from_numpy(branch_ids)

@@ -12,7 +12,7 @@ from mpo.planning.memory import device_memory, step_needs_checkpointing
 from mpo.training.config import MPOConfig
 from mpo.training.sampling import GroupCollator
 from mpo.training.sharding import will_be_sharded
-from mpo.training.workload import group_tokens, largest_micro_batch, longest_tree
+from mpo.training.workload import largest_micro_batch, longest_tree, tokens_of_step
 
 logger = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def decide_checkpointing(
     memory = device_memory(accelerator.device)
     if not args.decide_checkpointing or memory is None or will_be_sharded(args):
         return
-    sizes = group_tokens(groups, run_source=collator.run_source, layout=collator.shape.layout)
+    sizes = tokens_of_step(groups, args, collator.shape.layout)
     tokens = largest_micro_batch(sizes, args, args.train_batch_size)
     call = min(tokens, collator.max_tokens_per_call or tokens)
     try:

@@ -15,30 +15,57 @@ from transformers import SchedulerType
 from trl import DPOConfig
 
 from mpo.common.redaction import is_secret_name
-from mpo.common.words import nearest
+from mpo.common.words import listed, nearest
 from mpo.errors import ConfigError
+from mpo.modeling.objectives import F_DIVERGENCES
 from mpo.training.launcher import deepspeed_backend
+from mpo.training.objectives import REFERENCE, RETENTION, STATES, TRAIN_ON, Objectives, readers
 from mpo.training.run_settings import check_names
 
 RETAIN_POOLINGS = ("mean", "last")
 BATCH_LAYOUTS = ("tree", "padded")
 
-# Options of `DPOConfig` and `TrainingArguments` that would be ignored by the MPO objective, each with the reason.
+# Options that some objectives read; under others they are refused. The value is what stands for "not set".
+_OF_OBJECTIVES = {
+    "beta": None,
+    "label_smoothing": 0.0,
+    "ld_alpha": None,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "discopop_tau": 0.05,
+    "retain_weight": 1.0,
+    "simpo_gamma": 0.5,
+    "cpo_alpha": 1.0,
+    "rdpo_alpha": 0.01,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+    "mlc_temperature": 0.2,
+}
+# Of these, what a recipe need not set because the objective's paper has a value; and what they are where nothing reads
+# them.
+_PUBLISHED = {"beta": 1.0, "label_smoothing": 0.0}
+
+
+def _read_by(option: str) -> str:
+    return f"it belongs to the objectives {listed(readers(option))}"
+
+
+# Options of `DPOConfig` and `TrainingArguments` that would be ignored, each with the reason.
 # A setting that is ignored is worse than an error, so a value other than the default is refused.
 _MEANINGLESS = {
-    "loss_type": "MPO has one objective; override `MPOTrainer.pair_loss` to change it",
-    "loss_weights": "MPO has one objective; its retention term is weighted by `retain_weight`",
-    "ld_alpha": "MPO's log-likelihoods are already normalised by length",
-    "f_divergence_type": "MPO compares reward gaps, it has no divergence to the reference policy",
-    "f_alpha_divergence_coef": "MPO compares reward gaps, it has no divergence to the reference policy",
-    "label_smoothing": "MPO's loss is a squared difference, there are no labels to smooth",
-    "label_smoothing_factor": "MPO's loss is a squared difference, there are no labels to smooth",
-    "use_weighting": "WPO weighting is not defined for MPO; weight languages with `language_weights`",
-    "discopop_tau": "it belongs to the DiscoPOP loss",
-    "sync_ref_model": "MPO's reference is the starting policy and stays fixed",
-    "ref_model_mixup_alpha": "MPO's reference is the starting policy and stays fixed",
-    "ref_model_sync_steps": "MPO's reference is the starting policy and stays fixed",
-    "precompute_ref_log_probs": "MPO always computes its reference before the first step and caches it",
+    "ld_alpha": _read_by("ld_alpha"),
+    "f_divergence_type": _read_by("f_divergence_type"),
+    "f_alpha_divergence_coef": _read_by("f_alpha_divergence_coef"),
+    "label_smoothing": _read_by("label_smoothing"),
+    "label_smoothing_factor": "it smooths the labels of a classifier's loss; see `label_smoothing`",
+    "use_weighting": "WPO's weights need the probabilities of the whole vocabulary, which the tiled head does not keep; "
+    "weight languages with `language_weights`",
+    "discopop_tau": _read_by("discopop_tau"),
+    "sync_ref_model": "the reference is the starting policy and stays fixed",
+    "ref_model_mixup_alpha": "the reference is the starting policy and stays fixed",
+    "ref_model_sync_steps": "the reference is the starting policy and stays fixed",
+    "precompute_ref_log_probs": "what an objective needs of the reference is always computed before the first step and "
+    "cached",
     "precompute_ref_batch_size": "the reference pass is sized in tokens: set `reference_tokens_per_batch`",
     "padding_free": "trees are packed without padding by default: see `batch_layout`",
     "truncation_mode": "MPO keeps the prompt whole and cuts the response at its end",
@@ -54,10 +81,11 @@ class MPOConfig(DPOConfig):
     Settings of :class:`~mpo.training.trainer.MPOTrainer`.
 
     Only what MPO adds or sets differently is described here; every other field is that of ``trl.DPOConfig`` and
-    ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing for MPO (``loss_type``,
-    ``f_divergence_type``, ``label_smoothing``, ...) raise :class:`~mpo.errors.ConfigError` when set.
+    ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing under the chosen objective
+    (``label_smoothing`` for ``mpo``, ``precompute_ref_log_probs`` for any, ...) raise :class:`~mpo.errors.ConfigError` when
+    set.
 
-    The objective, for a target pair with its source (Zhao et al., ACL 2025, arXiv 2505.16869)::
+    MPO's objective, for a target pair with its source (Zhao et al., ACL 2025, arXiv 2505.16869)::
 
         L1 = (beta * RG_target - RG_reference_source)^2
         L2 = ||h_source - h_reference_source||^2 / hidden_size
@@ -66,12 +94,37 @@ class MPOConfig(DPOConfig):
     Parameters:
         > Parameters that control the objective
 
-        beta (`float`, *optional*, defaults to `1.0`):
-            Scale of the target language's reward gap. The paper uses 1.0 for Llama-3.1 and 1.5 for Gemma-2 and
+        loss_type (`list[str]`, *optional*, defaults to `["mpo"]`):
+            The objective, or several: `"mpo"`; TRL's `"sigmoid"` (DPO), `"sigmoid_norm"`, `"hinge"`, `"ipo"`,
+            `"exo_pair"`, `"nca_pair"`, `"robust"` (rDPO), `"bco_pair"`, `"sppo_hard"`, `"apo_zero"`, `"apo_down"`,
+            `"discopop"`, `"sft"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised), `"kto"`, `"mlc"`; or one that a package has
+            registered ([`register_objective`][mpo.training.objectives.register_objective]).
+        loss_weights (`list[float]`, *optional*):
+            Weight of each of `loss_type`. Unset: 1 each.
+        train_on (`str`, *optional*, defaults to `"targets"`):
+            Which pairs are trained on: `"targets"`, the `"source"` pairs, each once however its group is split, or
+            `"both"`. `mpo` trains targets only.
+        beta (`float`, *optional*):
+            Temperature of the objective. Unset: its published value, 1.0 for `mpo` and 0.1 for `sigmoid`. For `mpo` it is
+            the scale of the target language's reward gap; the paper uses 1.0 for Llama-3.1 and 1.5 for Gemma-2 and
             Qwen2.5. A larger value asks for a *smaller* gap in the target language: the gap settles at
             RG_reference / beta.
+        label_smoothing (`float`, *optional*):
+            Probability that a preference is the wrong way round, for `robust` (unset: 0.1), `exo_pair` (1e-3), `cpo`
+            and `simpo` (0).
+        simpo_gamma (`float`, *optional*, defaults to `0.5`):
+            Margin by which SimPO wants the chosen reward, beta times the mean log-likelihood, to be the larger.
+        cpo_alpha (`float`, *optional*, defaults to `1.0`):
+            Weight of CPO's second term, the negative log-likelihood of the chosen responses' tokens.
+        rdpo_alpha (`float`, *optional*, defaults to `0.01`):
+            Reward that `rdpo` takes off per token of a response.
+        desirable_weight, undesirable_weight (`float`, *optional*, defaults to `1.0`):
+            Weights of the chosen and of the rejected responses for `kto`.
+        mlc_temperature (`float`, *optional*, defaults to `0.2`):
+            Temperature of the softmax over singular values for `mlc`. Its authors weigh it by 0.8 beside `sigmoid`, in
+            every second step.
         retain_weight (`float`, *optional*, defaults to `1.0`):
-            Weight (lambda) of the retention term. At 0 the source pair is not run at all while training.
+            Weight (lambda) of MPO's retention term. At 0 the source pair is not run at all while training.
         retain_pooling (`str`, *optional*, defaults to `"mean"`):
             How a sequence's final hidden states become one vector: `"mean"` over the real tokens of prompt and
             response, or `"last"`, the last real token.
@@ -79,7 +132,7 @@ class MPOConfig(DPOConfig):
             Drop groups whose reference gap is not above this value (nats per token). A source gap that is not
             positive teaches the wrong thing; such sources are always counted and reported. `0.0` drops them.
         language_weights (`dict[str, float]` or `"balanced"`, *optional*):
-            Weight of a pair by its target language, for unequal numbers of targets. `"balanced"` weights each
+            Weight of a pair by its language, for unequal numbers of targets. `"balanced"` weights each
             language by the inverse of its number of pairs. Weights are scaled so that their mean over the training
             pairs is 1; languages not named in a dict weigh 1 before scaling.
         stop_on_collapse (`bool`, *optional*, defaults to `False`):
@@ -153,7 +206,8 @@ class MPOConfig(DPOConfig):
             result lies in `output_dir/earlier-result` until the new one is complete.
 
     > [!NOTE]
-    > Defaults that differ from `DPOConfig`: `beta` 1.0 (0.1), `gradient_checkpointing` by need (on), `bf16` on only where
+    > Defaults that differ from `DPOConfig`: `loss_type` `["mpo"]` (`["sigmoid"]`), `beta` and `label_smoothing` the
+    > objective's own (0.1, 0), `gradient_checkpointing` by need (on), `bf16` on only where
     > the hardware has it (always), `learning_rate` 1e-6 as there, `lr_scheduler_type` cosine, `warmup_steps` 0.1 (a
     > ratio), `logging_nan_inf_filter` off (it hides a NaN), `logging_steps` 1, `remove_unused_columns` off,
     > `per_device_train_batch_size` 1, `num_train_epochs` 2.
@@ -162,7 +216,31 @@ class MPOConfig(DPOConfig):
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012
 
     # The objective
-    beta: float = field(default=1.0, metadata={"help": "Scale of the target language's reward gap."})
+    loss_type: list[str] = field(
+        default_factory=lambda: ["mpo"], metadata={"help": "The objective, or several to be summed."}
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each of `loss_type`; unset: 1 each."}
+    )
+    train_on: str = field(
+        default="targets",
+        metadata={"help": "Which pairs are trained on.", "choices": ["targets", "source", "both"]},
+    )
+    beta: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Temperature of the objective. Unset: its published value."}
+    )
+    label_smoothing: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Probability of a flipped preference. Unset: the objective's published value."},
+    )
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Reward margin of SimPO."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of CPO's log-likelihood term."})
+    rdpo_alpha: float = field(default=0.01, metadata={"help": "Reward that `rdpo` takes off per token."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of chosen responses for `kto`."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of rejected responses for `kto`."}
+    )
+    mlc_temperature: float = field(default=0.2, metadata={"help": "Temperature of `mlc`."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight (lambda) of the retention term."})
     retain_pooling: str = field(
         default="mean", metadata={"help": "Pooling of the retention term.", "choices": list(RETAIN_POOLINGS)}
@@ -245,7 +323,11 @@ class MPOConfig(DPOConfig):
     remove_unused_columns: bool = field(default=False, metadata={"help": "MPO prepares its own columns."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self._check_objectives()
         self._refuse_meaningless()
+        self._take_published()
         if isinstance(self.language_weights, str) and self.language_weights.lstrip().startswith("{"):
             # As on a command line; the base class parses its own dicts later than they are checked here.
             try:
@@ -281,17 +363,56 @@ class MPOConfig(DPOConfig):
                 "Turn it off and set `per_device_train_batch_size`."
             )
 
+    def _check_objectives(self) -> None:
+        names, weights = self.loss_type, self.loss_weights
+        if not (isinstance(names, list) and names and len({*names}) == len(names)):
+            raise ConfigError(f"`loss_type` is {names!r}; expected one or more objectives, each once.")
+        if weights is not None and not (
+            isinstance(weights, list) and len(weights) == len(names) and all(map(_is_number, weights))
+        ):
+            raise ConfigError(
+                f"`loss_weights` is {weights!r}; expected as many numbers as `loss_type` names objectives, {len(names)}."
+            )
+        objectives = self.objectives.by_name
+        if self.train_on not in TRAIN_ON:
+            raise ConfigError(f"`train_on` is {self.train_on!r}; expected 'targets', 'source' or 'both'.")
+        for name, objective in objectives.items():
+            if self.train_on != "targets" and objective.targets_only:
+                raise ConfigError(
+                    f"`train_on: {self.train_on}` does not go with `{name}`: {objective.targets_only}. Set "
+                    "`train_on: targets`, or another `loss_type`."
+                )
+        if STATES in self.objectives.needs:
+            for option in ("train_on", "max_targets_per_group", "group_by_source"):
+                value = getattr(self, option)
+                if value in ("source", False) or (option == "max_targets_per_group" and value is not None):
+                    raise ConfigError(
+                        f"`{option}` is {value!r}, but `mlc` compares a prompt in all its languages, which must be in one "
+                        f"group and be run. Remove `{option}`."
+                    )
+        if self.f_divergence_type != "reverse_kl" and "f_divergence_type" in self.objectives.reads:
+            others = [
+                name
+                for name, objective in objectives.items()
+                if REFERENCE in objective.needs and "f_divergence_type" not in objective.reads
+            ]
+            if others:
+                raise ConfigError(
+                    f"`f_divergence_type` is {self.f_divergence_type!r}, which {listed(others)} cannot take: they use more "
+                    "than the difference of chosen and rejected, where the divergence's normaliser does not cancel."
+                )
+
     def _refuse_meaningless(self) -> None:
+        reads = self.objectives.reads
         for option in fields(self):
-            if option.name not in _MEANINGLESS:
+            name, value = option.name, getattr(self, option.name)
+            if name in reads or name not in {**_MEANINGLESS, **_OF_OBJECTIVES}:
                 continue
             default = option.default if option.default_factory is MISSING else option.default_factory()
-            value = getattr(self, option.name)
-            accepted = [default, default[0]] if isinstance(default, list) else [default]
-            if value not in accepted:
+            if value not in (default, _OF_OBJECTIVES.get(name), _PUBLISHED.get(name, default)):
                 raise ConfigError(
-                    f"`{option.name}={value!r}` has no meaning for MPO: {_MEANINGLESS[option.name]}. "
-                    "Remove it from the configuration."
+                    f"`{name}={value!r}` has no meaning for `loss_type` {', '.join(self.loss_type)}: "
+                    f"{_MEANINGLESS.get(name) or _read_by(name)}. Remove it from the configuration."
                 )
 
     def _choose_best_metric(self) -> None:
@@ -311,14 +432,52 @@ class MPOConfig(DPOConfig):
                 "checkpoint would be kept. Remove `greater_is_better`."
             )
 
+    def _take_published(self) -> None:
+        objectives = self.objectives.by_name
+        for name, neutral in _PUBLISHED.items():
+            if getattr(self, name) is not None:
+                continue
+            found = {key: o.published[name] for key, o in objectives.items() if name in o.published}
+            if len(set(found.values())) > 1:
+                raise ConfigError(
+                    f"`{name}` is not set, and its published values differ: "
+                    f"{', '.join(f'{value:g} for {key}' for key, value in found.items())}. Set `{name}`, which all of "
+                    "them then take."
+                )
+            setattr(self, name, next(iter(found.values()), neutral))
+
     def _check_values(self) -> None:
         def require(names: str, accepts: Callable[[Any], bool], expected: str) -> None:
             for name in names.split():
                 if not accepts(getattr(self, name)):
                     raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
 
-        require("beta", _is_positive, "a number above 0 (the paper uses 1.0 or 1.5)")
-        require("retain_weight", _is_at_least_0, "a number of at least 0")
+        require(
+            "beta",
+            _is_positive,
+            "a number above 0 (MPO's paper uses 1.0 or 1.5), or nothing for the objective's published value",
+        )
+        least = 1e-12 if "exo_pair" in self.loss_type else 0
+        require(
+            "label_smoothing",
+            lambda value: _is_number(value) and least <= value < 0.5,
+            f"a probability {'above' if least else 'of at least'} 0 and below 0.5",
+        )
+        require(
+            "ld_alpha",
+            lambda value: value is None or (_is_at_least_0(value) and value <= 1),
+            "a number from 0 to 1, or nothing",
+        )
+        require(
+            "f_divergence_type", lambda value: value in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}"
+        )
+        require("f_alpha_divergence_coef", _is_number, "a number")
+        require("discopop_tau mlc_temperature", _is_positive, "a number above 0")
+        require(
+            "simpo_gamma cpo_alpha rdpo_alpha desirable_weight undesirable_weight retain_weight",
+            _is_at_least_0,
+            "a number of at least 0",
+        )
         require("retain_pooling", lambda value: value in RETAIN_POOLINGS, "'mean' or 'last'")
         require("batch_layout", lambda value: value in BATCH_LAYOUTS, "'tree' or 'padded'")
         require("bad_rows", lambda value: value in ("error", "drop"), "'error' or 'drop'")
@@ -434,6 +593,26 @@ class MPOConfig(DPOConfig):
         other = object.__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
+
+    @property
+    def objectives(self) -> Objectives:
+        """What is minimised."""
+        return Objectives(self)
+
+    @property
+    def holds_sources(self) -> bool:
+        """Whether the source pairs are run to be held where they are."""
+        return RETENTION in self.objectives.needs
+
+    @property
+    def runs_sources(self) -> bool:
+        """Whether a step runs source pairs at all, to hold them or to train on them."""
+        return self.holds_sources or self.train_on != "targets"
+
+    @property
+    def gap_scale(self) -> float:
+        """What a gap is multiplied by before it is measured against the source's: MPO's ``beta``, else 1."""
+        return self.beta if "mpo" in self.loss_type else 1.0  # type: ignore[return-value]
 
     @property
     def order_seed(self) -> int:

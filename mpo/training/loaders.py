@@ -13,10 +13,10 @@ from mpo.common.log import get_logger
 from mpo.modeling.layout import batch_shape
 from mpo.training.config import MPOConfig
 from mpo.training.ranks import Ranks
-from mpo.training.reference import SourceReference
-from mpo.training.sampling import GroupCollator, GroupDataLoader, GroupDataset, TokenBudgetSampler
+from mpo.training.reference import GroupReference
+from mpo.training.sampling import GroupCollator, GroupDataLoader, GroupDataset, TokenBudgetSampler, Trained
 from mpo.training.sharding import tokens_per_call
-from mpo.training.workload import group_tokens, train_sampler
+from mpo.training.workload import tokens_of_step, train_sampler
 
 logger = get_logger(__name__)
 
@@ -45,7 +45,9 @@ def training_collator(
         languages,
         [1.0] * len(languages),
         shape,
-        run_source=args.retain_weight > 0,
+        run_source=args.holds_sources,
+        trained=Trained.by(args),
+        source_language=args.source_language,
         pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
         max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
     )
@@ -53,7 +55,7 @@ def training_collator(
 
 def training_loader(
     dataset: Dataset,
-    reference: SourceReference,
+    reference: GroupReference,
     groups: np.ndarray,
     collator: GroupCollator,
     args: MPOConfig,
@@ -73,8 +75,10 @@ def training_loader(
         DataError: There is not one micro-batch.
     """
     tokens = None
+    if not collator.trained.targets:
+        groups = groups[reference.carries_source[groups]]
     if args.max_tokens_per_batch is not None:
-        tokens = group_tokens(dataset, run_source=collator.run_source, layout=collator.shape.layout)[groups]
+        tokens = tokens_of_step(dataset, args, collator.shape.layout)[groups]
     sampler = train_sampler(
         args,
         groups,

@@ -1,4 +1,4 @@
-"""What is measured of each target language, in training and in evaluation alike."""
+"""What is measured of each language, in training and in evaluation alike."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpo.modeling.loss import reward_gap, reward_gap_loss
 from mpo.modeling.pairs import PairTensors
+from mpo.training.objectives import MISMATCHED, REFERENCE, Objectives
 from mpo.training.ranks import Ranks
 from mpo.training.records import Scores
 
@@ -28,7 +29,16 @@ _NAMES = {
 
 
 class LanguageMetrics:
-    """Sums over target pairs per language, from one log to the next; ``beta`` is the scale of ``loss/reward_gap``."""
+    """Sums over trained pairs per language, from one log to the next.
+
+    Args:
+        languages: A pair's language is its index here.
+        beta: Scale of the target gap in ``loss/reward_gap``.
+        device: Where the pairs are.
+        dtype: Of the sums.
+        objectives: What is minimised; None for MPO's objective alone.
+        knows_source_gap: Whether the pairs have a ``reference_gap``.
+    """
 
     def __init__(
         self,
@@ -36,13 +46,24 @@ class LanguageMetrics:
         beta: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        objectives: Objectives | None = None,
+        knows_source_gap: bool = True,
     ) -> None:
         self._languages, self._beta = languages, beta
-        self._sums = torch.zeros((len(languages), 8), device=device, dtype=dtype)
+        self._objectives = objectives
+        self._knows_source_gap = knows_source_gap
+        self._further = _further_names(objectives)
+        columns = 8 + len(self._further)
+        self._sums = torch.zeros((len(languages), columns), device=device, dtype=dtype)
         self._last_log: tuple[float, int] | None = None  # time and step
 
     def add(self, pairs: PairTensors, counts: Tensor) -> None:
-        """Add T pairs, of which those count whose ``counts`` ``[T]`` is 1 and not 0; without waiting for the device."""
+        """Add pairs, without waiting for the device.
+
+        Args:
+            pairs: T pairs.
+            counts: ``[T]``, 1 for a pair that counts, 0 for a filler.
+        """
         with torch.no_grad():
             gap = reward_gap(pairs.chosen_logps, pairs.rejected_logps)
             columns = [torch.ones_like(gap)] * 8
@@ -53,6 +74,9 @@ class LanguageMetrics:
             columns[_REJECTED] = pairs.rejected_logps
             columns[_GAP_LOSS] = reward_gap_loss(gap, pairs.reference_gap, self._beta)
             columns[_RETENTION] = pairs.retention
+            if self._further:
+                assert self._objectives is not None
+                columns += _further_values(self._objectives, pairs)
             values = torch.stack(columns, dim=1).to(self._sums.dtype) * counts[:, None]
             self._sums.index_add_(0, pairs.language, values)
 
@@ -67,7 +91,10 @@ class LanguageMetrics:
             ``loss/reward_gap``, ``loss/retention``, ``pairs_per_second`` (from the second log on) and, for each
             language with pairs, ``reward_gap/<language>``, ``gap_to_source/<language>``, ``positive/<language>`` (the
             share of gaps above 0), ``logps/chosen/<language>`` and ``logps/rejected/<language>``; all in nats per
-            token. Nothing without pairs.
+            token. Nothing without pairs. The first two under ``mpo`` only, ``gap_to_source`` where the source's gap is
+            known; ``loss/<objective>`` where there are several, without its weight; and with an objective that compares
+            with the reference, TRL's ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and
+            ``rewards/accuracies``.
         """
         if ranks.num_processes > 1:
             torch.distributed.all_reduce(self._sums)
@@ -76,47 +103,79 @@ class LanguageMetrics:
         total = table.sum(axis=0)
         if total[_COUNT] == 0:
             return {}
-        metrics = {
-            "loss/reward_gap": float(total[_GAP_LOSS] / total[_COUNT]),
-            "loss/retention": float(total[_RETENTION] / total[_COUNT]),
-        }
+        metrics = {}
+        if self._objectives is None or "mpo" in self._objectives.by_name:
+            metrics["loss/reward_gap"] = float(total[_GAP_LOSS] / total[_COUNT])
+            metrics["loss/retention"] = float(total[_RETENTION] / total[_COUNT])
+        for name, value in zip(self._further, total[8:], strict=True):
+            metrics[name] = float(value / total[_COUNT])
         now = time.monotonic()
         if self._last_log is not None and step > self._last_log[1]:
             metrics["pairs_per_second"] = float(total[_COUNT] / max(now - self._last_log[0], 1e-9))
         self._last_log = (now, step)
-        return {**metrics, **_means(self._languages, table)}
+        return {**metrics, **self._means(table)}
 
     def means(self) -> dict[str, float]:
         """The metrics of each language with pairs, as of :meth:`log`, over this rank's pairs so far."""
-        return _means(self._languages, self._sums.double().cpu().numpy())
+        return self._means(self._sums.double().cpu().numpy())
+
+    def _means(self, table: np.ndarray) -> dict[str, float]:
+        return {
+            f"{name}/{language}": float(row[column] / row[_COUNT])
+            for language, row in zip(self._languages, table, strict=True)
+            if row[_COUNT]
+            for name, column in _NAMES.items()
+            if column != _TO_SOURCE or self._knows_source_gap
+        }
 
 
-def evaluation_metrics(scores: Scores, loss: float, languages: Sequence[str]) -> dict[str, float]:
-    """``loss``, ``loss/retention`` and the metrics of each language over scored pairs, named as in a training log."""
+def _further_names(objectives: Objectives | None) -> list[str]:
+    """What is logged besides under some objectives, over all pairs together."""
+    if objectives is None:
+        return []
+    names = [f"loss/{name}" for name in objectives.by_name] if len(objectives.by_name) > 1 else []
+    if REFERENCE in objectives.needs:
+        names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    return [*names, "kl"] if MISMATCHED in objectives.needs else names
+
+
+def _further_values(objectives: Objectives, pairs: PairTensors) -> list[Tensor]:
+    values = list(objectives.terms(pairs).values()) if len(objectives.by_name) > 1 else []
+    if REFERENCE in objectives.needs:
+        chosen, rejected = (objectives.beta * ratio for ratio in pairs.log_ratios)
+        values += [chosen, rejected, chosen - rejected, (chosen > rejected).to(chosen.dtype)]
+    if MISMATCHED in objectives.needs:
+        assert pairs.step is not None
+        values.append(torch.zeros_like(pairs.chosen_logps) + pairs.step.kl)
+    return values
+
+
+def evaluation_metrics(
+    scores: Scores, loss: float, languages: Sequence[str], *, sources: bool = False
+) -> dict[str, float]:
+    """``loss``, ``loss/retention`` and the metrics of each language over scored pairs, named as in a training log.
+
+    Args:
+        scores: Of held-out groups.
+        loss: Mean over the pairs that training would train on.
+        languages: Languages, those of the scores among them.
+        sources: Whether sources have metrics, too; else they count for the retention only.
+    """
     index_of = {language: i for i, language in enumerate(languages)}
-    targets = [record for record in scores.records if not record.is_source]
+    records = [record for record in scores.records if sources or not record.is_source]
 
     def column(name: str) -> Tensor:
-        return torch.tensor([getattr(record, name) for record in targets], dtype=torch.float64)
+        return torch.tensor([getattr(record, name) for record in records], dtype=torch.float64)
 
     metrics = LanguageMetrics(languages, beta=1.0, dtype=torch.float64)
     pairs = PairTensors(
         chosen_logps=column("chosen"),
         rejected_logps=column("rejected"),
         reference_gap=column("reference_gap"),
-        retention=torch.zeros(len(targets), dtype=torch.float64),
-        language=torch.tensor([index_of[record.language] for record in targets], dtype=torch.long),
-        group_of_pair=torch.tensor([record.group for record in targets], dtype=torch.long),
+        retention=torch.zeros(len(records), dtype=torch.float64),
+        language=torch.tensor([index_of[record.language] for record in records], dtype=torch.long),
+        group_of_pair=torch.tensor([record.group for record in records], dtype=torch.long),
     )
-    metrics.add(pairs, torch.ones(len(targets), dtype=torch.float64))
+    metrics.add(pairs, torch.ones(len(records), dtype=torch.float64))
     retention = {} if scores.retention is None else {"loss/retention": scores.retention}
     return {"loss": loss, **retention, **metrics.means()}
-
-
-def _means(languages: Sequence[str], table: np.ndarray) -> dict[str, float]:
-    metrics = {}
-    for language, row in zip(languages, table, strict=True):
-        if row[_COUNT]:
-            for name, column in _NAMES.items():
-                metrics[f"{name}/{language}"] = float(row[column] / row[_COUNT])
-    return metrics

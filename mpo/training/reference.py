@@ -1,29 +1,30 @@
-"""The reference pass: what the frozen starting policy says of each source, computed once and kept on disk.
+"""The reference pass: what the frozen starting policy says of each pair, computed once and kept on disk.
 
-MPO's target is a constant: the reward gap ``RG_ref^d`` and the pooled hidden states ``h_ref^d`` of the starting policy
-on every pair in the dominant language. They are computed before the first step, for *unique* sources only and without
-gradients, and stored as plain ``.npy`` files that training reads through a memory map, so no reference model is in
-memory while training and nothing grows with the size of the data.
+What an objective compares the policy with is constant: for MPO the reward gap ``RG_ref^d`` and the pooled hidden states
+``h_ref^d`` of the starting policy on every pair in the dominant language, for DPO and its relatives the log-likelihoods of
+the trained pairs' own responses. They are computed before the first step, for *unique* pairs only and without gradients,
+and stored as plain ``.npy`` files that training reads through a memory map, so no reference model is in memory while
+training and nothing grows with the size of the data.
 
-A cache belongs to one key: weights, rows (as token ids, so tokenizer, chat template and maximum length are in it),
-pooling and precision. Any change of these is another key. A cache is written whole or not at all, as
+A cache belongs to one key: weights, rows (as token ids, so tokenizer, chat template and maximum length are in it), what is
+stored, pooling and precision. Any change of these is another key. A cache is written whole or not at all, as
 :mod:`mpo.common.files` does it; its files' checksums are verified whenever it is opened.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import xxhash
 from accelerate.utils import tqdm
@@ -34,49 +35,151 @@ from mpo.common.log import get_logger
 from mpo.errors import DataError, StorageError
 from mpo.modeling.identity import hash_file
 from mpo.modeling.layout import BatchShape, call_on_trees
-from mpo.modeling.trees import Tree
 from mpo.training.ranks import Ranks, from_main
+from mpo.training.unique_pairs import (
+    SOURCE,
+    TARGET,
+    MismatchedPairs,
+    UniquePairs,
+    first_of_each,
+    mismatched_pairs,
+    unique_pairs,
+)
 
 logger = get_logger(__name__)
 
 _FORMAT = 1
 _INDEX = "index.json"
-_ARRAYS = ("logps", "hidden")
-_SOURCE = ("source_prompt", "source_chosen", "source_rejected")
+LOGPS, HIDDEN, SHARED = "logps", "hidden", "shared"
 _VISIBLE_WITHIN = 60.0  # seconds after which a folder that another node has made must be seen
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of a dataset's pairs: names of arrays of :class:`ReferenceStore`, none for no pass at all.
+
+    Attributes:
+        sources, targets: Of the pairs.
+        mismatched: Sides whose pairs are scored with another pair's responses, too.
+        max_length: Of these, see :class:`mpo.training.unique_pairs.MismatchedPairs`.
+    """
+
+    sources: frozenset[str] = frozenset({LOGPS, HIDDEN})
+    targets: frozenset[str] = frozenset()
+    mismatched: frozenset[str] = frozenset()
+    max_length: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.sources or self.targets)
+
+    def __le__(self, other: Stored) -> bool:
+        return (
+            self.sources <= other.sources
+            and self.targets <= other.targets
+            and self.mismatched <= other.mismatched
+        )
+
+    def __or__(self, other: Stored) -> Stored:
+        return Stored(
+            self.sources | other.sources,
+            self.targets | other.targets,
+            self.mismatched | other.mismatched,
+            self.max_length,
+        )
+
+
 class ReferenceStore:
-    """Memory-mapped results of a reference pass over ``n`` unique sources with hidden size ``H``.
+    """Memory-mapped results of a reference pass over ``n`` unique pairs with hidden size ``H``.
 
     Attributes:
         logps: ``[n, 2]`` float32, mean log-likelihood per token of chosen and rejected, nats.
-        hidden: ``[n, 2, H]`` float32, pooled final hidden states of prompt + chosen and prompt + rejected.
+        hidden: ``[n, 2, H]`` float32, pooled final hidden states of prompt + chosen and prompt + rejected, if stored.
+        shared: ``[n, 2]`` float32, log-likelihood of as many first tokens of each response as the shorter one has, summed,
+            if stored.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, arrays: Iterable[str]) -> None:
         self.folder = folder
-        self.logps = np.load(folder / "logps.npy", mmap_mode="r", allow_pickle=False)
-        self.hidden = np.load(folder / "hidden.npy", mmap_mode="r", allow_pickle=False)
+        found = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in arrays}
+        self.logps = found[LOGPS]
+        self.hidden = found.get(HIDDEN)
+        self.shared = found.get(SHARED)
 
     def gaps(self) -> np.ndarray:
-        """``[n]`` reward gap of every source under the reference, nats per token."""
+        """``[n]`` reward gap of every pair under the reference, nats per token."""
         gaps: np.ndarray = self.logps[:, 0] - self.logps[:, 1]
         return gaps
 
+    def rows(self, pairs: np.ndarray) -> list[dict[str, Any]]:
+        """Log-likelihoods of each of some pairs: ``logps`` and, if stored, ``shared``, each ``[2]``."""
+        arrays = {LOGPS: self.logps} if self.shared is None else {LOGPS: self.logps, SHARED: self.shared}
+        found = {name: np.asarray(values[pairs]) for name, values in arrays.items()}
+        return [{name: values[i] for name, values in found.items()} for i in range(len(pairs))]
 
-class SourceReference:
-    """The reference values of a dataset's groups: a store and which of its sources each group has."""
 
-    def __init__(self, store: ReferenceStore, source_of_group: np.ndarray) -> None:
-        self.store = store
+class GroupReference:
+    """The reference values of a dataset's groups.
+
+    Args:
+        stored: What of it is stored.
+        source_of_group: ``[groups]``, the unique source of each group.
+        sources, targets: The store of each side's unique pairs and the pairs, or None.
+        mismatched: The same for pairs with other responses, by side.
+
+    Attributes:
+        store: Of the unique sources, or None.
+        gap: ``[groups]`` reference gap of each group's source, nats per token; NaN without a store.
+        carries_source: ``[groups]``, True for the first group of each unique source.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        source_of_group: np.ndarray,
+        sources: ReferenceStore | None,
+        targets: tuple[ReferenceStore, UniquePairs] | None = None,
+        mismatched: Mapping[str, tuple[ReferenceStore, MismatchedPairs]] | None = None,
+    ) -> None:
+        self.stored = stored
         self.source_of_group = source_of_group
-        self.gap = store.gaps()[source_of_group]
-        """``[groups]`` reference gap of each group's source, nats per token."""
+        self.store = sources
+        self._targets = targets
+        self._mismatched = mismatched or {}
+        unknown = np.full(len(source_of_group), np.nan, dtype=np.float32)
+        self.gap = unknown if sources is None else sources.gaps()[source_of_group]
+        self.carries_source = first_of_each(source_of_group)
 
     def hidden(self, group: int) -> np.ndarray:
         """``[2, H]`` pooled reference states of the group's source."""
+        assert self.store is not None and self.store.hidden is not None
         return np.asarray(self.store.hidden[self.source_of_group[group]])
+
+    def row(self, group: int) -> dict[str, Any]:
+        """What :class:`mpo.training.sampling.GroupCollator` reads of a group with K targets.
+
+        Returns:
+            ``reference_gap``; ``carries_source``; and, if stored, ``reference_hidden`` ``[2, H]``; for each side of which
+            it is stored a list of what the reference says of each of its pairs, ``source_reference`` and
+            ``target_reference``: ``logps`` and ``shared``, each ``[2]``; and, where pairs are mismatched,
+            ``other_responses``, two lists of tokens, and ``other_logps`` ``[2]``.
+        """
+        row: dict[str, Any] = {
+            "reference_gap": float(self.gap[group]),
+            "carries_source": bool(self.carries_source[group]),
+        }
+        found: dict[str, list[dict[str, Any]]] = {}
+        if self.store is not None:
+            found[SOURCE] = self.store.rows(self.source_of_group[[group]])
+            if self.store.hidden is not None:
+                row["reference_hidden"] = self.hidden(group)
+        if self._targets is not None:
+            store, pairs = self._targets
+            found[TARGET] = store.rows(pairs.of_group(group))
+        for side, (store, mismatched) in self._mismatched.items():
+            own = mismatched.own.of_group(group)
+            for values, tree, others in zip(found[side], mismatched.trees(own), store.rows(own), strict=True):
+                values |= {"other_responses": (tree.chosen, tree.rejected), "other_logps": others[LOGPS]}
+        return {**row, **{f"{side}_reference": values for side, values in found.items()}}
 
     def groups_above(self, min_gap: float | None) -> np.ndarray:
         """The groups whose source has a reference gap above a limit (nats per token); all without one.
@@ -94,14 +197,20 @@ class SourceReference:
             )
         return groups
 
-    def report(self, min_gap: float | None) -> dict[str, int]:
-        """Count the sources: ``sources``, ``not_positive`` (gap of 0 or less), ``dropped`` (not above ``min_gap``).
+    def report(self, min_gap: float | None, *, is_goal: bool = True) -> dict[str, int]:
+        """Count the sources: ``sources``, ``dropped`` (not above ``min_gap``) and, where their gap is known,
+        ``not_positive`` (gap of 0 or less).
 
-        Sources that are kept although the model prefers their rejected answer are warned of.
+        Args:
+            min_gap: Nats per token.
+            is_goal: Whether targets are trained towards these gaps. Then sources that are kept although the model prefers
+                their rejected answer are warned of.
         """
+        if self.store is None:
+            return {"sources": int(self.carries_source.sum()), "dropped": 0}
         gaps = self.store.gaps()
         dropped = gaps <= min_gap if min_gap is not None else np.zeros(len(gaps), dtype=bool)
-        if count := int(((gaps <= 0) & ~dropped).sum()):
+        if is_goal and (count := int(((gaps <= 0) & ~dropped).sum())):
             logger.warning(
                 f"{count} of {len(gaps)} sources that are trained on have a reference gap of 0 or less: on them the model "
                 "prefers the rejected answer in its dominant language, too, and teaches that to the target languages. "
@@ -114,71 +223,6 @@ class SourceReference:
         }
 
 
-def source_trees(groups: Mapping[str, Sequence[Any]], *, pool: bool = False) -> list[Tree]:
-    """The source pairs of tokenized groups as trees that are scored, and pooled if asked for."""
-    columns = (groups[column] for column in _SOURCE)
-    return [
-        Tree(prompt, chosen, rejected, pool=pool) for prompt, chosen, rejected in zip(*columns, strict=True)
-    ]
-
-
-def probe_trees(tokenized: Dataset) -> list[Tree]:
-    """A few source trees of a tokenized dataset, for :func:`mpo.modeling.layout.usable_layout`."""
-    return source_trees(tokenized[: min(3, len(tokenized))])
-
-
-def unique_sources(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
-    """Find the groups that share a source.
-
-    Args:
-        dataset: Tokenized groups (:data:`mpo.data.tokenization.TOKENIZED_FEATURES`).
-
-    Returns:
-        ``source_of_group`` ``[groups]``, ``first_group`` ``[sources]`` (a group that holds each source), and a hash of
-        all sources' tokens in order.
-    """
-    seen: dict[bytes, int] = {}
-    source_of_group = np.empty(len(dataset), dtype=np.int64)
-    first_group: list[int] = []
-    total = xxhash.xxh3_128()
-    start = 0
-    for table in dataset.with_format("arrow").select_columns(list(_SOURCE)).iter(batch_size=1000):
-        fields = []
-        for column in _SOURCE:
-            lists = table[column].combine_chunks()
-            tokens = np.ascontiguousarray(lists.flatten(), dtype=np.int32).data
-            fields.append((np.concatenate([[0], np.cumsum(pc.list_value_length(lists))]).tolist(), tokens))
-        for row in range(len(table)):
-            digest = xxhash.xxh3_128()
-            for ends, tokens in fields:
-                digest.update((ends[row + 1] - ends[row]).to_bytes(8, "little"))
-                digest.update(tokens[ends[row] : ends[row + 1]])
-            key = digest.digest()
-            if key not in seen:
-                seen[key] = len(first_group)
-                first_group.append(start + row)
-                total.update(key)
-            source_of_group[start + row] = seen[key]
-        start += len(table)
-    return source_of_group, np.asarray(first_group, dtype=np.int64), total.hexdigest()
-
-
-def fingerprint_rows(dataset: Dataset) -> str:
-    """Hash of everything in a tokenized dataset, in order; the same wherever and however often it is tokenized."""
-    digest = xxhash.xxh3_128()
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        for column in sorted(table.column_names):
-            values = table[column].combine_chunks()
-            while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-                digest.update(np.asarray(pc.list_value_length(values).to_pylist(), dtype=np.int64).tobytes())
-                values = values.flatten()
-            if pa.types.is_integer(values.type):
-                digest.update(np.asarray(values, dtype=np.int64).tobytes())
-            else:
-                digest.update("\0".join(values.to_pylist()).encode())
-    return digest.hexdigest()
-
-
 def build_or_load(
     dataset: Dataset,
     forward: Callable[[], Any],
@@ -189,8 +233,9 @@ def build_or_load(
     hidden_size: int,
     ranks: Ranks,
     name: str = "train",
-) -> SourceReference:
-    """The reference values of a dataset, from the cache or by a pass over its unique sources.
+    stored: Stored | None = None,
+) -> GroupReference:
+    """The reference values of a dataset, from the cache or by a pass over its unique pairs.
 
     Every rank calls this with the same arguments and gets the same values.
 
@@ -199,61 +244,85 @@ def build_or_load(
         forward: Returns a context manager that yields the reference model's forward; entered only when a pass is
             needed.
         cache_dir: Folder shared by all ranks.
-        key: What identifies the reference besides the rows: weights, pooling, precision.
-        shape: How sources become model calls.
+        key: What identifies the reference besides the rows: weights, precision.
+        shape: How pairs become model calls.
         hidden_size: H.
         ranks: The process group.
         name: Name of the split, for the progress bar.
+        stored: What is needed; unset: gaps and states of the sources.
 
     Raises:
         StorageError: The folder cannot be written, is not shared by all ranks, or the disk is full.
     """
-    source_of_group, first_group, rows_hash = unique_sources(dataset)
-    full_key = {
-        **key,
-        "rows": rows_hash,
-        "sources": len(first_group),
-        "pooling": shape.pooling,
-        "format": _FORMAT,
-    }
-    folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
-    if ranks.is_main_process and folder.exists():
-        problem = _verify(folder)
-        if problem is not None:
-            logger.warning(f"The reference cache {folder} is damaged ({problem}); it is computed again.")
-            shutil.rmtree(folder, ignore_errors=True)
-            if folder.exists():
-                raise StorageError(
-                    f"the reference cache '{folder}' is damaged ({problem}) and cannot be removed. Remove it, or set "
-                    "`reference_cache_dir` to another folder."
-                )
-    if not from_main(folder.exists(), ranks):
-        _run_pass(dataset, first_group, forward, folder, full_key, shape, hidden_size, ranks, name)
-    _require_visible(folder, ranks)
-    return SourceReference(ReferenceStore(folder), source_of_group)
+    stored = Stored() if stored is None else stored
+
+    def store(pairs: _Pairs, arrays: frozenset[str]) -> ReferenceStore:
+        full_key: dict[str, Any] = {**key, "rows": pairs.digest, "sources": len(pairs), "format": _FORMAT}
+        if HIDDEN in arrays:
+            full_key["pooling"] = shape.pooling
+        if (pairs.side, arrays) != (SOURCE, Stored().sources):
+            full_key |= {"side": pairs.side, "arrays": sorted(arrays)}
+        folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
+        shapes = {LOGPS: (len(pairs), 2), HIDDEN: (len(pairs), 2, hidden_size), SHARED: (len(pairs), 2)}
+        shapes = {array: size for array, size in shapes.items() if array in arrays}
+        if ranks.is_main_process and folder.exists():
+            _remove_if_damaged(folder, shapes)
+        if not from_main(folder.exists(), ranks):
+            _run_pass(pairs, forward, folder, full_key, shape, shapes, ranks, name)
+        _require_visible(folder, ranks)
+        return ReferenceStore(folder, shapes)
+
+    sources = unique_pairs(dataset, SOURCE)
+    by_side = {SOURCE: sources}
+    if stored.targets:
+        by_side[TARGET] = unique_pairs(dataset, TARGET)
+    others = {side: mismatched_pairs(by_side[side], dataset, stored.max_length) for side in stored.mismatched}
+    return GroupReference(
+        stored,
+        sources.pair_of_row,
+        store(sources, stored.sources) if stored.sources else None,
+        (store(by_side[TARGET], stored.targets), by_side[TARGET]) if stored.targets else None,
+        {side: (store(pairs, frozenset({LOGPS})), pairs) for side, pairs in sorted(others.items())},
+    )
+
+
+def _remove_if_damaged(folder: Path, arrays: Iterable[str]) -> None:
+    problem = _verify(folder, arrays)
+    if problem is None:
+        return
+    logger.warning(f"The reference cache {folder} is damaged ({problem}); it is computed again.")
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise StorageError(
+            f"the reference cache '{folder}' is damaged ({problem}) and cannot be removed. Remove it, or set "
+            "`reference_cache_dir` to another folder."
+        )
+
+
+_Pairs = UniquePairs | MismatchedPairs
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 def _run_pass(
-    dataset: Dataset,
-    first_group: np.ndarray,
+    pairs: _Pairs,
     forward: Callable[[], Any],
     folder: Path,
     key: Mapping[str, Any],
     shape: BatchShape,
-    hidden_size: int,
+    shapes: _Shapes,
     ranks: Ranks,
     name: str,
 ) -> None:
     # Runs that differ in their settings only share a key and may start together, so each has a folder of its own.
     token = from_main(uuid.uuid4().hex[:12], ranks)
     partial = folder.with_name(f".{folder.name}.{token}{PART}")
-    batches = list(_source_batches(dataset, first_group, shape.tokens_per_batch))
+    batches = list(_batches(pairs.lengths.sum(axis=1), shape.tokens_per_batch))
     shares = [_share(batches, rank, ranks.num_processes) for rank in range(ranks.num_processes)]
     mine = shares[ranks.process_index]
     if ranks.is_main_process:
         remove_leftovers(folder)
-        _check_space(partial.parent, _bytes_of(len(first_group), hidden_size) * (2 if len(shares) > 1 else 1))
-        _create(partial, len(first_group), hidden_size)
+        _check_space(partial.parent, _bytes_of(shapes) * (2 if len(shares) > 1 else 1))
+        _create(partial, shapes)
     ranks.wait_for_everyone()
     own = partial
     if len(shares) > 1:
@@ -261,59 +330,60 @@ def _run_pass(
         # memory map overwrite each other's pages on a network file system.
         _require_visible(partial, ranks)
         own = partial / f"rank-{ranks.process_index}"
-        _create(own, len(mine), hidden_size)
-    arrays = _open_arrays(own)
+        _create(own, {array: (len(mine), *size[1:]) for array, size in shapes.items()})
+    arrays = _open_arrays(own, shapes)
 
-    source_columns = dataset.select_columns(list(_SOURCE))
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
     written = 0
     with forward() as call, torch.no_grad():
         for step in tqdm(
             range(rounds),
-            desc=f"Reference pass over {len(first_group)} {name} sources",
+            desc=f"Reference pass over {len(pairs)} {name} {pairs.side}s",
             disable=bool(os.environ.get("TQDM_DISABLE", "")),
         ):
             number = step * ranks.num_processes + ranks.process_index
-            sources = batches[min(number, len(batches) - 1)]
-            trees = source_trees(source_columns[[int(first_group[i]) for i in sources]], pool=True)
-            output = call_on_trees(call, trees, shape, ranks.device)
-            assert output.response_logps is not None and output.pooled is not None
+            batch = batches[min(number, len(batches) - 1)]
+            trees = pairs.trees(batch, pool=HIDDEN in shapes)
+            output = call_on_trees(call, trees, shape, ranks.device, score_shared=SHARED in shapes)
             if number >= len(batches):
                 continue
-            places = sources if own == partial else list(range(written, written + len(sources)))
-            written += len(sources)
-            arrays["logps"][places] = output.response_logps.float().cpu().numpy()
-            arrays["hidden"][places] = output.pooled.float().cpu().numpy()
+            places = batch if own == partial else list(range(written, written + len(batch)))
+            written += len(batch)
+            found = {LOGPS: output.response_logps, HIDDEN: output.pooled, SHARED: output.shared_logps}
+            for array, stored in arrays.items():
+                values = found[array]
+                assert values is not None
+                stored[places] = values.float().cpu().numpy()
     _flush(arrays, own)
     del arrays
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         if len(shares) > 1:
-            _join(partial, shares)
-        _complete(partial, folder, key)
+            _join(partial, shares, shapes)
+        _complete(partial, folder, key, shapes)
     ranks.wait_for_everyone()
 
 
 def _share(batches: Sequence[list[int]], rank: int, num_ranks: int) -> list[int]:
-    """Sources that a rank computes, in the order it computes them."""
-    return [source for batch in batches[rank::num_ranks] for source in batch]
+    """Pairs that a rank computes, in the order it computes them."""
+    return [pair for batch in batches[rank::num_ranks] for pair in batch]
 
 
-def _join(partial: Path, shares: Sequence[Sequence[int]]) -> None:
+def _join(partial: Path, shares: Sequence[Sequence[int]], shapes: _Shapes) -> None:
     """Put the ranks' results in their places."""
-    arrays = _open_arrays(partial)
-    for rank, sources in enumerate(shares):
+    arrays = _open_arrays(partial, shapes)
+    for rank, pairs in enumerate(shares):
         own = partial / f"rank-{rank}"
-        for array, values in _open_arrays(own).items():
-            for start in range(0, len(sources), 1000):
-                arrays[array][sources[start : start + 1000]] = values[start : start + 1000]
+        for array, values in _open_arrays(own, shapes).items():
+            for start in range(0, len(pairs), 1000):
+                arrays[array][pairs[start : start + 1000]] = values[start : start + 1000]
         shutil.rmtree(own, ignore_errors=True)
     _flush(arrays, partial)
 
 
-def _open_arrays(folder: Path) -> dict[str, np.ndarray]:
-    return {array: np.load(folder / f"{array}.npy", mmap_mode="r+") for array in _ARRAYS}
+def _open_arrays(folder: Path, shapes: _Shapes) -> dict[str, np.ndarray]:
+    return {array: np.load(folder / f"{array}.npy", mmap_mode="r+") for array in shapes}
 
 
 def _flush(arrays: Mapping[str, np.ndarray], folder: Path) -> None:
@@ -343,28 +413,22 @@ def _require_visible(folder: Path, ranks: Ranks) -> None:
             os.listdir(folder.parent)  # asks the file server instead of this node's memory of it
 
 
-def _source_batches(dataset: Dataset, first_group: np.ndarray, tokens_per_batch: int) -> Iterator[list[int]]:
-    """Sources by falling length, cut into batches of at most ``tokens_per_batch`` tokens."""
-    lengths = np.zeros(len(first_group), dtype=np.int64)
-    table = dataset.with_format("arrow").select_columns(list(_SOURCE))
-    for start in range(0, len(first_group), 1000):
-        part = table[[int(i) for i in first_group[start : start + 1000]]]
-        for column in _SOURCE:
-            lengths[start : start + len(part)] += np.asarray([len(ids) for ids in part[column]])
+def _batches(sizes: np.ndarray, tokens_per_batch: int) -> Iterator[list[int]]:
+    """Pairs by falling size, cut into batches of at most ``tokens_per_batch`` tokens."""
     batch: list[int] = []
     tokens = 0
-    for source in np.argsort(-lengths, kind="stable"):
-        if batch and tokens + lengths[source] > tokens_per_batch:
+    for pair in np.argsort(-sizes, kind="stable"):
+        if batch and tokens + sizes[pair] > tokens_per_batch:
             yield batch
             batch, tokens = [], 0
-        batch.append(int(source))
-        tokens += int(lengths[source])
+        batch.append(int(pair))
+        tokens += int(sizes[pair])
     if batch:
         yield batch
 
 
-def _bytes_of(sources: int, hidden_size: int) -> int:
-    return sources * 2 * (1 + hidden_size) * 4
+def _bytes_of(shapes: _Shapes) -> int:
+    return sum(4 * math.prod(size) for size in shapes.values())
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -380,14 +444,13 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _create(folder: Path, sources: int, hidden_size: int) -> None:
-    shapes = {"logps": (sources, 2), "hidden": (sources, 2, hidden_size)}
+def _create(folder: Path, shapes: _Shapes) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for array, shape in shapes.items():
             path = folder / f"{array}.npy"
-            if not sources:
+            if not shape[0]:
                 np.save(path, np.zeros(shape, dtype=np.float32))
                 continue
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
@@ -405,31 +468,31 @@ def _not_writable(folder: Path, error: OSError) -> StorageError:
     )
 
 
-def _complete(partial: Path, folder: Path, key: Mapping[str, Any]) -> None:
+def _complete(partial: Path, folder: Path, key: Mapping[str, Any], arrays: Iterable[str]) -> None:
     try:
         files = {
             f"{array}.npy": {
                 "bytes": (partial / f"{array}.npy").stat().st_size,
                 "xxh3_128": hash_file(partial / f"{array}.npy"),
             }
-            for array in _ARRAYS
+            for array in arrays
         }
         write_text(partial / _INDEX, json.dumps({"key": key, "files": files}, indent=2, sort_keys=True))
         publish(partial, folder)
     except OSError as error:
         # Another run with the same key may have finished first; its result is as good.
-        if _verify(folder) is None:
+        if _verify(folder, arrays) is None:
             shutil.rmtree(partial, ignore_errors=True)
             return
         raise _not_writable(folder, error) from error
 
 
-def _verify(folder: Path) -> str | None:
+def _verify(folder: Path, arrays: Iterable[str]) -> str | None:
     """What is wrong with a cache folder, or None."""
     try:
         with open(folder / _INDEX, encoding="utf-8") as file:
             files = json.load(file)["files"]
-        if set(files) != {f"{array}.npy" for array in _ARRAYS}:
+        if set(files) != {f"{array}.npy" for array in arrays}:
             return "its index does not list its files"
         for name, expected in files.items():
             path = folder / name

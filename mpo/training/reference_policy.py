@@ -17,12 +17,47 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.identity import ModelIdentity, identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
 from mpo.modeling.loading import ModelSource
+from mpo.training.config import MPOConfig
+from mpo.training.objectives import MISMATCHED, REFERENCE, RETENTION, SOURCE_GAP
 from mpo.training.ranks import from_main
-from mpo.training.reference import SourceReference, build_or_load, probe_trees
+from mpo.training.reference import (
+    HIDDEN,
+    LOGPS,
+    SHARED,
+    GroupReference,
+    Stored,
+    build_or_load,
+)
 from mpo.training.sharding import CallablePolicy, destroy_engine, inference, place_frozen
+from mpo.training.unique_pairs import SOURCE, TARGET, probe_trees
 
 # Initialisations under which a fresh adapter computes exactly what the base model does.
 _NEUTRAL_ADAPTER_INITS = (True, "gaussian", "orthogonal", "eva", "mica")
+
+
+def needed_for(args: MPOConfig, *, evaluation: bool = False) -> Stored:
+    """What of the reference a run needs of its data.
+
+    Args:
+        args: Its settings.
+        evaluation: Whether the data are scored: then the sources' gaps and states are needed in any case.
+    """
+    needs, train_on = args.objectives.needs, args.train_on
+    own = {LOGPS} if REFERENCE in needs else set()
+    if own and args.objectives.needs_shared:
+        own.add(SHARED)
+    sources = set(own) if train_on != "targets" else set()
+    if evaluation or SOURCE_GAP in needs or args.min_source_gap is not None:
+        sources.add(LOGPS)
+    if evaluation or RETENTION in needs:
+        sources |= {LOGPS, HIDDEN}
+    sides = {"targets": {TARGET}, "source": {SOURCE}, "both": {SOURCE, TARGET}}[train_on]
+    return Stored(
+        frozenset(sources),
+        frozenset(own if train_on != "source" else ()),
+        frozenset(sides if MISMATCHED in needs else ()),
+        args.max_length,
+    )
 
 
 class ReferencePolicy:
@@ -51,8 +86,7 @@ class ReferencePolicy:
         shape: BatchShape,
     ) -> None:
         self.shape = shape
-        # Values of the datasets that are still in memory.
-        self.known: WeakKeyDictionary[Dataset, SourceReference] = WeakKeyDictionary()
+        self.known: WeakKeyDictionary[Dataset, GroupReference] = WeakKeyDictionary()
         self._policy = policy
         self._explicit: Any = explicit
         self._placed: Any = None  # the explicit reference as it can be called
@@ -66,26 +100,36 @@ class ReferencePolicy:
         self._layout_checked = False
         self._identity: ModelIdentity | None = None  # once it is computed
 
-    def values(self, dataset: Dataset, name: str) -> SourceReference:
-        """The reference's values of tokenized groups, computed or read from the cache when first asked for.
+    def values(self, dataset: Dataset, name: str, stored: Stored | None = None) -> GroupReference:
+        """The reference's values of a tokenized dataset, computed or read from the cache when first asked for.
+
+        Args:
+            dataset: Tokenized groups.
+            name: Of the split, for the progress bar.
+            stored: What is needed; unset: gaps and states of the sources.
 
         Raises:
             ModelError: The data is new and the reference is gone.
         """
-        if dataset not in self.known:
+        stored = Stored() if stored is None else stored
+        known = self.known.get(dataset)
+        if known is not None and stored <= known.stored:
+            return known
+        if stored:
             self._require_still_there()
-            if not self._layout_checked:
-                self._check_layout(dataset)
-            self.known[dataset] = build_or_load(
-                dataset,
-                self.forward,
-                cache_dir=self._cache_dir,
-                key=self._key(),
-                shape=self.shape,
-                hidden_size=self._policy.model.config.get_text_config().hidden_size,
-                ranks=self._policy.accelerator,
-                name=name,
-            )
+        if not self._layout_checked:
+            self._check_layout(dataset)
+        self.known[dataset] = build_or_load(
+            dataset,
+            self.forward,
+            cache_dir=self._cache_dir,
+            key=self._key() if stored else {},
+            shape=self.shape,
+            hidden_size=self._policy.model.config.get_text_config().hidden_size,
+            ranks=self._policy.accelerator,
+            name=name,
+            stored=stored if known is None else stored | known.stored,
+        )
         return self.known[dataset]
 
     @contextmanager

@@ -25,7 +25,6 @@ from mpo.training.checkpoints import (
 )
 from mpo.training.config import MPOConfig
 from mpo.training.ranks import from_main
-from mpo.training.reference import fingerprint_rows
 from mpo.training.reference_policy import ReferencePolicy
 from mpo.training.run_settings import (
     OptimizerSettings,
@@ -35,6 +34,7 @@ from mpo.training.run_settings import (
     run_settings,
 )
 from mpo.training.sharding import sharding_name
+from mpo.training.unique_pairs import fingerprint_rows
 
 logger = get_logger(__name__)
 
@@ -100,9 +100,10 @@ class ResumableRun:
             ),
             "made_by": {name: getattr(args, name) for name in _ROWS},
             "changes": self.changes,
+            "train_on": args.train_on,
         }
         if args.max_tokens_per_batch is not None:  # these decide how many tokens a group has
-            state.update(batch_layout=args.batch_layout, sources_run=args.retain_weight > 0)
+            state.update(batch_layout=args.batch_layout, sources_run=args.runs_sources)
         return state
 
     def find_checkpoint(self, resume: str | os.PathLike[str] | bool | None) -> str | None:

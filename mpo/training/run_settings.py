@@ -52,14 +52,25 @@ def run_settings(
         optimizer: One that the trainer was given, or None.
         mixed_precision: As ``accelerate.Accelerator`` names it.
     """
-    names = (*_OBJECTIVE, *_GROUP_KEYS, *_SCHEDULE, "max_grad_norm", "optim", "optim_args")
+    names = (
+        *_OBJECTIVE,
+        *_GROUP_KEYS,
+        *_SCHEDULE,
+        "max_grad_norm",
+        "optim",
+        "optim_args",
+        "loss_type",
+        "loss_weights",
+        "train_on",
+    )
+    names += tuple(sorted(set(args.objectives.reads) - set(names)))
     settings = {name: getattr(args, name) for name in names}
     # Only one of the two is in effect.
     settings["num_train_epochs" if args.max_steps > 0 else "max_steps"] = None
     settings["mixed_precision"] = mixed_precision
     settings["dtype"] = base.dtype
-    if not base.weights.startswith("unknown:"):
-        settings["reference model"] = base.weights
+    if not base.model.startswith("unknown:"):
+        settings["reference model"] = base.model
     if optimizer is not None:
         settings["optim"] = type(optimizer).__name__
         defaults = getattr(optimizer, "defaults", {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,7 +19,10 @@ from mpo.common.log import get_logger
 from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
-from mpo.training.reference import SourceReference
+from mpo.training.config import MPOConfig
+from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE, STATES
+from mpo.training.reference import GroupReference
+from mpo.training.unique_pairs import unique_sources
 
 logger = get_logger(__name__)
 
@@ -31,7 +34,7 @@ class GroupDataset(TorchDataset[dict[str, Any]]):
     rank that has no group left in a step takes one, so that all ranks make the same model calls.
     """
 
-    def __init__(self, groups: Dataset, reference: SourceReference) -> None:
+    def __init__(self, groups: Dataset, reference: GroupReference) -> None:
         self.groups = groups
         self.reference = reference
 
@@ -49,8 +52,7 @@ class GroupDataset(TorchDataset[dict[str, Any]]):
                 **{column: values[j] for column, values in columns.items()},
                 "group": group,
                 "filler": indices[j] < 0,
-                "reference_gap": float(self.reference.gap[group]),
-                "reference_hidden": self.reference.hidden(group),
+                **self.reference.row(group),
             }
             for j, group in enumerate(groups)
         ]
@@ -264,30 +266,85 @@ class GroupDataLoader(DataLoader[dict[str, Any]]):
         sampler.set_epoch(epoch)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Which pairs are trained on, and what their loss needs besides their log-likelihoods.
+
+    Attributes:
+        targets, sources: Whether a group's targets are, and its source, where the group is the first that has it.
+        reference: Whether log-likelihoods of the same responses under the reference are needed.
+        prompts, shared: See :func:`mpo.modeling.trees.build_batch`.
+        mismatched: Whether those of another pair's responses are needed, under policy and reference.
+        states: Whether hidden states at the end of a prompt in all languages of its group are needed.
+    """
+
+    targets: bool = True
+    sources: bool = False
+    reference: bool = False
+    prompts: bool = False
+    shared: bool = False
+    mismatched: bool = False
+    states: bool = False
+
+    @classmethod
+    def by(cls, args: MPOConfig) -> Trained:
+        """As a run's settings ask for it."""
+        objectives = args.objectives
+        return cls(
+            targets=args.train_on != "source",
+            sources=args.train_on != "targets",
+            reference=REFERENCE in objectives.needs,
+            prompts=PROMPT in objectives.needs,
+            shared=objectives.needs_shared,
+            mismatched=MISMATCHED in objectives.needs,
+            states=STATES in objectives.needs,
+        )
+
+
+class _Pair(NamedTuple):
+    """A pair to score: its tree, its group in the batch, and whether it is the group's source."""
+
+    tree: Tree
+    group: int
+    language: int
+    is_source: bool
+    trained: bool
+    said: Mapping[str, Any]  # by the reference of it, see `GroupReference.row`
+
+
 @dataclass
 class GroupCollator:
     """Turns groups into the tensors of one step.
 
     Args:
-        languages: Target languages; a pair's language is its index in this list.
+        languages: A pair's language is its index in this list.
         language_weights: Weight of each of ``languages``.
         shape: How trees become model calls.
         run_source: Whether the source pair is run, for the retention term.
-        score_source: Whether the source pair's responses are scored, for evaluation.
+        score_source: For evaluation: all pairs are scored, the source's too.
         pad_to_multiple_of: See :func:`mpo.modeling.trees.build_batch`.
         max_tokens_per_call: A batch of more tokens is split into several model calls.
+        trained: Which pairs are trained on.
+        source_language: Language of the sources, where they are trained on.
 
-    The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T target pairs:
+    The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T pairs, targets first:
 
-    - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source
-    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run)
+    - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source, NaN where it is not known
+    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run for the retention term)
+    - ``reference_logps``, ``reference_shared``: ``[T, 2]`` float32, of the pair's own responses (only if needed)
     - ``group_of_pair``: ``[T]``, the pair's group in this batch
-    - ``language``: ``[T]``
-    - ``weight``: ``[T]`` float32, 0 for fillers
-    - ``num_pairs``: pairs that count
+    - ``language``, ``is_source``: ``[T]``
+    - ``lengths``: ``[T, 2]``, tokens of the chosen and the rejected response
+    - ``counts``, ``weight``: ``[T]`` float32, 0 for fillers and pairs that are only scored
+    - ``num_pairs``: pairs that count; ``totals``: the same and their tokens, see :class:`mpo.modeling.pairs.StepMeans`
+    - ``step``: the means of this batch; the trainer puts those of the whole step in their place
+    - ``prompts``, only if needed: where the states of each group's prompts are among the call's, ``rows`` ``[G, L]``, which
+      of these are ``present``, and ``of_pair`` ``[T]``, the pair's row of them
+    - ``mismatched``, only if needed: ``calls``, tensors of calls on the trained pairs' prompts with another pair's
+      responses; ``reference_logps`` and ``lengths`` of these, ``[T, 2]``; ``counts`` ``[T]``
     - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
-      the pairs of the call, and ``source_call``, the sources' tensors or None
-    - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from
+      the pairs of the call, and ``source_call``, the tensors of the sources that are held still, or None
+    - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from, ``fillers``
     """
 
     languages: Sequence[str]
@@ -297,71 +354,131 @@ class GroupCollator:
     score_source: bool = False
     pad_to_multiple_of: int | None = None
     max_tokens_per_call: int | None = None
+    trained: Trained = Trained()
+    source_language: str = ""
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        index_of = {language: i for i, language in enumerate(self.languages)}
-        sources: list[Tree] = []
-        targets: list[Tree] = []
-        pairs: list[tuple[float, int, int, float, bool]] = []
-        for g, example in enumerate(examples):
-            sources.append(
-                Tree(
-                    example["source_prompt"],
-                    example["source_chosen"],
-                    example["source_rejected"],
-                    score=self.score_source,
-                    pool=True,
-                )
-            )
-            for prompt, chosen, rejected, language in zip(
-                example["target_prompt"],
-                example["target_chosen"],
-                example["target_rejected"],
-                example["target_language"],
-                strict=True,
-            ):
-                targets.append(Tree(prompt, chosen, rejected, score=True))
-                code = index_of[language]
-                pairs.append(
-                    (example["reference_gap"], g, code, self.language_weights[code], not example["filler"])
-                )
-        run_sources = self.run_source or self.score_source
-        # Targets first: their scores are then the first rows of the head's output, whatever else is scored.
-        trees = targets + (sources if run_sources else [])
+        pairs, held, stems = self._pairs(examples)
+        trees = [pair.tree for pair in pairs] + list(stems.values()) + held
         limit = self.max_tokens_per_call
         batch: dict[str, Any]
         if limit is None or self.score_source or sum(tree.size for tree in trees) <= limit:
+            # Pairs first: their scores are the head's output, whatever else is run.
             batch = dict(self._build(trees))
+            if self.trained.states:
+                batch["prompts"] = _prompts([pair.group for pair in pairs], list(stems))
         else:
-            batch = {"calls": [], "source_call": self._build(sources) if run_sources else None}
-            for part in pack_rows([tree.size for tree in targets], limit):
-                pairs_of_call = sorted(part)
-                call = self._build([targets[i] for i in pairs_of_call])
+            batch = {"calls": [], "source_call": self._build(held) if held else None}
+            # The languages of a prompt stay together where their states are compared.
+            whole = [[i for i, pair in enumerate(pairs) if pair.group == g] for g in range(len(examples))]
+            units = whole if self.trained.states else [[i] for i in range(len(pairs))]
+            sizes = [sum(pairs[i].tree.size for i in unit) for unit in units]
+            for part in pack_rows(sizes, limit):
+                pairs_of_call = sorted(i for unit in part for i in units[unit])
+                own = [g for g in part if g in stems]
+                call: dict[str, Any] = self._build(
+                    [pairs[i].tree for i in pairs_of_call] + [stems[g] for g in own]
+                )
+                if self.trained.states:
+                    call["prompts"] = _prompts([pairs[i].group for i in pairs_of_call], own)
                 batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]
             batch["input_ids"] = torch.cat(
-                ids + ([batch["source_call"]["input_ids"].flatten()] if run_sources else [])
+                ids + ([batch["source_call"]["input_ids"].flatten()] if held else [])
             )
-        gaps, group_of_pair, language_ids, weights, counts = zip(*pairs, strict=True)
+        counts = [pair.trained and not examples[pair.group]["filler"] for pair in pairs]
+        gaps = [examples[pair.group]["reference_gap"] for pair in pairs]
         batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
-        batch["group_of_pair"] = torch.tensor(group_of_pair, dtype=torch.long)
-        batch["language"] = torch.tensor(language_ids, dtype=torch.long)
+        batch["group_of_pair"] = torch.tensor([pair.group for pair in pairs], dtype=torch.long)
+        batch["language"] = torch.tensor([pair.language for pair in pairs], dtype=torch.long)
+        batch["is_source"] = torch.tensor([pair.is_source for pair in pairs], dtype=torch.bool)
+        lengths = [(len(pair.tree.chosen), len(pair.tree.rejected)) for pair in pairs]
+        batch["lengths"] = torch.tensor(lengths, dtype=torch.long)
+        weights = [self.language_weights[pair.language] if pair.trained else 0.0 for pair in pairs]
         batch["counts"] = torch.tensor(counts, dtype=torch.float32)
         batch["weight"] = torch.tensor(weights, dtype=torch.float32) * batch["counts"]
-        batch["num_pairs"] = int(sum(counts))
+        batch["num_pairs"] = sum(counts)
+        chosen = sum(len(p.tree.chosen) for p, counted in zip(pairs, counts, strict=True) if counted)
+        prompts = sum(len(p.tree.prompt) - 1 for p, counted in zip(pairs, counts, strict=True) if counted)
+        batch["totals"] = (batch["num_pairs"], chosen, prompts + chosen)
+        batch["step"] = step_means(max(batch["num_pairs"], 1), *batch["totals"][1:])
         if self.run_source:
             batch["reference_hidden"] = torch.from_numpy(
                 np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
             )
+        needed = {"logps": self.trained.reference, "shared": self.trained.shared}
+        for name in (name for name, asked in needed.items() if asked):
+            unknown = np.full(2, np.nan, dtype=np.float32)  # of a pair that is only scored
+            values = [pair.said.get(name, unknown) for pair in pairs]
+            batch[f"reference_{name}"] = torch.from_numpy(np.stack(values))
+        if self.trained.mismatched:
+            batch["mismatched"] = self._mismatched([pair for pair in pairs if pair.trained], examples)
         batch["groups"] = [example["group"] for example in examples]
         batch["origins"] = [example["origin"] for example in examples]
         batch["rows"] = [list(example["row"]) for example in examples]
+        batch["fillers"] = [bool(example["filler"]) for example in examples]
         return batch
 
     def weigh_languages(self, groups: Dataset, weights: Mapping[str, float] | str | None) -> None:
         """Weight the languages so that the mean weight is 1 over the pairs of these tokenized groups."""
-        self.language_weights = language_weights(self.languages, count_languages(groups), weights)
+        counts = count_languages(groups) if self.trained.targets else {}
+        if self.trained.sources:
+            sources = len(unique_sources(groups)[1])
+            counts[self.source_language] = counts.get(self.source_language, 0) + sources
+        self.language_weights = language_weights(self.languages, counts, weights)
+
+    def _pairs(
+        self, examples: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[_Pair], list[Tree], dict[int, Tree]]:
+        """The pairs to score, targets first; the sources that are only held still; by group, those only the state of whose
+        prompt is needed."""
+        index_of = {language: i for i, language in enumerate(self.languages)}
+        targets: list[_Pair] = []
+        sources: list[_Pair] = []
+        held: list[Tree] = []
+        stems: dict[int, Tree] = {}
+        states = self.trained.states
+        for g, example in enumerate(examples):
+            parts = [example[f"source_{part}"] for part in ("prompt", "chosen", "rejected")]
+            trained = self.trained.sources and example["carries_source"]
+            if trained or self.score_source:
+                tree = Tree(
+                    parts[0], parts[1], parts[2], score=True, pool=self.run_source, prompt_state=states
+                )
+                (said,) = example.get("source_reference", [{}])
+                sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, said))
+            else:
+                if self.run_source:
+                    held.append(Tree(parts[0], parts[1], parts[2], score=False, pool=True))
+                if states:
+                    prompt, chosen, rejected = parts
+                    stems[g] = Tree(prompt, chosen[:1], rejected[:1], score=False, prompt_state=True)
+            if not (self.trained.targets or self.score_source):
+                continue
+            of_targets = example.get("target_reference", [{}] * len(example["target_language"]))
+            for i, (language, said) in enumerate(zip(example["target_language"], of_targets, strict=True)):
+                parts = [example[f"target_{part}"][i] for part in ("prompt", "chosen", "rejected")]
+                tree = Tree(parts[0], parts[1], parts[2], score=True, prompt_state=states)
+                targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, said))
+        return targets + sources, held, stems
+
+    def _mismatched(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        trees = [Tree(pair.tree.prompt, *pair.said["other_responses"]) for pair in pairs]
+        sizes = [tree.size for tree in trees]
+        calls = []
+        for part in pack_rows(sizes, self.max_tokens_per_call or sum(sizes)):
+            numbers = sorted(part)
+            calls.append({**self._build([trees[i] for i in numbers]), "pairs": torch.tensor(numbers)})
+        counts = [not examples[pair.group]["filler"] for pair in pairs]
+        logps = [pair.said["other_logps"] for pair in pairs]
+        lengths = [(len(tree.chosen), len(tree.rejected)) for tree in trees]
+        return {
+            "calls": calls,
+            "reference_logps": torch.from_numpy(np.array(logps, dtype=np.float32).reshape(-1, 2)),
+            "lengths": torch.tensor(lengths, dtype=torch.long).reshape(-1, 2),
+            "counts": torch.tensor(counts, dtype=torch.float32),
+        }
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
         return build_batch(
@@ -371,7 +488,28 @@ class GroupCollator:
             pad_token_id=self.shape.pad_token_id,
             pooling=self.shape.pooling,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            score_prompts=self.trained.prompts,
+            score_shared=self.trained.shared,
         )
+
+
+def _prompts(group_of_pair: Sequence[int], further: Sequence[int]) -> dict[str, Tensor]:
+    """Where the states of each group's prompts are: those of the pairs first, then one more for each of some groups."""
+    of_group: dict[int, list[int]] = {}
+    for row, group in enumerate([*group_of_pair, *further]):
+        of_group.setdefault(group, []).append(row)
+    most = max(map(len, of_group.values()))
+    place = {group: i for i, group in enumerate(of_group)}
+    return {
+        "rows": torch.tensor([rows + [0] * (most - len(rows)) for rows in of_group.values()]),
+        "present": torch.tensor([[i < len(rows) for i in range(most)] for rows in of_group.values()]),
+        "of_pair": torch.tensor([place[group] for group in group_of_pair]),
+    }
+
+
+def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str, Any]:
+    """Fields of :class:`mpo.modeling.pairs.StepMeans` about tokens, from sums over the pairs of a step."""
+    return {"chosen_tokens": chosen_tokens / pairs, "sequence_tokens": sequence_tokens / pairs}
 
 
 def language_weights(
@@ -380,7 +518,7 @@ def language_weights(
     """Weight of each language, scaled so that the mean over all pairs is 1.
 
     Args:
-        languages: Target languages.
+        languages: Those of the pairs.
         pairs: Number of training pairs of each.
         weights: None for equal weights, ``"balanced"`` for the inverse of the number of pairs, or weights by language
             (1 where not named).
@@ -396,7 +534,7 @@ def language_weights(
         assert not isinstance(weights, str)
         if unknown := sorted(set(weights) - set(languages)):
             raise ConfigError(
-                f"`language_weights` names {', '.join(unknown)}, but the data's target languages are "
+                f"`language_weights` names {', '.join(unknown)}, but the languages of the pairs are "
                 f"{', '.join(languages)}."
             )
         raw = [float(weights.get(language, 1.0)) for language in languages]
@@ -412,8 +550,13 @@ def language_weights(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a batch's tensors to a device without waiting for the copy."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    """Move a batch's tensors, those in its parts too, to a device without waiting for the copy."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, dict):
+            return to_device(value, device)
+        return [moved(item) for item in value] if isinstance(value, list) else value
+
+    return {name: moved(value) for name, value in batch.items()}

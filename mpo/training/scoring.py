@@ -21,17 +21,21 @@ from transformers import PreTrainedTokenizerBase
 from mpo.data.tokenization import set_chat_template, tokenize_groups
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.layout import BatchShape, Forward, batch_shape, usable_layout
-from mpo.modeling.pairs import PairTensors, run_model
+from mpo.modeling.pairs import PairTensors, mismatch_sums, run_model
 from mpo.training.ranks import Ranks, SingleRank, gathered
 from mpo.training.records import PairScore, Scores
-from mpo.training.reference import SourceReference, build_or_load, probe_trees
+from mpo.training.reference import GroupReference, build_or_load
 from mpo.training.sampling import (
     GroupBatchSampler,
     GroupCollator,
     GroupDataset,
+    Trained,
+    step_means,
     target_languages,
     to_device,
 )
+from mpo.training.unique_pairs import probe_trees
+from mpo.training.workload import trained_totals
 
 
 @dataclass
@@ -46,13 +50,14 @@ class _Sums:
 def score_dataset(
     forward: Forward,
     groups: Dataset,
-    reference: SourceReference,
+    reference: GroupReference,
     *,
     languages: Sequence[str],
     source_language: str,
     shape: BatchShape,
     ranks: Ranks,
     batch_size: int = 1,
+    trained: Trained = Trained(),  # noqa: B008 (frozen)
     pair_loss: Callable[[PairTensors], Tensor] | None = None,
     description: str = "Scoring",
     progress: bool = True,
@@ -71,51 +76,57 @@ def score_dataset(
         shape: How groups become model calls.
         ranks: The process group.
         batch_size: Groups per model call and rank.
-        pair_loss: Loss of each target pair, to be averaged.
+        trained: Which pairs ``pair_loss`` is of, and what it needs.
+        pair_loss: Loss of each such pair, to be averaged.
         description: Text of the progress bar.
         progress: Whether the main process shows it.
 
     Returns:
-        The scores, and the mean of ``pair_loss`` over all target pairs (NaN without it).
+        The scores, and the mean of ``pair_loss`` over its pairs (NaN without it).
     """
     loader = DataLoader(
         GroupDataset(groups, reference),
         batch_sampler=GroupBatchSampler(
             np.arange(len(groups)), batch_size, num_ranks=ranks.num_processes, rank=ranks.process_index
         ),
-        collate_fn=GroupCollator(languages, [1.0] * len(languages), shape, score_source=True),
+        collate_fn=GroupCollator(
+            languages,
+            [1.0] * len(languages),
+            shape,
+            score_source=True,
+            trained=trained,
+            source_language=source_language,
+        ),
     )
+    step = step_means(*trained_totals(groups, trained, reference.carries_source))
+    if trained.mismatched and pair_loss is not None:
+        step["kl"] = _reference_point(forward, loader, ranks)
     sums = _Sums()
     quiet = not (progress and ranks.is_main_process) or bool(os.environ.get("TQDM_DISABLE", ""))
     for cpu_batch in tqdm(loader, desc=description, disable=quiet):
-        batch = to_device(cpu_batch, ranks.device)
+        batch = {**to_device(cpu_batch, ranks.device), "step": step}
+        trains = cpu_batch["counts"].nonzero().flatten()
         with torch.no_grad():
             pairs, output = run_model(forward, batch)
-            losses = pair_loss(pairs) if pair_loss is not None else None
+            if pair_loss is not None and len(trains):
+                losses = pair_loss(pairs.select(trains.to(ranks.device)))
+                sums.loss += float(losses.double().sum())
         assert output.response_logps is not None
         logps = output.response_logps.double().cpu().numpy()
-        counts = cpu_batch["counts"].numpy() > 0
-        numbers = cpu_batch["groups"]
-        pair_groups = cpu_batch["group_of_pair"].tolist()
-        order = dict.fromkeys(range(len(numbers)), 0)
-        for i, g in enumerate(pair_groups):
+        numbers, fillers = cpu_batch["groups"], cpu_batch["fillers"]
+        order = [0] * len(numbers)
+        for i, g in enumerate(cpu_batch["group_of_pair"].tolist()):
+            if fillers[g]:
+                continue
+            is_source = bool(cpu_batch["is_source"][i])
             order[g] += 1
-            if counts[i]:
-                language = languages[int(cpu_batch["language"][i])]
-                source_gap = float(cpu_batch["reference_gap"][i])
-                scored = _score(numbers[g], language, False, logps[i], source_gap)
-                sums.records.append((numbers[g], order[g], scored))
-        for g, group in enumerate(numbers):
-            pair = pair_groups.index(g)
-            if counts[pair]:
-                source_gap = float(cpu_batch["reference_gap"][pair])
-                scored = _score(group, source_language, True, logps[len(pair_groups) + g], source_gap)
-                sums.records.append((group, 0, scored))
-                sums.retention[group] = float(pairs.retention[pair])
-        if losses is not None:
-            sums.loss += float((losses * batch["counts"]).double().sum())
-        sums.pairs += int(counts.sum())
-        if counts.any():
+            language = source_language if is_source else languages[int(cpu_batch["language"][i])]
+            scored = _score(numbers[g], language, is_source, logps[i], float(cpu_batch["reference_gap"][i]))
+            sums.records.append((numbers[g], 0 if is_source else order[g], scored))
+            if is_source:
+                sums.retention[numbers[g]] = float(pairs.retention[i])
+        sums.pairs += len(trains)
+        if not all(fillers):
             sums.tokens += int(
                 (cpu_batch["tree_ids"] >= 0).sum()
                 if "tree_ids" in cpu_batch
@@ -137,6 +148,17 @@ def score_dataset(
         math.fsum(part.loss for part in parts) / total_pairs if pair_loss and total_pairs else math.nan
     )
     return scores, mean_loss
+
+
+def _reference_point(forward: Forward, loader: DataLoader[dict[str, Any]], ranks: Ranks) -> float:
+    """KTO's estimate of the divergence from the reference, over all pairs of a dataset."""
+    own = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in loader:
+            own += mismatch_sums(forward, to_device(batch["mismatched"], ranks.device)).double().cpu()
+    parts = gathered([own.tolist()], ranks)
+    total, count = (math.fsum(part[i] for part in parts) for i in (0, 1))
+    return max(0.0, total / count)
 
 
 def _score(group: int, language: str, is_source: bool, logps: np.ndarray, reference: float) -> PairScore:

@@ -33,8 +33,7 @@ from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError, DataError, StoppedBySignal, TrainingError
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
-from mpo.modeling.loss import mpo_loss, reward_gap
-from mpo.modeling.pairs import PairTensors, run_in_calls, run_model
+from mpo.modeling.pairs import PairTensors, mismatch_sums, run_in_calls, run_model
 from mpo.training import sharding
 from mpo.training.activation_checkpointing import decide_checkpointing, prepare_checkpointing
 from mpo.training.checkpoints import save_checkpoint
@@ -51,12 +50,13 @@ from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
 from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import LanguageMetrics, evaluation_metrics
+from mpo.training.objectives import SOURCE_GAP
 from mpo.training.policy import open_policy, source_of
 from mpo.training.records import Scores
-from mpo.training.reference import SourceReference
-from mpo.training.reference_policy import ReferencePolicy
+from mpo.training.reference import GroupReference
+from mpo.training.reference_policy import ReferencePolicy, needed_for
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import GroupCollator, target_languages
+from mpo.training.sampling import GroupCollator, step_means, target_languages, to_device
 from mpo.training.scoring import score_dataset
 from mpo.training.stopping import LastStep, StopSignals
 from mpo.training.trl_contract import (
@@ -101,7 +101,8 @@ class MPOTrainer(DPOTrainer):
         peft_config: Wraps the model in a new adapter.
 
     Attributes:
-        languages: Target languages, sorted; a pair's language is its index here.
+        languages: Target languages, sorted, and after them the source language where sources are trained on; a pair's
+            language is its index here.
         dropped_rows: One sentence for each row that tokenization dropped (``bad_rows="drop"``).
         source_report: After the reference pass: ``sources``, ``not_positive`` (gap of 0 or less) and ``dropped``.
 
@@ -194,6 +195,8 @@ class MPOTrainer(DPOTrainer):
             *(("eval", data) for data in self._eval_datasets),
         ):
             check_tokens(dataset, bare, self._tokenizer, name)
+        if args.train_on != "targets" and args.source_language not in self.languages:
+            self.languages.append(args.source_language)
         self.data_collator = training_collator(
             args, self.languages, bare, self._tokenizer, self.accelerator, router_loss=self.aux_loss_enabled
         )
@@ -210,7 +213,13 @@ class MPOTrainer(DPOTrainer):
             shape=self.data_collator.shape,
         )
         # Sums over the pairs since the last log.
-        self._metrics_per_language = LanguageMetrics(self.languages, args.beta, self.accelerator.device)
+        self._metrics_per_language = LanguageMetrics(
+            self.languages,
+            args.gap_scale,
+            self.accelerator.device,
+            objectives=args.objectives,
+            knows_source_gap=bool(needed_for(args).sources),
+        )
         # What ends the run: before the optimizer's step, or at a log.
         self._signals = StopSignals(keep=True)
         self._finite = FiniteGuard(self.accelerator, lambda: self._signals.asked)
@@ -221,25 +230,20 @@ class MPOTrainer(DPOTrainer):
     # ---- The loss ------------------------------------------------------------------------------------------------
 
     def pair_loss(self, pairs: PairTensors) -> Tensor:
-        """Loss of each target pair; override this to train with a loss of your own.
+        """Loss of each pair, by ``loss_type``; override this to train with a loss of your own.
 
-        What is returned is weighted by language and averaged over all target pairs of the optimizer step, whatever the
+        What is returned is weighted by language and averaged over all trained pairs of the optimizer step, whatever the
         grouping, the accumulation or the number of ranks. A call may hold some of a micro-batch's pairs only
-        (``max_tokens_per_call``), so the loss of a pair must not depend on the others.
+        (``max_tokens_per_call``), so the loss of a pair must not depend on the others. It is given what ``loss_type``
+        needs; to give recipes a name for a loss, see :func:`mpo.training.objectives.register_objective`.
 
         Args:
-            pairs: Tensors with one entry per target pair, see :class:`mpo.modeling.pairs.PairTensors`.
+            pairs: Tensors with one entry per pair, see :class:`mpo.modeling.pairs.PairTensors`.
 
         Returns:
             ``[T]``, differentiable with respect to the policy.
         """
-        return mpo_loss(
-            reward_gap(pairs.chosen_logps, pairs.rejected_logps),
-            pairs.reference_gap,
-            pairs.retention,
-            beta=self.args.beta,
-            retain_weight=self.args.retain_weight,
-        )
+        return self.args.objectives.loss(pairs)
 
     def _checked_pair_loss(self, pairs: PairTensors) -> Tensor:
         losses = self.pair_loss(pairs)
@@ -309,13 +313,31 @@ class MPOTrainer(DPOTrainer):
         return super()._prepare_input(data)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """Number of target pairs of the optimizer step, over its micro-batches and all ranks."""
-        count = sum(batch["num_pairs"] for batch in batch_samples)
-        if self.accelerator.num_processes == 1:
-            return count
-        total = self.accelerator.reduce(torch.full((), float(count), device=device), reduction="sum")
-        assert isinstance(total, Tensor)
-        return total
+        """Number of pairs of the optimizer step, over its micro-batches and all ranks. The step's means go with them."""
+        totals: Any = [
+            sum(numbers) for numbers in zip(*(batch["totals"] for batch in batch_samples), strict=True)
+        ]
+        if self.accelerator.num_processes > 1:
+            own = torch.stack([torch.full((), float(total), device=device) for total in totals])
+            totals = self.accelerator.reduce(own, reduction="sum")
+        means = step_means(*totals)
+        if self.data_collator.trained.mismatched:
+            means["kl"] = self._reference_point(batch_samples)
+        for batch in batch_samples:
+            batch["step"] = means
+        count: Tensor | int = totals[0]
+        return count
+
+    def _reference_point(self, batches: list[Any]) -> Tensor:
+        """KTO's estimate of the divergence from the reference, at least 0, over all pairs of a step and all ranks."""
+        device = self.accelerator.device
+        sums = torch.zeros(2, device=device)
+        with torch.no_grad(), sharding.inference(self._policy.callable(), self.accelerator) as model:
+            for batch in batches:
+                sums = sums + mismatch_sums(model, to_device(batch.pop("mismatched"), device))
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        return (sums[0] / sums[1]).clamp(min=0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once per optimizer step, after the gradients are final and before the optimizer moves.
@@ -356,7 +378,7 @@ class MPOTrainer(DPOTrainer):
         reference = self._reference_of(self.train_dataset)
         groups = reference.groups_above(self.args.min_source_gap)
         if self.args.min_source_gap is not None:
-            kept = self.train_dataset.select_columns(["target_language"]).select(groups)
+            kept = self.train_dataset.select(groups)
             self.data_collator.weigh_languages(kept, self.args.language_weights)
         return training_loader(
             self.train_dataset,
@@ -370,17 +392,21 @@ class MPOTrainer(DPOTrainer):
 
     # ---- The reference -------------------------------------------------------------------------------------------
 
-    def _reference_of(self, dataset: Dataset, name: str = "train") -> SourceReference:
+    def _reference_of(
+        self, dataset: Dataset, name: str = "train", *, evaluation: bool = False
+    ) -> GroupReference:
         """Reference values of a prepared dataset, computed or read when first asked for."""
-        values = self._reference.values(dataset, name)
+        values = self._reference.values(dataset, name, needed_for(self.args, evaluation=evaluation))
         self.data_collator.shape = self._reference.shape  # with the layout that the model takes
         return values
 
     def _prepare_references(self) -> None:
         """Run or read the reference of all data, before the first step changes anything."""
-        self.source_report = self._reference_of(self.train_dataset).report(self.args.min_source_gap)
+        self.source_report = self._reference_of(self.train_dataset).report(
+            self.args.min_source_gap, is_goal=SOURCE_GAP in self.args.objectives.needs
+        )
         for i, dataset in enumerate(self._eval_datasets):
-            self._reference_of(dataset, "eval" if i == 0 else f"eval {i}")
+            self._reference_of(dataset, "eval" if i == 0 else f"eval {i}", evaluation=True)
         self._reference.release()
 
     # ---- Training ------------------------------------------------------------------------------------------------
@@ -544,7 +570,8 @@ class MPOTrainer(DPOTrainer):
             return metrics
         start = time.monotonic()
         scores, loss = self._score(self._evaluation_data(eval_dataset), "Evaluating")
-        found = {**evaluation_metrics(scores, loss, self.languages), "runtime": time.monotonic() - start}
+        found = evaluation_metrics(scores, loss, self.languages, sources=self.data_collator.trained.sources)
+        found["runtime"] = time.monotonic() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -579,9 +606,9 @@ class MPOTrainer(DPOTrainer):
         return self._prepare_dataset(groups, self.processing_class, self.args, "eval")
 
     def _score(self, dataset: Dataset, description: str) -> tuple[Scores, float]:
-        """Scores of a prepared dataset, and the mean of :meth:`pair_loss` over its target pairs."""
+        """Scores of a prepared dataset, and the mean of :meth:`pair_loss` over its pairs that training would train on."""
         check_languages(target_languages(dataset), self.languages)
-        reference = self._reference_of(dataset, "eval")
+        reference = self._reference_of(dataset, "eval", evaluation=True)
         with sharding.inference(self._policy.callable(), self.accelerator) as model:
             return score_dataset(
                 model,
@@ -592,6 +619,7 @@ class MPOTrainer(DPOTrainer):
                 shape=self.data_collator.shape,
                 ranks=self.accelerator,
                 batch_size=self.args.per_device_eval_batch_size,
+                trained=self.data_collator.trained,
                 pair_loss=self.pair_loss,
                 description=description,
                 progress=not self.args.disable_tqdm,

@@ -16,8 +16,10 @@ from mpo.data.contract import PARTS
 from mpo.data.tokenization import tokenize_groups
 from mpo.errors import DataError
 from mpo.training.config import MPOConfig
-from mpo.training.reference import unique_sources
-from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler
+from mpo.training.objectives import STATES
+from mpo.training.reference_policy import needed_for
+from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, Trained
+from mpo.training.unique_pairs import first_of_each, unique_sources
 
 # The official code runs source and target of a pair as two batches, each of two sequences (prompt + chosen, prompt +
 # rejected) that are padded to one length, a multiple of 8.
@@ -33,10 +35,11 @@ class Workload:
         group_tokens: ``[groups]`` int64, tokens that each group brings to a micro-batch (:func:`group_tokens`).
         pairs: number of target pairs.
         tree_tokens: tokens of all trees that are run, each with its prompt once: of the targets and, where the retention
-            term asks for them, of the sources, once for each group.
+            term asks for them, of the sources, once for each group; of the pairs that ``train_on`` says otherwise.
         trees: number of these trees.
         longest_tree: tokens of the longest tree, sources included.
-        source_tokens: tokens of the unique sources, which the reference pass runs once.
+        reference_tokens: tokens that the reference pass runs: of the unique sources for MPO, and of the targets for an
+            objective that compares with the reference on them.
         official_tokens: tokens of the same pairs in the official code's batches, padding included; 0 if not known.
     """
 
@@ -45,7 +48,7 @@ class Workload:
     tree_tokens: int
     trees: int
     longest_tree: int
-    source_tokens: int
+    reference_tokens: int
     official_tokens: int = 0
 
     @property
@@ -104,23 +107,26 @@ def count_work(groups: Dataset, args: MPOConfig) -> Workload:
 
     Args:
         groups: from :func:`tokenize_for_training`.
-        args: ``retain_weight`` decides whether sources are run, ``batch_layout`` what a group's tokens are.
+        args: the objective and ``train_on`` decide what is run, ``batch_layout`` what a group's tokens are.
     """
-    run_source = args.retain_weight > 0
-    pairs = official = 0
+    pairs = official = target_tokens = 0
     source_sizes = []
     for sources, targets, pairs_of_group in _lengths(groups):
         pairs += targets.shape[1]
+        target_tokens += int(targets.sum())
         official += int(_official(targets).sum() + _official(sources) @ pairs_of_group)
         source_sizes.append(sources.sum(axis=0))
     _, first_groups, _ = unique_sources(groups)
+    sources_run = len(groups) if args.holds_sources else len(first_groups) if args.runs_sources else 0
     return Workload(
-        group_tokens=group_tokens(groups, run_source=run_source, layout=args.batch_layout),
+        group_tokens=tokens_of_step(groups, args, args.batch_layout),
         pairs=pairs,
-        tree_tokens=int(group_tokens(groups, run_source=run_source).sum()),
-        trees=pairs + (len(groups) if run_source else 0),
+        tree_tokens=int(tokens_of_step(groups, args, "tree").sum()),
+        trees=(pairs if args.train_on != "source" else 0) + sources_run,
         longest_tree=longest_tree(groups),
-        source_tokens=int(np.concatenate(source_sizes)[first_groups].sum()),
+        reference_tokens=_of_reference(
+            args, int(np.concatenate(source_sizes)[first_groups].sum()), target_tokens
+        ),
         official_tokens=official,
     )
 
@@ -135,7 +141,7 @@ def assume_work(args: MPOConfig, *, sources: int, targets: int, tree_tokens: int
         targets: target pairs of each source.
         tree_tokens: tokens of each tree.
     """
-    run_source = args.retain_weight > 0
+    run_source = args.runs_sources
     most = (args.max_targets_per_group or targets) if args.group_by_source else 1
     pairs_of_group = np.array([min(most, targets - start) for start in range(0, targets, most)])
     tokens = np.tile((pairs_of_group + run_source) * tree_tokens, sources)
@@ -146,8 +152,14 @@ def assume_work(args: MPOConfig, *, sources: int, targets: int, tree_tokens: int
         tree_tokens=trees * tree_tokens,
         trees=trees,
         longest_tree=tree_tokens,
-        source_tokens=sources * tree_tokens,
+        reference_tokens=_of_reference(args, sources * tree_tokens, sources * targets * tree_tokens),
     )
+
+
+def _of_reference(args: MPOConfig, sources: int, targets: int) -> int:
+    """Of tokens of all sources and of all targets, those that the reference pass runs."""
+    stored = needed_for(args)
+    return bool(stored.sources) * sources + bool(stored.targets) * targets
 
 
 def schedule(tokens: np.ndarray, args: MPOConfig, num_ranks: int) -> Schedule:
@@ -162,7 +174,8 @@ def schedule(tokens: np.ndarray, args: MPOConfig, num_ranks: int) -> Schedule:
     Raises:
         DataError: no micro-batch can be made, see :func:`train_sampler`.
     """
-    micro_batches = len(train_sampler(args, np.arange(len(tokens)), tokens, num_ranks=num_ranks))
+    run = np.flatnonzero(tokens)
+    micro_batches = len(train_sampler(args, run, tokens[run], num_ranks=num_ranks))
     each = math.ceil(micro_batches / args.gradient_accumulation_steps)
     if args.max_steps > 0:
         return Schedule(micro_batches, args.max_steps, args.max_steps / each)
@@ -219,7 +232,29 @@ def largest_micro_batch(tokens: np.ndarray, args: MPOConfig, batch_size: int | N
     return int(sizes[-(batch_size or args.per_device_train_batch_size) :].sum())
 
 
-def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tree") -> np.ndarray:
+def tokens_of_step(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
+    """
+    Tokens that each group brings to a micro-batch of a run, ``[groups]``; 0 for one with nothing to run.
+
+    Args:
+        groups: tokenized groups.
+        args: the run's settings.
+        layout: see :func:`group_tokens`.
+    """
+    sources: bool | np.ndarray = args.holds_sources
+    if args.train_on != "targets":
+        sources = first_of_each(unique_sources(groups)[0])
+    tokens = group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
+    if STATES in args.objectives.needs and args.train_on == "targets":
+        # Of the source its prompt is run, with one token of each response.
+        prompts = np.concatenate([lengths[0] for lengths, _, _ in _lengths(groups)])
+        tokens += prompts + 2 if layout == "tree" else 2 * (prompts + 1)
+    return tokens
+
+
+def group_tokens(
+    groups: Dataset, *, run_source: bool | np.ndarray = True, run_targets: bool = True, layout: str = "tree"
+) -> np.ndarray:
     """
     Tokens that each group brings to a micro-batch, without padding.
 
@@ -227,19 +262,48 @@ def group_tokens(groups: Dataset, *, run_source: bool = True, layout: str = "tre
 
     Args:
         groups: tokenized groups.
-        run_source: whether the source is run while training.
+        run_source: whether the source is run while training; ``[groups]`` where not all groups are alike.
+        run_targets: whether the targets are.
         layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
 
     Returns:
         ``[groups]`` int64.
     """
     weights = np.array([1 if layout == "tree" else 2, 1, 1])
+    runs = np.broadcast_to(run_source, len(groups)).astype(np.int64)
     counts = [np.zeros(0, dtype=np.int64)]
+    start = 0
     for sources, targets, pairs in _lengths(groups):
+        part = slice(start, start := start + len(pairs))
         ends = np.cumsum(pairs)
         so_far = np.concatenate([[0], np.cumsum(weights @ targets)])
-        counts.append(so_far[ends] - so_far[ends - pairs] + (weights @ sources if run_source else 0))
+        of_targets = so_far[ends] - so_far[ends - pairs]
+        counts.append(of_targets * run_targets + (weights @ sources) * runs[part])
     return np.concatenate(counts)
+
+
+def trained_totals(groups: Dataset, trained: Trained, carries_source: np.ndarray) -> tuple[int, int, int]:
+    """
+    What :func:`mpo.training.sampling.step_means` takes, of all pairs of tokenized groups that are trained on.
+
+    Args:
+        groups: tokenized groups.
+        trained: which pairs those are.
+        carries_source: ``[groups]``, True for the first group of each unique source.
+
+    Returns:
+        Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first.
+    """
+    pairs = start = 0
+    tokens = np.zeros(3, dtype=np.int64)
+    for sources, targets, pairs_of_group in _lengths(groups):
+        part = slice(start, start := start + len(pairs_of_group))
+        if trained.targets:
+            pairs, tokens = pairs + targets.shape[1], tokens + targets.sum(axis=1)
+        if trained.sources:
+            own = sources[:, carries_source[part]]
+            pairs, tokens = pairs + own.shape[1], tokens + own.sum(axis=1)
+    return pairs, int(tokens[1]), int(tokens[0] + tokens[1]) - pairs
 
 
 def longest_tree(groups: Dataset) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import scaling
 from mpo.data.tokenization import TOKENIZED_FEATURES
-from mpo.training.reference import unique_sources
+from mpo.training.unique_pairs import unique_sources
 from mpo.training.workload import group_tokens
 
 

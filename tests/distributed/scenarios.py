@@ -257,6 +257,18 @@ def run_continued(folder: Path, shared: Path, ranks: int, **changes: Any) -> dic
     }
 
 
+def run_objectives(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """Objectives that need more of a step than its pairs: a mean over its tokens, and KTO's reference point."""
+    objectives = {"loss_type": ["kto", "sft"], "beta": 0.3, "train_on": "both"}
+    trainer = build("lora-sgd", folder, shared, ranks, **objectives)
+    trainer.train()
+    return {
+        "gradients": trainer.observer.gradients,
+        "history": [log for log in trainer.state.log_history if "loss" in log],
+        "evaluated": trainer.evaluate()["eval_loss"],
+    }
+
+
 def run_poisoned(poison: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
     """The error of a run whose third step is not finite, and the checkpoint it leaves."""
     Poisoned.poison = poison

@@ -36,6 +36,7 @@ JOBS = [
     "continued:half",
     "half:full-adamw",
 ]
+FURTHER = {"ddp": ["objectives"], "zero3": ["objectives"]}
 SOME = {"zero1": ["train:full-adamw", "half:full-adamw"]}  # shares its code with ZeRO-2
 
 
@@ -90,7 +91,8 @@ def test_two_ranks_compute_what_one_process_does(
     out = tmp_path / "out"
     out.mkdir()
     jobs = SOME.get(engine, JOBS)
-    status, written = launch(engine, [WORKER, out, own, *jobs], limit=480)
+    further = FURTHER.get(engine, [])
+    status, written = launch(engine, [WORKER, out, own, *jobs, *further], limit=480)
     assert status == 0, written[-8000:]
 
     def found(job: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -152,6 +154,18 @@ def test_two_ranks_compute_what_one_process_does(
         losses = [[float(log["loss"]) for log in run["history"]] for run in (half, one)]
         assert losses[0] == pytest.approx(losses[1], rel=0.05)
         assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+    if "objectives" in further:
+        with subtests.test("what an objective needs of a whole step is of all ranks"):
+            first, second = found("objectives")
+            one = scenarios.run_objectives(tmp_path / "objectives", shared, 1)
+            assert_same_tensors(first["gradients"], one["gradients"], 2e-5)
+            assert _comparable(first) == _comparable(second)
+            for actual, expected in zip(_comparable(first), _comparable(one), strict=True):
+                assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4)
+            assert {"kl", "loss/kto", "loss/sft", "rewards/margins", "reward_gap/en"} <= first["history"][
+                0
+            ].keys()
     if jobs is not JOBS:
         return
     with subtests.test("an explicit reference is the reference"):

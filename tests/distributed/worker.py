@@ -60,6 +60,8 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
             return scenarios.run_with_reference(out / "reference", shared, ranks)
         case "continued":
             return scenarios.run_continued(out / f"continued-{name}", shared, ranks, bf16=name == "half")
+        case "objectives":
+            return scenarios.run_objectives(out / "objectives", shared, ranks)
         case "poison":
             return scenarios.run_poisoned(name, out / f"poison-{name}", shared, ranks)
         case "killed":

@@ -37,6 +37,7 @@ from tests.plain import (
     random_pair,
     relative_error,
     router_loss,
+    run_sequence,
     score_pair,
 )
 from tests.tiny import build_model
@@ -101,6 +102,55 @@ def test_scaled_and_biased_logits_are_read_as_the_model_computes_them(
         gradients((found * direction).sum(), dict(model.named_parameters())),
         gradients((expected * direction).sum(), dict(reference.named_parameters())),
         1e-9,
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("family", "layout"), [("gemma2", "tree"), ("llama", "padded")])
+def test_prompts_first_tokens_and_states_are_read_where_they_are_asked_for(
+    family: str, layout: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpo.modeling.head.ChunkedLogProbFunction", ExactLogProbFunction)
+    model = build_model(family, dtype=torch.float64, tie=False)
+    model.get_output_embeddings().requires_grad_(not frozen)
+    reference = plain_model(model)
+    attach_reward_gap_head(model)
+    pairs = [*draw(5, 4), Ids([7], [11, 12, 13], [14])]  # the prompt of the last predicts nothing of its own
+    trees = [Tree(*pair, prompt_state=i % 2 == 0) for i, pair in enumerate(pairs)]
+    trees.insert(2, Tree(*draw(6, 1)[0], score=False, pool=True))
+    options = {"layout": layout, "max_tokens_per_row": 40, "pad_token_id": 0, "pooling": "mean"}
+    with Exact():
+        batch = build_batch(trees, **options, score_prompts=True, score_shared=True)  # type: ignore[arg-type]
+        found = model(reward_gap_head=True, **batch)
+    prompts, shared, states = [], [], []
+    for i, pair in enumerate(pairs):
+        outputs = [run_sequence(reference, [*pair.prompt, *part]) for part in (pair.chosen, pair.rejected)]
+        log_probs = [torch.log_softmax(output.logits[0], dim=-1) for output in outputs]
+        prompts.append(
+            sum(log_probs[0][t - 1, pair.prompt[t]] for t in range(1, len(pair.prompt)))
+            + 0.0 * log_probs[0].sum()
+        )
+        least, start = min(len(pair.chosen), len(pair.rejected)), len(pair.prompt) - 1
+        for part, values in zip((pair.chosen, pair.rejected), log_probs, strict=True):
+            shared.append(sum(values[start + t, part[t]] for t in range(least)))
+        if i % 2 == 0:
+            states.append(outputs[0].hidden_states[-1][0, start])
+    expected = [torch.stack(prompts), torch.stack(shared).view(-1, 2), torch.stack(states)]
+    expected += [torch.stack([score_pair(reference, pair).logps for pair in pairs])]
+    given = [found.prompt_logps, found.shared_logps, found.prompt_states, found.response_logps]
+    total, plain = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for seed, (value, wanted) in enumerate(zip(given, expected, strict=True)):
+        assert value.shape == wanted.shape
+        assert relative_error(value, wanted) <= 1e-9
+        direction = torch.randn(
+            wanted.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        total, plain = total + (value * direction).sum(), plain + (wanted * direction).sum()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_tensors(
+        gradients(total, {n: p for n, p in model.named_parameters() if n in trained}),
+        gradients(plain, {n: p for n, p in reference.named_parameters() if n in trained}),
+        1e-7,
     )
 
 

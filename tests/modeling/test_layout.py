@@ -18,7 +18,7 @@ from mpo.errors import ModelError
 from mpo.modeling.head import RewardGapOutput, attach_reward_gap_head
 from mpo.modeling.layout import BatchShape, batch_shape, default_attention, usable_layout
 from mpo.modeling.trees import Tree
-from mpo.training.reference import probe_trees
+from mpo.training.unique_pairs import probe_trees
 from tests import runs
 from tests.tiny import MODEL_FAMILIES, build_model, build_tokenizer, random_groups, save_tiny
 

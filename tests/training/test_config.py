@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from mpo.training.launcher import deepspeed_backend
 
 # A value for every refused option that is not its default.
 _SET = {
-    "loss_type": ["ipo"],
-    "loss_weights": [0.5],
     "ld_alpha": 0.5,
     "f_divergence_type": "js_divergence",
     "f_alpha_divergence_coef": 0.7,
@@ -106,10 +105,78 @@ def test_an_option_without_meaning_may_be_written_out_with_its_default(name: str
     config(**{name: default})
 
 
-def test_the_default_loss_may_be_named_without_its_list() -> None:
-    config(loss_type="sigmoid")
-    with pytest.raises(ConfigError, match="loss_type"):
-        config(loss_type="ipo")
+# ---- Objectives ------------------------------------------------------------------------------------------------
+
+
+def test_one_objective_may_be_named_without_its_list() -> None:
+    assert config(loss_type="ipo").loss_type == ["ipo"]
+    assert config().loss_type == ["mpo"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "beta", "label_smoothing"),
+    [
+        ({}, 1.0, 0.0),
+        ({"loss_type": "sigmoid"}, 0.1, 0.0),
+        ({"loss_type": ["mpo", "sft"]}, 1.0, 0.0),
+        ({"loss_type": "robust"}, 0.01, 0.1),
+        ({"loss_type": "robust", "label_smoothing": 0.0}, 0.01, 0.0),
+        ({"loss_type": "exo_pair", "beta": 0.3}, 0.3, 1e-3),
+        ({"loss_type": ["mpo", "sigmoid"], "beta": 0.5}, 0.5, 0.0),
+        ({"loss_type": "sft"}, 1.0, 0.0),
+    ],
+    ids=str,
+)
+def test_what_is_not_set_takes_the_published_value_of_the_objective(
+    settings: dict[str, Any], beta: float, label_smoothing: float
+) -> None:
+    found = config(**settings)
+    assert (found.beta, found.label_smoothing) == (beta, label_smoothing)
+    # Settings that are copied mean the same.
+    again = dataclasses.replace(found, output_dir="elsewhere")
+    assert (again.beta, again.label_smoothing, again.loss_type) == (beta, label_smoothing, found.loss_type)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "simp"}, "Did you mean 'simpo'"),
+        ({"loss_type": []}, "one or more objectives"),
+        ({"loss_type": ["sft", "sft"]}, "each once"),
+        ({"loss_type": "aot"}, "sorts the log-ratios of a batch"),
+        (
+            {"loss_type": ["mpo", "sft"], "loss_weights": [1.0]},
+            "as many numbers as `loss_type` names objectives, 2",
+        ),
+        ({"loss_type": ["mpo", "sigmoid"]}, "published values differ: 1 for mpo, 0.1 for sigmoid"),
+        ({"train_on": "both"}, "`train_on: both` does not go with `mpo`: MPO pulls the target languages"),
+        ({"loss_type": ["sft", "mpo"], "train_on": "source"}, "does not go with `mpo`"),
+        ({"loss_type": "sft", "train_on": "all"}, "expected 'targets', 'source' or 'both'"),
+        ({"loss_type": "sft", "beta": 0.1}, "no meaning for `loss_type` sft"),
+        ({"loss_type": "sigmoid", "retain_weight": 0.0}, "it belongs to the objectives mpo"),
+        ({"loss_type": "sigmoid", "label_smoothing": 0.1}, "no meaning for `loss_type` sigmoid"),
+        ({"loss_type": "exo_pair", "label_smoothing": 0.0}, "above 0 and below 0.5"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "below 0.5"),
+        ({"loss_type": "sigmoid", "ld_alpha": 1.5}, "from 0 to 1"),
+        ({"loss_type": "sigmoid", "f_divergence_type": "total"}, "one of reverse_kl"),
+        (
+            {"loss_type": ["sigmoid", "apo_zero"], "f_divergence_type": "forward_kl"},
+            "which apo_zero cannot take",
+        ),
+        (
+            {"loss_type": "mlc", "max_targets_per_group": 2},
+            "`max_targets_per_group` is 2, but `mlc` compares",
+        ),
+        ({"loss_type": "mlc", "group_by_source": False}, "Remove `group_by_source`"),
+        ({"loss_type": "mlc", "train_on": "source"}, "`train_on` is 'source', but `mlc` compares"),
+        ({"loss_type": "cpo", "simpo_gamma": 1.0}, "it belongs to the objectives simpo"),
+        ({"loss_type": "simpo", "simpo_gamma": -1.0}, "at least 0"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_objectives_that_cannot_be_meant_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config(**settings)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +187,6 @@ def test_the_default_loss_may_be_named_without_its_list() -> None:
         ("beta", float("nan")),
         ("beta", float("inf")),
         ("beta", "1.0"),
-        ("beta", None),
         ("retain_weight", -0.1),
         ("retain_weight", float("nan")),
         ("retain_weight", float("inf")),

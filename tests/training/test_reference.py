@@ -29,7 +29,8 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.identity import fingerprint_folder, fingerprint_module
 from mpo.modeling.layout import BatchShape
 from mpo.training import reference as subject
-from mpo.training.reference import SourceReference, build_or_load, unique_sources
+from mpo.training.reference import GroupReference, build_or_load
+from mpo.training.unique_pairs import unique_sources
 from tests import runs
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
 
@@ -106,7 +107,7 @@ def build(
     shape: BatchShape = SHAPE,
     key: Any = None,
     ranks: Any = None,
-) -> SourceReference:
+) -> GroupReference:
     return build_or_load(
         dataset,
         forward,
@@ -127,7 +128,7 @@ def caches(folder: Path) -> list[Path]:
     )
 
 
-def values(reference: SourceReference) -> tuple[np.ndarray, np.ndarray]:
+def values(reference: GroupReference) -> tuple[np.ndarray, np.ndarray]:
     return np.array(reference.gap), np.stack([reference.hidden(i) for i in range(len(reference.gap))])
 
 
@@ -421,7 +422,7 @@ def test_two_runs_that_compute_the_same_reference_at_once_do_not_spoil_it(
 ) -> None:
     # Two runs of a sweep have one key. The second starts while the first is in the middle of its pass, and ends first.
     shape = BatchShape("tree", 128, 0, "mean", 64)
-    inner: list[SourceReference] = []
+    inner: list[GroupReference] = []
 
     def start_another(call: int) -> None:
         if call == 2:
@@ -441,7 +442,7 @@ def test_a_run_that_starts_during_the_pass_of_another_and_ends_later_gets_right_
 ) -> None:
     shape = BatchShape("tree", 128, 0, "mean", 64)
     started, finished = threading.Event(), threading.Event()
-    results: dict[str, SourceReference] = {}
+    results: dict[str, GroupReference] = {}
 
     def slow() -> None:
         def hold(call: int) -> None:
@@ -564,7 +565,7 @@ def test_ranks_divide_the_sources_and_agree_with_a_single_one(
 
     shape = BatchShape("tree", 128, 0, "mean", budget)
     forwards = [Forward(model) for _ in range(ranks)]
-    results: dict[int, SourceReference] = {}
+    results: dict[int, GroupReference] = {}
 
     def work(index: int) -> None:
         results[index] = build(dataset, forwards[index], tmp_path / "ranks", shape=shape, ranks=Rank(index))

@@ -83,7 +83,7 @@ def test_the_tokens_of_a_group_are_those_that_are_run(
 
     assert work.official_tokens == sum(in_official_batch(*side) for pair in pairs for side in pair)
     unique = {tuple(map(tuple, group[0])) for group in groups}
-    assert work.source_tokens == sum(len(part) for source in unique for part in source)
+    assert work.reference_tokens == sum(len(part) for source in unique for part in source)
 
 
 @pytest.mark.parametrize("retain_weight", [0.0, 1.0])

@@ -34,6 +34,8 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         origin = "`eval_dataset`" if data.eval_dataset is not None else "by source"
         held = f"{counted(len(plan.held_out), 'source')}, {counted(plan.held_out_pairs, 'pair')} ({origin})"
     objective = f"beta {training.beta:g}, retain_weight {training.retain_weight:g} ({training.retain_pooling} pooling)"
+    if training.loss_type != ["mpo"]:
+        objective = training.objectives.description()
     return {
         "Model": f"{plan.source.name} ({plan.config.model_type}, {magnitude(plan.parameters)} parameters)",
         "Training": f"{kind}, {plan.trainable:,} trainable parameters ({share:.2%})",
