@@ -298,8 +298,8 @@ class SourceLanguageError(RowError):
 
 
 def _require_source_language(source: Pair, place: _Place) -> None:
-    texts = [messages_text(source[part]) for part in PARTS]
-    found = detect_pair_language(*texts, source_language=UNDETERMINED)
+    prompt, chosen, rejected = (messages_text(source[part]) for part in PARTS)
+    found = detect_pair_language(prompt, chosen, rejected, UNDETERMINED)
     if found != UNDETERMINED and not same_language(found, source["language"]):
         raise SourceLanguageError(found, source["language"], place)
 
