@@ -37,13 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failure is reported from another process, which cannot take half a character of a text it is about."""
+    """A report is sent from another process, which cannot take half a character of a text that a test is about."""
     report = yield
-    if report.failed and report.longrepr is not None:
-        text = str(report.longrepr)
-        if text != (kept := text.encode("utf-8", "backslashreplace").decode("utf-8")):
-            report.longrepr = kept
+    report.sections = [(name, _whole(text)) for name, text in report.sections]
+    if report.failed and report.longrepr is not None and _whole(str(report.longrepr)) != str(report.longrepr):
+        report.longrepr = _whole(str(report.longrepr))
     return report
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,7 @@ CASES = [
     (["merge", "a", "--out", "b", "--bsae", "c"], "unrecognized arguments: --bsae c; did you mean --base?"),
     (["train", "lama.yaml"], "There is no recipe lama.yaml. Recipes here: recipes/demo.yaml"),
     (["train", "recipes/llama.yaml", "--betta", "1"], "`betta` is not a key of a recipe; the nearest is `beta`."),
-    (["train", "recipes/llama.yaml", "--beta", "much"], "`beta` is 'much'; expected a number."),
+    (["train", "recipes/llama.yaml", "--beta", "much"], "`beta` is 'much'; expected a number"),
     (["train", "recipes/llama.yaml", "--dry_run", "--lr", "1", "--beta", "x"], "2 settings are wrong"),
     (["train", "recipes/llama.yaml", "--hub_token", "abc"], "set the environment variable instead"),
     ([*SUITE[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
