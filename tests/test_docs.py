@@ -41,6 +41,14 @@ from mpo.planning.known_models import shape_config
 from mpo.planning.memory import SHARDINGS, describe
 from mpo.planning.throughput import sent_per_step
 from mpo.training.config import _MEANINGLESS, MPOConfig
+from mpo.training.objectives import (
+    MISMATCHED,
+    REFERENCE,
+    RETENTION,
+    SOURCE_GAP,
+    _known,
+    find_objective,
+)
 from mpo.training.recipe import load_recipe, recipe_fields
 from tests.tiny import save_tiny
 
@@ -433,7 +441,7 @@ def test_a_listed_default_is_the_real_one(row: list[str]) -> None:
     shown: Any
     if (
         not cell
-        or cell in ("required", "all", "by need", "the model's", "PEFT's own")
+        or cell in ("required", "all", "by need", "the model's", "the objective's", "PEFT's own")
         or "CPU" in cell
         or "HF_HOME" in cell
     ):
@@ -487,6 +495,24 @@ def test_every_tensor_of_a_pair_is_listed() -> None:
         code for row in table_below(DOCS / "trainer.md", "attribute", "shape") for code in codes(row[0])
     ]
     assert listed == [option.name for option in fields(PairTensors)]
+
+
+def test_every_objective_is_listed_with_its_defaults_and_what_it_compares_with() -> None:
+    found = {}
+    for name, paper, reference, beta, settings in table_below(DOCS / "trainer.md", "objective"):
+        (key,) = codes(name)
+        found[key] = paper
+        objective = find_objective(key)
+        assert objective.published.get("beta") == (float(beta) if beta else None)
+        assert not objective.paper or objective.paper.removeprefix("arXiv ") in paper
+        needs = {"own responses": {REFERENCE}, "own and mismatched responses": {REFERENCE, MISMATCHED}}
+        wanted = needs.get(reference, {SOURCE_GAP, RETENTION} if reference != "none" else set())
+        assert objective.needs & {REFERENCE, MISMATCHED, SOURCE_GAP, RETENTION} == wanted
+        own = set(codes(settings)) - {"beta"}
+        assert own == objective.reads & {*own, "simpo_gamma", "cpo_alpha", "rdpo_alpha", "mlc_temperature"}
+    assert set(found) == {
+        name for name, objective in _known.items() if (objective.loss.__module__ or "").startswith("mpo.")
+    }
 
 
 def test_every_file_that_a_run_names_is_listed() -> None:

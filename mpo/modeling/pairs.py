@@ -158,9 +158,9 @@ def pair_tensors(
     else:
         retention = retention_loss(pooled, reference_hidden)[group_of_pair]
     lengths, reference_logps = own("lengths"), own("reference_logps")
-    prompts = (batch if call is None else call).get("prompts")
+    prompts: dict[str, Tensor] = (batch if call is None else call).get("prompts", {})
     states = None
-    if prompts is not None and output.prompt_states is not None:
+    if prompts and output.prompt_states is not None:
         states = output.prompt_states[prompts["rows"]] * prompts["present"][:, :, None]
     return PairTensors(
         chosen_logps=logps[:, 0],

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from mpo.common.log import get_logger
+from mpo.data.contract import PARTS
 from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
 from mpo.modeling.trees import Tree, build_batch, pack_rows
@@ -359,14 +360,11 @@ class GroupCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs, held, stems = self._pairs(examples)
-        trees = [pair.tree for pair in pairs] + list(stems.values()) + held
+        size = sum(tree.size for tree in [*(pair.tree for pair in pairs), *stems.values(), *held])
         limit = self.max_tokens_per_call
         batch: dict[str, Any]
-        if limit is None or self.score_source or sum(tree.size for tree in trees) <= limit:
-            # Pairs first: their scores are the head's output, whatever else is run.
-            batch = dict(self._build(trees))
-            if self.trained.states:
-                batch["prompts"] = _prompts([pair.group for pair in pairs], list(stems))
+        if limit is None or self.score_source or size <= limit:
+            batch = self._call(pairs, stems, held)
         else:
             batch = {"calls": [], "source_call": self._build(held) if held else None}
             # The languages of a prompt stay together where their states are compared.
@@ -374,44 +372,20 @@ class GroupCollator:
             units = whole if self.trained.states else [[i] for i in range(len(pairs))]
             sizes = [sum(pairs[i].tree.size for i in unit) for unit in units]
             for part in pack_rows(sizes, limit):
-                pairs_of_call = sorted(i for unit in part for i in units[unit])
-                own = [g for g in part if g in stems]
-                call: dict[str, Any] = self._build(
-                    [pairs[i].tree for i in pairs_of_call] + [stems[g] for g in own]
-                )
-                if self.trained.states:
-                    call["prompts"] = _prompts([pairs[i].group for i in pairs_of_call], own)
-                batch["calls"].append({**call, "pairs": torch.tensor(pairs_of_call)})
+                numbers = sorted(i for unit in part for i in units[unit])
+                own = {g: stems[g] for g in part if g in stems} if self.trained.states else {}
+                call = self._call([pairs[i] for i in numbers], own)
+                batch["calls"].append({**call, "pairs": torch.tensor(numbers)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]
             batch["input_ids"] = torch.cat(
                 ids + ([batch["source_call"]["input_ids"].flatten()] if held else [])
             )
-        counts = [pair.trained and not examples[pair.group]["filler"] for pair in pairs]
-        gaps = [examples[pair.group]["reference_gap"] for pair in pairs]
-        batch["reference_gap"] = torch.tensor(gaps, dtype=torch.float32)
-        batch["group_of_pair"] = torch.tensor([pair.group for pair in pairs], dtype=torch.long)
-        batch["language"] = torch.tensor([pair.language for pair in pairs], dtype=torch.long)
-        batch["is_source"] = torch.tensor([pair.is_source for pair in pairs], dtype=torch.bool)
-        lengths = [(len(pair.tree.chosen), len(pair.tree.rejected)) for pair in pairs]
-        batch["lengths"] = torch.tensor(lengths, dtype=torch.long)
-        weights = [self.language_weights[pair.language] if pair.trained else 0.0 for pair in pairs]
-        batch["counts"] = torch.tensor(counts, dtype=torch.float32)
-        batch["weight"] = torch.tensor(weights, dtype=torch.float32) * batch["counts"]
-        batch["num_pairs"] = sum(counts)
-        chosen = sum(len(p.tree.chosen) for p, counted in zip(pairs, counts, strict=True) if counted)
-        prompts = sum(len(p.tree.prompt) - 1 for p, counted in zip(pairs, counts, strict=True) if counted)
-        batch["totals"] = (batch["num_pairs"], chosen, prompts + chosen)
-        batch["step"] = step_means(max(batch["num_pairs"], 1), *batch["totals"][1:])
+        batch |= self._columns(pairs, examples)
         if self.run_source:
             batch["reference_hidden"] = torch.from_numpy(
                 np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
             )
-        needed = {"logps": self.trained.reference, "shared": self.trained.shared}
-        for name in (name for name, asked in needed.items() if asked):
-            unknown = np.full(2, np.nan, dtype=np.float32)  # of a pair that is only scored
-            values = [pair.said.get(name, unknown) for pair in pairs]
-            batch[f"reference_{name}"] = torch.from_numpy(np.stack(values))
         if self.trained.mismatched:
             batch["mismatched"] = self._mismatched([pair for pair in pairs if pair.trained], examples)
         batch["groups"] = [example["group"] for example in examples]
@@ -431,8 +405,8 @@ class GroupCollator:
     def _pairs(
         self, examples: Sequence[Mapping[str, Any]]
     ) -> tuple[list[_Pair], list[Tree], dict[int, Tree]]:
-        """The pairs to score, targets first; the sources that are only held still; by group, those only the state of whose
-        prompt is needed."""
+        """The pairs to score, targets first; the sources that are only held still; by group, those of which only the state
+        of the prompt is needed."""
         index_of = {language: i for i, language in enumerate(self.languages)}
         targets: list[_Pair] = []
         sources: list[_Pair] = []
@@ -440,31 +414,64 @@ class GroupCollator:
         stems: dict[int, Tree] = {}
         states = self.trained.states
         for g, example in enumerate(examples):
-            parts = [example[f"source_{part}"] for part in ("prompt", "chosen", "rejected")]
+            prompt, chosen, rejected = (example[f"source_{part}"] for part in PARTS)
             trained = self.trained.sources and example["carries_source"]
             if trained or self.score_source:
-                tree = Tree(
-                    parts[0], parts[1], parts[2], score=True, pool=self.run_source, prompt_state=states
-                )
+                tree = Tree(prompt, chosen, rejected, pool=self.run_source, prompt_state=states)
                 (said,) = example.get("source_reference", [{}])
                 sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, said))
             else:
                 if self.run_source:
-                    held.append(Tree(parts[0], parts[1], parts[2], score=False, pool=True))
+                    held.append(Tree(prompt, chosen, rejected, score=False, pool=True))
                 if states:
-                    prompt, chosen, rejected = parts
                     stems[g] = Tree(prompt, chosen[:1], rejected[:1], score=False, prompt_state=True)
             if not (self.trained.targets or self.score_source):
                 continue
-            of_targets = example.get("target_reference", [{}] * len(example["target_language"]))
-            for i, (language, said) in enumerate(zip(example["target_language"], of_targets, strict=True)):
-                parts = [example[f"target_{part}"][i] for part in ("prompt", "chosen", "rejected")]
-                tree = Tree(parts[0], parts[1], parts[2], score=True, prompt_state=states)
+            languages = example["target_language"]
+            of_targets = example.get("target_reference", [{}] * len(languages))
+            columns = [example[f"target_{part}"] for part in PARTS]
+            for language, said, prompt, chosen, rejected in zip(languages, of_targets, *columns, strict=True):
+                tree = Tree(prompt, chosen, rejected, prompt_state=states)
                 targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, said))
         return targets + sources, held, stems
 
+    def _columns(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What a loss reads of the pairs besides what the model says of them."""
+        groups = [examples[pair.group] for pair in pairs]
+        counts = [pair.trained and not example["filler"] for pair, example in zip(pairs, groups, strict=True)]
+        counted = [pair.tree for pair, real in zip(pairs, counts, strict=True) if real]
+        weights = [self.language_weights[pair.language] if pair.trained else 0.0 for pair in pairs]
+        chosen = sum(len(tree.chosen) for tree in counted)
+        totals = len(counted), chosen, chosen + sum(len(tree.prompt) - 1 for tree in counted)
+        lengths = [(len(pair.tree.chosen), len(pair.tree.rejected)) for pair in pairs]
+        columns: dict[str, Any] = {
+            "reference_gap": torch.tensor(
+                [example["reference_gap"] for example in groups], dtype=torch.float32
+            ),
+            "group_of_pair": torch.tensor([pair.group for pair in pairs], dtype=torch.long),
+            "language": torch.tensor([pair.language for pair in pairs], dtype=torch.long),
+            "is_source": torch.tensor([pair.is_source for pair in pairs], dtype=torch.bool),
+            "lengths": torch.tensor(lengths, dtype=torch.long),
+            "counts": torch.tensor(counts, dtype=torch.float32),
+            "num_pairs": len(counted),
+            "totals": totals,
+            "step": step_means(max(len(counted), 1), *totals[1:]),
+        }
+        columns["weight"] = torch.tensor(weights, dtype=torch.float32) * columns["counts"]
+        needed = {"logps": self.trained.reference, "shared": self.trained.shared}
+        for name in (name for name, asked in needed.items() if asked):
+            unknown = np.full(2, np.nan, dtype=np.float32)  # of a pair that is only scored
+            values = [pair.said.get(name, unknown) for pair in pairs]
+            columns[f"reference_{name}"] = torch.from_numpy(np.stack(values))
+        return columns
+
     def _mismatched(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        trees = [Tree(pair.tree.prompt, *pair.said["other_responses"]) for pair in pairs]
+        """The pairs' prompts with other pairs' responses."""
+        others = [pair.said["other_responses"] for pair in pairs]
+        trees = [
+            Tree(pair.tree.prompt, chosen, rejected)
+            for pair, (chosen, rejected) in zip(pairs, others, strict=True)
+        ]
         sizes = [tree.size for tree in trees]
         calls = []
         for part in pack_rows(sizes, self.max_tokens_per_call or sum(sizes)):
@@ -479,6 +486,15 @@ class GroupCollator:
             "lengths": torch.tensor(lengths, dtype=torch.long).reshape(-1, 2),
             "counts": torch.tensor(counts, dtype=torch.float32),
         }
+
+    def _call(
+        self, pairs: Sequence[_Pair], stems: Mapping[int, Tree], held: Sequence[Tree] = ()
+    ) -> dict[str, Any]:
+        """Tensors of one call: pairs first, so that their scores are the head's output, whatever else is run."""
+        call: dict[str, Any] = self._build([*(pair.tree for pair in pairs), *stems.values(), *held])
+        if self.trained.states:
+            call["prompts"] = _prompts([pair.group for pair in pairs], list(stems))
+        return call
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
         return build_batch(

@@ -616,9 +616,9 @@ def absolute(pairs: Any, args: MPOConfig) -> Tensor:
 
 @pytest.mark.usefixtures("registry")
 def test_a_registered_objective_can_be_named_and_combined(tmp_path: Path) -> None:
-    register_objective("absolute", absolute, published={"beta": 2.0}, needs=["source_gap"])
+    register_objective("gap_distance", absolute, published={"beta": 2.0}, needs=["source_gap"])
     case = Case("llama", targets=(2, 1), seed=38, beta=2.0)
-    bench = Bench(case, tmp_path, loss_type=["absolute", "sft"], loss_weights=[1.0, 0.5])
+    bench = Bench(case, tmp_path, loss_type=["gap_distance", "sft"], loss_weights=[1.0, 0.5])
     assert all("reference_hidden" not in batch for batch in bench.batches())
     model, leaves = bench.policy()
     losses, likelihood, length = [], torch.zeros((), dtype=torch.float64), 0

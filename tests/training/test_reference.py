@@ -676,7 +676,7 @@ CHANGES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     },
     "pooling": lambda folder, tmp: {"retain_pooling": "last"},
     "maximum length": lambda folder, tmp: {"max_length": 60},
-    "maximum response length": lambda folder, tmp: {"max_response_length": 3},
+    "maximum response length": lambda folder, tmp: {"max_response_length": 12},
     "chat template": lambda folder, tmp: {"chat_template": TEMPLATE.replace("<|eot_id|>", "<|eot_id|>\n")},
     "rows": lambda folder, tmp: {"rows": random_groups(1, 5, words=(1, 6))},
     "dtype of the weights": lambda folder, tmp: {
