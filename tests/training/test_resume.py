@@ -452,13 +452,13 @@ def test_the_last_checkpoint_stays_beside_the_best_one(model: Path, tmp_path: Pa
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
-        metric_for_best_model="epoch_of_the_best",
+        metric_for_best_model="eval_loss",
         greater_is_better=False,
         save_total_limit=1,
     )
     score = run.evaluate
     values = iter(range(100))  # the first is the best
-    run.evaluate = lambda *_, **__: {**score(), "eval_epoch_of_the_best": float(next(values))}  # type: ignore[method-assign]
+    run.evaluate = lambda *_, **__: {**score(), "eval_loss": float(next(values))}  # type: ignore[method-assign]
     with pytest.raises(StoppedBySignal):
         run.train()
     saved = [path.name for path in checkpoints.checkpoints(tmp_path / "out")]
@@ -736,7 +736,7 @@ def test_all_differences_are_named_at_once(
     model: Path, unbroken: dict[str, Unbroken], tmp_path: Path
 ) -> None:
     folder = unbroken["lora"].copy(tmp_path, 3)
-    other = {"learning_rate": 1e-3, "weight_decay": 0.1, "optim": "adafactor", "max_response_length": 2}
+    other = {"learning_rate": 1e-3, "weight_decay": 0.1, "optim": "adafactor", "max_response_length": 9}
     with pytest.raises(ConfigError) as error:
         trainer(model, folder, "lora", data_seed=4, **other).resolve_checkpoint("auto")
     text = str(error.value)

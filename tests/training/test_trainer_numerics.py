@@ -92,9 +92,13 @@ class Bench:
         uncut = group_ids(tokenizer, self.rows)
         max_length = None
         if case.cut:
-            max_length = 3 + max(
-                len(pair.prompt) for group in uncut for pair in [group.source, *group.targets]
-            )
+            pairs = [pair for group in uncut for pair in [group.source, *group.targets]]
+            max_length = 3 + max(len(pair.prompt) for pair in pairs)
+            while any(  # answers that the cut makes equal are refused
+                pair.chosen[: max_length - len(pair.prompt)] == pair.rejected[: max_length - len(pair.prompt)]
+                for pair in pairs
+            ):
+                max_length += 1
         self.groups = group_ids(tokenizer, self.rows, max_length)
         assert (self.groups != uncut) == case.cut
         arguments: dict[str, Any] = {
