@@ -335,7 +335,9 @@ def test_a_reply_that_was_smuggled_in_behind_another_answers_no_request(server: 
 
     asked = client(server, act, timeout=10.0, concurrency=1, retries=3)
     replies = [reply for _, reply in asked.for_all(range(5), lambda n: (HELLO, {}))]
-    assert [reply.text for reply in replies if isinstance(reply, Reply)] == [f"reply {n}" for n in range(5)]
+    # A connection that is given up takes a number along, so numbers may be missing, but none comes twice.
+    numbers = [int(reply.text.removeprefix("reply ")) for reply in replies if isinstance(reply, Reply)]
+    assert len(numbers) == 5 and numbers == sorted({*numbers})
 
 
 def test_one_bad_request_among_many_costs_the_others_nothing(server: Hostile) -> None:
@@ -385,7 +387,7 @@ def test_an_interrupt_does_not_wait_for_a_slow_server_and_keeps_what_was_answere
     with pytest.raises(KeyboardInterrupt):
         make_answers(ServerEngine(choice, Generation()), prompts, tmp_path)
     assert time.monotonic() - started < 4
-    assert len(read_rows(tmp_path / "answers.jsonl")) == 5
+    assert len(read_rows(tmp_path / "answers.jsonl", dict)) == 5
 
 
 @pytest.mark.parametrize(
