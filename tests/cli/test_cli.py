@@ -144,7 +144,7 @@ def test_interrupting_says_how_to_go_on(
     whole = tmp_path / "out" / "checkpoint-5"
     for folder in (half, whole):
         folder.mkdir(parents=True)
-        (folder / "optimizer.pt").write_text("x")
+        (folder / "rng_state.pth").write_text("x")
     mark_complete(whole, {})
     assert cli.main(["train", str(recipe), "--beta", "2"]) == 130
     message = capsys.readouterr().err
