@@ -25,7 +25,7 @@ FLOORS = (
     "cli",
 )
 # Documented old places that only pass on names.
-EARLIER_NAMES = ("analysis", "scoring")
+EARLIER_NAMES = ("analysis", "merge", "scoring")
 LONGEST_FILE = 700
 
 
