@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
+from mpo.common.recipe_files import recipe_folder
 from mpo.common.tables import TextTable, fact_lines
 from mpo.common.words import counted, magnitude, rough_duration
 from mpo.errors import ConfigError, ModelError
@@ -335,7 +336,7 @@ class Fit:
 
 
 def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row: int) -> str:
-    """The command that launches a way to run, from a checkout of the project.
+    """The command that launches a way to run, from a checkout of the project or from an installation.
 
     Args:
         recipe: what is trained.
@@ -359,14 +360,18 @@ def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row
             # Without it Accelerate asks for pdsh and a file of hosts.
             words += ["--deepspeed_multinode_launcher standard"]
         words += ["--machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"]
-    script = ["scripts/train.py", str(recipe.source_path)]
+    script = ["scripts/train.py"] if os.path.isfile("scripts/train.py") else ["-m", "mpo.cli", "train"]
+    script += [str(recipe.source_path)]
     if choice.row != default_row:
         script += ["--max_tokens_per_row", str(choice.row)]
     return " ".join([*words, shlex.join([*script, *recipe.overrides])])
 
 
 def _config_file(name: str) -> str:
-    return f"--config_file recipes/accelerate/{name}"
+    packaged, near = recipe_folder(), f"recipes/accelerate/{name}"
+    if packaged is not None and not os.path.isfile(near):
+        near = shlex.quote(str(packaged / "accelerate" / name))
+    return f"--config_file {near}"
 
 
 def _columns(choice: Choice) -> dict[str, str]:
