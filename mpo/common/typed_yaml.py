@@ -121,7 +121,7 @@ class Document:
             ``--key null``.
         noun: What messages call the recipe; :data:`~mpo.common.recipe_kinds.KINDS` tells kinds apart by it.
         manual: The page that explains its keys.
-        renamed: What others call a key, with our name for it.
+        renamed: Names that others have for keys, each with what to do about it: ``use `max_length` ``.
         paths: Keys, on any level, whose values may be files: what is not in the working folder but beside the recipe is
             found there.
 
@@ -142,6 +142,7 @@ class Document:
         self.path, self.noun, self.manual, self.paths = find_recipe(path, home_of(noun)), noun, manual, paths
         self._renamed = renamed or {}
         self._mistakes: list[str] = []
+        self._translated = 0
         self._root = _Node(self._read(path), str(self.path))
         self._override(overrides)
 
@@ -170,8 +171,10 @@ class Document:
             ConfigError: It names every mistake with its place.
         """
         mistakes = [*dict.fromkeys(self._mistakes)]
-        if len(mistakes) > 1:
-            raise ConfigError("\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
+        if (number := len(mistakes)) > 1:
+            if self._translated > 2:  # a file of another program
+                mistakes.append("A recipe with our keys to begin with: `mpo recipes copy llama`.")
+            raise ConfigError("\n  ".join([f"{number} settings are wrong:", *mistakes]))
         if mistakes:
             raise ConfigError(mistakes[0])
 
@@ -476,7 +479,8 @@ class Document:
                 f"`--{shown} value` works on the command line."
             )
         elif name in self._renamed and not prefix:
-            text = f"is not a key of {self.noun}; use {self._renamed[name]}."
+            text = f"is not a key of {self.noun}; {self._renamed[name]}."
+            self._translated += 1
         else:
             manual = "" if nearest(name, keys, 0.6) else f" All keys are in {self.manual}."
             text = f"is not a key of {self.noun}; the nearest is `{prefix}{near}`.{manual}"

@@ -15,22 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.typed_yaml import UNKNOWN, Document, Key
+from mpo.training.foreign_keys import TRANSLATED
 
-_RENAMED = {
-    "warmup_ratio": "`warmup_steps`: a value below 1 is a ratio",
-    "torch_dtype": "`dtype`",
-    "lambda": "`retain_weight`",
-    "model": "`model_name_or_path`",
-    "adapter": "`adapter_name_or_path`",
-    "data": "`dataset`",
-    "dataset_name": "`dataset`",
-    "dataset_train_split": "`dataset_split`",
-    "lr": "`learning_rate`",
-    "lora_rank": "`lora_r`",
-    "cutoff_len": "`max_length`",
-    "pref_beta": "`beta`",
-    "group_by_length": "`max_tokens_per_batch`, which makes up micro-batches of about as many tokens each",
-}
 _PATHS = frozenset(
     {
         "dataset",
@@ -46,7 +32,7 @@ _OWNERS = ("ModelSettings", "DataSettings", "MPOConfig")
 
 def read_recipe(path: str | Path, overrides: Sequence[str]) -> Document:
     """A training recipe with the words of the command line over it; see :class:`~mpo.common.typed_yaml.Document`."""
-    return Document(path, overrides, renamed=_RENAMED, paths=_PATHS)
+    return Document(path, overrides, renamed=TRANSLATED, paths=_PATHS)
 
 
 def check_keys(path: str | Path, overrides: Sequence[str] = ()) -> None:
