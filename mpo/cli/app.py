@@ -19,7 +19,9 @@ from mpo.cli import (
     analyze,
     cache,
     data,
+    env,
     evaluate,
+    keys,
     merge,
     plan,
     recipes,
@@ -36,6 +38,7 @@ EXIT_INTERRUPTED = 130
 
 _COMMANDS = (  # in the order of `mpo --help`
     recipes,
+    keys,
     train,
     plan,
     data,
@@ -44,6 +47,7 @@ _COMMANDS = (  # in the order of `mpo --help`
     analyze,
     merge,
     cache,
+    env,
 )
 
 
