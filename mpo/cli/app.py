@@ -18,6 +18,7 @@ from mpo import __version__
 from mpo.cli import (
     analyze,
     cache,
+    chat,
     data,
     env,
     evaluate,
@@ -45,6 +46,7 @@ _COMMANDS = (  # in the order of `mpo --help`
     evaluate,
     report,
     analyze,
+    chat,
     merge,
     cache,
     env,

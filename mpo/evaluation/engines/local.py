@@ -103,9 +103,9 @@ class LocalEngine:
     def _load(self) -> Any:
         if self._model is None:
             model = self.opened.load(with_adapter=False)
-            self._stops = self._stop_tokens(model)
+            self._stops = stop_tokens(model, self.tokenizer)
             # In place of the model's own, of which `generate` would take whatever a call leaves open.
-            model.generation_config = self._generation_config()
+            model.generation_config = generation_config(self.generation, self._stops, self._pad_token)
             self._model = model if self.opened.adapter is None else self.opened.put_adapter(model)
         return self._model
 
@@ -131,32 +131,39 @@ class LocalEngine:
         text = opened_reasoning(self.tokenizer, prompt) + decode(self.tokenizer, tokens[:end])
         return Answer(text, end is not None)
 
-    def _generation_config(self) -> GenerationConfig:
-        """Decoding as asked for and nothing else: a model's own repetition penalty or top-k would go unnoticed."""
-        generation = self.generation
-        sampling: dict[str, Any] = {}
-        if not generation.greedy:
-            sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=generation.max_new_tokens,
-            do_sample=not generation.greedy,
-            num_beams=1,
-            eos_token_id=self._stops,
-            pad_token_id=self._pad_token,
-            **sampling,
-        )
-
     @property
     def _pad_token(self) -> int:
         token = self.tokenizer.pad_token_id
         assert isinstance(token, int)
         return token
 
-    def _stop_tokens(self, model: Any) -> list[int]:
-        """Tokens that end a turn: the model's generation settings know them all, the tokenizer often only one."""
-        named = getattr(model.generation_config, "eos_token_id", None)
-        tokens = {*([named] if isinstance(named, int) else named or []), self.tokenizer.eos_token_id}
-        return sorted(token for token in tokens if isinstance(token, int))
+
+def generation_config(generation: Generation, stops: list[int], pad: int) -> GenerationConfig:
+    """Decoding as asked for and nothing else: a model's own repetition penalty or top-k would go unnoticed.
+
+    Args:
+        generation: How to answer.
+        stops: Tokens that end an answer.
+        pad: Token of padding.
+    """
+    sampling: dict[str, Any] = {}
+    if not generation.greedy:
+        sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=generation.max_new_tokens,
+        do_sample=not generation.greedy,
+        num_beams=1,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        **sampling,
+    )
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a turn: the model's generation settings know them all, the tokenizer often only one."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    tokens = {*([named] if isinstance(named, int) else named or []), tokenizer.eos_token_id}
+    return sorted(token for token in tokens if isinstance(token, int))
 
 
 def _pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
