@@ -25,7 +25,7 @@ def register(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    chat.add_argument("model", metavar="MODEL", help="folder or Hub name of a model, or folder of an adapter")
+    chat.add_argument("model", metavar="MODEL", help="folder or Hub name of a model or an adapter")
     chat.add_argument("--adapter", help="folder or Hub name of an adapter to put on it")
     chat.add_argument("--compare", action="store_true", help="answer without and with the adapter")
     questions = chat.add_argument_group("questions from a file")

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any, TextIO
 
@@ -25,7 +24,7 @@ from mpo.evaluation.engines.local import generation_config, stop_tokens
 from mpo.evaluation.engines.rendering import opened_reasoning, render
 from mpo.evaluation.probe import load_probe
 from mpo.evaluation.prompts import PromptSet, load_prompts
-from mpo.modeling.loading import adapter_settings
+from mpo.modeling.loading import adapter_settings, file_of
 from mpo.modeling.opening import named_base
 
 PROBE = "probe"
@@ -40,7 +39,7 @@ class ChatSettings:
     """A chat.
 
     Attributes:
-        choice: Who answers. An adapter's folder will do as model: its base model is the one that it names.
+        choice: Who answers. An adapter will do as model: its base model is the one that it names.
         generation: How it answers.
         system_prompt: System turn of every conversation.
         compare: Whether the model without its adapter answers, too.
@@ -206,27 +205,31 @@ def chat(settings: ChatSettings, *, stdin: TextIO | None = None, stdout: TextIO 
 
 
 def on_its_base(choice: ModelChoice) -> ModelChoice:
-    """The base model with the adapter on it where the model's folder holds an adapter; else the choice as it is.
+    """The base model with the adapter on it where an adapter is named as model; else the choice as it is.
 
     Raises:
         ModelError: The adapter is damaged, or does not say what its base model is.
     """
-    folder = Path(choice.model)
-    if (
-        choice.adapter is not None
-        or not (folder / "adapter_config.json").is_file()
-        or (folder / "config.json").is_file()
-    ):
+
+    def has(file: str) -> bool:
+        return file_of(choice.model, file, revision=choice.revision) is not None
+
+    if choice.adapter is not None or has("config.json") or not has("adapter_config.json"):
         return choice
     adapter = choice.model
-    settings = adapter_settings(adapter)
+    settings = adapter_settings(adapter, revision=choice.revision)
     base = named_base(adapter, settings)
     looks_like_folder = base is not None and (base.startswith(("/", ".", "~")) or base.count("/") > 1)
     if base is None or (looks_like_folder and not os.path.isdir(base)):
         said = "names no base model" if base is None else f"was trained on {base}, which is not here"
         raise ModelError(f"The adapter {adapter} {said}. Name it: mpo chat BASE_MODEL --adapter {adapter}")
-    revision = choice.revision or settings.get("revision")
-    return replace(choice, model=base, adapter=adapter, revision=revision)
+    return replace(
+        choice,
+        model=base,
+        revision=settings.get("revision"),
+        adapter=adapter,
+        adapter_revision=choice.revision,
+    )
 
 
 class _Talk:
