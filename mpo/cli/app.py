@@ -22,6 +22,7 @@ from mpo.cli import (
     data,
     env,
     evaluate,
+    init,
     keys,
     merge,
     plan,
@@ -38,6 +39,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 _COMMANDS = (  # in the order of `mpo --help`
+    init,
     recipes,
     keys,
     train,
