@@ -210,7 +210,9 @@ def _readable(path: Path, given: str | Path) -> Path:
     if not path.is_file() and not path.exists():
         here = sorted(path.parent.glob("[!.]*.yaml")) or sorted(Path("recipes").glob("[!.]*.yaml"))
         hint = f" Recipes here: {', '.join(map(str, here[:12]))}." if here else ""
-        raise ConfigError(f"There is no recipe {name}.{hint}{_suggestion(name)}")
+        near = nearest(path.name, [file.name for file in here], 0.8) if path.parent.is_dir() else None
+        meant = f" Did you mean {here[0].with_name(near)}?" if near else _suggestion(name)
+        raise ConfigError(f"There is no recipe {name}.{hint}{meant}")
     return path
 
 

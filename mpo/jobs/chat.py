@@ -185,23 +185,20 @@ def chat(settings: ChatSettings, *, stdin: TextIO | None = None, stdout: TextIO 
             "`--adapter`, or its folder as the model."
         )
     questions = _questions(settings)
-    asked = None
-    if questions is None and not stdin.isatty():
-        asked = stdin.read().strip()
-        if not asked:
-            raise ConfigError(
-                "Nothing is asked: standard input is empty. Pipe a question in, or start it in a terminal."
-            )
     talk = _Talk(Talker(choice, settings.generation), settings, stdout)
     if questions is not None:
         for prompt in questions.prompts:
             talk.write(f"\n{language_name(prompt.language)}: {prompt.text}\n")
             talk.reset()
             talk.ask(prompt.text)
-    elif asked is not None:
+    elif stdin.isatty():
+        _converse(talk)
+    elif asked := stdin.read().strip():
         talk.ask(asked)
     else:
-        _converse(talk)
+        raise ConfigError(
+            "Nothing is asked: standard input is empty. Pipe a question in, or start it in a terminal."
+        )
 
 
 def on_its_base(choice: ModelChoice) -> ModelChoice:
@@ -214,7 +211,10 @@ def on_its_base(choice: ModelChoice) -> ModelChoice:
     def has(file: str) -> bool:
         return file_of(choice.model, file, revision=choice.revision) is not None
 
-    if choice.adapter is not None or has("config.json") or not has("adapter_config.json"):
+    try:
+        if choice.adapter is not None or has("config.json") or not has("adapter_config.json"):
+            return choice
+    except ModelError:  # opening it says better what is wrong
         return choice
     adapter = choice.model
     settings = adapter_settings(adapter, revision=choice.revision)
