@@ -191,8 +191,7 @@ def effects(results: Results, model: ModelResults) -> list[Effect]:
         moved = changes[REFUSALS].get(code), changes[ATTACK].get(code)
         kind, word = judged(moved[1], moved[0], after[ATTACK].confidence)
         sizes = [
-            sum(after[k].counts.values()) if code is None else after[k].counts[code]
-            for k in (REFUSALS, ATTACK)
+            sum(after[k].counts[c] for c in (codes if code is None else [code])) for k in (REFUSALS, ATTACK)
         ]
         label = MEAN if code is None else shown_language(code)
         found.append(

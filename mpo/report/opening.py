@@ -139,10 +139,9 @@ def _way_block(model: str, found: Sequence[Effect]) -> dict[str, object]:
         "plane": draw(arrows=[effect.arrow() for effect in found], title=f"{_TITLE}: {model}"),
         "header": [
             "Language",
-            "n harmful",
+            "n",
             "Attack success",
             "Change [95\N{NO-BREAK SPACE}%]",
-            "n harmless",
             "Harmless refused",
             "Change [95\N{NO-BREAK SPACE}%]",
             "In all",
@@ -152,9 +151,13 @@ def _way_block(model: str, found: Sequence[Effect]) -> dict[str, object]:
                 effect.label,
                 effect.is_mean,
                 [
+                    Shown(f"{effect.counts[1]} / {effect.counts[0]}"),
                     *_cells(effect, 1),
                     *_cells(effect, 0),
-                    Shown(effect.word, verdict={"better": "better", "worse": "worse"}.get(effect.kind, "")),
+                    Shown(
+                        effect.word.partition(" (")[0],
+                        verdict={"better": "better", "worse": "worse"}.get(effect.kind, ""),
+                    ),
                 ],
             )
             for effect in found
@@ -170,7 +173,7 @@ def _cells(effect: Effect, n: int) -> list[Shown]:
         if change is None
         else Shown(SHARE.write_change(change.change), SHARE.write_change_interval(change.low, change.high))
     )
-    return [Shown(str(effect.counts[n])), Shown(ends), moved]
+    return [Shown(ends), moved]
 
 
 def _shown(value: Value) -> Shown:

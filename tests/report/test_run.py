@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ def _write_run(folder: Path, *, held_out: bool = True, probe: bool = False) -> P
     path = write_typed(folder / "metrics.json", metrics)
     (folder / "training_curve.png").write_bytes(PICTURE)
     if probe:
-        import json
-
         attack = {
             "sw": _shift(16, 0.75, 0.125, -0.85, -0.3, 0.001),
             "zh": _shift(16, 0.5, 0.4, -0.3, 0.1, 0.6),
@@ -57,8 +56,19 @@ def _write_run(folder: Path, *, held_out: bool = True, probe: bool = False) -> P
             "harmless_refused": _shift(16, 0.05, 0.45, 0.3, 0.5, 0.001),
         }
         values = json.loads(path.read_text(encoding="utf-8"))
+        shares: dict[str, Any] = {
+            "harmful_answered": {"languages": {}},
+            "harmless_refused": {"languages": {}},
+            "wording": {},
+        }
+        nothing: dict[str, Any] = {"languages": {}, "mean": None}
         values["behavior"] = {
+            "prompts": {"origin": "probe set, version 1", "max_new_tokens": 48},
+            "before": shares,
+            "after": shares,
             "change": {
+                "in_language": nothing,
+                "repetitive": nothing,
                 "harmful_answered": {"languages": attack, "mean": mean["harmful_answered"]},
                 "harmless_refused": {"languages": refused, "mean": mean["harmless_refused"]},
             },
