@@ -249,7 +249,8 @@ def _is_alone(training: Any) -> bool:
 
 def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[Scores, RewardGapTable]:
     scores = trainer.score(description=f"Scoring held-out pairs {when} training")
-    table = summarize(scores.records, beta=plan.recipe.training.gap_scale)
+    records = scores.of_kind(harmless=False) or scores.records
+    table = summarize(records, beta=plan.recipe.training.gap_scale)
     parts = []
     if table.source is not None:
         parts.append(f"{table.source_label} {table.source.gap:+.3f}")

@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         work=work,
         languages=count_languages(tokenized),
         held_out_pairs=held_out_pairs,
-        schedule=schedule(work.group_tokens, training, training.world_size),
+        schedule=schedule(work.group_tokens, training, training.world_size, work.harmless),
     )
     if held_out is None:
         notes.append(
