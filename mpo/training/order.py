@@ -81,6 +81,11 @@ class GroupBatchSampler(EpochSampler):
             yield [int(i) for i in mine] if len(mine) else [~int(groups[0])]
 
 
+def drawn_harmless(harmful: int, share: float) -> int:
+    """Number of harmless groups of an epoch, beside so many harmful ones, that makes theirs a share of all."""
+    return max(1, round(harmful * share / (1 - share)))
+
+
 class ShareSampler(GroupBatchSampler):
     """A :class:`GroupBatchSampler` in whose order harmless groups are spread evenly, at a share of their own.
 
@@ -110,7 +115,7 @@ class ShareSampler(GroupBatchSampler):
                     f"`harmless_share` is {share:g}, but there are no {kind} groups to train on. Add some (rows say "
                     "`kind: harmless`), or remove `harmless_share`."
                 )
-        self._drawn = max(1, round(len(self._harmful) * share / (1 - share)))
+        self._drawn = drawn_harmless(len(self._harmful), share)
 
     @property
     def groups(self) -> int:

@@ -18,7 +18,13 @@ from mpo.errors import DataError
 from mpo.training.config import MPOConfig
 from mpo.training.harmless import harmless_groups
 from mpo.training.objectives import STATES
-from mpo.training.order import EpochSampler, GroupBatchSampler, ShareSampler, TokenBudgetSampler
+from mpo.training.order import (
+    EpochSampler,
+    GroupBatchSampler,
+    ShareSampler,
+    TokenBudgetSampler,
+    drawn_harmless,
+)
 from mpo.training.reference_policy import needed_for
 from mpo.training.sampling import Trained
 from mpo.training.unique_pairs import first_of_each, unique_sources
@@ -44,6 +50,7 @@ class Workload:
             objective that compares with the reference on them.
         official_tokens: tokens of the same pairs in the official code's batches, padding included; 0 if not known.
         harmless: ``[groups]``, True for the harmless ones; None where there are none.
+        harmless_share: share of them in each step; None for that of the data.
     """
 
     group_tokens: np.ndarray
@@ -54,6 +61,7 @@ class Workload:
     reference_tokens: int
     official_tokens: int = 0
     harmless: np.ndarray | None = None
+    harmless_share: float | None = None
 
     @property
     def groups(self) -> int:
@@ -62,8 +70,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an epoch in the layout of the batches, without padding."""
-        return int(self.group_tokens.sum())
+        """Tokens of an epoch in the layout of the batches, without padding; with a share the harmless ones on average."""
+        if self.harmless is None or self.harmless_share is None:
+            return int(self.group_tokens.sum())
+        run = self.group_tokens > 0
+        harmful, harmless = (self.group_tokens[run & kind] for kind in (~self.harmless, self.harmless))
+        return round(harmful.sum() + harmless.mean() * drawn_harmless(len(harmful), self.harmless_share))
 
     @property
     def mean_tree(self) -> float:
@@ -159,6 +171,7 @@ def _both_kinds(groups: Dataset, args: MPOConfig, harmless: np.ndarray) -> Workl
         reference_tokens=sum(part.reference_tokens for part in parts),
         official_tokens=sum(part.official_tokens for part in parts),
         harmless=harmless,
+        harmless_share=args.harmless_share,
     )
 
 

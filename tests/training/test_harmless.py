@@ -310,7 +310,7 @@ def test_the_plan_counts_the_steps_that_are_taken(model: Path, tmp_path: Path) -
     batches = list(run.get_train_dataloader())
     tokens = sum(int((batch["tree_ids"] >= 0).sum()) for batch in batches)
     drawn = [group for batch in batches for group in batch["groups"]]
-    assert sum(work.group_tokens[group] for group in drawn) == tokens
+    assert sum(work.group_tokens[group] for group in drawn) == tokens == work.tokens
     run.train()
     planned = schedule(work.group_tokens, run.args, 1, work.harmless)
     assert run.state.global_step == planned.steps == 12  # 5 harmful and 8 harmless groups in each epoch
@@ -381,6 +381,8 @@ def test_a_run_on_harmless_groups_alone_trains_them(model: Path, tmp_path: Path)
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
     assert run.source_report == {"sources": 0, "dropped": 0, "harmless": 4}
+    found = run.evaluate(mixed()[5:])
+    assert "eval_loss/retention" not in found and found["eval_harmless/loss/retention"] > 0
 
 
 # What the code gave before there were kinds, on the rows of this file as harmful ones.
