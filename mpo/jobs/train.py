@@ -16,6 +16,8 @@ from mpo.common.locks import locked_folder
 from mpo.common.progress import quiet_libraries
 from mpo.common.typed_json import write_typed
 from mpo.common.words import duration
+from mpo.data import count_kinds
+from mpo.data.contract import HARMLESS
 from mpo.errors import (
     DependencyError,
     ModelError,
@@ -128,14 +130,18 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         say("Saving")
         trainer.save_model(str(folder))
     if main:
-        comparison = None
+        comparison = harmless = None
         if before is not None and after is not None:
             comparison = compare(before[1], after[1])
-        _write_results(plan, trainer, comparison, before, after, resolved, provenance)
+            harmless = _harmless(before[0], after[0], plan)
+        _write_results(plan, trainer, comparison, before, after, resolved, provenance, harmless)
         remove_earlier_result(folder)
         if comparison is not None:
             say("")
             comparison.show()
+            if harmless is not None:
+                say("")
+                harmless.harmless_table().show()
         say(f"\n{_listing(folder)}")
         if plan.recipe.model.trains_adapter:
             say(f"\nFold the adapter into its base with: mpo merge {folder} --out {folder}-merged")
@@ -249,7 +255,8 @@ def _is_alone(training: Any) -> bool:
 
 def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[Scores, RewardGapTable]:
     scores = trainer.score(description=f"Scoring held-out pairs {when} training")
-    table = summarize(scores.records, beta=plan.recipe.training.gap_scale)
+    records = scores.of_kind(harmless=False) or scores.records
+    table = summarize(records, beta=plan.recipe.training.gap_scale)
     parts = []
     if table.source is not None:
         parts.append(f"{table.source_label} {table.source.gap:+.3f}")
@@ -258,6 +265,15 @@ def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[S
         parts.append(f"positive in {table.all_targets.positive:.0%} of their pairs")
     say(f"Held-out reward gap {when} training: {', '.join(parts)}")
     return scores, table
+
+
+def _harmless(before: Scores, after: Scores, plan: Plan) -> Comparison | None:
+    """The change on held-out harmless groups, where they are not all that was held out."""
+    both = [scores.of_kind(harmless=True) for scores in (before, after)]
+    if not all(both) or not before.of_kind(harmless=False):
+        return None
+    beta = plan.recipe.training.gap_scale
+    return compare(*(summarize(records, beta=beta) for records in both))
 
 
 def _left_out(trainer: MPOTrainer) -> str:
@@ -284,6 +300,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         or model.model_revision,
         base_model_weights=folder_content(plan.source.name) if training.process_index == 0 else None,
         data_origin=plan.data.origin,
+        groups_by_kind=kinds if (kinds := count_kinds(plan.data.groups))[HARMLESS] else None,
         dropped_rows=len(plan.dropped),
         trainable_parameters=plan.trainable,
         processes=training.world_size,
@@ -318,6 +335,7 @@ def _write_results(
     after: tuple[Scores, RewardGapTable] | None,
     resolved: str,
     provenance: dict[str, Any],
+    harmless: Comparison | None = None,
 ) -> None:
     from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
@@ -339,6 +357,8 @@ def _write_results(
             "change": comparison.to_dict()["change"],
             "retention_loss": dict(zip(("before", "after"), losses, strict=True)),
         }
+    if harmless is not None:
+        measured["harmless"] = {"before": harmless.before, "after": harmless.after}
     metrics = TrainingMetrics(
         beta=training.beta,
         **measured,
@@ -372,6 +392,7 @@ def _write_results(
         dataset_name=data if isinstance(data, str) else None,
         settings=settings,
         retention=retention,
+        harmless=harmless,
         repository=training.hub_model_id,
     )
 

@@ -81,6 +81,7 @@ def write_card(
     dataset_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
     retention: tuple[float, float] | None = None,
+    harmless: Comparison | None = None,
     repository: str | None = None,
     merged_from: str | None = None,
     unread: Sequence[str] = (),
@@ -105,6 +106,7 @@ def write_card(
         dataset_name: Hub id, or file, of the training data; only a Hub id enters the metadata.
         settings: Resolved settings; by default those read from `recipe_yaml`.
         retention: Retention term on the held-out sources before and after training.
+        harmless: The change on held-out harmless groups.
         repository: Hub id the model is, or will be, under, or the name of its folder, for the loading example; by
             default the name of `folder`.
         merged_from: Name of the adapter that was merged into the base; None where this is no merged model.
@@ -143,6 +145,7 @@ def write_card(
         after=after,
         **_findings(before, after, comparison),
         retention=retention,
+        harmless=None if harmless is None else Raw(harmless.harmless_table().markdown()),
         peft=peft,
         is_local=hub_id is None,
         library="peft" if peft else "transformers",
@@ -371,6 +374,9 @@ def _facts(
         unused = value is None or value is False or (key == "max_steps" and value == -1)
         if not unused and (adapter or key not in _ADAPTER_SETTINGS.values()):
             out.append((label, _setting(value)))
+    kinds = _mapping(found.get("groups_by_kind"))
+    if kinds:
+        out.append(("Groups", ", ".join(f"{number} {kind}" for kind, number in kinds.items())))
     if isinstance(changes := found.get("resume_changes"), list) and changes:
         out.append(("Changed where the run was resumed", "; ".join(map(str, changes))))
     devices, libraries = _mapping(found.get("devices")), _mapping(found.get("libraries"))

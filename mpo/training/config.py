@@ -18,8 +18,17 @@ from mpo.common.redaction import is_secret_name
 from mpo.common.words import listed, nearest
 from mpo.errors import ConfigError
 from mpo.modeling.objectives import F_DIVERGENCES
+from mpo.training.harmless import HarmlessSettings, of_harmless
 from mpo.training.launcher import deepspeed_backend
-from mpo.training.objectives import REFERENCE, RETENTION, STATES, TRAIN_ON, Objectives, readers
+from mpo.training.objectives import (
+    REFERENCE,
+    RETENTION,
+    STATES,
+    TRAIN_ON,
+    Objectives,
+    readers,
+    take_published,
+)
 from mpo.training.run_settings import check_names
 
 RETAIN_POOLINGS = ("mean", "last")
@@ -76,12 +85,13 @@ _MEANINGLESS = {
 
 
 @dataclass
-class MPOConfig(DPOConfig):
+class MPOConfig(HarmlessSettings, DPOConfig):
     r"""
     Settings of :class:`~mpo.training.trainer.MPOTrainer`.
 
-    Only what MPO adds or sets differently is described here; every other field is that of ``trl.DPOConfig`` and
-    ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing under the chosen objective
+    Only what MPO adds or sets differently is described here, and in
+    :class:`~mpo.training.harmless.HarmlessSettings` what is for harmless groups; every other field is that of
+    ``trl.DPOConfig`` and ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing under the chosen objective
     (``label_smoothing`` for ``mpo``, ``precompute_ref_log_probs`` for any, ...) raise :class:`~mpo.errors.ConfigError` when
     set.
 
@@ -129,8 +139,8 @@ class MPOConfig(DPOConfig):
             How a sequence's final hidden states become one vector: `"mean"` over the real tokens of prompt and
             response, or `"last"`, the last real token.
         min_source_gap (`float`, *optional*):
-            Drop groups whose reference gap is not above this value (nats per token). A source gap that is not
-            positive teaches the wrong thing; such sources are always counted and reported. `0.0` drops them.
+            Drop harmful groups whose reference gap is not above this value (nats per token). A source gap that is
+            not positive teaches the wrong thing; such sources are always counted and reported. `0.0` drops them.
         language_weights (`dict[str, float]` or `"balanced"`, *optional*):
             Weight of a pair by its language, for unequal numbers of targets. `"balanced"` weights each
             language by the inverse of its number of pairs. Weights are scaled so that their mean over the training
@@ -326,8 +336,9 @@ class MPOConfig(DPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._check_objectives()
+        self.check_harmless()
         self._refuse_meaningless()
-        self._take_published()
+        take_published(self, _PUBLISHED)
         if isinstance(self.language_weights, str) and self.language_weights.lstrip().startswith("{"):
             # As on a command line; the base class parses its own dicts later than they are checked here.
             try:
@@ -404,6 +415,9 @@ class MPOConfig(DPOConfig):
 
     def _refuse_meaningless(self) -> None:
         reads = self.objectives.reads
+        if self.harmless_loss_type is not None:
+            # Temperature and smoothing have settings of their own, or none.
+            reads |= self.harmless.objectives.reads - set(_PUBLISHED)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
             if name in reads or name not in {**_MEANINGLESS, **_OF_OBJECTIVES}:
@@ -431,20 +445,6 @@ class MPOConfig(DPOConfig):
                 f"`greater_is_better` is on and `metric_for_best_model` is {self.metric_for_best_model!r}, a loss: the worst "
                 "checkpoint would be kept. Remove `greater_is_better`."
             )
-
-    def _take_published(self) -> None:
-        objectives = self.objectives.by_name
-        for name, neutral in _PUBLISHED.items():
-            if getattr(self, name) is not None:
-                continue
-            found = {key: o.published[name] for key, o in objectives.items() if name in o.published}
-            if len(set(found.values())) > 1:
-                raise ConfigError(
-                    f"`{name}` is not set, and its published values differ: "
-                    f"{', '.join(f'{value:g} for {key}' for key, value in found.items())}. Set `{name}`, which all of "
-                    "them then take."
-                )
-            setattr(self, name, next(iter(found.values()), neutral))
 
     def _check_values(self) -> None:
         def require(names: str, accepts: Callable[[Any], bool], expected: str) -> None:
@@ -598,6 +598,11 @@ class MPOConfig(DPOConfig):
     def objectives(self) -> Objectives:
         """What is minimised."""
         return Objectives(self)
+
+    @property
+    def harmless(self) -> MPOConfig:
+        """These settings as they are for harmless groups."""
+        return of_harmless(self, _PUBLISHED)
 
     @property
     def holds_sources(self) -> bool:

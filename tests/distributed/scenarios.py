@@ -52,6 +52,11 @@ def rows() -> list[dict[str, Any]]:
     return random_groups(5, 11, (1, 4), words=(1, 6))
 
 
+def some_harmless(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, every third of them harmless."""
+    return [{**group, "kind": "harmless"} if i % 3 == 1 else group for i, group in enumerate(groups)]
+
+
 def held_out() -> list[dict[str, Any]]:
     return random_groups(6, 3, (1, 3), words=(1, 6))
 
@@ -128,13 +133,14 @@ def build(
     kind: type = MPOTrainer,
     model: Callable[[], Any] | None = None,
     ref_model: Callable[[], Any] | None = None,
+    of_kinds: bool = False,
     **changes: Any,
 ) -> MPOTrainer:
     """
     The trainer of a scenario, with its observer as ``trainer.observer``.
 
     ``model`` and ``ref_model`` load models of their own, as a recipe does when the settings are there: ``model`` one with
-    an adapter.
+    an adapter. With ``of_kinds`` some groups are harmless.
     """
     scenario = SCENARIOS[name]
     source = shared / f"model-{scenario.family}"
@@ -145,8 +151,8 @@ def build(
         ref_model=None if ref_model is None else ref_model(),
         processing_class=load_tokenizer(ModelSource(str(source))),
         args=args,
-        train_dataset=rows(),
-        eval_dataset=held_out(),
+        train_dataset=some_harmless(rows()) if of_kinds else rows(),
+        eval_dataset=some_harmless(held_out()) if of_kinds else held_out(),
         peft_config=lora(r=4) if scenario.adapter and model is None else None,
         callbacks=[observer],
     )
@@ -261,6 +267,18 @@ def run_objectives(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
     """Objectives that need more of a step than its pairs: a mean over its tokens, and KTO's reference point."""
     objectives = {"loss_type": ["kto", "sft"], "beta": 0.3, "train_on": "both"}
     trainer = build("lora-sgd", folder, shared, ranks, **objectives)
+    trainer.train()
+    return {
+        "gradients": trainer.observer.gradients,
+        "history": [log for log in trainer.state.log_history if "loss" in log],
+        "evaluated": trainer.evaluate()["eval_loss"],
+    }
+
+
+def run_kinds(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """Harmful and harmless groups, each kind with a mean of its own over the steps of all ranks."""
+    uses = {"harmless_retention": "hidden", "harmless_share": 0.4}
+    trainer = build("lora-sgd", folder, shared, ranks, of_kinds=True, **uses)
     trainer.train()
     return {
         "gradients": trainer.observer.gradients,

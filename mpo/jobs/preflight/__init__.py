@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpo.common.words import listed
 from mpo.errors import ConfigError
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
@@ -13,6 +14,7 @@ from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, loa
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
 from mpo.training.checks import check_best_metric, check_tokens
 from mpo.training.compute import is_installed
+from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
 from mpo.training.sampling import count_languages
 from mpo.training.workload import count_work, schedule, tokenize_for_training
@@ -78,6 +80,12 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         errors += more
         check_best_metric(training, list(measured), [])
     notes.extend(errors[:3])
+    if not harmless_groups(tokenized).any():
+        unused = [name for name in recipe.given if name.startswith("harmless_")]
+        if unused:
+            notes.append(
+                f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect"
+            )
     check_tokens(tokenized, model, tokenizer)
     work = count_work(tokenized, training)
     plan = Plan(
@@ -95,7 +103,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         work=work,
         languages=count_languages(tokenized),
         held_out_pairs=held_out_pairs,
-        schedule=schedule(work.group_tokens, training, training.world_size),
+        schedule=schedule(work.group_tokens, training, training.world_size, work.harmless),
     )
     if held_out is None:
         notes.append(

@@ -41,6 +41,7 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         "Training": f"{kind}, {plan.trainable:,} trainable parameters ({share:.2%})",
         "Objective": f"{objective}, source language {training.source_language}",
         "Data": f"{plan.data.origin}: {counted(work.groups, 'group')}, {counted(work.pairs, 'pair')}",
+        **_harmless(plan),
         "Pairs per language": languages,
         "Held out": held,
         "Optimizer": f"{plain(training.optim)}, learning rate {training.learning_rate:g}, "
@@ -56,6 +57,20 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         "Devices": _sharding(recipe),
         "Output": f"{training.output_dir} (about {size(disk_bytes)} on disk)",
     }
+
+
+def _harmless(plan: Plan) -> dict[str, str]:
+    """How many groups are harmless, and what becomes of them."""
+    found, args = plan.work.harmless, plan.recipe.training
+    if found is None:
+        return {}
+    own = args.harmless
+    uses = [own.objectives.description()] if own.loss_type else []
+    if own.keeps_own:
+        uses.append(f"hidden states held with weight {args.harmless_retain_weight:g}")
+    if args.harmless_share is not None:
+        uses.append(f"{args.harmless_share:.0%} of each step")
+    return {"Harmless": f"{found.sum()} of these groups: {'; '.join(uses) or 'not trained on'}"}
 
 
 def _kind(recipe: Recipe) -> str:
