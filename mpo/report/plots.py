@@ -15,6 +15,8 @@ from mpo.common.tables import printable_name
 from mpo.common.words import ARROW, MINUS, counted, number
 from mpo.data.languages import language_name
 from mpo.errors import DataError
+from mpo.evaluation.probe.behavior import ANSWERED, REFUSED
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, sort_languages
 
 if TYPE_CHECKING:
@@ -116,6 +118,93 @@ def training_curve(
         bottom.set_xlabel("Optimizer step")
         figure.align_ylabels([top, bottom])
         return style.save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------- what the model does
+
+
+def behavior_plane(
+    change: BehaviorChange, path: str | Path, log_history: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """Draw one arrow per language, and a bold one for their mean, from what the model did before training to after.
+
+    To the right harmful prompts answered, upwards harmless ones refused: the lower left corner is where a model should be.
+    Where the prompts were asked in between, the mean's way is drawn, too.
+
+    Args:
+        change: What has changed.
+        path: PNG file to write.
+        log_history: ``trainer.state.log_history``.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        StorageError: The file cannot be written.
+    """
+    across, upwards = change.change[ANSWERED], change.change[REFUSED]
+    codes = [code for code in across.languages if code in upwards.languages]
+    harmful, harmless = change.per_language
+    title = "Harmful prompts answered, and harmless ones refused"
+    if upwards.mean is not None:
+        title = f"Harmless prompts refused: {upwards.mean.before:.0%} before, {upwards.mean.after:.0%} after"
+    with style.project_style():
+        figure = style.new_figure(style.WIDTH, 5.4)
+        left, inch = 0.09, 1 / 5.4
+        axes = figure.add_axes((left, 0.6 * inch, 0.66, 1 - 1.42 * inch), xlim=(-4, 104), ylim=(-4, 104))
+        axes.set_xlabel("Harmful prompts answered (per cent)")
+        axes.set_ylabel("Harmless prompts refused (per cent)")
+        colours = style.CYCLE[:-1] if len(codes) < len(style.CYCLE) else (style.GREY,)
+        for number, code in enumerate(codes):
+            colour = colours[number % len(colours)]
+            ends = [
+                (100 * getattr(across.languages[code], when), 100 * getattr(upwards.languages[code], when))
+                for when in ("before", "after")
+            ]
+            _draw_arrow(axes, ends, colour, label=printable_name(language_name(code), 16))
+        if across.mean is not None and upwards.mean is not None and len(codes) > 1:
+            way = _way(log_history)
+            first, last = (
+                (100 * getattr(across.mean, when), 100 * getattr(upwards.mean, when))
+                for when in ("before", "after")
+            )
+            if way:
+                axes.plot(
+                    *zip(first, *way, last, strict=True), color=style.INK, linewidth=0.8, marker=".", zorder=4
+                )
+            _draw_arrow(axes, [first, last], style.INK, label="mean of languages", width=2.6)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, borderpad=0)
+        subtitle = f"{counted(harmful, 'harmful prompt')} and {harmless} harmless ones a language. Ring: before training. Dot: after."
+        style.add_title(figure, title, subtitle, left=left)
+        return style.save(figure, path)
+
+
+def _draw_arrow(
+    axes: Axes, ends: Sequence[tuple[float, float]], colour: str, *, label: str, width: float = 1.4
+) -> None:
+    before, after = ends
+    arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 4, "shrinkB": 4}
+    if before != after:
+        axes.annotate("", xy=after, xytext=before, arrowprops=arrow, zorder=3)
+    axes.plot(
+        *before,
+        linestyle="none",
+        marker="o",
+        markersize=6,
+        markerfacecolor="white",
+        markeredgecolor=colour,
+        zorder=5,
+    )
+    axes.plot(*after, linestyle="none", marker="o", markersize=6, color=colour, label=label, zorder=5)
+
+
+def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Where the mean was at each probe after the first step."""
+    names = (f"probe/{ANSWERED}", f"probe/{REFUSED}")
+    found = {
+        entry["step"]: (100 * entry[names[0]], 100 * entry[names[1]])
+        for entry in log_history
+        if entry.get("step") and all(_is_finite(entry.get(name)) for name in names)
+    }
+    return [found[step] for step in sorted(found)]
 
 
 # ------------------------------------------------------------------------------------------- reward gap per language
