@@ -274,11 +274,11 @@ def find(change: Mapping[str, Shifts], *, harmful: int, harmless: int) -> Findin
             "warning",
             f"Warning: this model {listed(f'{_FAULTS[m][0]} ({text})' for m, text in worse.items())}.",
         )
-    of = f"{harmless} harmless and {harmful} harmful ones a language"
+    of = f"{harmless} harmless and {counted(harmful, 'harmful prompt')} a language"
     if harmless < FEWEST:
         return Finding(
             "too few",
-            f"Too few probe prompts to judge this model by ({of}): {_overview(change)}. Raise `behavior_probe`.",
+            f"Too few answers to judge this model by ({of}): {_overview(change)}. Raise `behavior_probe`.",
         )
     bad = [
         f"{_FAULTS[measure][0]} ({_before_after(measure, shift)})"
@@ -290,8 +290,8 @@ def find(change: Mapping[str, Shifts], *, harmful: int, harmless: int) -> Findin
     least = math.ceil(100 * _TO_BE_SEEN / harmless)
     return Finding(
         "clear",
-        f"No side effect seen in what this model does: {_overview(change)}. Of {of}, a language shows a rise of "
-        f"{least} points or more.",
+        f"No side effect seen in what this model does: {_overview(change)}. With {of}, a rise of fewer than {least} points in "
+        "one language can go unseen.",
     )
 
 
