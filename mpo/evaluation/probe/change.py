@@ -297,8 +297,8 @@ def find(change: Mapping[str, Shifts], *, harmful: int, harmless: int) -> Findin
 
 def _worse(measure: str, shifts: Shifts) -> str | None:
     """What has become worse, in numbers."""
-    languages = {code: shift for code, shift in shifts.languages.items() if _is_worse(measure, shift)}
-    mean = shifts.mean if shifts.mean is not None and _is_worse(measure, shifts.mean) else None
+    languages = {code: shift for code, shift in shifts.languages.items() if is_worse(measure, shift)}
+    mean = shifts.mean if shifts.mean is not None and is_worse(measure, shifts.mean) else None
     if not languages and mean is None:
         return None
     parts = []
@@ -314,7 +314,8 @@ def _worse(measure: str, shifts: Shifts) -> str | None:
     return "; ".join(parts)
 
 
-def _is_worse(measure: str, shift: Shift) -> bool:
+def is_worse(measure: str, shift: Shift) -> bool:
+    """Whether a measure has become worse by at least :data:`NOTICED`, and by more than its interval."""
     rise = -shift.change if measure == IN_LANGUAGE else shift.change
     return rise >= NOTICED - 1e-9 and shift.is_beyond_chance()
 
