@@ -39,6 +39,7 @@ from mpo.common.typed_json import (
     open_mapping,
     read_typed,
 )
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.rates import RateTable
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable
 from mpo.evaluation.tasks import TASKS
@@ -119,6 +120,7 @@ class TrainingMetrics(Result):
         sources: How many sources were trained on and left out.
         steps: Number of optimizer steps.
         train_runtime: Seconds.
+        behavior: What the model does with the probe prompts, before and after; None where it was not asked.
     """
 
     beta: Number | None = None
@@ -131,6 +133,7 @@ class TrainingMetrics(Result):
     sources: dict[str, Any] = field(default_factory=dict)
     steps: Count = 0
     train_runtime: Number | None = None
+    behavior: Annotated[BehaviorChange | None, NO_KEY_IF_EMPTY] = None
 
 
 # -------------------------------------------------------------------------------------------- attack and over-refusal

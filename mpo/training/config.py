@@ -15,7 +15,7 @@ from transformers import SchedulerType
 from trl import DPOConfig
 
 from mpo.common.redaction import is_secret_name
-from mpo.common.words import listed, nearest
+from mpo.common.words import listed
 from mpo.errors import ConfigError
 from mpo.modeling.objectives import F_DIVERGENCES
 from mpo.training.harmless import HarmlessSettings, of_harmless
@@ -29,6 +29,7 @@ from mpo.training.objectives import (
     readers,
     take_published,
 )
+from mpo.training.probe_settings import ProbeSettings, metric_is_loss
 from mpo.training.run_settings import check_names
 
 RETAIN_POOLINGS = ("mean", "last")
@@ -85,7 +86,7 @@ _MEANINGLESS = {
 
 
 @dataclass
-class MPOConfig(HarmlessSettings, DPOConfig):
+class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
     r"""
     Settings of :class:`~mpo.training.trainer.MPOTrainer`.
 
@@ -204,6 +205,8 @@ class MPOConfig(HarmlessSettings, DPOConfig):
             Hugging Face cache (`HF_HOME`).
         reference_tokens_per_batch (`int`, *optional*):
             Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 8192 on an accelerator.
+
+        > Parameters that control what the model is asked: those of [`ProbeSettings`][mpo.training.probe_settings.ProbeSettings]
 
         > Parameters that control resuming
 
@@ -349,6 +352,7 @@ class MPOConfig(HarmlessSettings, DPOConfig):
                 ) from error
         self._check_values()
         self._choose_best_metric()
+        self.check_probe(self.metric_for_best_model)
         if self.bf16 is None:
             self.bf16 = bool(
                 not self.fp16
@@ -631,33 +635,6 @@ class MPOConfig(HarmlessSettings, DPOConfig):
         from huggingface_hub.constants import HF_HOME
 
         return os.path.join(HF_HOME, "mpo", "reference")
-
-
-# Of the metrics that an evaluation gives, see `MPOTrainer.evaluate`; the first are losses, the others per language.
-_BEST_LOSSES = ("loss", "loss/retention")
-_BEST_PER_LANGUAGE = ("reward_gap", "gap_to_source", "positive", "logps/chosen", "logps/rejected")
-
-
-def metric_is_loss(metric: str) -> bool:
-    """Whether a metric for the best model is better when it is smaller.
-
-    Raises:
-        ConfigError: No evaluation gives a metric of this name.
-    """
-    name = metric.removeprefix("eval_")
-    # With several evaluation sets, a metric begins with the name of one.
-    if any(name == loss or name.endswith(f"_{loss}") for loss in _BEST_LOSSES):
-        return True
-    kind = name.rpartition("/")[0]
-    if any(kind == each or kind.endswith(f"_{each}") for each in _BEST_PER_LANGUAGE):
-        return False
-    known = [f"eval_{loss}" for loss in _BEST_LOSSES] + [f"eval_{each}/bn" for each in _BEST_PER_LANGUAGE]
-    near = nearest(metric, known)
-    raise ConfigError(
-        f"`metric_for_best_model` is {metric!r}, which no evaluation gives"
-        + (f"; did you mean {near!r}?" if near else ".")
-        + f" Known are {', '.join(known)} (with a target language for `bn`)."
-    )
 
 
 def _without_tokens(settings: Any, mark: str | None) -> Any:

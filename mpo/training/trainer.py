@@ -53,6 +53,7 @@ from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import KindMetrics, evaluation_metrics
 from mpo.training.objectives import SOURCE_GAP
 from mpo.training.policy import open_policy, source_of
+from mpo.training.probe_settings import check_probe_is_asked
 from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
@@ -241,6 +242,11 @@ class MPOTrainer(DPOTrainer):
         ]
         # What its checkpoints state, and which of them it can go on from.
         self._run = ResumableRun(self, self._reference)
+
+    @property
+    def policy(self) -> sharding.CallablePolicy:
+        """The model as it can be called, whole or divided over ranks, before training and in it."""
+        return self._policy
 
     # ---- The loss ------------------------------------------------------------------------------------------------
 
@@ -449,6 +455,7 @@ class MPOTrainer(DPOTrainer):
             TrainingError: A loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
             StoppedBySignal: A signal has ended the run; the state of its last step is saved.
         """
+        check_probe_is_asked(self.args.metric_for_best_model, self.callback_handler.callbacks)
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint

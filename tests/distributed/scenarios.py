@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mpo.errors import TrainingError
+from mpo.evaluation.probe.watch import ProbeWatch
 from mpo.modeling.loading import ModelSource, load_adapter, load_model, load_tokenizer
 from mpo.modeling.pairs import PairTensors
 from mpo.training.checkpoints import checkpoints
@@ -284,6 +285,33 @@ def run_kinds(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
         "gradients": trainer.observer.gradients,
         "history": [log for log in trainer.state.log_history if "loss" in log],
         "evaluated": trainer.evaluate()["eval_loss"],
+    }
+
+
+def run_probed(name: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """A run that asks its model before, after each step and after it, and the same one without; what it was told.
+
+    Forty-two prompts are three batches, so that one of two ranks has one more than the other.
+    """
+    settings = {"behavior_probe": 2, "probe_max_new_tokens": 4, "probe_steps": 1}
+    trainer = build(name, folder / "probed", shared, ranks, **settings)
+    watch = ProbeWatch(trainer)
+    trainer.add_callback(watch)
+    before = watch.start()
+    trainer.train()
+    change = watch.finish()
+    trainer.save_model(str(folder / "probed" / "saved"))
+    plain = build(name, folder / "plain", shared, ranks)
+    plain.score()  # as the probe does, this divides the model before training begins
+    plain.train()
+    plain.save_model(str(folder / "plain" / "saved"))
+    return {
+        "prompts": None if watch.prompts is None else len(watch.prompts.prompts),
+        "before": None if before is None else [(row.id, row.answer) for row in before.answers],
+        "after": None if watch.after is None else [(row.id, row.answer) for row in watch.after.answers],
+        "change": change,
+        "failure": watch.failure,
+        "steps": [log["step"] for log in trainer.state.log_history if "probe/balanced" in log],
     }
 
 

@@ -64,6 +64,8 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
             return scenarios.run_objectives(out / "objectives", shared, ranks)
         case "kinds":
             return scenarios.run_kinds(out / "kinds", shared, ranks)
+        case "probe":
+            return scenarios.run_probed(name, out, shared, ranks)
         case "poison":
             return scenarios.run_poisoned(name, out / f"poison-{name}", shared, ranks)
         case "killed":
