@@ -124,6 +124,7 @@ _USUAL: Mapping[str, str] = {
     "source_lang": "`source_language`",
     "target_languages": "`languages`",
     "langs": "`languages`",
+    "behaviour_probe": "`behavior_probe`",
 }
 TOOLS: Mapping[str, Mapping[str, str]] = {
     "LLaMA-Factory": _LLAMA_FACTORY,
