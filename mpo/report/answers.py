@@ -6,7 +6,7 @@ is shown by style rules alone (``:has`` with the checked field), which a browser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,8 +79,9 @@ class Answers:
         ]
         return [choice for choice in found if len(choice[2]) > 1]
 
-    def _options(self, names: Sequence[str], numbers: object) -> list[tuple[str, int]]:
-        assert callable(numbers)
+    def _options(
+        self, names: Sequence[str], numbers: Callable[[Exchange], Iterable[int]]
+    ) -> list[tuple[str, int]]:
         return [(name, sum(n in numbers(e) for e in self.exchanges)) for n, name in enumerate(names)]
 
     def rules(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
 from mpo.common.statistics import (
     Correlation,
+    Outcomes,
     average_change,
     correlation,
     holm,
@@ -208,8 +209,8 @@ def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) 
 
 
 def paired_changes(
-    old: Mapping[str, Mapping[str, float]],
-    new: Mapping[str, Mapping[str, float]],
+    old: Outcomes,
+    new: Outcomes,
     codes: Sequence[str],
     confidence: float,
 ) -> dict[str | None, Change]:

@@ -6,7 +6,7 @@ both, on the paired intervals of the same prompts asked before and after.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
@@ -19,6 +19,7 @@ from mpo.report.plane import KINDS, Kind, PlaneArrow, PlanePoint
 from mpo.report.run import Probe, Shifts
 
 ATTACK, REFUSALS = "attack", "over_refusal"
+_AXES = REFUSALS, ATTACK
 
 TOLERANCE = 0.1
 """A rise that a change must be shown to stay below before the axis counts as not lost: ten points."""
@@ -161,43 +162,50 @@ def axis(model: ModelResults, kind: str, sets: Iterable[str]) -> Axis:
 def effects(results: Results, model: ModelResults) -> list[Effect]:
     """The ways of a model from the first one, by language, their mean last; empty where there is none on both axes."""
     first = results.models[0]
-    before, after = (
-        {
-            kind: axis(
-                each, kind, [name for name in results.prompt_sets(kind) if _both(first, model, kind, name)]
-            )
-            for kind in (REFUSALS, ATTACK)
-        }
-        for each in (first, model)
-    )
+    sets = {
+        kind: [
+            n for n in results.prompt_sets(kind) if {(kind, n)} <= first.safety.keys() & model.safety.keys()
+        ]
+        for kind in _AXES
+    }
+    before, after = ([axis(each, kind, sets[kind]) for kind in _AXES] for each in (first, model))
     codes = in_order(
-        set.intersection(*(set(side[kind].rates) for side in (before, after) for kind in side)),
+        set.intersection(*(set(side.rates) for side in (*before, *after))),
         results.dominant,
     )
-    changes = {
-        kind: paired_changes(
-            *({c: side[kind].outcomes.get(c, {}) for c in codes} for side in (before, after)),  # type: ignore[arg-type]
-            codes,
-            after[kind].confidence,
-        )
-        for kind in before
-    }
+    changes = [
+        paired_changes(_kept(old, codes), _kept(new, codes), codes, new.confidence)
+        for old, new in zip(before, after, strict=True)
+    ]
     found = []
     for code in [*codes, *([None] if len(codes) > 1 else [])]:
-        olds, news = (
-            [side[kind].mean(codes) if code is None else side[kind].rates[code] for kind in side]
-            for side in (before, after)
-        )
-        moved = changes[REFUSALS].get(code), changes[ATTACK].get(code)
-        kind, word = judged(moved[1], moved[0], after[ATTACK].confidence)
-        sizes = [
-            sum(after[k].counts[c] for c in (codes if code is None else [code])) for k in (REFUSALS, ATTACK)
-        ]
-        label = MEAN if code is None else shown_language(code)
+        refusals, attack = (by_language.get(code) for by_language in changes)
+        kind, word = judged(attack, refusals, after[1].confidence)
+        counted = codes if code is None else [code]
+        sizes = [sum(side.counts[c] for c in counted) for side in after]
         found.append(
-            Effect(label, tuple(olds), tuple(news), moved, tuple(sizes), kind, word)  # type: ignore[arg-type]
+            Effect(
+                MEAN if code is None else shown_language(code),
+                _values(before, code, codes),
+                _values(after, code, codes),
+                (refusals, attack),
+                (sizes[0], sizes[1]),
+                kind,
+                word,
+            )
         )
     return found
+
+
+def _kept(side: Axis, codes: Sequence[str]) -> dict[str, dict[Hashable, float]]:
+    return {code: side.outcomes.get(code, {}) for code in codes}
+
+
+def _values(sides: Sequence[Axis], code: str | None, codes: Sequence[str]) -> tuple[Value, Value]:
+    """On both axes, of a language or of the mean of all."""
+    refusals, attack = (side.mean(codes) if code is None else side.rates[code] for side in sides)
+    assert refusals is not None and attack is not None  # there is a language
+    return refusals, attack
 
 
 @dataclass(frozen=True)
@@ -274,10 +282,6 @@ def _asked(models: Iterable[ModelResults], kind: str) -> set[str]:
         if measured == kind
         for code in run.result.languages
     }
-
-
-def _both(first: ModelResults, second: ModelResults, kind: str, name: str) -> bool:
-    return (kind, name) in first.safety and (kind, name) in second.safety
 
 
 def _counted(run: SafetyRun) -> str:
