@@ -88,14 +88,10 @@ class Effect:
 
     def arrow(self) -> PlaneArrow:
         """It as the plane draws it: the mean heavier, and with its intervals."""
-        ends = [
-            PlanePoint(
-                self.label,
-                *(value.value for value in values),
-                intervals=(_interval(values[0]), _interval(values[1])) if self.is_mean else (None, None),
-            )
-            for values in (self.before, self.after)
-        ]
+        ends = []
+        for refusals, attack in (self.before, self.after):
+            intervals = (_interval(refusals), _interval(attack)) if self.is_mean else (None, None)
+            ends.append(PlanePoint(self.label, refusals.value, attack.value, intervals))
         return PlaneArrow(ends[0], ends[1], self.label, self.kind, strong=self.is_mean)
 
 
@@ -312,10 +308,10 @@ def probe_effects(probe: Probe, dominant: str) -> list[Effect]:
         first, second = pair
         if first is None or second is None:
             continue
-        changes = [
-            Change(shift.change, *(shift.interval or (None, None)), shift.p_value, shift.count)
-            for shift in (first, second)
-        ]
+        changes = []
+        for shift in (first, second):
+            low, high = shift.interval or (None, None)
+            changes.append(Change(shift.change, low, high, shift.p_value, shift.count))
         kind, word = judged(changes[1], changes[0])
         found.append(
             Effect(

@@ -34,9 +34,11 @@ def opening(results: Results) -> Section:
     blocks = [_way_block(name, found) for name, found in ways.items()]
     alone = None if ways else _standing(results)
     texts = warnings(results)
+    finding = results.run.probe.finding if results.run is not None and results.run.probe is not None else None
     body = html(
         "opening.html",
         warnings=texts,
+        note=finding.text if finding is not None and finding.text not in texts else "",
         blocks=blocks,
         several=len(ways) > 1,
         alone=alone,
@@ -83,7 +85,8 @@ def warnings(results: Results) -> list[str]:
         if probe is not None:
             left = listed(shown_language(code) for code in probe.left_out)
             more = [f"The probe set has no prompts in {left}: what the model does there is not known."]
-            return [*([probe.finding.text] if probe.finding else []), *(more if left else [])]
+            bad = [probe.finding.text] if probe.finding and probe.finding.level != "clear" else []
+            return [*bad, *(more if left else [])]
         if any(model.reward_gap is not None for model in results.models):
             return [
                 "No prompt was asked. A reward gap says which of two given answers a model prefers, not what it writes, nor "

@@ -56,9 +56,10 @@ class Shifts:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the run said of its probe."""
+    """What the run said of its probe; ``level`` is ``clear`` where nothing is wrong."""
 
     text: str
+    level: str = ""
 
 
 @dataclass(frozen=True)

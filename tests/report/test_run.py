@@ -101,6 +101,17 @@ def test_a_runs_probe_opens_its_report(tmp_path: Path) -> None:
     assert page.index('<figure class="plane">') < page.index("<h2>Reward gap</h2>")
 
 
+def test_a_finding_that_all_is_well_is_no_warning(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", probe=True)
+    for level, is_warning in (("warning", True), ("clear", False)):
+        values = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        values["behavior"]["finding"] = {"level": level, "text": "What was found."}
+        write_json(run / "metrics.json", values)
+        page = write_report(run)[0].read_text(encoding="utf-8")
+        assert ('<p class="warning">What was found.' in page) == is_warning
+        assert page.count("What was found.") == 1
+
+
 def test_a_run_without_held_out_groups_still_has_its_curve(tmp_path: Path) -> None:
     page = write_report(_write_run(tmp_path / "run", held_out=False))[0].read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "<h2>Reward gap</h2>" not in page
