@@ -39,12 +39,14 @@ from mpo.common.typed_json import (
     open_mapping,
     read_typed,
 )
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.rates import RateTable
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable
 from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.wording import Wording
 
 REWARD_GAP = "reward_gap.json"
+HARMLESS_GAP = "reward_gap_harmless.json"
 SAFETY = "result.json"
 UTILITY = "utility.json"
 PERPLEXITY = "perplexity.json"
@@ -112,10 +114,13 @@ class TrainingMetrics(Result):
         before: Table before training.
         after: Table after it.
         change: The paired change, as :meth:`Comparison.to_dict` gives it.
+        harmless: Tables of the held-out harmless groups, ``before`` and ``after``, where there are some; the others are then
+            of the harmful ones.
         retention_loss: The retention term on the held-out sources ``before`` and ``after``; None where it was not computed.
         sources: How many sources were trained on and left out.
         steps: Number of optimizer steps.
         train_runtime: Seconds.
+        behavior: What the model does with the probe prompts, before and after; None where it was not asked.
     """
 
     beta: Number | None = None
@@ -123,10 +128,12 @@ class TrainingMetrics(Result):
     before: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     after: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     change: Annotated[dict[str, Any] | None, NO_KEY_IF_EMPTY] = None
+    harmless: Annotated[dict[str, Table], NO_KEY_IF_EMPTY] = field(default_factory=dict)
     retention_loss: Annotated[dict[str, Number | None], NO_KEY_IF_EMPTY] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     steps: Count = 0
     train_runtime: Number | None = None
+    behavior: Annotated[BehaviorChange | None, NO_KEY_IF_EMPTY] = None
 
 
 # -------------------------------------------------------------------------------------------- attack and over-refusal
