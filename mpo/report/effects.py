@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from mpo.common.statistics import language_average, pairwise_agreement, wilson_interval
+from mpo.evaluation.probe.behavior import ANSWERED, REFUSED
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
 from mpo.report.build import in_order, paired_changes, rate_value
 from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import Change, Value, shown_language
 from mpo.report.plane import KINDS, Kind, PlaneArrow, PlanePoint
-from mpo.report.run import Probe, Shifts
 
 ATTACK, REFUSALS = "attack", "over_refusal"
 _AXES = REFUSALS, ATTACK
@@ -292,15 +293,15 @@ def by_model(results: Results) -> Mapping[str, list[Effect]]:
     """The effects of every model but the first, where there are any; of a run that was not evaluated, those of its probe."""
     found = {model.name: effects(results, model) for model in results.models[1:]}
     ways = {name: each for name, each in found.items() if each}
-    if not ways and results.run is not None and results.run.probe is not None:
-        probed = probe_effects(results.run.probe, results.dominant)
+    if not ways and results.run is not None and results.run.metrics.behavior is not None:
+        probed = probe_effects(results.run.metrics.behavior, results.dominant)
         return {results.folder.resolve().name: probed} if probed else {}
     return ways
 
 
-def probe_effects(probe: Probe, dominant: str) -> list[Effect]:
+def probe_effects(behavior: BehaviorChange, dominant: str) -> list[Effect]:
     """The ways that a run's own probe has seen, by language, their mean last."""
-    refused, attack = (probe.change.get(name, Shifts()) for name in ("harmless_refused", "harmful_answered"))
+    refused, attack = (behavior.change[name] for name in (REFUSED, ANSWERED))
     codes: list[str | None] = [*in_order(refused.languages.keys() & attack.languages.keys(), dominant)]
     found = []
     for code in [*codes, *([None] if len(codes) > 1 else [])]:
