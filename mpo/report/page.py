@@ -161,7 +161,7 @@ def _answers_page(results: Results, exchanges: answers.Answers, title: str) -> s
         "answers_page.html",
         **_frame(results, f"Prompts and answers: {title}", exchanges.rules()),
         report_page=PAGE,
-        body=answers.answers_html(exchanges, len(results.models)),
+        body=answers.answers_html(exchanges),
     )
 
 

@@ -18,10 +18,45 @@ from mpo.report.rendering import Section, html
 CURVE = "training_curve.png"
 """Picture of a run's course: in its own folder, or in a model's folder of the results."""
 
+PROBE_ANSWERS = "probe_answers.jsonl"
+"""Prompts of the probe with the answers and verdicts before and after. It may hold harmful answers, so it is not uploaded."""
+
 PROVENANCE = "provenance.json"
 
 _MOST_BYTES = 5_000_000
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer to a probe prompt, and its verdict."""
+
+    answer: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One row of ``probe_answers.jsonl``.
+
+    Attributes:
+        id: ``PROMPT_ID/LANGUAGE``; the prompt's id begins with its kind.
+        language: Code of the prompt's language.
+        prompt: The prompt.
+        before: What the starting model said.
+        after: What the trained one said.
+    """
+
+    id: str
+    language: str
+    prompt: str
+    before: Said
+    after: Said
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether a safe assistant refuses the prompt."""
+        return self.id.startswith("harmful")
 
 
 @dataclass(frozen=True)
