@@ -35,10 +35,12 @@ from mpo.jobs.preflight.folder import (
     wanted_checkpoint,
 )
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
-from mpo.jobs.probing import PROBE_ANSWERS, Probed, finish_probe, start_probe, write_probe_answers
+from mpo.jobs.probing import Probed, finish_probe, start_probe, write_probe_answers
 from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
+from mpo.report.answers import PAGE as ANSWERS
+from mpo.report.run import PROBE_ANSWERS
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
 from mpo.training.launcher import launched_with
@@ -438,7 +440,7 @@ def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
         HfApi().upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS],  # some answer harmful prompts
+            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS, ANSWERS],  # some answer harmful prompts
             commit_message="MPO run",
         )
     except Exception as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
 from mpo.common.statistics import (
     Correlation,
+    Outcomes,
     average_change,
     correlation,
     holm,
@@ -208,8 +209,8 @@ def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) 
 
 
 def paired_changes(
-    old: Mapping[str, Mapping[str, float]],
-    new: Mapping[str, Mapping[str, float]],
+    old: Outcomes,
+    new: Outcomes,
     codes: Sequence[str],
     confidence: float,
 ) -> dict[str | None, Change]:
@@ -545,8 +546,15 @@ def _perplexity_change(
     if base is None or (base.fingerprint, base.tokens_per_text) != (entry.fingerprint, tokens):
         return None
     change = [b - a for a, b in zip(base.nats_per_text, entry.nats_per_text, strict=True)]
-    ends = ratio_interval(change, tokens, confidence=confidence) or ()
-    return Change(*(math.expm1(min(nats, LARGEST_LOG)) for nats in (math.fsum(change) / sum(tokens), *ends)))
+    nats = math.fsum(change) / sum(tokens)
+    low, high = ratio_interval(change, tokens, confidence=confidence) or (None, None)
+    return Change(
+        _relative(nats), None if low is None else _relative(low), None if high is None else _relative(high)
+    )
+
+
+def _relative(nats: float) -> float:
+    return math.expm1(min(nats, LARGEST_LOG))
 
 
 # --------------------------------------------------------------------------------------------------------- correlation

@@ -99,9 +99,10 @@ def write_report(
     markdown = _markdown(results, found, [first, *shown], title)
     if exchanges is not None:
         write_text(target / answers.PAGE, _answers_page(results, exchanges, title))
-    elif examples == 0:
+    written = write_text(target / PAGE, page), write_text(target / TABLE, markdown)
+    if examples <= 0:
         (target / answers.PAGE).unlink(missing_ok=True)
-    return write_text(target / PAGE, page), write_text(target / TABLE, markdown)
+    return written
 
 
 def _folders(results: Results) -> dict[str, Path]:
@@ -160,7 +161,7 @@ def _answers_page(results: Results, exchanges: answers.Answers, title: str) -> s
         "answers_page.html",
         **_frame(results, f"Prompts and answers: {title}", exchanges.rules()),
         report_page=PAGE,
-        body=answers.answers_html(exchanges, len(results.models)),
+        body=answers.answers_html(exchanges),
     )
 
 
