@@ -16,6 +16,7 @@ def register(commands: Any) -> None:
     kinds = data.add_subparsers(title="commands", metavar="COMMAND")
     _register_check(kinds)
     _register_convert(kinds)
+    _register_leak(kinds)
 
 
 def _register_check(kinds: Any) -> None:
@@ -73,6 +74,39 @@ def _register_convert(kinds: Any) -> None:
         "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
     )
     convert.set_defaults(run=_convert)
+
+
+def _register_leak(kinds: Any) -> None:
+    leak = kinds.add_parser(
+        "leak", help="find evaluation prompts that stand in training data", allow_abbrev=False
+    )
+    leak.add_argument(
+        "train", metavar="TRAIN", nargs="+", help="training file(s) in any form, or names on the Hub"
+    )
+    leak.add_argument(
+        "--against",
+        metavar="EVAL",
+        nargs="+",
+        required=True,
+        help="prompt sets or files of pairs to look for; `probe` is the set that comes with the package",
+    )
+    leak.add_argument("--output", metavar="FILE", help="write all pairs as .json or .csv")
+    leak.add_argument("--show_texts", action="store_true", help="show the beginning of both texts")
+    leak.add_argument(
+        "--characters", type=float, default=0.5, help="least similarity of letters (default 0.5)"
+    )
+    leak.add_argument("--words", type=float, default=0.6, help="least similarity of words (default 0.6)")
+    leak.add_argument(
+        "--embeddings",
+        metavar="MODEL",
+        help="compare by meaning, too, with this model of sentence-transformers",
+    )
+    leak.add_argument(
+        "--meaning", type=float, default=0.9, help="least cosine of two embeddings (default 0.9)"
+    )
+    leak.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
+    leak.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
+    leak.set_defaults(run=_leak)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -139,3 +173,28 @@ def _inputs(arguments: argparse.Namespace) -> list[str] | dict[str, str]:
     if bool(arguments.inputs) == bool(by_language):
         raise ConfigError("expected files to convert, or `--language CODE=FILE` for each, and not both.")
     return by_language or list(arguments.inputs)
+
+
+def _leak(arguments: argparse.Namespace) -> int:
+    from mpo.common.progress import quiet_libraries
+
+    quiet_libraries()
+    from mpo.data.leaks import check_output
+    from mpo.jobs.leak import measure_leaks
+
+    if arguments.output:
+        check_output(arguments.output)
+    leaks = measure_leaks(
+        arguments.train,
+        arguments.against,
+        split=arguments.dataset_split,
+        characters=arguments.characters,
+        words=arguments.words,
+        embeddings=arguments.embeddings,
+        meaning=arguments.meaning,
+        device=arguments.device,
+    )
+    print(leaks.to_text(texts=arguments.show_texts))
+    if arguments.output:
+        print(f"\nWritten to {leaks.write(arguments.output, texts=arguments.show_texts)}")
+    return 1 if leaks.pairs else 0

@@ -161,12 +161,17 @@ FORMS: tuple[Form, ...] = (
     Form(
         "wide-prompts",
         "prompts alone, with a column per language",
-        lambda row: sum(_is_language(name) and isinstance(value, str) for name, value in row.items()) > 1,
+        lambda row: len(language_columns(row)) > 1,
         read_prompt,
         pairs=False,
     ),
 )
 """All forms, the more special ones first: the first that fits is taken."""
+
+
+def language_columns(row: Mapping[Any, Any]) -> list[str]:
+    """Columns called like a language that hold texts."""
+    return [name for name, value in row.items() if _is_language(name) and isinstance(value, str)]
 
 
 def is_group(row: object) -> bool:
