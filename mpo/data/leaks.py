@@ -148,6 +148,10 @@ class Leaks:
             )
         return lines
 
+    def short(self) -> str:
+        """How many of each set, as in ``1 of 315 prompts of multijail, 0 of 100 of probe``."""
+        return counts_in_words({name: (len(self.found(name)), total) for name, total in self.prompts.items()})
+
     def to_dict(self, *, texts: bool = False) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
@@ -214,6 +218,15 @@ class Leaks:
         writer.writeheader()
         writer.writerows(leak.to_dict(texts=texts) for leak in self.pairs)
         return write_text(path, table.getvalue())
+
+
+def counts_in_words(sets: Mapping[str, tuple[int, int]]) -> str:
+    """Found and total prompts by prompt set, as in ``1 of 315 prompts of multijail, 0 of 100 of probe``."""
+    words = [
+        f"{found:,} of {counted(total, 'prompt') if not n else f'{total:,}'} of {printable(name, lines=False)}"
+        for n, (name, (found, total)) in enumerate(sets.items())
+    ]
+    return ", ".join(words)
 
 
 def _shown(text: str) -> str:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mpo.common.tables import fact_lines
 from mpo.data import BadRow, LoadedGroups
+from mpo.data.leaks import Leaks
 from mpo.modeling.loading import ModelSource
 from mpo.training.recipe import Recipe
 from mpo.training.workload import Schedule, Workload
@@ -35,6 +36,7 @@ class Plan:
         schedule: steps and epochs of the run.
         facts: what the printed plan says, in order.
         notes: sentences about what the user may not have meant.
+        leaks: evaluation prompts in the training groups; None on any but the main process.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Plan:
     schedule: Schedule
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    leaks: Leaks | None = None
 
     @property
     def steps(self) -> int:
