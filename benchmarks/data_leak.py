@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.command import run
-from mpo.data.leaks import CHARACTERS, EvaluationText, find_leaks, training_texts
+from mpo.data.leaks import CHARACTERS, EvaluationText, find_leaks
+from mpo.data.prompt_texts import training_texts
 from mpo.data.shingles import normalised
 from mpo.jobs.leak import evaluation_texts
 

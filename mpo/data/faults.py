@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as with_default
 
 from mpo.common.words import shortened
 
@@ -40,7 +41,7 @@ class Fault:
     file: str
     field: str | None
     reason: str
-    rows: list[int] = field(default_factory=list)
+    rows: list[int] = with_default(default_factory=list)
 
     def place(self, shown: int = 8) -> str:
         """Where it stands, as in ``pairs.json, 3 rows (2, 5, 9), field 'chosen'``, with the first ``shown`` rows."""

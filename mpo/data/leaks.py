@@ -10,9 +10,8 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,8 @@ from mpo.common.characters import printable
 from mpo.common.files import write_json, write_text
 from mpo.common.tables import TextTable
 from mpo.common.words import counted, listed, shortened
-from mpo.data.contract import RowError, _Place
-from mpo.data.forms.recognition import form_of, header_of, is_group, known_columns, language_columns
 from mpo.data.languages import language_name
-from mpo.data.loading import _sources
-from mpo.data.reading import Rows
+from mpo.data.prompt_texts import TrainingText
 from mpo.errors import ConfigError, DataError, DependencyError
 
 KINDS = ("exact", "characters", "words", "meaning", "translation")
@@ -40,15 +36,6 @@ _AT_ONCE = 8192  # training texts
 _PAIRS_SHOWN = 40
 _KEPT = 8  # training texts per evaluation prompt that are named
 _TEXT_SHOWN = 60
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """The prompts of one row of training data, translations of each other."""
-
-    file: str
-    row: int
-    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -266,7 +253,7 @@ def find_leaks(
     The training side is streamed: memory holds the evaluation side, one batch, and what was found.
 
     Args:
-        train: Training rows, for example from :func:`training_texts`.
+        train: Training rows, for example from :func:`mpo.data.prompt_texts.training_texts`.
         evaluation: All evaluation prompts.
         characters: Least Jaccard similarity of character n-grams, in (0, 1].
         words: Least Jaccard similarity of word pairs, in (0, 1].
@@ -343,7 +330,7 @@ class _Search:
             ("characters", SimilarTexts(known, character_shingles, characters)),
             ("words", SimilarTexts(known, word_shingles, words)),
         ]
-        self._embedded = (
+        self._embedded: Any = (
             None if encoder is None else _unit(encoder([asked[t[0]].text for t in self._texts_of]))
         )
         self._found: list[dict[str, _Found]] = [{} for _ in known]
@@ -453,88 +440,3 @@ def sentence_encoder(model: str, device: str | None = None) -> Encoder:
     except Exception as error:  # whatever the Hub, the file system or the model's own code raises
         raise DataError(f"the embedding model {model!r} cannot be loaded: {error}") from error
     return lambda texts: loaded.encode(list(texts), batch_size=64, show_progress_bar=False)
-
-
-# -------------------------------------------------------------------------------------------------- prompts of a file
-
-
-def training_texts(
-    data: Any, *, split: str = "train", skipped: list[RowError] | None = None
-) -> Iterator[TrainingText]:
-    """The prompts of training data, a row at a time, in any form: groups, pairs in one language, prompts alone.
-
-    Args:
-        data: As for :func:`mpo.data.load_groups`.
-        split: Split of a Hub dataset.
-        skipped: Takes the errors of rows that hold no prompt, which are left out.
-
-    Raises:
-        DataError: A file cannot be read, or has no known form.
-    """
-    for name, rows in _sources(data, split):
-        for place, prompts in labelled_prompts(rows, name, [] if skipped is None else skipped):
-            yield TrainingText(name, place, tuple(text for _, text in prompts))
-
-
-def labelled_prompts(
-    rows: Rows, name: str, skipped: list[RowError]
-) -> Iterator[tuple[int, list[tuple[str | None, str]]]]:
-    """Row and prompts of each row of a file, each prompt with its language where the row names it."""
-    first = list(islice(rows, 200))
-    header = header_of(row for _, row in first if not isinstance(row, RowError))
-    columns = language_columns(header)
-    form = form_of(header)
-    if form is None and not is_group(header):
-        raise DataError(f"the form of its rows is not known. {known_columns()}.", file=name)
-    known = frozenset(map(str, header))
-    for index, row in chain(first, rows):
-        place = _Place(name, index)
-        try:
-            if isinstance(row, RowError):
-                raise row
-            if not isinstance(row, Mapping):
-                raise place.error("is no object; expected named fields.")
-            if form is None:
-                found = list(_group_prompts(row))
-            elif form.name == "wide-prompts":
-                found = [(code, row[code]) for code in columns if isinstance(row.get(code), str)]
-            else:
-                label = row.get("language")
-                messages = form.read(row, place, known).prompt
-                found = [(label if isinstance(label, str) else None, text) for text in _user_texts(messages)]
-            found = [(code, text) for code, text in found if text.strip()]
-            if not found:
-                raise place.error("holds no prompt.")
-        except RowError as error:
-            skipped.append(error)
-            continue
-        yield index, found
-
-
-def _group_prompts(row: Mapping[Any, Any]) -> Iterator[tuple[str | None, str]]:
-    """Source and target prompts of a group or a flat row, as far as they can be read."""
-    pairs: list[tuple[Any, Any]] = []
-    if "targets" in row or isinstance(row.get("source"), Mapping):
-        targets = row.get("targets")
-        sides = [row.get("source"), *(targets if isinstance(targets, (list, tuple)) else ())]
-        pairs = [(side.get("language"), side.get("prompt")) for side in sides if isinstance(side, Mapping)]
-    else:
-        pairs = [
-            (row.get(f"{side}_language"), row.get(f"{side}_prompt", row.get(f"{side}_conversations")))
-            for side in ("source", "target")
-        ]
-    for label, value in pairs:
-        for text in _user_texts(value):
-            yield (label if isinstance(label, str) and label else None, text)
-
-
-def _user_texts(value: Any) -> Iterator[str]:
-    """What the user says in a prompt, message by message."""
-    if isinstance(value, str):
-        yield value
-    messages = [value] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    for message in messages:
-        if isinstance(message, Mapping) and (message.get("role") or message.get("from")) in ("user", "human"):
-            content = message.get("content", message.get("value"))
-            if isinstance(content, str):
-                yield content

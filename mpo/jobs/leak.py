@@ -17,13 +17,11 @@ from mpo.data.leaks import (
     WORDS,
     EvaluationText,
     Leaks,
-    TrainingText,
     find_leaks,
-    labelled_prompts,
     sentence_encoder,
-    training_texts,
 )
 from mpo.data.loading import _named_sources
+from mpo.data.prompt_texts import TrainingText, labelled_prompts, training_texts
 from mpo.errors import DataError
 from mpo.evaluation.probe import load_probe
 from mpo.evaluation.prompts import PromptSet, load_prompts

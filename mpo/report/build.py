@@ -201,6 +201,7 @@ def unseen(results: Results, kind: str, prompt_set: str) -> Measurement | None:
     if all((kind, prompt_set) not in model.safety for model in models):
         return None
     made = safety(replace(results, models=tuple(models), leaks=None), kind, prompt_set)
+    assert made is not None
     number = results.prompt_sets(kind).index(prompt_set) + 1
     return replace(
         made,

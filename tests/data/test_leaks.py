@@ -15,7 +15,8 @@ import pytest
 from mpo import cli
 from mpo.data import leaks as leaks_module
 from mpo.data.contract import RowError
-from mpo.data.leaks import EvaluationText, TrainingText, find_leaks, training_texts
+from mpo.data.leaks import EvaluationText, find_leaks
+from mpo.data.prompt_texts import TrainingText, training_texts
 from mpo.errors import ConfigError, DataError, DependencyError
 from mpo.evaluation.results import LeaksResult
 from mpo.jobs.leak import evaluation_texts, leaks_result, measure_leaks

@@ -221,7 +221,7 @@ def advice(form: Form, name: str) -> str:
         form: The form of its rows.
         name: How the file is called.
     """
-    file = name if " " not in name else "FILE"
+    file = name if "." in name or "/" in name else "FILE"  # data handed over in Python have no name to give
     return (
         f"holds {form.title}, in one language. Groups are needed here: a pair and its translations. Make them with "
         f"`mpo data build`, which takes prompts and pairs in one language (plain ones: `mpo data convert {file} --output "
