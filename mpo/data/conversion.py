@@ -76,7 +76,7 @@ class Conversion:
     def to_text(self) -> str:
         """What was read, written and left out, for a person."""
         lines = [f"{file.name} holds {file.form}: {counted(file.rows, 'row')}." for file in self.files]
-        parts = ", ".join(f"{number:,} {what}" for what, number in self.parts.items())
+        parts = ", ".join(_counted(number, what) for what, number in self.parts.items())
         lines.append(f"Written to {self.output}: {parts}.")
         lines += [f"Left out: {number:,} {reason}." for reason, number in self.left_out.items()]
         if self.dropped:
@@ -157,6 +157,11 @@ def convert(
         if not result.written:
             raise _nothing_left(result)
     return result
+
+
+def _counted(number: int, what: str) -> str:
+    noun, blank, more = what.partition(" ")
+    return counted(number, noun.removesuffix("s")) + blank + more
 
 
 def _named_inputs(inputs: str | Sequence[str] | Mapping[str, str]) -> list[tuple[str, str | None]]:

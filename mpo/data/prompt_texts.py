@@ -8,7 +8,14 @@ from itertools import chain, islice
 from typing import Any
 
 from mpo.data.contract import RowError, _Place
-from mpo.data.forms.recognition import form_of, header_of, is_group, known_columns, language_columns
+from mpo.data.forms.recognition import (
+    form_of,
+    header_of,
+    is_empty,
+    is_group,
+    known_columns,
+    language_columns,
+)
 from mpo.data.loading import _sources
 from mpo.data.reading import Rows
 from mpo.errors import DataError
@@ -42,16 +49,24 @@ def training_texts(
 
 
 def labelled_prompts(
-    rows: Rows, name: str, skipped: list[RowError]
+    rows: Rows, name: str, skipped: list[RowError], *, last_turn: bool = False
 ) -> Iterator[tuple[int, list[tuple[str | None, str]]]]:
-    """Row and prompts of each row of a file, each prompt with its language where the row names it."""
+    """Row and prompts of each row of a file, each prompt with its language where the row names it.
+
+    Args:
+        rows: The rows.
+        name: How errors call the file.
+        skipped: Takes the errors of rows that hold no prompt.
+        last_turn: Only the user's last message of each prompt; every message of the user without.
+    """
+    keep = slice(-1, None) if last_turn else slice(None)
     first = list(islice(rows, 200))
     header = header_of(row for _, row in first if not isinstance(row, RowError))
     columns = language_columns(header)
     form = form_of(header)
     if form is None and not is_group(header):
         raise DataError(f"the form of its rows is not known. {known_columns()}.", file=name)
-    known = frozenset(map(str, header))
+    known = frozenset(str(column) for column, value in header.items() if not is_empty(value))
     for index, row in chain(first, rows):
         place = _Place(name, index)
         try:
@@ -60,13 +75,13 @@ def labelled_prompts(
             if not isinstance(row, Mapping):
                 raise place.error("is no object; expected named fields.")
             if form is None:
-                found = list(_group_prompts(row))
+                found = list(_group_prompts(row, keep))
             elif form.name == "wide-prompts":
                 found = [(code, row[code]) for code in columns if isinstance(row.get(code), str)]
             else:
                 label = row.get("language")
-                messages = form.read(row, place, known).prompt
-                found = [(label if isinstance(label, str) else None, text) for text in _user_texts(messages)]
+                texts = list(_user_texts(form.read(row, place, known).prompt))[keep]
+                found = [(label if isinstance(label, str) else None, text) for text in texts]
             found = [(code, text) for code, text in found if text.strip()]
             if not found:
                 raise place.error("holds no prompt.")
@@ -76,7 +91,7 @@ def labelled_prompts(
         yield index, found
 
 
-def _group_prompts(row: Mapping[Any, Any]) -> Iterator[tuple[str | None, str]]:
+def _group_prompts(row: Mapping[Any, Any], keep: slice) -> Iterator[tuple[str | None, str]]:
     """Source and target prompts of a group or a flat row, as far as they can be read."""
     pairs: list[tuple[Any, Any]] = []
     if "targets" in row or isinstance(row.get("source"), Mapping):
@@ -89,7 +104,7 @@ def _group_prompts(row: Mapping[Any, Any]) -> Iterator[tuple[str | None, str]]:
             for side in ("source", "target")
         ]
     for label, value in pairs:
-        for text in _user_texts(value):
+        for text in list(_user_texts(value))[keep]:
             yield (label if isinstance(label, str) and label else None, text)
 
 

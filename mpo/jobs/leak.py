@@ -100,10 +100,12 @@ def prompt_set_texts(prompts: PromptSet, name: str | None = None) -> list[Evalua
 
 
 def _pair_texts(rows: Any, label: str) -> Iterator[EvaluationText]:
-    skipped: list[RowError] = []
-    for index, prompts in labelled_prompts(rows, label, skipped):
+    for index, prompts in labelled_prompts(rows, label, [], last_turn=True):
         for code, text in prompts:
-            language = normalize_language(code) if code else UNDETERMINED
+            try:
+                language = normalize_language(code) if code else UNDETERMINED
+            except DataError:  # a label that nobody knows does not keep a prompt from being found
+                language = UNDETERMINED
             yield EvaluationText(label, str(index), language, text)
 
 

@@ -725,6 +725,8 @@ def test_the_command_converts_and_says_what_it_left_out(
     )
     assert "given.jsonl, 3 rows (1, 2, 3), field `chosen`: is empty" in shown
     assert made(output) == [PAIR, {"topic": "locks", **PAIR}]
+    written(tmp_path / "one.jsonl", TRL)
+    assert convert(str(tmp_path / "one.jsonl"), output).to_text().endswith(": 1 pair.")
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,29 @@ def test_every_turn_of_the_user_is_looked_at() -> None:
     assert read.texts == ("Hello!", LONG, TARGET)
 
 
+def test_of_a_pair_that_is_looked_for_the_last_turn_is_meant(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": OTHER},
+        {"role": "user", "content": LONG},
+    ]
+    path = tmp_path / "held_out.jsonl"
+    given = [
+        flat("bn", source_prompt=turns, target_language="?!"),
+        {"prompt": turns, "chosen": "a", "rejected": "b"},
+    ]
+    for row, texts in zip(given, ([LONG, TARGET], [LONG]), strict=True):
+        path.write_text(json.dumps(row), encoding="utf-8")
+        assert [text.text for text in evaluation_texts(str(path))] == texts
+    assert {text.language for text in evaluation_texts(str(path))} == {"und"}
+
+
+def test_a_column_without_values_does_not_hide_the_prompts() -> None:
+    assert [read.texts for read in training_texts([{"prompt": LONG, "chosen": None, "rejected": None}])] == [
+        (LONG,)
+    ]
+
+
 def test_files_are_compared_and_pairs_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, prompts, other = tmp_path / "train.jsonl", tmp_path / "prompts.csv", tmp_path / "held_out.jsonl"
     train.write_text(

@@ -223,9 +223,9 @@ def advice(form: Form, name: str) -> str:
     """
     file = name if "." in name or "/" in name else "FILE"  # data handed over in Python have no name to give
     return (
-        f"holds {form.title}, in one language. Groups are needed here: a pair and its translations. Make them with "
-        f"`mpo data build`, which takes prompts and pairs in one language (plain ones: `mpo data convert {file} --output "
-        "pairs.jsonl`); where there is a file per language, join these with `mpo data convert FILE FILE --key id`."
+        f"holds {form.title}, in one language. Groups are needed here: a pair and its translations. `mpo data build` makes them, "
+        f"of plain rows such as `mpo data convert {file} --output pairs.jsonl` writes; where there is a file per language, "
+        "`mpo data convert FILE FILE --key id --output groups.jsonl` joins them."
     )
 
 
