@@ -27,6 +27,8 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
+from mpo.evaluation.results import LEAKS
+from mpo.jobs.leak import leaks_result
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import (
     check_output_folder,
@@ -63,6 +65,7 @@ _DESCRIPTIONS = {
     "behavior.png": "harmful prompts answered against harmless ones refused, before and after",
     PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
     "reward_gap.png": "reward gap per language, before and after",
+    "leaks.json": "evaluation prompts that stand in the training data",
     "dropped_rows.json": "rows of the data that were left out, with the reason",
     "README.md": "the model card",
 }
@@ -328,6 +331,8 @@ def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     ]
     write_text(folder / "recipe.yaml", "\n".join([header, *changes, resolved]))
     write_json(folder / "provenance.json", provenance)
+    if plan.leaks is not None:
+        write_typed(folder / LEAKS, leaks_result(plan.leaks))
     if plan.dropped:
         _write_dropped(plan, [])
 
