@@ -304,6 +304,7 @@ def test_the_pages_show_the_data_check_the_dry_run_and_the_plans() -> None:
     assert {command for _, command, _ in OUTPUTS} == {
         "mpo data check recipes/demo/pairs.jsonl",
         "mpo train recipes/demo.yaml --dry_run",
+        "mpo keys retain_pooling",
         "mpo plan recipes/llama_full.yaml --gpus 8 --gpu_memory 80",
         *(f"mpo plan recipes/{name}{full}.yaml {machines}" for name in FAMILIES for full in ("", "_full")),
     }
@@ -355,7 +356,8 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
             if parser.prog.endswith(" train"):
                 check_overrides(rest)
             elif parser.prog.endswith(" suite"):
-                load_suite(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
+                recipe = ROOT / rest[0] if (ROOT / rest[0]).is_file() else rest[0]
+                load_suite(recipe, [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" hidden-space"):
                 load_analysis_recipe(ROOT / rest[0], rest[1:])
             else:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from mpo.common.characters import without_halves
 from mpo.common.redaction import redact
+from mpo.common.words import nearest
 from mpo.errors import MPOError, StorageError
 
 PART = ".part"
@@ -110,6 +111,16 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):  # once it is renamed there is none
             os.unlink(temporary)
+
+
+def did_you_mean(path: str | Path) -> str:
+    """A sentence with the name beside it that a misspelt path most likely meant; nothing where none is near."""
+    path = Path(path)
+    try:
+        near = nearest(path.name, os.listdir(path.parent))
+    except OSError:
+        return ""
+    return f" Did you mean {path.with_name(near)}?" if near else ""
 
 
 def write_text(path: str | Path, text: str) -> Path:

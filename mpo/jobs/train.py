@@ -29,6 +29,7 @@ from mpo.errors import (
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
 from mpo.evaluation.results import LEAKS
 from mpo.jobs.leak import leaks_result
+from mpo.jobs.next_steps import next_steps
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import (
     check_output_folder,
@@ -156,8 +157,7 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
             say("")
             probed.change.show()
         say(f"\n{_listing(folder)}")
-        if plan.recipe.model.trains_adapter:
-            say(f"\nFold the adapter into its base with: mpo merge {folder} --out {folder}-merged")
+        say(f"\n{next_steps(folder, base=plan.source.name, adapter=plan.recipe.model.trains_adapter)}")
     with _explaining(plan):
         trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:

@@ -223,7 +223,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         DependencyError: A setting needs a package that is not installed.
     """
     document = read_recipe(path, overrides)
-    document.default("output_dir", f"runs/{Path(path).stem}")
+    document.default("output_dir", f"runs/{document.path.stem}")
     given = document.values(recipe_fields())
     parts = [{name: copy.copy(given[name]) for name in keys_of(owner) if name in given} for owner in _OWNERS]
     unavailable = _set_aside_unavailable(parts[-1])

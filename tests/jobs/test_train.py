@@ -461,6 +461,7 @@ def test_a_run_leaves_the_adapter_its_measurements_and_its_card(
 
     printed = capsys.readouterr().out
     assert "before -> after" in printed and "README.md" in printed
+    assert f"Ask it:      mpo chat {out} --compare\n" in printed and f"mpo merge {out} --out" in printed
     assert "{'" not in printed
 
 
