@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import mpo
 from mpo.common.files import write_text
 from mpo.common.redaction import redact, redact_text
 from mpo.common.statistics import Coefficient
@@ -24,7 +19,7 @@ from mpo.report.examples import examples_section
 from mpo.report.folder import Results, read_results
 from mpo.report.hidden_space import hidden_space_section
 from mpo.report.measurement import NONE, SHARE, Measurement, p_text
-from mpo.report.rendering import Section, html
+from mpo.report.rendering import Section, html, page
 from mpo.report.tables import Shown, cells, finding, header, headline, markdown_table
 
 PAGE = "report.html"
@@ -86,9 +81,9 @@ def write_report(
     for text in left_out:
         print(f"Left out: {text}", file=sys.stderr)
     target = Path(out) if out is not None else results.folder
-    page = _page(results, found, shown, title) + "\n"
+    shown_page = _page(results, found, shown, title) + "\n"
     markdown = _markdown(results, found, shown, title)
-    return write_text(target / PAGE, page), write_text(target / TABLE, markdown)
+    return write_text(target / PAGE, shown_page), write_text(target / TABLE, markdown)
 
 
 def _measurement_section(measurement: Measurement) -> Section:
@@ -116,19 +111,13 @@ def _measurement_section(measurement: Measurement) -> Section:
 
 
 def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Section], title: str) -> str:
-    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8")
     findings = [finding(m, model) for m in found for model in range(1, len(m.models))]
-    return html(
-        "page.html",
-        title=title,
-        style=style,
-        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+    return page(
+        title,
+        sections,
         models=[model.name for model in results.models],
-        made=datetime.now(UTC).strftime("%Y-%m-%d"),
-        version=mpo.__version__,
         tiles=[_tile(measurement) for measurement in found],
         findings=[text for text in findings if text is not None],
-        sections=sections,
     )
 
 

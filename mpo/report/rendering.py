@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+import mpo
 from mpo.common.redaction import redact_text
 from mpo.common.tables import escape_markdown, signed
 from mpo.common.words import listed
@@ -42,6 +48,21 @@ def html(template: str, **values: Any) -> str:
 def markdown(template: str, **values: Any) -> str:
     """A template as Markdown, with every value redacted and escaped but :class:`Raw` ones."""
     return _MARKDOWN.get_template(template).render(values)
+
+
+def page(title: str, sections: Sequence[Section], **values: Any) -> str:
+    """A whole page, complete in itself: ``models``, ``tiles`` and ``findings`` stand above its sections."""
+    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8")
+    return html(
+        "page.html",
+        title=title,
+        sections=sections,
+        style=style,
+        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d"),
+        version=mpo.__version__,
+        **values,
+    )
 
 
 def fence(text: str, least: int = 1) -> str:
