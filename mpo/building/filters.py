@@ -29,7 +29,7 @@ _READ = 2000  # characters that are compared
 _SHORTEST = 20  # characters of a text whose length says anything
 
 # Letters that say as much as one Latin letter, by script: medians over the chosen and rejected answers of the published MPO pairs
-# for Gemma, `python benchmarks/data_build.py --lengths FILE`.
+# for Gemma, `python -m benchmarks.data_build --lengths FILE`.
 _DENSITY = {"Han": 0.29, "Japanese": 0.435, "Hangul": 0.495, "Arabic": 0.825}
 
 
@@ -326,3 +326,15 @@ def failures(text: Text, settings: FilterSettings) -> list[Failure]:
         for each in FILTERS.values()
         if (failed := each.fails(text, settings)) is not None
     ]
+
+
+def threshold(name: str, settings: FilterSettings) -> str | None:
+    """A filter's threshold in words; None where it is off."""
+    value = getattr(settings, name)
+    if value is None or value is False:
+        return None
+    if value is True:
+        return "the judge's verdict"
+    if isinstance(value, dict):
+        return ", ".join(f"{code} {each:g}" for code, each in value.items())
+    return f"{value:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from mpo.errors import DataError, DependencyError
 STARTER, DEMO = "starter", "demo"
 _DEMO_ROWS = 8  # of each kind
 
+# What the package's own sets call a harmless prompt in words that also stand in harmful ones.
+_OTHER_KINDS = {"looks_harmful": HARMLESS}
 _COLUMNS = ("prompt", "instruction", "question", "query", "text", "goal", "behavior")
 
 
@@ -129,7 +131,7 @@ def _open(name: str, split: str) -> Rows:
 
 def _starter(name: str) -> Rows:
     """The prompts that come with the package."""
-    rows = starter().starter_rows()
+    rows = [asdict(row) for row in starter().starter_rows()]
     if name == DEMO:
         rows = [row for kind in KINDS for row in islice((r for r in rows if r["kind"] == kind), _DEMO_ROWS)]
     return iter([*enumerate(rows)])
@@ -170,6 +172,7 @@ def _row(
     kind = row.get("kind")
     if _blank(kind):
         kind = source.kind
+    kind = _OTHER_KINDS.get(str(kind), kind)
     if kind is None:
         raise bad(
             "nothing says whether the prompt is harmful or harmless. Add a column `kind`, or set `prompts: {kind: harmful}` for all.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.building.prompts import starter
-from mpo.errors import DataError
+from mpo.errors import ConfigError, DataError
 
 
 class Refusals:
@@ -35,11 +35,16 @@ class Refusals:
             DependencyError: No file is given, and this installation has none.
         """
         if language not in self._found:
-            given = self._given
-            self._found[language] = tuple(
-                given.get(language, ()) if given is not None else self._starter.starter_refusals(language)
-            )
+            self._found[language] = self._read(language)
         return self._found[language]
+
+    def _read(self, language: str) -> tuple[str, ...]:
+        if self._given is not None:
+            return tuple(self._given.get(language, ()))
+        try:
+            return tuple(self._starter.starter_refusals(language))
+        except ConfigError:  # it has none in this language
+            return ()
 
     def for_prompt(self, prompt_id: str, language: str) -> str | None:
         """The refusal of a prompt in a language; None where there is none."""

@@ -20,6 +20,7 @@ from mpo.common.characters import without_halves
 from mpo.common.files import write_json
 from mpo.common.journal import Journal, settle
 from mpo.common.progress import CountProgress
+from mpo.common.redaction import redact
 from mpo.errors import StorageError
 
 Row = dict[str, Any]
@@ -155,12 +156,19 @@ def dumped(row: Mapping[str, Any]) -> str:
 
 
 def note_start(path: Path, name: str, about: Mapping[str, Any]) -> None:
-    """Notes in a file of JSON what a run says of ``name``, unless it is there already: when a stage began stays true."""
+    """Notes in a file of JSON what a run says of ``name``, unless the same is there already: when it began stays true.
+
+    Args:
+        path: The file.
+        name: What is spoken of.
+        about: Ready for JSON, with what tells it from others under ``settings``.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    if name not in found:
+    settings = json.loads(json.dumps(redact(dict(about["settings"]))))
+    if name not in found or found[name].get("settings") != settings:
         write_json(path, {**found, name: about})
 
 

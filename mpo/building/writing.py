@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import mpo
-from mpo.building.filters import FILTERS, FilterSettings
+from mpo.building.filters import FILTERS, threshold
+from mpo.building.plan import model_name, shown_name
 from mpo.building.prompts import Dropped
 from mpo.building.recipe import BuildRecipe
 from mpo.building.screening import FILTER_STAGE, Counts, Side
 from mpo.building.stages import Row, dumped
 from mpo.common.characters import without_halves
 from mpo.common.files import PART, write_text
-from mpo.common.redaction import portable_path
 from mpo.data.contract import PARTS, messages_text
 from mpo.data.languages import language_name
 from mpo.errors import StorageError
@@ -163,18 +163,6 @@ def source_of(each: Dropped, sides: dict[str, Side], source_language: str) -> st
 # --------------------------------------------------------------------------------------------------------------- for people
 
 
-def threshold(name: str, settings: FilterSettings) -> str | None:
-    """A filter's threshold in words; None where it is off."""
-    value = getattr(settings, name)
-    if value is None or value is False:
-        return None
-    if value is True:
-        return "the judge's verdict"
-    if isinstance(value, dict):
-        return ", ".join(f"{code} {each:g}" for code, each in value.items())
-    return f"{value:g}"
-
-
 def write_card(folder: Path, recipe: BuildRecipe, counts: Counts) -> Path:
     """Writes ``README.md``, the data card."""
     found = counts.by_filter()
@@ -187,7 +175,7 @@ def write_card(folder: Path, recipe: BuildRecipe, counts: Counts) -> Path:
         groups=f"{counts.groups.total():,}",
         dominant=language_name(recipe.source_language),
         targets=[language_name(code) for code in recipe.languages],
-        model=None if model is None else _shown(model.adapter or model.model),
+        model=None if model is None else model_name(model),
         kinds=[
             (kind, f"{count:,}", f"{counts.pairs[kind]:,}", f"{counts.groups[kind]:,}")
             for kind, count in sorted(counts.prompts.items())
@@ -210,7 +198,7 @@ def write_card(folder: Path, recipe: BuildRecipe, counts: Counts) -> Path:
         text_origins=sorted(counts.origins.items()),
         made=datetime.now(UTC).strftime("%Y-%m-%d"),
         version=mpo.__version__,
-        data=", ".join(map(_shown, recipe.prompts.data)),
+        data=", ".join(map(shown_name, recipe.prompts.data)),
     )
     return write_text(folder / CARD, text)
 
@@ -299,7 +287,3 @@ def _shown_pair(pair: Row) -> dict[str, Any]:
         "language": pair["language"],
         "texts": [(part, messages_text(pair[part])) for part in PARTS],
     }
-
-
-def _shown(name: str) -> str:
-    return portable_path(name) if os.path.exists(name) else name

@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mpo.building.answers import MODEL, REFUSALS, Gaps, PairMaker, judge_samples, judge_texts, sample
-from mpo.building.filters import FILTERS, HARMFUL, HARMLESS, KINDS, require_packages
+from mpo.building.answers import MODEL, Gaps, PairMaker, judge_samples, sample
+from mpo.building.filters import HARMFUL, HARMLESS
+from mpo.building.leaks import without_leaks
+from mpo.building.meaning import compare_meanings, judge_pairs
+from mpo.building.plan import (
+    TASKS,
+    Facts,
+    check_build,
+    judge_choices,
+    model_name,
+    needs_refusals,
+    plan_text,
+    translator_name,
+)
 from mpo.building.prompts import Dropped, PromptRow, read_prompts
 from mpo.building.recipe import BuildRecipe
 from mpo.building.refusals import Refusals
 from mpo.building.screening import Screen, Side
-from mpo.building.similarity import similarities
 from mpo.building.stages import Kept, Row, Stage, dumped, note_start, read_rows
 from mpo.building.targets import Target
 from mpo.building.translation import TranslationChoice, Translator, make_translator
-from mpo.building.writing import COUNTS, PROVENANCE, Output, source_of, threshold, write_card, write_page
+from mpo.building.writing import COUNTS, PROVENANCE, Output, source_of, write_card, write_page
 from mpo.common.files import PART, check_writable, write_json
 from mpo.common.locks import locked_folder
-from mpo.common.provenance import collect, portable_path
+from mpo.common.provenance import collect
 from mpo.common.tables import TextTable
-from mpo.common.words import counted, listed
-from mpo.data.contract import PARTS
 from mpo.data.languages import language_name
-from mpo.errors import ConfigError, StorageError
+from mpo.errors import StorageError
 from mpo.evaluation.engines import Engine, ModelChoice, make_engine
-from mpo.evaluation.judges import Exchange, Judge, JudgeChoice, check_judge, make_judge
-from mpo.evaluation.tasks import ATTACK, OVER_REFUSAL
+from mpo.evaluation.judges import Judge, make_judge
 
 STAGES = "stages"
-_TASKS = {HARMFUL: ATTACK, HARMLESS: OVER_REFUSAL}
 
 
 def build_data(recipe: BuildRecipe, *, dry_run: bool = False) -> Path | None:
@@ -61,7 +67,6 @@ def build_data(recipe: BuildRecipe, *, dry_run: bool = False) -> Path | None:
     if dry_run:
         build.count()
         build.check()
-        build.show_plan()
         return None
     out = Path(recipe.out)
     check_writable(out, setting="out")
@@ -70,36 +75,15 @@ def build_data(recipe: BuildRecipe, *, dry_run: bool = False) -> Path | None:
     ):
         build.read_prompts()
         build.check()
-        build.show_plan()
         build.run()
         return build.finish()
-
-
-@dataclass
-class _Facts:
-    """What the prompts hold."""
-
-    kinds: Counter[str] = field(default_factory=Counter)
-    dropped: int = 0
-    given: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, language or part)
-
-    @property
-    def total(self) -> int:
-        return self.kinds.total()
-
-    def add(self, row: PromptRow) -> None:
-        self.kinds[row.kind] += 1
-        self.given.update((row.kind, code) for code in row.texts)
-        for part in ("chosen", "rejected"):
-            if getattr(row, part) is not None:
-                self.given[row.kind, part] += 1
 
 
 class _Build:
     def __init__(self, recipe: BuildRecipe) -> None:
         self.recipe, self.out = recipe, Path(recipe.out)
         self.folder = self.out / STAGES
-        self.facts = _Facts()
+        self.facts = Facts()
         self.refusals = Refusals(recipe.answers.refusals)
         self.codes = [recipe.source_language, *recipe.languages]
 
@@ -142,91 +126,23 @@ class _Build:
 
     def _read(self) -> Iterator[PromptRow | Dropped]:
         recipe = self.recipe
-        return read_prompts(recipe.prompts, recipe.source_language, recipe.languages)
+
+        def read() -> Iterator[PromptRow | Dropped]:
+            return read_prompts(recipe.prompts, recipe.source_language, recipe.languages)
+
+        return (
+            read()
+            if recipe.leaks is None
+            else without_leaks(read, recipe.leaks.against, recipe.source_language)
+        )
 
     def prompts(self) -> Iterator[PromptRow]:
         return (PromptRow(**row) for row in read_rows(self.folder / "prompts.jsonl"))
 
-    # ------------------------------------------------------------------------------------------------------------ checks
-
     def check(self) -> None:
-        """What would otherwise show only after hours."""
-        recipe = self.recipe
-        require_packages(recipe.filters)
-        for kind, choice in self._judge_choices().items():
-            check_judge(choice, _TASKS[kind])
-        if recipe.answers.chosen == "column" and not any(self.facts.given[kind, "chosen"] for kind in KINDS):
-            raise ConfigError("`answers.chosen: column`: no row of the prompts has a text in `chosen`.")
-        only_column = set(recipe.answers.rejected) == {"column"} and self.facts.kinds[HARMFUL]
-        if only_column and not self.facts.given[HARMFUL, "rejected"]:
-            raise ConfigError(
-                "`answers.rejected: [column]`: no harmful prompt has a text in `rejected`. Add `own` (an unsafe answer of the "
-                "model's own) or `model` (with `rejecting_model`)."
-            )
-        if self._refusals_needed():
-            self.refusals.of(recipe.source_language)
-        if recipe.translation.engine == "none":
-            missing = [code for code in recipe.languages if self._prompts_to_translate(code)]
-            if missing:
-                make_translator(recipe.translation)
-        else:
-            translator = make_translator(recipe.translation)
-            translator.check(recipe.source_language, recipe.languages)
-
-    def _refusals_needed(self) -> bool:
-        answers = self.recipe.answers
-        harmful = (
-            answers.chosen == "model" and answers.never_safe == "refusal" and self.facts.kinds[HARMFUL] > 0
-        )
-        return harmful or self.facts.kinds[HARMLESS] > 0
-
-    def _prompts_to_translate(self, code: str) -> int:
-        return sum(count - self.facts.given[kind, code] for kind, count in self.facts.kinds.items())
-
-    def _judge_choices(self) -> dict[str, JudgeChoice]:
-        recipe = self.recipe
-        choices = {HARMFUL: recipe.judge, HARMLESS: recipe.harmless_judge or recipe.judge}
-        return {kind: choice for kind, choice in choices.items() if self.facts.kinds[kind]}
-
-    def show_plan(self) -> None:
-        """Prints what will be asked how often."""
-        recipe, facts = self.recipe, self.facts
-        kinds = listed(
-            counted(count, f"{kind} one").replace(" ones", "").replace(" one", "")
-            for kind, count in sorted(facts.kinds.items())
-        )
-        left_out = f"; {facts.dropped} left out" if facts.dropped else ""
-        rows = [
-            (
-                "Prompts",
-                f"{facts.total:,}: {kinds}, from {', '.join(map(_shown, recipe.prompts.data))}{left_out}",
-            )
-        ]
-        answers = recipe.answers
-        if recipe.samples_model and recipe.model is not None:
-            asked = facts.total * answers.samples
-            own = facts.kinds[HARMLESS] * answers.samples if answers.chosen == "model" else 0
-            more = f", and {own:,} in each of {listed(recipe.languages)}" if own else ""
-            rows.append(("Answers", f"{asked:,} from {_name(recipe.model)}{more}"))
-        if recipe.answers.rejecting_model is not None:
-            rows.append(
-                ("Rejected", f"up to {facts.kinds[HARMFUL]:,} from {_name(recipe.answers.rejecting_model)}")
-            )
-        judges = {choice.model or choice.name for choice in self._judge_choices().values()}
-        rows.append(("Judge", listed(sorted(judges))))
-        if recipe.translation.engine != "none":
-            texts = {code: self._prompts_to_translate(code) + 2 * facts.total for code in recipe.languages}
-            most = listed(f"{count:,} into {code}" for code, count in texts.items())
-            rows.append(("Translation", f"at most {most}, by {_translator_name(recipe.translation)}"))
-        if recipe.filters.back_translation is not None:
-            rows.append(
-                ("And back", f"as many, by {_translator_name(recipe.back_translation or recipe.translation)}")
-            )
-        on = [f"{name} {shown}" for name in FILTERS if (shown := threshold(name, recipe.filters)) is not None]
-        rows.append(("Filters", "; ".join(on).replace(" the judge's verdict", "") or "none"))
-        rows.append(("Out", str(recipe.out)))
-        for name, text in rows:
-            print(f"{name:<12} {text}", flush=True)
+        """Finds out what would otherwise show only after hours, and says what will be asked how often."""
+        check_build(self.recipe, self.facts, self.refusals)
+        print(plan_text(self.recipe, self.facts), flush=True)
 
     # ------------------------------------------------------------------------------------------------------------ stages
 
@@ -377,7 +293,7 @@ class _Build:
             name: getattr(answers, name)
             for name in ("chosen", "rejected", "select", "never_safe", "unfinished")
         }
-        if self._refusals_needed():
+        if needs_refusals(self.recipe, self.facts):
             settings["refusals"] = self.refusals.digest([recipe.source_language])
         self.pairs = self.stage("pairs", (self.samples, self.verdicts, self.rejecting), settings)
         rows = zip(
@@ -390,7 +306,7 @@ class _Build:
     def _texts(self, code: str, given: Stage, translator: Translator | None) -> Stage:
         target = self._target(code, translator, self.recipe.translation)
         settings: dict[str, Any] = {} if translator is None else {"translator": translator.settings()}
-        if self._refusals_needed():
+        if needs_refusals(self.recipe, self.facts):
             settings["refusals"] = self.refusals.digest([code])
         stage = self.stage(f"texts.{code}", (self.pairs, given, self.own[code]), settings)
         rows = zip(self.prompts(), self.pairs.rows(), given.rows(), self.own[code].rows(), strict=True)
@@ -409,23 +325,7 @@ class _Build:
         stage = self.stage(f"meaning.{code}", (before,), _judge_settings(judges))
 
         def make(rows: Sequence[tuple[PromptRow, Row, Row]], kept: Kept) -> list[Row]:
-            out: list[Row] = [{"id": prompt.id} for prompt, *_ in rows]
-            asked, places = [], []
-            for index, (prompt, pair, texts) in enumerate(rows):
-                if pair["fault"] is not None:
-                    continue
-                for part in ("chosen", "rejected"):
-                    known = _known_verdict(
-                        prompt.kind, part, texts["from"].get(part), code == self.recipe.source_language
-                    )
-                    if known is not None:
-                        out[index][part] = known
-                    elif texts["prompt"] and texts[part] and part not in texts["faults"]:
-                        asked.append((prompt.kind, Exchange(texts["prompt"], texts[part], code)))
-                        places.append((index, part))
-            for (index, part), verdict in zip(places, judge_texts(judges, asked, kept), strict=True):
-                out[index][part] = verdict
-            return out
+            return judge_pairs(judges, rows, code, kept, is_source=code == self.recipe.source_language)
 
         rows = zip(self.prompts(), self.pairs.rows(), self._sides(code), strict=True)
         return self._run(stage, rows, make, f"Judging ({code})")
@@ -434,26 +334,10 @@ class _Build:
         model = self.recipe.filters.embedding_model
         stage = self.stage(f"similar.{code}", (self.texts[code],), {"model": model})
 
-        def make(rows: Sequence[tuple[Row, Row]], kept: Kept) -> list[Row]:
-            out: list[Row] = [{"id": texts["id"]} for _, texts in rows]
-            places = [
-                (index, part)
-                for index, (source, texts) in enumerate(rows)
-                for part in PARTS
-                if texts["from"].get(part) == "translation" and texts[part] and source[part]
-            ]
-            if places:
-                found = similarities(
-                    [rows[index][1][part] for index, part in places],
-                    [rows[index][0][part] for index, part in places],
-                    model,
-                )
-                for (index, part), value in zip(places, found, strict=True):
-                    out[index][part] = value
-            return out
-
         rows = zip(self._sides(self.recipe.source_language), self.texts[code].rows(), strict=True)
-        return self._run(stage, rows, make, f"Comparing meanings ({code})")
+        return self._run(
+            stage, rows, lambda block, _: compare_meanings(block, model), f"Comparing meanings ({code})"
+        )
 
     def _sides(self, code: str) -> Iterator[Row]:
         """The texts of a language, the dominant one's in the same form."""
@@ -474,7 +358,9 @@ class _Build:
 
     def _engine(self, choice: ModelChoice, name: str) -> Engine:
         engine = make_engine(choice, self.recipe.answers.generation)
-        self._note(name, {"settings": engine.settings(), "engine": engine.describe(), "name": _name(choice)})
+        self._note(
+            name, {"settings": engine.settings(), "engine": engine.describe(), "name": model_name(choice)}
+        )
         return engine
 
     @contextmanager
@@ -483,7 +369,7 @@ class _Build:
             yield None
             return
         translator = make_translator(choice)
-        self._note(name, {"settings": translator.settings(), "name": _translator_name(choice)})
+        self._note(name, {"settings": translator.settings(), "name": translator_name(choice)})
         try:
             yield translator
         finally:
@@ -493,8 +379,8 @@ class _Build:
     def _judges(self) -> Iterator[dict[str, Judge]]:
         judges: dict[str, Judge] = {}
         try:
-            for kind, choice in self._judge_choices().items():
-                judges[kind] = make_judge(choice, _TASKS[kind])
+            for kind, choice in judge_choices(self.recipe, self.facts).items():
+                judges[kind] = make_judge(choice, TASKS[kind])
                 self._note(f"judge of {kind} prompts", {"settings": judges[kind].settings()})
             yield judges
         finally:
@@ -579,29 +465,5 @@ def _answers(
     return [{"id": row.id, "answers": answers} for row, answers in zip(rows, found, strict=True)]
 
 
-def _known_verdict(kind: str, part: str, origin: str | None, is_source: bool) -> str | None:
-    """The verdict that a text must have got already, or None."""
-    refuses = (kind == HARMFUL) == (part == "chosen")
-    if origin == REFUSALS:
-        return {HARMFUL: "safe", HARMLESS: "refusal"}[kind] if refuses else None
-    if origin == MODEL and is_source:
-        if kind == HARMFUL:
-            return "safe" if part == "chosen" else "unsafe"
-        return "answer" if part == "chosen" else None
-    return None
-
-
 def _judge_settings(judges: Mapping[str, Judge]) -> dict[str, Any]:
     return {f"judge of {kind} prompts": judge.settings() for kind, judge in judges.items()}
-
-
-def _shown(name: str) -> str:
-    return portable_path(name) if os.path.exists(name) else name
-
-
-def _name(choice: ModelChoice) -> str:
-    return _shown(choice.adapter or choice.model)
-
-
-def _translator_name(choice: TranslationChoice) -> str:
-    return " ".join(choice.command) if choice.model is None else _name(choice.model)

@@ -2,7 +2,7 @@
 
 ``python stub.py SOURCE TARGET [FAULTS]``. A word always becomes the same letters, so that a translation is as long as it should
 be and its script says which language it is. Sentences that refuse become ones that refuse. ``FAULTS`` is a JSON file,
-``{TARGET: {line: fault}}``, with what to do wrong. From Greek it translates back.
+``{TARGET: {line: fault}}``, with what to do wrong. From Greek it translates back, from others into nonsense.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ REFUSALS = {
     "zh": "对不起，我不能帮助您。",
     "ja": "申し訳ありませんが、お手伝いできません。",
     "ko": "죄송하지만 도와드릴 수 없습니다.",
+    "th": "ขออภัย ฉันไม่สามารถช่วยเรื่องนี้ได้",
     "bn": "দুঃখিত, আমি সাহায্য করতে পারি না।",
 }
 
@@ -44,7 +45,7 @@ def word(text: str, target: str) -> str:
     """A word in letters of the target's script."""
     letters = ALPHABETS[target]
     if target == "el":  # can be translated back
-        return "".join(letters[LATIN.index(c) % 24] if c in LATIN else c for c in text.lower())
+        return "".join(letters[min(LATIN.index(c), 23)] if c in LATIN else c for c in text.lower())
     length = max(1, round(len(text) * SHAPE[target][0]))
     digest = hashlib.sha256(f"{target} {text.lower()}".encode()).digest()
     return "".join(letters[byte % len(letters)] for byte in (digest * (1 + length // 32))[:length])
@@ -52,6 +53,8 @@ def word(text: str, target: str) -> str:
 
 def translate(line: str, source: str, target: str, fault: str | None = None) -> str:
     """A line as a faultless translator, or one with this fault, would write it."""
+    if source not in ("en", "el"):
+        return "bread and seven windows by the river"
     if source == "el":
         return "".join(LATIN[ALPHABETS["el"].index(c)] if c in ALPHABETS["el"] else c for c in line)
     if fault == "copy":

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
-from mpo.building.recipe import load_build
+from mpo.building.answers import Gaps, PairMaker, usable
+from mpo.building.prompts import PromptRow
+from mpo.building.recipe import AnswerSettings, load_build
+from mpo.building.refusals import Refusals
 from mpo.data import load_groups
 from mpo.errors import ConfigError
+from mpo.evaluation.engines import ModelChoice
 from mpo.jobs.build import build_data
 from tests.building import stub
 from tests.evaluation.chat_server import ChatServer, serve
+from tests.tiny import save_tiny
 
 STUB = Path(stub.__file__)
 LANGUAGES = ("zh", "ja", "ko", "bn")
@@ -210,3 +215,70 @@ def test_the_model_that_is_trained_answers_and_its_best_pairs_are_kept(tmp_path:
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| harmful | 3 | 3 | 3 |" in card and "| harmless | 2 | 2 | 1 |" in card
     assert len(load_groups(str(tmp_path / "out" / "groups.jsonl")).groups) == 4
+
+
+def test_of_several_safe_answers_the_one_with_the_largest_gap_under_the_model_is_chosen(
+    tmp_path: Path,
+) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    safe = [f"{stub.REFUSAL} {end}" for end in ("Open the window, please.", "Bread and seven.", "No.")]
+    gaps = Gaps(ModelChoice(str(model), device="cpu", dtype="float32"))
+
+    found = gaps.of(
+        [("How do I open the window?", safe, "Open it and help."), ("Seven bread?", safe[:1], "River.")]
+    )
+
+    assert [len(each) for each in found] == [3, 1]
+    alone = [gaps.of([("How do I open the window?", [text], "Open it and help.")])[0][0] for text in safe]
+    assert found[0] == pytest.approx(alone, abs=1e-5) and len({round(gap, 6) for gap in alone}) == 3
+
+    prompt = PromptRow("p", "harmful", {"en": "How do I open the window?"}, rejected="Open it and help.")
+    maker = PairMaker(AnswerSettings(), "en", Refusals(), gaps)
+    answers = [{"text": text, "finished": True, "fault": None} for text in safe]
+    verdicts = ["safe", "safe", "safe"]
+    (pair,) = maker.make([(prompt, {"answers": answers}, {"verdicts": verdicts}, {"answers": []})], None)  # type: ignore[arg-type]
+    assert pair["chosen"] == safe[max(range(3), key=alone.__getitem__)]
+    assert pair["gap"] == pytest.approx(max(alone), abs=1e-5) and pair["safe"] == 3
+
+
+def test_answers_that_are_of_no_use_say_why() -> None:
+    def read(
+        text: str, language: str = "en", unfinished: str = "drop", **more: Any
+    ) -> tuple[str, str | None]:
+        return usable({"text": text, "finished": True, "fault": None, **more}, language, unfinished)
+
+    assert read("I can't do that.") == ("I can't do that.", None)
+    assert read("One sentence. And half a", finished=False)[1] == "cut off at max_new_tokens"
+    assert read("One sentence. And half a", unfinished="cut", finished=False) == ("One sentence.", None)
+    assert read("no end", unfinished="cut", finished=False)[1] == "cut off at max_new_tokens"
+    assert read("bread and seven " * 20)[1] == "repeats itself"
+    assert (
+        read("Open the window and let the fresh air come in, please.", "zh")[1] == "in another language (en)"
+    )
+    assert read("", fault="no text")[1] == "no text"
+
+
+def test_the_page_escapes_what_the_texts_hold_and_folds_it_away(tmp_path: Path) -> None:
+    rows = harmful(3)
+    for row in rows:
+        row["rejected"] += " <script>alert(1)</script>"
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    build_data(load_build(pairs_recipe(tmp_path, languages=("el",))))
+
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert page.index("Harmful text: open only if you need to read it") < page.index("&lt;script&gt;")
+
+
+def test_what_comes_back_as_something_else_is_dropped(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", harmful(6))
+    recipe = load_build(pairs_recipe(tmp_path, languages=("el", "bn")), ["--filters.back_translation", "50"])
+    build_data(recipe)
+
+    kept = {t["language"] for row in read_lines(tmp_path / "out" / "groups.jsonl") for t in row["targets"]}
+    dropped = {
+        (d["language"], d["reason"])
+        for d in read_lines(tmp_path / "out" / "dropped.jsonl")
+        if d["stage"] == "filters"
+    }
+    assert kept == {"el"} and dropped == {("bn", "back_translation")}

@@ -15,7 +15,6 @@ _LINE = re.compile(r"([^\r\n]*)(\r\n|\r|\n|\Z)")
 # A heading, a quotation, a bullet or a number, as Markdown writes them, with the blanks around it.
 _MARKER = re.compile(r"[ \t]*(?:(?:#{1,6}|>|[-*+•]|\(?\d{1,3}[.)]|\(?[a-zA-Z][.)])[ \t]+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?।؟…])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*")
-_BLANKS_AT_END = re.compile(r"\s*\Z")
 _PARAGRAPH = re.compile(r"((?:\r?\n[ \t]*){2,})")
 _WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "km", "my", "bo", "dz"})
 
@@ -54,7 +53,7 @@ def split(text: str, *, lines: bool, longest: int) -> list[Piece]:
                     pieces.append(Piece(line[2], False))
         else:
             pieces += _passages(part, longest)
-    return [piece for piece in pieces if piece.text]
+    return [piece for piece in pieces if piece.text or piece.joint]
 
 
 def join(pieces: Sequence[Piece], translated: Sequence[str], target: str) -> str:
@@ -70,8 +69,10 @@ def join(pieces: Sequence[Piece], translated: Sequence[str], target: str) -> str
     for piece in pieces:
         if piece.translate:
             out.append(next(given))
-        elif not (piece.joint and target in _WITHOUT_SPACES):
-            out.append(" " if piece.joint and not piece.text.strip(" ") else piece.text)
+        elif not piece.joint:
+            out.append(piece.text)
+        elif target not in _WITHOUT_SPACES:
+            out.append(piece.text or " ")
     return "".join(out)
 
 
@@ -103,11 +104,10 @@ def _line(line: str, longest: int) -> Iterator[Piece]:
     marker = _MARKER.match(line)
     start = marker.end() if marker else 0
     body = line[start:]
-    end = _BLANKS_AT_END.search(body)
-    assert end is not None
+    bare = body.rstrip()
     yield Piece(line[:start], False)
-    yield from _sentences(body[: end.start()], longest)
-    yield Piece(body[end.start() :], False)
+    yield from _sentences(bare, longest)
+    yield Piece(body[len(bare) :], False)
 
 
 def _sentences(text: str, longest: int) -> Iterator[Piece]:
@@ -134,7 +134,7 @@ def _cut(text: str, start: int, end: re.Match[str]) -> Iterator[Piece]:
     sentence = text[start : end.end()]
     bare = sentence.rstrip()
     yield Piece(bare, True)
-    yield Piece(sentence[len(bare) :] or "", False, joint=True)
+    yield Piece(sentence[len(bare) :], False, joint=True)
 
 
 def _passages(text: str, longest: int) -> Iterator[Piece]:
