@@ -364,7 +364,7 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
                 check_overrides(rest)
             elif parser.prog.endswith(" suite"):
                 load_suite(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
-            elif parser.prog.endswith(" build"):
+            elif parser.prog.endswith(" build") and rest:
                 load_build(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" hidden-space"):
                 load_analysis_recipe(ROOT / rest[0], rest[1:])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpo.building.answers import TRANSLATION
-from mpo.building.filters import FILTERS, Failure, FilterSettings, Text, failures
+from mpo.building.filters import FILTERS, HARMFUL, Failure, FilterSettings, Text, failures
 from mpo.building.prompts import Dropped, PromptRow
 from mpo.building.stages import Row
 from mpo.building.translation.segments import without_code
@@ -47,7 +47,7 @@ class Counts:
         kept: Target pairs that are left, by language.
         dropped: Texts that were left out, by ``(stage, language or "", part or "", reason)``.
         origins: Texts of the groups, by where they come from.
-        gaps: Groups by whether their reward gap under the model is above 0: ``positive`` and ``not positive``.
+        gaps: Groups of harmful prompts by whether their reward gap under the model is above 0: ``positive`` and ``not positive``.
     """
 
     prompts: Counter[str] = field(default_factory=Counter)
@@ -201,7 +201,8 @@ class Screen:
             return None
         self.counts.groups[prompt.kind] += 1
         self.counts.kept.update(kept)
-        if pair["gap"] is not None:
+        # A helpful answer against a short refusal may well have a negative gap, and teaches nothing wrong.
+        if pair["gap"] is not None and prompt.kind == HARMFUL:
             self.counts.gaps["positive" if pair["gap"] > 0 else "not positive"] += 1
         origins = [sides[code].texts["from"] for code in (self.source_language, *kept)]
         self.counts.origins.update(place for each in origins for place in each.values())

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
 
 from mpo.common.characters import without_halves
 from mpo.common.files import write_json
@@ -24,14 +28,21 @@ from mpo.common.redaction import redact
 from mpo.errors import StorageError
 
 Row = dict[str, Any]
+
+_BETWEEN_LINES = 30.0  # seconds
 T = TypeVar("T")
 
 
 class Kept:
     """What the block under way has got, by name; kept as soon as it is there."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, title: str = "") -> None:
+        """
+        Args:
+            journal: Where it is kept.
+            title: What is under way; a block that takes long says so now and then.
+        """
+        self._journal, self._title, self._spoken = journal, title, time.monotonic()
 
     def __contains__(self, name: str) -> bool:
         return name in self._journal.rows
@@ -46,6 +57,9 @@ class Kept:
             StorageError: It cannot be written.
         """
         self._journal.append({"id": name, "value": value})
+        if self._title and time.monotonic() - self._spoken > _BETWEEN_LINES:
+            self._spoken = time.monotonic()
+            tqdm.write(f"{self._title}: {len(self._journal.rows):,} texts so far", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,15 @@ class Stage:
             while items := list(islice(waiting, block)):
                 part = self.path.with_suffix(f".{done}.part.jsonl")
                 with Journal(part) as journal:
-                    rows = make(items, Kept(journal))
+                    rows = make(
+                        items, Kept(journal, f"{title}, rows {done} to {done + len(items)} of {total}")
+                    )
                 assert len(rows) == len(items)
                 _append(self.path, rows)
                 part.unlink()
                 done += len(items)
-                for _ in items if progress is not None else ():
-                    progress.advance()
+                if progress is not None:
+                    progress.advance(len(items))
 
     def is_done(self, total: int) -> bool:
         """Whether all rows are there, made with these settings.

@@ -246,7 +246,7 @@ def write_page(folder: Path, recipe: BuildRecipe, counts: Counts, output: Output
     ]  # fmt: skip
     if counts.gaps:
         tiles.append(
-            {"what": "Reward gap above 0", "number": f"{counts.gaps['positive']:,}", "unit": f"of {counts.gaps.total():,} groups", "how": "under the model to be trained", "strong": "", "kind": ""}
+            {"what": "Reward gap above 0", "number": f"{counts.gaps['positive']:,}", "unit": f"of {counts.gaps.total():,} harmful groups", "how": "under the model to be trained", "strong": "", "kind": ""}
         )  # fmt: skip
     text = page(recipe.page.title, sections, models=[], tiles=tiles, findings=[])
     return write_text(folder / PAGE, text + "\n")
