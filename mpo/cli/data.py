@@ -1,19 +1,26 @@
-"""``mpo data``: look at preference data, and bring the forms that people have into one."""
+"""``mpo data``: look at preference data, bring the forms that people have into one, and build groups from prompts."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from mpo.cli.options import add_data_options, one_or_many, show_help
+from mpo.cli.options import add_data_options, add_recipe, one_or_many, overrides_of, show_help
 from mpo.errors import ConfigError
+
+_BUILD_EPILOG = """\
+Any key of the recipe can be changed after it:
+  --answers.samples 8   an entry           --prompts.data prompts.jsonl   another file
+A run that was stopped goes on where it was. docs/data.md explains the keys.
+"""
 
 
 def register(commands: Any) -> None:
     """Adds ``data`` to the sub-parsers of ``mpo``."""
-    data = commands.add_parser("data", help="look at preference data, and convert it")
+    data = commands.add_parser("data", help="look at preference data, convert it, or build it from prompts")
     data.set_defaults(run=lambda _: show_help(data))
     kinds = data.add_subparsers(title="commands", metavar="COMMAND")
+    _register_build(kinds)
     _register_check(kinds)
     _register_convert(kinds)
     _register_leak(kinds)
@@ -107,6 +114,45 @@ def _register_leak(kinds: Any) -> None:
     leak.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
     leak.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
     leak.set_defaults(run=_leak)
+
+
+def _register_build(actions: Any) -> None:
+    build = actions.add_parser(
+        "build",
+        help="make preference groups in every language from prompts",
+        usage="mpo data build RECIPE [--out FOLDER] [--dry_run] [--key value ...]",
+        description="Answer prompts with the model to be trained, translate, filter, and write preference groups.",
+        epilog=_BUILD_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_recipe(build, "recipes/data/demo.yaml")
+    build.add_argument(
+        "--out", metavar="FOLDER", help="folder of the results, in place of the recipe's `out`"
+    )
+    build.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check the recipe and its files, print what would be asked how often, stop",
+    )
+    build.set_defaults(run=_build)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    overrides, dry_run = overrides_of(arguments)
+    if arguments.out is not None:
+        overrides = ["--out", arguments.out, *overrides]
+    from mpo.building.recipe import load_build
+
+    recipe = load_build(arguments.recipe, overrides)  # what is misspelt is said before torch is imported
+    from mpo.common.progress import quiet_libraries
+
+    quiet_libraries()
+    from mpo.jobs.build import build_data
+
+    build_data(recipe, dry_run=dry_run)
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "skle
 SUITE = ["evaluate", "suite", "recipes/evaluation/demo.yaml"]
 HIDDEN = ["analyze", "hidden-space", "recipes/hidden_space/mpo_run.yaml"]
 
+BUILD = ["data", "build", "recipes/data/demo.yaml"]
+
 CASES = [
     (["--help"], "usage: mpo"),
     (["train", "--help"], "usage: mpo train"),
@@ -35,6 +37,10 @@ CASES = [
     ([*SUITE, "--dry_run", "--judge.name", "oracle"], "judge: expected refusal-phrases"),
     ([*HIDDEN[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
     ([*HIDDEN, "--resample", "1"], "the nearest is `resamples`"),
+    ([*BUILD, "--help"], "usage: mpo data build"),
+    ([*BUILD[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
+    ([*BUILD, "--answers.sample", "1"], "the nearest is `answers.samples`"),
+    ([*BUILD, "--dry_run", "--filters.copy", "2"], "copy: expected a number from 0 to 1"),
     ([*HIDDEN, "--folds", "x"], "`folds` is 'x'; expected a whole number."),
 ]  # fmt: skip
 
