@@ -97,19 +97,25 @@ KINDS: tuple[Kind, ...] = (
         frozenset(
             [
                 "prompts",
-                "translator",
-                "translate",
                 "answers",
-                "answer",
-                "source",
-                "responses",
-                "pairs",
-                "teacher",
+                "translation",
+                "back_translation",
+                "filters",
+                "leaks",
+                "harmless_judge",
+                "block",
             ]
         ),
-        "build",
+        "data",
     ),
-    Kind("a comparison", "mpo compare {path}", frozenset(["runs", "seeds"]), "compare"),
+    Kind(
+        "a comparison",
+        "mpo compare {path}",
+        frozenset(
+            ["runs", "seeds", "base", "suite", "shared", "grid", "budget", "search", "validation_suite"]
+        ),
+        "compare",
+    ),
     Kind(
         "a configuration of accelerate",
         "accelerate launch --config_file {path} scripts/train.py RECIPE",
