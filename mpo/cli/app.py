@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 
 from mpo import __version__
-from mpo.cli import analyze, cache, data, evaluate, merge, plan, report, train
+from mpo.cli import analyze, cache, compare, data, evaluate, merge, plan, report, train
 from mpo.cli.options import Parser, show_help
 from mpo.common.characters import printable
 from mpo.common.words import nearest
@@ -24,7 +24,7 @@ from mpo.errors import MPOError, ProcessLostError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (train, plan, data, evaluate, report, analyze, merge, cache)
+_COMMANDS = (train, plan, data, evaluate, compare, report, analyze, merge, cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

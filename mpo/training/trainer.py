@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -159,6 +160,9 @@ class MPOTrainer(DPOTrainer):
 
         self.dropped_rows: list[str] = []
         self.source_report: dict[str, int] = {}
+        self.trained_groups: np.ndarray | None = (
+            None  # those that `min_source_gap` keeps, once they are known
+        )
         groups_of = partial(as_groups, source_language=args.source_language, bad_rows=args.bad_rows)
         if isinstance(eval_dataset, dict):
             eval_dataset = {split: groups_of(data) for split, data in eval_dataset.items()}
@@ -376,7 +380,7 @@ class MPOTrainer(DPOTrainer):
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of this rank's micro-batches. Its order depends on ``data_seed`` (or ``seed``) and the epoch only."""
         reference = self._reference_of(self.train_dataset)
-        groups = reference.groups_above(self.args.min_source_gap)
+        groups = self.trained_groups = reference.groups_above(self.args.min_source_gap)
         if self.args.min_source_gap is not None:
             kept = self.train_dataset.select(groups)
             self.data_collator.weigh_languages(kept, self.args.language_weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -180,6 +181,68 @@ def schedule(tokens: np.ndarray, args: MPOConfig, num_ranks: int) -> Schedule:
     if args.max_steps > 0:
         return Schedule(micro_batches, args.max_steps, args.max_steps / each)
     return Schedule(micro_batches, math.ceil(args.num_train_epochs * each), args.num_train_epochs)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What a run has trained on after some optimizer steps.
+
+    Attributes:
+        steps: optimizer steps.
+        pairs: pairs trained on, each counted as often as it was.
+        tokens: of the trees that were run for them, without padding, prompts once.
+    """
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+
+
+def seen_by_step(
+    groups: Dataset, args: MPOConfig, *, num_ranks: int = 1, kept: np.ndarray | None = None
+) -> Iterator[Seen]:
+    """
+    Follow a run step by step, epoch after epoch without end, as its sampler draws the groups.
+
+    Args:
+        groups: from :func:`tokenize_for_training`.
+        args: the run's settings.
+        num_ranks: processes.
+        kept: ``[n]``, the groups that are drawn from; by default all.
+
+    Raises:
+        DataError: no micro-batch can be made, see :func:`train_sampler`.
+    """
+    tokens = tokens_of_step(groups, args, args.batch_layout)
+    pairs = _trained_pairs(groups, args)
+    drawn = np.arange(len(groups)) if kept is None else kept
+    drawn = drawn[tokens[drawn] > 0]
+    samplers = [
+        train_sampler(args, drawn, tokens[drawn], num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)
+    ]
+    seen = Seen()
+    for epoch in itertools.count():
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        micro_batches = zip(*samplers, strict=True)
+        while step := list(itertools.islice(micro_batches, args.gradient_accumulation_steps)):
+            # A filler, which a rank without a group gets, is negative.
+            run = [group for ranks in step for batch in ranks for group in batch if group >= 0]
+            seen = Seen(
+                seen.steps + 1, seen.pairs + int(pairs[run].sum()), seen.tokens + int(tokens[run].sum())
+            )
+            yield seen
+
+
+def _trained_pairs(groups: Dataset, args: MPOConfig) -> np.ndarray:
+    """``[groups]``, pairs of each group that are trained on."""
+    counts = np.zeros(len(groups), dtype=np.int64)
+    if args.train_on != "source":
+        counts += np.concatenate([pairs for _, _, pairs in _lengths(groups)])
+    if args.train_on != "targets":
+        counts += first_of_each(unique_sources(groups)[0])
+    return counts
 
 
 def train_sampler(
