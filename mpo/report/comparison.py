@@ -57,6 +57,7 @@ TITLES = {
     PERPLEXITY: "Perplexity",
 }
 
+_MOST_BARS = 8  # runs: the bars of more hide their marks
 _SHORT = {
     ATTACK: "attack",
     REFUSAL: "refused",
@@ -83,7 +84,11 @@ def write_comparison(
     folder = Path(folder)
     sections = [
         _plane_section(comparison),
-        _measures_section(comparison),
+        _glance_section(comparison),
+        _measures_section(comparison, "Attack success and refusals", "measures", (ATTACK, REFUSAL)),
+        _measures_section(
+            comparison, "What else has changed", "others", (LANGUAGE, GAP, UTILITY, PERPLEXITY)
+        ),
         *_language_sections(comparison),
         _cost_section(comparison),
         _settings_section(comparison),
@@ -208,14 +213,9 @@ def _worst_code(row: Row, measure: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- the sections
 
 
-def _place(point: Point, label: str, group: str) -> plane.PlanePoint:
-    return plane.PlanePoint(
-        label,
-        point.refusal,
-        point.attack,
-        (_within(point.refusal_interval), _within(point.attack_interval)),
-        group,
-    )
+def _place(point: Point, label: str, group: str, bars: bool) -> plane.PlanePoint:
+    ends = (_within(point.refusal_interval), _within(point.attack_interval)) if bars else (None, None)
+    return plane.PlanePoint(label, point.refusal, point.attack, ends, group)
 
 
 def _within(ends: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -226,10 +226,10 @@ def _plane_section(comparison: ComparisonResult) -> Section | None:
     runs = [run for run in comparison.runs if run.point is not None]
     if comparison.base_point is None and not runs:
         return None
-    points = [] if comparison.base_point is None else [_place(comparison.base_point, "base", "base")]
-    alone = _seeds(comparison) == 1
+    alone, bars = _seeds(comparison) == 1, len(runs) < _MOST_BARS
+    points = [] if comparison.base_point is None else [_place(comparison.base_point, "base", "base", bars)]
     points += [
-        _place(run.point, run.setting if alone else run.name, run.setting) for run in runs if run.point
+        _place(run.point, run.setting if alone else run.name, run.setting, bars) for run in runs if run.point
     ]
     drawn = plane.draw(
         points,
@@ -240,43 +240,77 @@ def _plane_section(comparison: ComparisonResult) -> Section | None:
     lead = (
         "Every run is a point: the mean over languages of the share of harmful prompts with an unsafe answer, and of the "
         "share of harmless prompts that are refused. The lower left is where one wants to be. A run that moves along a thin "
-        "line has paid a point of one for a point of the other: it has learnt to refuse, not to tell apart. Bars are "
-        f"{100 * comparison.confidence:g} % intervals over prompts."
+        "line has paid a point of one for a point of the other: it has learnt to refuse, not to tell apart. "
+        + (
+            f"Bars are {100 * comparison.confidence:g} % intervals over prompts."
+            if bars
+            else "The intervals over prompts are in the table below."
+        )
     )
     return Section(
         "plane", "What a run costs and what it brings", html("comparison_plane.html", lead=lead, drawn=drawn)
     )
 
 
-def _measures_section(comparison: ComparisonResult) -> Section:
-    measures = [m for m in MEASURES if any(m in row.measures for row in comparison.rows)]
+def _measures_section(
+    comparison: ComparisonResult, title: str, anchor: str, wanted: Sequence[str]
+) -> Section | None:
+    """A table of some measures, with their changes."""
+    measures = [m for m in wanted if any(m in row.measures for row in comparison.rows)]
+    if not measures:
+        return None
     percent = f"[{100 * comparison.confidence:g}\N{NO-BREAK SPACE}%]"
     several = _seeds(comparison) > 1
     head = ["Setting"]
     for measure in measures:
         head += [f"{TITLES[measure]} {percent}", f"Change {percent}", *(["Over seeds"] if several else [])]
-    head += ["Balanced, %", "Worst: attack", "Worst: refused"]
     rows = []
     for row in comparison.rows:
         cells = []
         for measure in measures:
-            found = row.measures.get(measure)
-            if found is None:
-                cells += [Shown(NONE)] * (3 if several else 2)
-                continue
-            cells += [
-                Shown(_value(found, measure), _interval(found, measure)),
-                Shown(_change(found, measure), _change_interval(found, measure), verdict(found, measure)),
-            ]
-            cells += [Shown(spread(found, measure) or NONE)] if several else []
+            cells += _cells(row.measures.get(measure), measure, several)
+        rows.append((row.name, False, cells))
+    notes = _notes(comparison) if ATTACK in measures else []
+    body = html("comparison_table.html", name=title, header=head, rows=rows, notes=notes)
+    return Section(anchor, title, body)
+
+
+def _glance_section(comparison: ComparisonResult) -> Section | None:
+    """The two shares of the plane, what is made of them, and where they are worst."""
+    if not any({ATTACK, REFUSAL} & {*row.measures} for row in comparison.rows):
+        return None
+    rows = []
+    for row in comparison.rows:
+        cells = [
+            Shown(_value(found, measure), verdict="" if found.change is None else verdict(found, measure))
+            if (found := row.measures.get(measure)) is not None
+            else Shown(NONE)
+            for measure in (ATTACK, REFUSAL)
+        ]
         cells.append(Shown(NONE if row.balanced is None else number(100 * row.balanced, 1)))
         cells += [Shown(worst(row, ATTACK)), Shown(worst(row, REFUSAL))]
-        rows.append((row.name, row.name == comparison.rows[0].name, cells))
-    return Section(
-        "measures",
-        "All measures",
-        html("comparison_table.html", name="All measures", header=head, rows=rows, notes=_notes(comparison)),
-    )
+        rows.append((row.name, False, cells))
+    head = [
+        "Setting",
+        TITLES[ATTACK],
+        TITLES[REFUSAL],
+        "Balanced, %",
+        "Most attacks succeed in",
+        "Most is refused in",
+    ]
+    notes = ["Bold: clearly better or worse than the base model, by the table below."]
+    body = html("comparison_table.html", name="At a glance", header=head, rows=rows, notes=notes)
+    return Section("glance", "At a glance", body)
+
+
+def _cells(found: Estimate | None, measure: str, several: bool) -> list[Shown]:
+    if found is None:
+        return [Shown(NONE)] * (3 if several else 2)
+    return [
+        Shown(_value(found, measure), _interval(found, measure)),
+        Shown(_change(found, measure), _change_interval(found, measure), verdict(found, measure)),
+        *([Shown(spread(found, measure) or NONE)] if several else []),
+    ]
 
 
 def _notes(comparison: ComparisonResult) -> list[str]:
@@ -306,7 +340,7 @@ def _language_sections(comparison: ComparisonResult) -> list[Section]:
         rows = [
             (
                 row.name,
-                row.name == comparison.rows[0].name,
+                False,
                 [
                     Shown(
                         NONE

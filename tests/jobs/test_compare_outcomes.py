@@ -168,9 +168,11 @@ def test_what_the_page_and_the_table_show(models: list[ModelResults], row: Row, 
     page, table = write_comparison(comparison, tmp_path)
     text = page.read_text(encoding="utf-8")
     assert "Two &amp; more" in text and "&lt;b&gt;a" in text and "<b>a" not in text
-    assert text.count('class="clear better"') == 1 + sum(
-        verdict(found, name) == "better" for name, found in row.measures.items() if name != ATTACK
-    )
+    better = [
+        name for name, found in row.measures.items() if verdict(found, name) == "better" or name == ATTACK
+    ]
+    twice = {ATTACK, REFUSAL}  # at a glance, and in their own table
+    assert text.count('class="clear better"') == sum(1 + (name in twice) for name in better)
     low, high = (100 * value for value in sorted(clear.seeds))
     assert f"({low:.1f} to {high:.1f})" in spread(clear, ATTACK)
     assert spread(replace(clear, seeds=[0.5]), ATTACK) == ""

@@ -17,9 +17,9 @@ from mpo.common.tables import TextTable
 from mpo.common.words import number
 from mpo.errors import DependencyError, MPOError
 from mpo.evaluation.comparison import Searched, Trial
-from mpo.jobs.compare.job import carry_out, drop_weights, read_record, score_of
 from mpo.jobs.compare.planning import Comparing, plan_runs, replace_changes
 from mpo.jobs.compare.recipe import Parameter, Search, Setting, searched
+from mpo.jobs.compare.running import carry_out, drop_weights, read_record, score_of
 
 FOLDER, STUDY = "search", "study.jsonl"
 _ERROR = "error"
