@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -334,6 +335,19 @@ def test_two_comparisons_do_not_write_one_folder(load: Any, stub: Stub, tmp_path
     (tmp_path / "out").mkdir()
     with locked_folder(tmp_path / "out", ""), pytest.raises(MPOError, match="Another comparison is running"):
         compare(load())
+
+
+def test_a_disk_that_is_too_small_for_what_is_kept_is_named_before_anything_starts(
+    load: Any, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_comparison(load(seeds=[0, 1, 2]))
+    one, all_kept = plan.runs[0].disk, sum(run.weights for run in plan.runs)
+    free = SimpleNamespace(free=one + all_kept - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    with pytest.raises(MPOError, match=r"the 6 runs that are left may need .*`keep: best`"):
+        compare(load(seeds=[0, 1, 2]))
+    assert not stub.trained
+    compare(load("--keep", "none", seeds=[0, 1, 2]))
 
 
 # ------------------------------------------------------------------------------------------------------ the processes

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mpo.common.locks import locked_folder
 from mpo.common.provenance import collect
 from mpo.common.typed_json import write_typed
 from mpo.errors import MPOError, StoppedBySignal
-from mpo.evaluation.comparison import COMPARISON, Searched
+from mpo.evaluation.comparison import COMPARISON, ComparisonResult, Searched
 from mpo.jobs.compare.outcomes import compared
 from mpo.jobs.compare.planning import (
     MEASURED,
@@ -24,6 +23,7 @@ from mpo.jobs.compare.planning import (
 from mpo.jobs.compare.recipe import BASE, CompareRecipe
 from mpo.jobs.compare.running import (
     carry_out,
+    check_room,
     let_go,
     measure_base,
     read_record,
@@ -61,6 +61,8 @@ def compare(recipe: CompareRecipe, *, dry_run: bool = False) -> Path | None:
     records = read_records(plan.runs)
     if recipe.search is None:  # what a search finds decides on the settings
         refuse_changed(plan.runs, records, plan.suite)
+    if not dry_run:
+        check_room(plan, records)
     print(f"\n{plan_text(plan, {name: record.state for name, record in records.items()})}\n", flush=True)
     if dry_run:
         print("This was a dry run: nothing was trained and nothing was measured.")
@@ -111,7 +113,7 @@ def _report(plan: Comparing, runs: Sequence[PlannedRun], searches: list[Searched
     comparison = _comparison(plan, runs, searches)
     write_typed(plan.out / COMPARISON, comparison)
     details = None
-    names = [BASE, *(run.name for run in runs if (plan.out / MEASURED / run.name).is_dir())]
+    names = [BASE, *(run.name for run in comparison.runs if run.state == "done")]
     try:
         details, _ = write_report(plan.out / MEASURED, models=names, title=f"{plan.recipe.title}: every run")
     except MPOError as error:
@@ -123,7 +125,7 @@ def _report(plan: Comparing, runs: Sequence[PlannedRun], searches: list[Searched
     return page
 
 
-def _comparison(plan: Comparing, runs: Sequence[PlannedRun], searches: list[Searched]) -> Any:
+def _comparison(plan: Comparing, runs: Sequence[PlannedRun], searches: list[Searched]) -> ComparisonResult:
     return replace(
         compared(plan, runs, read_records(runs), searches),
         provenance=collect(base_model=plan.model.name, data_fingerprint=str(runs[0].settings["data"])),

@@ -58,11 +58,12 @@ def outcomes(model: ModelResults, measure: str) -> Outcomes:
 def item_outcomes(model: ModelResults) -> Outcomes:
     """Scores of utility tasks, by task and item; translations of a task's items have the same name.
 
-    A task is scored by its first metric that is kept item by item.
+    A task is scored by its first metric whose items are kept and are shares.
     """
     found: Outcomes = {}
     for task, scores in model.utility.tasks.items() if model.utility else ():
-        items = next(iter(scores.items.values()), [])
+        shares = (items for items in scores.items.values() if all(0 <= value <= 1 for value in items))
+        items = next(shares, [])
         if items:
             family = task.rpartition("_")[0] or task
             found[task] = {(family, str(number)): value for number, value in enumerate(items)}

@@ -28,7 +28,8 @@ from mpo.jobs.compare.recipe import (
     searched,
     settings_of,
 )
-from mpo.jobs.preflight import Plan, make_plan
+from mpo.jobs.preflight import Plan, check_packages, make_plan
+from mpo.jobs.preflight.folder import disk_space
 from mpo.jobs.suite import check_suite
 from mpo.jobs.suite_recipe import SuiteRecipe, load_suite
 from mpo.training.recipe import Recipe, load_recipe, settings_in_effect
@@ -62,6 +63,8 @@ class PlannedRun:
         settings: What decides its result, ready for JSON.
         trains_adapter: Whether its result is an adapter on the base model.
         words: Changes of the base recipe, without those that say where it writes.
+        weights: Bytes of its result.
+        disk: Bytes that it may take while it is trained.
     """
 
     setting: Setting
@@ -71,6 +74,8 @@ class PlannedRun:
     settings: dict[str, Any]
     trains_adapter: bool
     words: tuple[str, ...]
+    weights: int = 0
+    disk: int = 0
 
     @property
     def name(self) -> str:
@@ -219,8 +224,11 @@ def plan_runs(
     def plan(setting: Setting) -> tuple[Plan, list[PlannedRun]]:
         probe = load_recipe(base, setting.words(output_dir=str(folder / ".check")))
         found = make_plan(probe, on_this_machine=False)
-        if on_this_machine and probe.unavailable:
-            raise ConfigError(f"{'; '.join(probe.unavailable)}.")
+        if on_this_machine:
+            check_packages(found.recipe, on_this_machine=True)
+            if probe.unavailable:
+                raise ConfigError(f"{'; '.join(probe.unavailable)}.")
+        space = disk_space(found)
         shared = {"data": found.data.fingerprint, "model": found.source.name}
         runs = []
         for seed in seeds:
@@ -239,6 +247,8 @@ def plan_runs(
                     decides,
                     found.recipe.model.trains_adapter,
                     tuple(words),
+                    space.weights,
+                    space.total,
                 )
             )
         return found, runs

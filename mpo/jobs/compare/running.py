@@ -12,7 +12,7 @@ from typing import Any
 
 from mpo.common.files import write_json
 from mpo.common.typed_json import read_typed, write_typed
-from mpo.common.words import ARROW, duration, shortened
+from mpo.common.words import ARROW, counted, duration, shortened, size
 from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.comparison import RunRecord
 from mpo.evaluation.results import METRICS, TrainingMetrics
@@ -147,6 +147,26 @@ def measure_base(plan: Comparing) -> None:
             f"{plan.out / MEASURED / f'{BASE}.log'}."
         )
     write_json(done, settings)
+
+
+def check_room(plan: Comparing, records: Mapping[str, RunRecord]) -> None:
+    """Makes sure that the disk holds what the runs that are left write, as far as it is kept.
+
+    Raises:
+        StorageError: It does not.
+    """
+    left = [run for run in plan.runs if run.name not in records or records[run.name].state != "done"]
+    if not left:
+        return
+    kept = sum(run.weights for run in left) if plan.recipe.keep == "adapters" else 0
+    needed = kept + max(run.disk for run in left)
+    place = next(folder for folder in (plan.out, *plan.out.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(
+            f"The disk of {plan.out} has {size(free)} free, and the {counted(len(left), 'run')} that are left may need "
+            f"{size(needed)}. Make room, choose another `out`, or keep less: `keep: best` or `keep: none`."
+        )
 
 
 def let_go(runs: Sequence[PlannedRun], keep: str, out: Path) -> None:
