@@ -38,14 +38,9 @@ from mpo.errors import ConfigError
 from mpo.modeling.head import RewardGapOutput
 from mpo.modeling.layout import BatchShape
 from mpo.planning.known_models import SHAPES, shape_config
+from mpo.training.order import GroupBatchSampler, TokenBudgetSampler
 from mpo.training.reference import GroupReference, build_or_load
-from mpo.training.sampling import (
-    GroupBatchSampler,
-    GroupCollator,
-    GroupDataset,
-    TokenBudgetSampler,
-    count_languages,
-)
+from mpo.training.sampling import GroupCollator, GroupDataset, count_languages
 from mpo.training.unique_pairs import unique_sources
 from mpo.training.workload import group_tokens
 

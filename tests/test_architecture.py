@@ -21,6 +21,7 @@ FLOORS = (
     "hidden_space",
     "evaluation",
     "report",
+    "building",
     "jobs",
     "cli",
 )

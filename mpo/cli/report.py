@@ -10,12 +10,16 @@ def register(commands: Any) -> None:
     """Adds ``report`` to the sub-parsers of ``mpo``."""
     report = commands.add_parser(
         "report",
-        help="turn measurements into one HTML page and one Markdown table",
-        description="Write FOLDER/report.html, which opens from disk and loads nothing, and FOLDER/report.md.",
+        help="turn measurements, or a run, into HTML pages and a Markdown table",
+        description="Write FOLDER/report.html and FOLDER/answers.html, which open from disk and load nothing, and FOLDER/report.md.",
         allow_abbrev=False,
     )
-    report.add_argument("folder", metavar="FOLDER", help="result folder, as `mpo evaluate suite` makes it")
-    report.add_argument("--out", metavar="FOLDER", help="write the two files there")
+    report.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="result folder, as `mpo evaluate suite` makes it, or the folder of a training run",
+    )
+    report.add_argument("--out", metavar="FOLDER", help="write the files there")
     report.add_argument(
         "--models",
         nargs="+",
@@ -26,14 +30,15 @@ def register(commands: Any) -> None:
     report.add_argument(
         "--examples",
         type=int,
-        default=2,
+        default=40,
         metavar="N",
-        help="prompts with their answers per language, folded away (default 2; 0 for none)",
+        help="prompts with their answers per language and prompt set, on answers.html (default 40; 0 for no such page)",
     )
     report.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from mpo.report.answers import PAGE as ANSWERS
     from mpo.report.page import write_report
 
     page, table = write_report(
@@ -43,5 +48,6 @@ def _run(arguments: argparse.Namespace) -> int:
         title=arguments.title,
         examples=arguments.examples,
     )
-    print(f"Written: {page}, {table}")
+    answers = page.with_name(ANSWERS)
+    print(f"Written: {page}, {f'{answers}, ' if answers.is_file() else ''}{table}")
     return 0

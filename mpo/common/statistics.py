@@ -453,6 +453,25 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable], confidenc
     return Kappa(count, observed, kappa, max(-1.0, kappa - half), min(1.0, kappa + half))
 
 
+def pairwise_agreement(verdicts: Mapping[str, Mapping[Any, Hashable]]) -> float | None:
+    """Share of prompts on which two languages get the same verdict, averaged over all pairs of languages.
+
+    The consistency that MLC is measured by (*Align Once, Benefit Multilingually*, ICLR 2026). It is 1 for a model that
+    treats a request alike in whatever language it comes, be it by refusing everything.
+
+    Args:
+        verdicts: ``{language: {prompt: verdict}}``; a pair of languages is compared on the prompts that both have.
+
+    Returns:
+        From 0 to 1; None where no two languages share a prompt.
+    """
+    shares = []
+    for first, second in itertools.combinations(verdicts.values(), 2):
+        if both := first.keys() & second.keys():
+            shares.append(sum(first[prompt] == second[prompt] for prompt in both) / len(both))
+    return math.fsum(shares) / len(shares) if shares else None
+
+
 # --------------------------------------------------------------------------------------------------------- correlation
 
 

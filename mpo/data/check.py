@@ -12,10 +12,10 @@ from typing import Any
 
 from mpo.common.characters import printable
 from mpo.common.words import shortened
-from mpo.data.contract import PARTS, is_blank, is_untranslated, messages_identity, messages_text
+from mpo.data.contract import HARMLESS, PARTS, is_blank, is_untranslated, messages_identity, messages_text
 from mpo.data.detection import detect_all, expect
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
-from mpo.data.loading import BadRow, LoadedGroups, _load
+from mpo.data.loading import BadRow, LoadedGroups, _load, count_kinds
 from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError
 
@@ -74,6 +74,11 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "rejected_refusal": (
         "rejected refuses?",
         "The rejected response opens with a refusal phrase. Only a sign, see mpo/data/refusals.py.",
+    ),
+    "harmless_refused": (
+        "harmless refused?",
+        "The prompt is harmless, and its chosen response opens with a refusal phrase. Only a sign, see "
+        "mpo/data/refusals.py.",
     ),
     "same_target": (
         "repeated target",
@@ -176,6 +181,7 @@ class DataReport:
         languages: One entry per language and side, sources first, then by number of pairs.
         bad_rows: Rows that break the data contract.
         notes: Sentences about the data as a whole.
+        kinds: Number of groups of each kind, where some are harmless.
     """
 
     origin: str
@@ -187,6 +193,7 @@ class DataReport:
     languages: list[LanguageReport]
     bad_rows: list[BadRow]
     notes: list[str] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
 
     def count(self, finding: str) -> int:
         """Number of pairs that a finding names, over all languages."""
@@ -199,6 +206,7 @@ class DataReport:
             "fingerprint": self.fingerprint,
             "groups": self.groups,
             "pairs": self.pairs,
+            **({"kinds": self.kinds} if self.kinds else {}),
             "length_unit": self.length_unit,
             "max_length": self.max_length,
             "languages": [asdict(language) for language in self.languages],
@@ -216,6 +224,10 @@ class DataReport:
             f"Groups    {self.groups}, with {self.pairs} target pairs",
             f"Hash      {self.fingerprint[:16]}",
         ]
+        if self.kinds:
+            lines.insert(
+                2, f"Kinds     {', '.join(f'{number} {kind}' for kind, number in self.kinds.items())}"
+            )
         for note in self.notes:
             lines += ["", *_wrapped(note, "")]
         if self.languages:
@@ -340,10 +352,12 @@ def check_data(
             ]
         )
         for group in groups:
-            survey.add(group["source"], None, group["origin"])
+            harmless = group.get("kind") == HARMLESS
+            survey.add(group["source"], None, group["origin"], harmless)
             for target in group["targets"]:
-                survey.add(target, group["source"], group["origin"])
+                survey.add(target, group["source"], group["origin"], harmless)
                 pairs += 1
+    kinds = count_kinds(loaded.groups)
     return DataReport(
         origin=loaded.origin,
         fingerprint=loaded.fingerprint,
@@ -354,6 +368,7 @@ def check_data(
         languages=survey.reports(),
         bad_rows=loaded.dropped,
         notes=notes,
+        kinds=kinds if kinds[HARMLESS] else {},
     )
 
 
@@ -392,7 +407,9 @@ class _Survey:
         self._in_source: set[bytes] = set()
         self._prompts_seen: set[bytes] = set()
 
-    def add(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, origin: str) -> None:
+    def add(
+        self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, origin: str, harmless: bool
+    ) -> None:
         key = (source is None, pair["language"])
         report = self._reports.get(key)
         if report is None:
@@ -416,7 +433,7 @@ class _Survey:
 
         self._add_lengths(pair, texts, self._lengths[key], flag)
         self._add_languages(pair, texts, report, flag)
-        self._add_refusals(pair, texts, source, report, flag)
+        self._add_refusals(pair, texts, source, report, flag, harmless)
         self._add_repetitions(pair, source, flag)
         if is_blank(texts["prompt"]):
             flag("empty_prompt")
@@ -499,12 +516,18 @@ class _Survey:
         source: Mapping[str, Any] | None,
         report: LanguageReport,
         flag: Any,
+        harmless: bool,
     ) -> None:
         if not report.refusals_checked:
             return
         # Untranslated refusals stand on target sides, and are refusals all the same.
         languages = [pair["language"], *([source["language"]] if source else [])]
-        if not opens_with_refusal(texts["chosen"], *languages):
+        chosen_refuses = opens_with_refusal(texts["chosen"], *languages)
+        if harmless:
+            if chosen_refuses:
+                flag("harmless_refused")
+            return
+        if not chosen_refuses:
             flag("chosen_no_refusal")
         if opens_with_refusal(texts["rejected"], *languages):
             flag("rejected_refusal")

@@ -9,6 +9,9 @@ Accepted forms of a row:
 - the official MPO rows: as flat rows, with ``source_conversations`` and ``target_conversations`` for the
   prompts.
 
+Groups and flat rows may say of which ``kind`` their prompt is: ``harmful``, to be refused, or ``harmless``, to be
+answered. Without it they are harmful.
+
 Wherever messages are expected, plain text stands for one user message (a prompt) or one assistant message (a
 response), and ``{"from": "human", "value": ...}`` for ``{"role": "user", "content": ...}``.
 """
@@ -41,6 +44,10 @@ PARTS = ("prompt", "chosen", "rejected")
 
 _OPTIONAL = ("target_language", "source_language")
 
+HARMFUL, HARMLESS = "harmful", "harmless"
+KINDS = (HARMFUL, HARMLESS)
+"""Of prompts: those to be refused and those to be answered."""
+
 
 class RowError(DataError):
     """One row breaks the contract. ``reason`` is the message without file, row and field."""
@@ -59,12 +66,14 @@ class ParsedRow:
         targets: The target pairs that are good.
         errors: One error per target pair that is not; a row's only target pair is its only error then.
         origin: Origin that the row itself carries (groups that were loaded before), or None.
+        kind: One of :data:`KINDS`.
     """
 
     source: Pair
     targets: list[Pair]
     errors: list[RowError] = field(default_factory=list)
     origin: str | None = None
+    kind: str = HARMFUL
 
 
 @dataclass(frozen=True)
@@ -263,6 +272,30 @@ def _label(value: object, place: _Place) -> str | None:
         raise place.error(str(error)) from None
 
 
+def _kind(row: Mapping[Any, Any], place: _Place) -> str:
+    """The kind that a row states, or harmful."""
+    value, place = row.get("kind"), place.at("kind")
+    if value is None or (isinstance(value, float) and value != value) or value == "":
+        return HARMFUL
+    if not isinstance(value, str):
+        raise place.error(f"is {_describe(value)}; expected 'harmful' or 'harmless'.")
+    if value not in KINDS:
+        near = nearest(value.strip().lower(), KINDS)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise place.error(
+            f"is {show_name(value)!r}; expected 'harmful' (as without the field) or 'harmless'.{hint}"
+        )
+    return value
+
+
+def two_kinds(kind: str, *, file: str, row: int) -> RowError:
+    """The error of a row whose source is of another kind earlier in the data."""
+    other = KINDS[1 - KINDS.index(kind)]
+    return _Place(file, row, "kind").error(
+        f"is {kind!r}, but the same source is {other!r} in an earlier row. Give all rows of a source one kind."
+    )
+
+
 def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bool) -> Pair:
     """The pair's messages, validated; its language is filled in by the caller.
 
@@ -354,7 +387,7 @@ def _canonical(row: Mapping[Any, Any], place: _Place, source_language: str) -> P
         raise where.error(f"is {_describe(targets)}; expected a list of pairs.")
     if not targets:
         raise where.error("is an empty list; expected at least one target pair.")
-    parsed = ParsedRow(source, [], origin=origin)
+    parsed = ParsedRow(source, [], origin=origin, kind=_kind(row, place))
     for index, value in enumerate(targets):
         try:
             pair, label = read(value, where.at(index), is_source=False)
@@ -371,7 +404,7 @@ def _flat(row: Mapping[Any, Any], place: _Place, source_language: str, prompt: s
         side: {part: f"{side}_{prompt if part == 'prompt' else part}" for part in PARTS}
         for side in ("source", "target")
     }
-    known = {*names["source"].values(), *names["target"].values(), *_OPTIONAL}
+    known = {*names["source"].values(), *names["target"].values(), *_OPTIONAL, "kind"}
     values = {
         side: {part: (_required(row, name, place, known), place.at(name)) for part, name in parts.items()}
         for side, parts in names.items()
@@ -392,7 +425,7 @@ def _flat(row: Mapping[Any, Any], place: _Place, source_language: str, prompt: s
     target = _pair(values["target"], place.row, is_source=False)
     label = _label(row.get("target_language"), place.at("target_language"))
     target["language"] = _target_language(target, label, source, place.at("target_language"))
-    return ParsedRow(source, [target])
+    return ParsedRow(source, [target], kind=_kind(row, place))
 
 
 def parse_row(row: object, *, file: str, index: int, source_language: str = "en") -> ParsedRow:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpo.common.words import show_name
 from mpo.data.contract import (
+    HARMFUL,
+    HARMLESS,
     PARTS,
     Pair,
     RowError,
@@ -26,6 +28,7 @@ from mpo.data.contract import (
     parse_row,
     source_identity,
     texts_to_detect,
+    two_kinds,
 )
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
@@ -62,7 +65,7 @@ class LoadedGroups:
 
     Attributes:
         groups: One row per group, with the columns ``source`` (a pair), ``targets`` (K >= 1 pairs) and
-            ``origin`` (name of the file, or names of the files, it came from).
+            ``origin`` (name of the file, or names of the files, it came from); and ``kind``, where a group is harmless.
         dropped: The bad rows that ``bad_rows="drop"`` left out.
         fingerprint: Hash of all texts, roles and languages in their order; the same on every machine.
         origin: The files or the dataset the groups came from.
@@ -74,8 +77,12 @@ class LoadedGroups:
     origin: str
 
 
-def group_features() -> Features:
-    """The schema of a dataset of groups."""
+def group_features(*, kinds: bool = False) -> Features:
+    """The schema of a dataset of groups.
+
+    Args:
+        kinds: Whether some of them are harmless; a dataset of harmful groups alone has no column for it.
+    """
     from datasets import Features, Value
 
     def pair() -> dict[str, Any]:
@@ -85,7 +92,16 @@ def group_features() -> Features:
         parts["row"] = Value("int64")
         return parts
 
-    return Features({"source": pair(), "targets": [pair()], "origin": Value("string")})
+    kind = {"kind": Value("string")} if kinds else {}
+    return Features({"source": pair(), "targets": [pair()], "origin": Value("string"), **kind})
+
+
+def count_kinds(groups: Dataset) -> dict[str, int]:
+    """Number of groups of each kind."""
+    if "kind" not in groups.column_names:
+        return {HARMFUL: len(groups), HARMLESS: 0}
+    harmless = sum(kind == HARMLESS for kind in groups["kind"])
+    return {HARMFUL: len(groups) - harmless, HARMLESS: harmless}
 
 
 def load_groups(
@@ -190,7 +206,8 @@ def split_by_source(groups: Dataset, held_out: float | int, seed: int) -> tuple[
 
     Groups with the same source prompt always go to the same side. Which sources are held out depends only on
     the prompts and the seed (they are ranked by a hash of both), not on the order of the rows nor on the
-    machine.
+    machine. Of harmful and of harmless prompts the same share is held out, and of either at least one where several
+    are held out and something of it is left to train on.
 
     Args:
         groups: Groups, as :func:`load_groups` returns them.
@@ -221,14 +238,33 @@ def split_by_source(groups: Dataset, held_out: float | int, seed: int) -> tuple[
         raise ConfigError(
             f"held_out: {held_out!r} would leave nothing to train on; there are {len(ranked)} different source prompts."
         )
-    chosen = set(ranked[: int(count)])
+    if "kind" in groups.column_names:
+        chosen = _of_each_kind(groups["kind"], prompts, int(count))
+    else:
+        chosen = set(ranked[: int(count)])
     kept = [index for index, prompt in enumerate(prompts) if prompt not in chosen]
     held = [index for index, prompt in enumerate(prompts) if prompt in chosen]
     return groups.select(kept), groups.select(held)
 
 
+def _of_each_kind(kinds: Iterable[str], prompts: list[bytes], count: int) -> set[bytes]:
+    """So many of the prompts, of either kind in proportion and the first by their hashes."""
+    of_prompt = dict(zip(reversed(prompts), reversed(list(kinds)), strict=True))
+    ranked = {
+        kind: sorted(prompt for prompt, own in of_prompt.items() if own == kind)
+        for kind in (HARMFUL, HARMLESS)
+    }
+    harmful, harmless = (len(ranked[kind]) for kind in (HARMFUL, HARMLESS))
+    share = round(count * harmless / len(of_prompt))
+    # Of each kind at least one on either side, as far as there are so many.
+    share = max(share, count - harmful + 1, int(count > 1 and harmless > 1))
+    share = min(share, harmless - 1, count - int(count > 1 and harmful > 1))
+    of_harmless = min(max(share, count - harmful, 0), harmless, count)
+    return {*ranked[HARMFUL][: count - of_harmless], *ranked[HARMLESS][:of_harmless]}
+
+
 def fingerprint_groups(groups: Dataset) -> str:
-    """SHA-256 of all languages, roles and contents, in order; the same for the same groups on every machine.
+    """SHA-256 of all kinds, languages, roles and contents, in order; the same for the same groups on every machine.
 
     Rows and origins are left out, so that a file keeps its fingerprint when it is moved or renamed.
     """
@@ -254,6 +290,8 @@ def _hash_groups(tables: Iterable[Any]) -> str:
 
     for table in tables:
         for group in table.to_pylist():
+            if group.get("kind") == HARMLESS:
+                add(HARMLESS)
             add_pair(group["source"])
             digest.update(len(group["targets"]).to_bytes(8, "little"))
             for target in group["targets"]:
@@ -344,8 +382,8 @@ def _load(
                     targets.remove(target)
                     dropped.append(BadRow(name, target["row"], "chosen", _UNTRANSLATED))
             blank.extend(f"{name} row {t['row']}" for t in targets if is_blank(messages_text(t["prompt"])))
-            if targets:
-                store.add(parsed.source, targets, parsed.origin or name)
+            if targets and not store.add(parsed.source, targets, parsed.origin or name, parsed.kind):
+                refuse(two_kinds(parsed.kind, file=name, row=index))
     if wanted and found and not wanted <= set(found):
         missing = ", ".join(sorted(wanted - set(found)))
         raise DataError(
@@ -447,32 +485,38 @@ class _GroupStore:
     limit: int | None
     _known: dict[bytes, int] = field(default_factory=dict)  # hash of a source -> its first group
     _origins: list[dict[str, None]] = field(default_factory=list)
+    _kinds: list[str] = field(default_factory=list)  # of each group
     _source_of: array[int] = field(default_factory=lambda: array("q"))  # group -> index in _sources
     _group_of: array[int] = field(default_factory=lambda: array("q"))  # target -> group
     _sources: _Chunks = field(default_factory=lambda: _Chunks())
     _targets: _Chunks = field(default_factory=lambda: _Chunks())
 
-    def add(self, source: Pair, targets: list[Pair], origin: str) -> None:
+    def add(self, source: Pair, targets: list[Pair], origin: str, kind: str) -> bool:
+        """Add a row's pairs; False where its source is there as one of another kind."""
         key = hashlib.sha256(repr(source_identity(source)).encode("utf-8")).digest()
         group = self._known.get(key)
         if group is None:
             if self.limit is not None and len(self._known) >= self.limit:
-                return
-            group = self._known[key] = self._new_group(self._sources.append(source))
+                return True
+            group = self._known[key] = self._new_group(self._sources.append(source), kind)
             fresh = True
+        elif self._kinds[group] != kind:
+            return False
         else:
             fresh = False
         for target in targets:
             if not (self.group_by_source or fresh):
                 # Sources repeat then, each with the row it came from.
-                group = self._new_group(self._sources.append(source))
+                group = self._new_group(self._sources.append(source), kind)
             fresh = False
             self._origins[group][origin] = None
             self._group_of.append(group)
             self._targets.append(target)
+        return True
 
-    def _new_group(self, source: int) -> int:
+    def _new_group(self, source: int, kind: str) -> int:
         self._source_of.append(source)
+        self._kinds.append(kind)
         self._origins.append({})
         return len(self._source_of) - 1
 
@@ -481,7 +525,7 @@ class _GroupStore:
         import numpy as np
         import pyarrow as pa
 
-        features = group_features()
+        features = group_features(kinds=HARMLESS in self._kinds)
         order = np.argsort(np.asarray(self._group_of, dtype=np.int64), kind="stable")
         counts = np.bincount(np.asarray(self._group_of, dtype=np.int64), minlength=len(self._source_of))
         # (group, first target, one past the last target), in positions of `order`
@@ -505,6 +549,8 @@ class _GroupStore:
                 pa.ListArray.from_arrays(pa.array(offsets), targets),
                 pa.array([", ".join(self._origins[group]) for group, _, _ in part], pa.string()),
             ]
+            if "kind" in features:
+                columns.append(pa.array([self._kinds[group] for group, _, _ in part], pa.string()))
             tables.append(pa.Table.from_arrays(columns, names=schema.names).cast(schema))
         table = pa.concat_tables(tables) if tables else schema.empty_table()
         return table

@@ -46,6 +46,8 @@ TOKENIZED_FEATURES = Features(
         "errors": List(Value("string")),
     }
 )
+KIND = {"kind": Value("string")}
+"""The further column of tokenized groups some of which are harmless."""
 
 
 def set_chat_template(
@@ -204,6 +206,8 @@ def tokenize_group(
     """
     origin = group.get("origin") or "the dataset"
     output: dict[str, Any] = {"origin": origin, "errors": [], "row": [], "target_language": []}
+    if "kind" in group:
+        output["kind"] = group["kind"]
     for part in PairIds._fields:
         output[f"source_{part}"] = []
         output[f"target_{part}"] = []
@@ -272,16 +276,17 @@ def tokenize_groups(
         name: name of the split, for the progress bar.
 
     Returns:
-        The tokenized dataset (columns of :data:`TOKENIZED_FEATURES` without ``errors``) and one sentence for each
-        pair that was dropped.
+        The tokenized dataset (columns of :data:`TOKENIZED_FEATURES` without ``errors``, and the groups' ``kind`` where
+        they have one) and one sentence for each pair that was dropped.
 
     Raises:
         DataError: a pair fails and ``bad_rows`` is ``"error"``, or nothing is left.
     """
     limit = max_targets_per_group if group_by_source else 1
+    features = Features({**TOKENIZED_FEATURES, **(KIND if "kind" in groups.column_names else {})})
 
     def batch(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        output: dict[str, list[Any]] = {column: [] for column in TOKENIZED_FEATURES}
+        output: dict[str, list[Any]] = {column: [] for column in features}
         for i in range(len(rows["source"])):
             group = tokenize_group(
                 {column: values[i] for column, values in rows.items()},
@@ -292,7 +297,7 @@ def tokenize_groups(
                 bad_rows=bad_rows,
             )
             for j, part in enumerate(_split_targets(group, limit)):
-                for column in TOKENIZED_FEATURES:
+                for column in features:
                     output[column].append(part[column] if column != "errors" or j == 0 else [])
         return output
 
@@ -301,7 +306,7 @@ def tokenize_groups(
         batched=True,
         batch_size=64,
         remove_columns=groups.column_names,
-        features=TOKENIZED_FEATURES,
+        features=features,
         num_proc=num_proc,
         desc=f"Tokenizing {name} groups",
     )

@@ -39,12 +39,14 @@ from mpo.common.typed_json import (
     open_mapping,
     read_typed,
 )
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.rates import RateTable
 from mpo.evaluation.reward_gap import Comparison, RewardGapTable
 from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.wording import Wording
 
 REWARD_GAP = "reward_gap.json"
+HARMLESS_GAP = "reward_gap_harmless.json"
 SAFETY = "result.json"
 UTILITY = "utility.json"
 PERPLEXITY = "perplexity.json"
@@ -112,6 +114,8 @@ class TrainingMetrics(Result):
         before: Table before training.
         after: Table after it.
         change: The paired change, as :meth:`Comparison.to_dict` gives it.
+        harmless: Tables of the held-out harmless groups, ``before`` and ``after``, where there are some; the others are then
+            of the harmful ones.
         retention_loss: The retention term on the held-out sources ``before`` and ``after``; None where it was not computed.
         sources: How many sources were trained on and left out.
         steps: Number of optimizer steps.
@@ -119,6 +123,7 @@ class TrainingMetrics(Result):
         pairs: Pairs trained on, each counted as often as it was; None in older files, as the next two.
         tokens: Tokens that were run for them.
         peak_memory: Most bytes held at once: on the accelerator of the main process, or by it where there is none.
+        behavior: What the model does with the probe prompts, before and after; None where it was not asked.
     """
 
     beta: Number | None = None
@@ -126,6 +131,7 @@ class TrainingMetrics(Result):
     before: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     after: Annotated[Table | None, NO_KEY_IF_EMPTY] = None
     change: Annotated[dict[str, Any] | None, NO_KEY_IF_EMPTY] = None
+    harmless: Annotated[dict[str, Table], NO_KEY_IF_EMPTY] = field(default_factory=dict)
     retention_loss: Annotated[dict[str, Number | None], NO_KEY_IF_EMPTY] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     steps: Count = 0
@@ -133,6 +139,7 @@ class TrainingMetrics(Result):
     pairs: Count | None = None
     tokens: Count | None = None
     peak_memory: Count | None = None
+    behavior: Annotated[BehaviorChange | None, NO_KEY_IF_EMPTY] = None
 
 
 # -------------------------------------------------------------------------------------------- attack and over-refusal

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -84,6 +84,17 @@ def _records(columns: Any) -> Any:
     if not all(isinstance(some, list) for some in lists) or len({len(some) for some in lists}) != 1:
         raise ValueError(f"lists of one length for {', '.join(names)}")
     return tuple(dict(zip(names, values, strict=True)) for values in zip(*lists, strict=True))
+
+
+def _of_harmless(table: TextTable, columns: int, note: str) -> TextTable:
+    """A table without its last columns, and with a note of its own."""
+    return replace(
+        table,
+        title=f"Harmless prompts: {table.title[0].lower()}{table.title[1:]}",
+        header=table.header[:-columns],
+        rows=tuple(row[:-columns] for row in table.rows),
+        notes=(note,),
+    )
 
 
 @dataclass(frozen=True)
@@ -195,6 +206,10 @@ class RewardGapTable(Tabular):
             ),
             emphasis=frozenset({2}),
         )
+
+    def harmless_table(self) -> TextTable:
+        """:meth:`text_table` of harmless prompts, which no gap of a source is the goal of."""
+        return _of_harmless(self.text_table(), 2, "Intervals: bootstrap over groups.")
 
     def _aim(self) -> str:
         return (
@@ -389,6 +404,11 @@ class Comparison(Tabular):
             ),
             emphasis=frozenset({2}),
         )
+
+    def harmless_table(self) -> TextTable:
+        """:meth:`text_table` of harmless prompts, which no gap of a source is the goal of."""
+        note = "A gap that falls here is a model that comes to prefer refusing what it should answer."
+        return _of_harmless(self.text_table(), 1, note)
 
     def to_dict(self, *, records: bool = False) -> dict[str, Any]:
         """``{"before": table, "after": table, "change": {"source", "targets": {code: ...}, "all_targets"}}``."""

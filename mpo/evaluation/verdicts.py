@@ -70,13 +70,8 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
             )
 
         for row in answers:
-            if row.id not in journal.rows:
-                if row.blocked is not None:
-                    keep(row, Verdict(BLOCKED))
-                elif not row.parts.complete:
-                    keep(row, Verdict(UNFINISHED))
-                elif not row.parts.answer.strip():
-                    keep(row, Verdict(task.empty))
+            if row.id not in journal.rows and (known := _without_judge(task, row)) is not None:
+                keep(row, known)
         left = [row for row in answers if row.id not in journal.rows]
         if left:
             done = len(answers) - len(left)
@@ -89,6 +84,24 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
                     keep(left[index], verdict)
                     progress.advance()
         return {row.id: journal.rows[row.id]["verdict"] for row in answers}
+
+
+def judge_unwritten(judge: Judge, task: Task, answers: Sequence[AnswerRow]) -> dict[str, str]:
+    """The verdicts of :func:`judge_answers` by the answers' ids, without files: for a judge that costs nothing."""
+    known = {row.id: _without_judge(task, row) for row in answers}
+    left = [row for row in answers if known[row.id] is None]
+    given = judge.judge([Exchange(row.prompt, row.parts.answer, row.language) for row in left])
+    verdicts = {left[index].id: verdict for index, verdict in given}
+    return {row.id: (known[row.id] or verdicts[row.id]).verdict for row in answers}
+
+
+def _without_judge(task: Task, row: AnswerRow) -> Verdict | None:
+    """The verdict on what is no answer or an empty one; None where a judge is asked."""
+    if row.blocked is not None:
+        return Verdict(BLOCKED)
+    if not row.parts.complete:
+        return Verdict(UNFINISHED)
+    return None if row.parts.answer.strip() else Verdict(task.empty)
 
 
 def agreement(first: Verdicts, second: Verdicts, confidence: float = 0.95) -> Kappa | None:

@@ -95,6 +95,15 @@ def in_language_asked(answers: Sequence[AnswerRow]) -> dict[str, dict[str, float
     return out
 
 
+def repeats_itself(answers: Sequence[AnswerRow]) -> dict[str, dict[str, float]]:
+    """``{language: {prompt id: 1 or 0}}``: is the answer repetitive? Those without any text are left out."""
+    out: dict[str, dict[str, float]] = {}
+    for row in answers:
+        if _says_something(row):
+            out.setdefault(row.language, {})[row.prompt_id] = float(is_repetitive(row.parts.answer))
+    return out
+
+
 def measure_wording(
     answers: Sequence[AnswerRow], verdicts: Mapping[str, str], confidence: float = 0.95
 ) -> dict[str, Wording]:

@@ -243,7 +243,7 @@ class Fit:
 
     def schedule(self, gpus: int) -> Schedule:
         """Steps on so many GPUs, as the trainer takes them."""
-        return schedule(self.work.group_tokens, self.recipe.training, gpus)
+        return schedule(self.work.group_tokens, self.recipe.training, gpus, self.work.harmless)
 
     def seconds(self, training: Training, gpus: int, epochs: float) -> float:
         """Time of the reference pass and of so many epochs."""

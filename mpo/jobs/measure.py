@@ -51,7 +51,8 @@ def measure_reward_gap(
         adapter_revision: of the adapter on the Hub.
         before: table of the model without the adapter, where it was measured already on the same data with the same
             settings; it is then not scored again.
-        out: folder for ``reward_gap.json``, ``reward_gap.txt`` and ``reward_gap.png``.
+        out: folder for ``reward_gap.json``, ``reward_gap.txt`` and ``reward_gap.png``; where there are harmless groups,
+            their table is in ``reward_gap_harmless.json``, and not in these.
         beta: scale of the target gap in the error column.
         confidence: coverage of the bootstrap intervals.
         source_language, languages, limit, split, bad_rows: see :func:`mpo.data.load_groups`.
@@ -101,7 +102,7 @@ def measure_reward_gap(
     print(f"Loading {model}", flush=True)
     policy = opened.load(with_adapter=False)
 
-    def score(name: str) -> RewardGapTable:
+    def score(name: str) -> list[RewardGapTable]:
         print(f"Scoring {len(loaded.groups)} groups with {name}", flush=True)
         scores = score_groups(
             policy,
@@ -115,20 +116,28 @@ def measure_reward_gap(
             max_tokens_per_row=max_tokens_per_row,
             bad_rows=bad_rows,
         )
-        return summarize(scores.records, beta=beta, confidence=confidence)
+        kinds = [records for kind in (False, True) if (records := scores.of_kind(harmless=kind))]
+        return [summarize(records, beta=beta, confidence=confidence) for records in kinds]
 
-    if before is None or adapter is None:
-        before = score(model)
-    result: RewardGapTable | Comparison = before
-    if adapter is not None:
+    measured: list[RewardGapTable | Comparison] = []
+    tables = score(model) if before is None or adapter is None else [before]
+    if adapter is None:
+        measured.extend(tables)
+    else:
         policy = opened.put_adapter(policy)
-        result = compare(before, score(adapter))
+        # Of harmless groups there is nothing to compare with where the table before was given.
+        measured.extend(compare(*both) for both in zip(tables, score(adapter), strict=False))
+    result, *harmless = measured
     print()
     result.show()
+    for further in harmless:
+        print()
+        further.harmless_table().show()
     if out is not None:
         _write(
             result,
             out,
+            harmless=harmless[0] if harmless else None,
             base_model=model,
             adapter=adapter,
             data_fingerprint=loaded.fingerprint,
@@ -138,10 +147,16 @@ def measure_reward_gap(
     return result
 
 
-def _write(result: RewardGapTable | Comparison, out: Path, **made_of: Any) -> None:
+def _write(
+    result: RewardGapTable | Comparison,
+    out: Path,
+    *,
+    harmless: RewardGapTable | Comparison | None,
+    **made_of: Any,
+) -> None:
     from mpo.common.files import write_text
     from mpo.common.provenance import collect
-    from mpo.evaluation.results import REWARD_GAP, write_reward_gap
+    from mpo.evaluation.results import HARMLESS_GAP, REWARD_GAP, write_reward_gap
     from mpo.report.plots import reward_gap_before_after, reward_gap_single
 
     provenance = collect(**made_of)
@@ -149,6 +164,8 @@ def _write(result: RewardGapTable | Comparison, out: Path, **made_of: Any) -> No
         write_reward_gap(out / REWARD_GAP, result, provenance),
         write_text(out / "reward_gap.txt", result.to_text() + "\n"),
     ]
+    if harmless is not None:
+        written.append(write_reward_gap(out / HARMLESS_GAP, harmless, provenance))
     try:
         if isinstance(result, Comparison):
             written.append(reward_gap_before_after(result.before, result.after, out / "reward_gap.png"))

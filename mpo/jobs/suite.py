@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mpo.common.files import write_bytes
 from mpo.common.typed_json import read_typed, write_typed
 from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
@@ -33,7 +34,9 @@ from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.utility import measure_utility, require_harness
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
+from mpo.report.answers import PAGE as ANSWERS
 from mpo.report.page import write_report
+from mpo.report.run import CURVE
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,12 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False, report: bool = True
     _write_done(out, recipe, done)
     if len(failed) == len(jobs):
         raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")
+    _take_curves(recipe, out)
     paths = None
     if report:
         paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
-        print(f"\nReport: {paths[0]}, {paths[1]}")
+        answers = out / ANSWERS
+        print(f"\nReport: {paths[0]}, {f'{answers}, ' if answers.is_file() else ''}{paths[1]}")
     if failed:
         raise MPOError(
             f"{len(failed)} of {len(jobs)} measurements failed, the others are {'in the report' if report else f'in {out}'}. "
@@ -120,6 +125,14 @@ def check_suite(recipe: SuiteRecipe) -> dict[tuple[str, str], PromptSet]:
     }
     _check_files(recipe)
     return prompts
+
+
+def _take_curves(recipe: SuiteRecipe, out: Path) -> None:
+    """The picture of a model's training beside its measurements, where its folder here has one, for the report."""
+    for name, model in recipe.models.items():
+        curve = Path(model.adapter or model.model) / CURVE
+        if model.engine != "server" and curve.is_file() and (out / name).is_dir():
+            write_bytes(out / name / CURVE, curve.read_bytes())
 
 
 def _load_prompts(name: str, settings: PromptSettings) -> PromptSet:

@@ -95,7 +95,7 @@ class ReportSettings:
     """As for ``mpo report``."""
 
     title: str = "Safety in every language"
-    examples: int = 2
+    examples: int = 40
 
 
 @dataclass(frozen=True, kw_only=True)

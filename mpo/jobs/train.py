@@ -19,6 +19,8 @@ from mpo.common.locks import locked_folder
 from mpo.common.progress import quiet_libraries
 from mpo.common.typed_json import write_typed
 from mpo.common.words import duration
+from mpo.data import count_kinds
+from mpo.data.contract import HARMLESS
 from mpo.errors import (
     DependencyError,
     ModelError,
@@ -36,6 +38,7 @@ from mpo.jobs.preflight.folder import (
     wanted_checkpoint,
 )
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
+from mpo.jobs.probing import PROBE_ANSWERS, Probed, finish_probe, start_probe, write_probe_answers
 from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
@@ -59,6 +62,8 @@ _DESCRIPTIONS = {
     "provenance.json": "data fingerprint, versions, hardware, command",
     "metrics.json": "reward gap per language, before and after",
     "training_curve.png": "loss and reward gap over the steps",
+    "behavior.png": "harmful prompts answered against harmless ones refused, before and after",
+    PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
     "reward_gap.png": "reward gap per language, before and after",
     "dropped_rows.json": "rows of the data that were left out, with the reason",
     "README.md": "the model card",
@@ -124,22 +129,31 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         before = None
         if plan.held_out is not None:
             before = _score(trainer, plan, "before", say)
+        watch = start_probe(trainer, plan.probe, say)
         # How many sources `min_source_gap` leaves out is known only after the reference pass.
         say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
         result = trainer.train(resume_from_checkpoint=checkpoint)
         say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
         after = _score(trainer, plan, "after", say) if before is not None else None
+        probed = finish_probe(watch)
         say("Saving")
         trainer.save_model(str(folder))
     if main:
-        comparison = None
+        comparison = harmless = None
         if before is not None and after is not None:
             comparison = compare(before[1], after[1])
-        _write_results(plan, trainer, comparison, before, after, resolved, provenance)
+            harmless = _harmless(before[0], after[0], plan)
+        _write_results(plan, trainer, comparison, before, after, probed, resolved, provenance, harmless)
         remove_earlier_result(folder)
         if comparison is not None:
             say("")
             comparison.show()
+            if harmless is not None:
+                say("")
+                harmless.harmless_table().show()
+        if probed is not None and probed.change is not None:
+            say("")
+            probed.change.show()
         say(f"\n{_listing(folder)}")
         if plan.recipe.model.trains_adapter:
             say(f"\nFold the adapter into its base with: mpo merge {folder} --out {folder}-merged")
@@ -147,6 +161,8 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
+    if probed is not None:
+        say(f"\n{probed.sentence}")  # last, where it is read
     return folder
 
 
@@ -253,7 +269,8 @@ def _is_alone(training: Any) -> bool:
 
 def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[Scores, RewardGapTable]:
     scores = trainer.score(description=f"Scoring held-out pairs {when} training")
-    table = summarize(scores.records, beta=plan.recipe.training.gap_scale)
+    records = scores.of_kind(harmless=False) or scores.records
+    table = summarize(records, beta=plan.recipe.training.gap_scale)
     parts = []
     if table.source is not None:
         parts.append(f"{table.source_label} {table.source.gap:+.3f}")
@@ -262,6 +279,15 @@ def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[S
         parts.append(f"positive in {table.all_targets.positive:.0%} of their pairs")
     say(f"Held-out reward gap {when} training: {', '.join(parts)}")
     return scores, table
+
+
+def _harmless(before: Scores, after: Scores, plan: Plan) -> Comparison | None:
+    """The change on held-out harmless groups, where they are not all that was held out."""
+    both = [scores.of_kind(harmless=True) for scores in (before, after)]
+    if not all(both) or not before.of_kind(harmless=False):
+        return None
+    beta = plan.recipe.training.gap_scale
+    return compare(*(summarize(records, beta=beta) for records in both))
 
 
 def _left_out(trainer: MPOTrainer) -> str:
@@ -288,6 +314,7 @@ def _provenance(plan: Plan) -> dict[str, Any]:
         or model.model_revision,
         base_model_weights=folder_content(plan.source.name) if training.process_index == 0 else None,
         data_origin=plan.data.origin,
+        groups_by_kind=kinds if (kinds := count_kinds(plan.data.groups))[HARMLESS] else None,
         dropped_rows=len(plan.dropped),
         trainable_parameters=plan.trainable,
         processes=training.world_size,
@@ -320,12 +347,14 @@ def _write_results(
     comparison: Comparison | None,
     before: tuple[Scores, RewardGapTable] | None,
     after: tuple[Scores, RewardGapTable] | None,
+    probed: Probed | None,
     resolved: str,
     provenance: dict[str, Any],
+    harmless: Comparison | None = None,
 ) -> None:
     from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
-    from mpo.report.plots import reward_gap_before_after, training_curve
+    from mpo.report.plots import behavior_plane, reward_gap_before_after, training_curve
 
     recipe, training = plan.recipe, plan.recipe.training
     folder = Path(str(training.output_dir))
@@ -343,6 +372,9 @@ def _write_results(
             "change": comparison.to_dict()["change"],
             "retention_loss": dict(zip(("before", "after"), losses, strict=True)),
         }
+    if harmless is not None:
+        measured["harmless"] = {"before": harmless.before, "after": harmless.after}
+    change = None if probed is None else probed.change
     steps = seen_by_step(
         trainer.train_dataset, training, num_ranks=training.world_size, kept=trainer.trained_groups
     )
@@ -358,14 +390,19 @@ def _write_results(
         train_runtime=next(
             (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
         ),
+        behavior=change,
     )
     write_typed(folder / METRICS, metrics)
+    if probed is not None:
+        write_probe_answers(folder, probed)
     if trainer.dropped_rows:
         _write_dropped(plan, trainer.dropped_rows)
     try:
         training_curve(history, folder / "training_curve.png", source_language=training.source_language)
         if comparison is not None:
             reward_gap_before_after(comparison.before, comparison.after, folder / "reward_gap.png")
+        if change is not None:
+            behavior_plane(change, folder / "behavior.png", history)
     except DependencyError:
         pass  # the plan has said so
     data = recipe.data.dataset
@@ -383,6 +420,9 @@ def _write_results(
         dataset_name=data if isinstance(data, str) else None,
         settings=settings,
         retention=retention,
+        harmless=harmless,
+        finding=None if probed is None else probed.sentence,
+        behavior=change,
         repository=training.hub_model_id,
     )
 
@@ -417,7 +457,7 @@ def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
         HfApi().upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            ignore_patterns=["checkpoint-*", ".*"],
+            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS],  # some answer harmful prompts
             commit_message="MPO run",
         )
     except Exception as error:

@@ -63,7 +63,10 @@ class PairTensors:
             the source's too, zeros where it has fewer than L; or None.
         prompt_counts: ``[P]``, number of languages of each, or None.
         prompt_of_pair: ``[T]``, index of the pair's prompt among these, or None.
-        step: Means over the optimizer step.
+        step: Means over the optimizer step; where there are kinds, over its harmful pairs.
+        is_harmless: ``[T]``, True for a pair of a harmless group; None where the data have none.
+        by_kind: Places of the harmful and of the harmless pairs, or None likewise.
+        harmless_step: Means over the harmless pairs of the optimizer step.
     """
 
     chosen_logps: Tensor
@@ -86,6 +89,9 @@ class PairTensors:
     prompt_counts: Tensor | None = None
     prompt_of_pair: Tensor | None = None
     step: StepMeans | None = None
+    is_harmless: Tensor | None = None
+    by_kind: tuple[Tensor, Tensor] | None = None
+    harmless_step: StepMeans | None = None
 
     @property
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -116,9 +122,38 @@ class PairTensors:
 
     def select(self, pairs: Tensor) -> PairTensors:
         """Some of the pairs, by their places ``[S]``; groups stay what they are."""
-        of_groups = ("source_hidden", "reference_hidden", "prompt_states", "prompt_counts", "step")
-        per_pair = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in of_groups}
-        return replace(self, **{k: v[pairs] for k, v in per_pair.items() if v is not None})
+        per_pair = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_PER_PAIR}
+        found = replace(self, **{k: v[pairs] for k, v in per_pair.items() if v is not None})
+        if found.is_harmless is not None:
+            found.by_kind = places_by_kind(found.is_harmless)
+        return found
+
+    def of_kind(self, *, harmless: bool) -> PairTensors | None:
+        """The pairs of one kind, with the means over these; None where there are none."""
+        if self.by_kind is None:
+            return None if harmless else self
+        places = self.by_kind[harmless]
+        if not len(places):
+            return None
+        alone = replace(self, is_harmless=None, by_kind=None, harmless_step=None)
+        return replace(alone.select(places), step=self.harmless_step if harmless else self.step)
+
+
+# Fields of groups, prompts or steps.
+_NOT_PER_PAIR = (
+    "source_hidden",
+    "reference_hidden",
+    "prompt_states",
+    "prompt_counts",
+    "step",
+    "by_kind",
+    "harmless_step",
+)
+
+
+def places_by_kind(is_harmless: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of the harmful and of the harmless pairs; waits for the device."""
+    return (~is_harmless).nonzero().flatten(), is_harmless.nonzero().flatten()
 
 
 def call_model(forward: Forward, tensors: dict[str, Any], **kwargs: Any) -> RewardGapOutput:
@@ -139,7 +174,8 @@ def pair_tensors(
     Args:
         batch: From :class:`mpo.training.sampling.GroupCollator`.
         output: Scores of T pairs.
-        pooled: ``[G, 2, H]``, pooled states of the sources, or None.
+        pooled: ``[P, 2, H]``, pooled states of the sequences that are held still, or None; for a call of a split batch
+            those of the sources.
         call: The call of a split batch that gave the output, with ``pairs``, which of the batch's pairs these are.
     """
     pairs = None if call is None else call["pairs"]
@@ -150,13 +186,21 @@ def pair_tensors(
 
     logps = output.response_logps
     assert logps is not None
-    group_of_pair = own("group_of_pair")
-    reference_hidden = batch.get("reference_hidden")
+    held = batch if call is None else call
+    if call is not None and output.pooled is not None and output.pooled.shape[0]:
+        pooled = output.pooled if pooled is None else torch.cat([output.pooled, pooled])
+    reference_hidden = held.get("reference_hidden")
     if pooled is None or not pooled.shape[0] or reference_hidden is None:
         pooled, reference_hidden = None, None
         retention = torch.zeros_like(logps[:, 0])
     else:
-        retention = retention_loss(pooled, reference_hidden)[group_of_pair]
+        retention = _retention(pooled, reference_hidden, held)
+        if "held_of_group" in held:
+            # One for each group, whatever is held of it.
+            pooled, reference_hidden = (
+                _or_zero(states, held["held_of_group"]) for states in (pooled, reference_hidden)
+            )
+    kinds = batch.get("is_harmless")
     lengths, reference_logps = own("lengths"), own("reference_logps")
     prompts: dict[str, Tensor] = (batch if call is None else call).get("prompts", {})
     states = None
@@ -168,7 +212,7 @@ def pair_tensors(
         reference_gap=own("reference_gap"),
         retention=retention.to(logps.device),
         language=own("language"),
-        group_of_pair=group_of_pair,
+        group_of_pair=own("group_of_pair"),
         source_hidden=pooled,
         reference_hidden=reference_hidden,
         chosen_lengths=lengths[:, 0],
@@ -183,7 +227,23 @@ def pair_tensors(
         prompt_counts=None if states is None or prompts is None else prompts["present"].sum(dim=1),
         prompt_of_pair=None if states is None or prompts is None else prompts["of_pair"],
         step=StepMeans(**batch["step"]),
+        is_harmless=None if kinds is None else own("is_harmless"),
+        by_kind=None if kinds is None else tuple(held["by_kind"]),  # type: ignore[arg-type]
+        harmless_step=None if kinds is None else StepMeans(**batch["harmless_step"]),
     )
+
+
+def _retention(pooled: Tensor, reference: Tensor, held: dict[str, Any]) -> Tensor:
+    """The retention term ``[T]`` of each pair: of its source, of its own chosen response, or 0."""
+    losses = retention_loss(pooled, reference)
+    if (own := held.get("holds_own")) is not None:
+        losses = torch.where(own, retention_loss(pooled[:, :1], reference[:, :1]), losses)
+    return _or_zero(losses, held["held_of_pair"])
+
+
+def _or_zero(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor; zeros for row -1."""
+    return torch.cat([values, torch.zeros_like(values[:1])])[rows]
 
 
 def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[PairTensors, RewardGapOutput]:
@@ -203,6 +263,10 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
     held = batch["source_call"]
     pooled = None if held is None else call_model(forward, held).pooled
     parts = [call_model(forward, call) for call in batch["calls"]]
+    retained = [
+        pair_tensors(batch, part, pooled, call).retention
+        for part, call in zip(parts, batch["calls"], strict=True)
+    ]
     order = torch.argsort(torch.cat([call["pairs"] for call in batch["calls"]]))
 
     def joined(name: str) -> Tensor | None:
@@ -211,7 +275,8 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
 
     scores = ("response_logps", "shared_logps", "prompt_logps")
     output = RewardGapOutput(**{name: joined(name) for name in scores}, pooled=pooled)
-    return pair_tensors(batch, output, pooled), output
+    found = pair_tensors(batch, output, pooled)
+    return replace(found, retention=torch.cat(retained)[order]), output
 
 
 def mismatch_sums(forward: Forward, mismatched: dict[str, Any]) -> Tensor:

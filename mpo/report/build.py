@@ -190,22 +190,24 @@ def _rate_cells(
     if run is None:
         return {}
     changes, mean = _rate_changes(base, run, codes), run.result.average
-    rates: dict[str | None, Value | None] = {code: _rate(run.result.languages.get(code)) for code in codes}
+    rates: dict[str | None, Value | None] = {
+        code: rate_value(run.result.languages.get(code)) for code in codes
+    }
     rates[None] = None if mean is None else Value(mean.mean, mean.low, mean.high)
     return {code: Cell(rate, changes.get(code)) for code, rate in rates.items() if rate is not None}
 
 
-def _rate(row: LanguageRate | None) -> Value | None:
+def rate_value(row: LanguageRate | None) -> Value | None:
     return None if row is None or row.rate is None else Value(row.rate, row.low, row.high)
 
 
 def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) -> dict[str | None, Change]:
     if base is None:
         return {}
-    return _paired_changes(base.outcomes(), run.outcomes(), codes, run.result.confidence)
+    return paired_changes(base.outcomes(), run.outcomes(), codes, run.result.confidence)
 
 
-def _paired_changes(
+def paired_changes(
     old: Mapping[str, Mapping[str, float]],
     new: Mapping[str, Mapping[str, float]],
     codes: Sequence[str],
@@ -222,11 +224,12 @@ def _paired_changes(
         return {}
     adjusted = holm([pair.test.p_value for pair in pairs.values()])
     changes: dict[str | None, Change] = {
-        code: Change(pair.difference, pair.low, pair.high, p)
+        code: Change(pair.difference, pair.low, pair.high, p, pair.count)
         for (code, pair), p in zip(pairs.items(), adjusted, strict=True)
     }
     average = average_change(old, new, confidence=confidence)
-    changes[None] = Change(average.change.mean, average.change.low, average.change.high, average.p_value)
+    mean = average.change
+    changes[None] = Change(mean.mean, mean.low, mean.high, average.p_value, mean.prompts)
     return changes
 
 
@@ -373,7 +376,7 @@ def _language_cells(
         return {}
     confidence = run.result.confidence
     outcomes = run.in_language_asked
-    changes = {} if base is None else _paired_changes(base.in_language_asked, outcomes, codes, confidence)
+    changes = {} if base is None else paired_changes(base.in_language_asked, outcomes, codes, confidence)
     cells: dict[str | None, Cell] = {
         code: Cell(Value(row.share, *(row.interval or (None, None))), changes.get(code))
         for code, row in run.result.wording.items()
@@ -469,7 +472,7 @@ def _item_change(base: TaskScores, task: TaskScores, metric: str) -> Change | No
         return Change(after - before)
     if set(old) | set(new) <= {0.0, 1.0}:
         pair = paired_difference([bool(v) for v in old], [bool(v) for v in new])
-        return Change(pair.difference, pair.low, pair.high, pair.test.p_value)
+        return Change(pair.difference, pair.low, pair.high, pair.test.p_value, pair.count)
     changes = [b - a for a, b in zip(old, new, strict=True)]
     return Change(after - before, *(grouped_mean_interval(changes, range(len(changes))) or ()))
 
@@ -564,7 +567,7 @@ def gap_against_attack(results: Results, prompt_set: str) -> list[GapAgainstAtta
         if table is None or attack is None:
             continue
         gaps = {row.language: row.gap for row in table.rows}
-        rates = {code: _rate(row) for code, row in attack.result.languages.items()}
+        rates = {code: rate_value(row) for code, row in attack.result.languages.items()}
         points = [
             (code, gaps[code], rate.value)
             for code in in_order(gaps.keys() & rates.keys(), results.dominant)

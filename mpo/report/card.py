@@ -20,8 +20,10 @@ from mpo.common.provenance import Provenance
 from mpo.common.redaction import portable_path, redact, redact_text
 from mpo.common.tables import escape_markdown
 from mpo.common.typed_json import read_typed
+from mpo.common.words import ARROW
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError, MPOError
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.results import TrainingMetrics
 from mpo.evaluation.reward_gap import Change, Comparison, RewardGapTable, compare, sort_languages
 from mpo.report.rendering import Raw, code, fence, markdown
@@ -63,7 +65,8 @@ _ADAPTER_SETTINGS = {
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
-_FILES = ("recipe.yaml", "metrics.json", "provenance.json", "reward_gap.png", "training_curve.png")
+_PICTURES = ("reward_gap.png", "training_curve.png", "behavior.png")
+_FILES = ("recipe.yaml", "metrics.json", "provenance.json", *_PICTURES)
 
 
 def write_card(
@@ -81,6 +84,9 @@ def write_card(
     dataset_name: str | None = None,
     settings: Mapping[str, Any] | None = None,
     retention: tuple[float, float] | None = None,
+    harmless: Comparison | None = None,
+    behavior: BehaviorChange | None = None,
+    finding: str | None = None,
     repository: str | None = None,
     merged_from: str | None = None,
     unread: Sequence[str] = (),
@@ -92,7 +98,8 @@ def write_card(
 
     Args:
         folder: The model's folder. The pictures and files of the run (``reward_gap.png``, ``training_curve.png``,
-            ``recipe.yaml``, ``metrics.json``, ``provenance.json``) are shown and named where they already lie in it.
+            ``behavior.png``, ``recipe.yaml``, ``metrics.json``, ``provenance.json``) are shown and named where they already
+            lie in it.
         base_model: Hub id of the model that was aligned, or a local folder; only a Hub id enters the metadata.
         peft: True for an adapter, False for a whole model.
         languages: Target languages (ISO 639-1).
@@ -105,6 +112,9 @@ def write_card(
         dataset_name: Hub id, or file, of the training data; only a Hub id enters the metadata.
         settings: Resolved settings; by default those read from `recipe_yaml`.
         retention: Retention term on the held-out sources before and after training.
+        harmless: The change on held-out harmless groups.
+        behavior: What the model does with the probe prompts, before and after.
+        finding: The card's first sentence; by default that of `behavior`, or that nothing was asked.
         repository: Hub id the model is, or will be, under, or the name of its folder, for the loading example; by
             default the name of `folder`.
         merged_from: Name of the adapter that was merged into the base; None where this is no merged model.
@@ -143,6 +153,10 @@ def write_card(
         after=after,
         **_findings(before, after, comparison),
         retention=retention,
+        harmless=None if harmless is None else Raw(harmless.harmless_table().markdown()),
+        behavior=behavior,
+        behavior_table=None if behavior is None else Raw(behavior.to_markdown()),
+        opening=(finding or _opening(behavior)).replace(" -> ", f" {ARROW} "),
         peft=peft,
         is_local=hub_id is None,
         library="peft" if peft else "transformers",
@@ -193,11 +207,11 @@ def write_merged_card(
         return value
 
     recipe, settings = take("recipe.yaml", _read_recipe, ("", {}))
-    before, after, retention = take("metrics.json", _read_metrics, (None, None, None))
+    before, after, retention, behavior = take("metrics.json", _read_metrics, (None, None, None, None))
     provenance = take("provenance.json", lambda file: read_typed(file, Provenance), None)
-    if not (unread or recipe or provenance or before):
+    if not (unread or recipe or provenance or before or behavior):
         return None
-    for picture in ("reward_gap.png", "training_curve.png"):
+    for picture in _PICTURES:
         take(picture, bool, None)
     languages = settings.get("languages") if after is None else [row.language for row in after.targets]
     dominant = (
@@ -218,6 +232,7 @@ def write_merged_card(
         provenance=provenance,
         settings=settings | {key: value for key, value in own.items() if value is not None},
         retention=retention,
+        behavior=behavior,
         repository=name,
         merged_from=str(adapter),
         unread=unread,
@@ -231,15 +246,21 @@ def _read_recipe(file: Path) -> tuple[str, dict[str, Any]]:
 
 def _read_metrics(
     file: Path,
-) -> tuple[RewardGapTable | None, RewardGapTable | None, tuple[float, float] | None]:
-    """The tables before and after and the retention term, each None where it was not measured."""
+) -> tuple[RewardGapTable | None, RewardGapTable | None, tuple[float, float] | None, BehaviorChange | None]:
+    """The tables before and after, the retention term and the probe, each None where it was not measured."""
     metrics = read_typed(file, TrainingMetrics)
-    before, after = metrics.before, metrics.after
+    before, after, behavior = metrics.before, metrics.after, metrics.behavior
     if before is None or after is None:
-        return None, None, None
+        return None, None, None, behavior
     _compared(before, after)  # tables that do not belong together are damage, too
     first, last = (metrics.retention_loss.get(when) for when in ("before", "after"))
-    return before, after, None if first is None or last is None else (first, last)
+    return before, after, None if first is None or last is None else (first, last), behavior
+
+
+def _opening(behavior: BehaviorChange | None) -> str:
+    if behavior is None:
+        return "It was not measured what this model does when it is asked, neither before nor after training."
+    return behavior.finding.text
 
 
 def _compared(before: RewardGapTable, after: RewardGapTable) -> Comparison | None:
@@ -371,6 +392,9 @@ def _facts(
         unused = value is None or value is False or (key == "max_steps" and value == -1)
         if not unused and (adapter or key not in _ADAPTER_SETTINGS.values()):
             out.append((label, _setting(value)))
+    kinds = _mapping(found.get("groups_by_kind"))
+    if kinds:
+        out.append(("Groups", ", ".join(f"{number} {kind}" for kind, number in kinds.items())))
     if isinstance(changes := found.get("resume_changes"), list) and changes:
         out.append(("Changed where the run was resumed", "; ".join(map(str, changes))))
     devices, libraries = _mapping(found.get("devices")), _mapping(found.get("libraries"))

@@ -1,13 +1,13 @@
 """A result folder: what each model was measured to do, as the commands of ``mpo evaluate`` left it.
 
 The files are those of :mod:`mpo.evaluation.results`, each model's in a folder of its name. A folder of one model alone, with
-these files directly in it, is read as well. A file that is damaged is left out, and so is a row of a journal.
+these files directly in it, is read as well, and so is the folder of a training run. A file that is damaged is left out, and so is a row of a journal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from mpo.common.typed_json import read_typed
 from mpo.errors import ConfigError, DataError, StorageError
 from mpo.evaluation.answers import FILE, AnswerRow
 from mpo.evaluation.results import (
+    METRICS,
     PERPLEXITY,
     REWARD_GAP,
     SAFETY,
@@ -35,6 +36,7 @@ from mpo.evaluation.tasks import NO_VERDICT, TASKS
 from mpo.evaluation.verdicts import VerdictRow, verdicts_file
 from mpo.evaluation.wording import in_language_asked
 from mpo.report.hidden_space import has_hidden_space
+from mpo.report.run import Run, is_run, read_run
 
 T = TypeVar("T")
 
@@ -175,11 +177,13 @@ class Results:
         models: The models in the order of every table; the first is what the others are compared with. None where there
             is nothing but an analysis of the hidden space.
         left_out: What could not be read, a sentence each; grows while more is read.
+        run: The training run, where the folder is that of one.
     """
 
     folder: Path
     models: tuple[ModelResults, ...]
     left_out: LeftOut
+    run: Run | None = None
 
     def prompt_sets(self, measurement: str) -> list[str]:
         """Names of the prompt sets that any model was measured on, in order of appearance."""
@@ -209,17 +213,25 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"{root} is no folder. Pass the folder that `mpo evaluate ... --out` wrote to.")
+        raise DataError(
+            f"{root} is no folder. Pass the folder that `mpo evaluate ... --out` or `mpo train` wrote to."
+        )
     left_out = LeftOut(root)
     try:
         places = [path for path in (root, *sorted(root.iterdir())) if _is_model(path)]
     except OSError as error:
         raise StorageError(f"{root} cannot be read: {error.strerror or error}.") from error
     found = {path.resolve().name: _read_model(path, left_out) for path in places}
-    if not found and not has_hidden_space(root):
+    run = left_out.unless(read_run, root) if is_run(root) else None
+    if run is not None and run.gaps is not None:
+        name = root.resolve().name
+        measured = found.get(name, ModelResults(name))
+        found[name] = measured if measured.gaps is not None else replace(measured, gaps=run.gaps)
+    if not found and not has_hidden_space(root) and not is_run(root):
         raise DataError(
             f"{root} holds no measurement of a model. Expected {root}/MODEL/{REWARD_GAP}, "
-            f"{root}/MODEL/attack/PROMPTS/{SAFETY} or the like, as `mpo evaluate suite` writes them."
+            f"{root}/MODEL/attack/PROMPTS/{SAFETY} or the like, as `mpo evaluate suite` writes them, or the {METRICS} of a "
+            "training run."
         )
     if models is None:
         order = _default_order(root, found, left_out)
@@ -233,7 +245,7 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
             if name not in found:
                 listed_names = ", ".join(sorted(found)) or "none"
                 raise ConfigError(f"models: {root} has no model {name!r}; it has {listed_names}.")
-    return Results(root, tuple(found[name] for name in order), left_out)
+    return Results(root, tuple(found[name] for name in order), left_out, run)
 
 
 def _is_model(path: Path) -> bool:

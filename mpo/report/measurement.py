@@ -11,6 +11,9 @@ from mpo.data.languages import language_name
 MIXED = "mul"  # ISO 639-2's code for several languages, which code-switching prompts have
 NONE = "\N{EN DASH}"
 
+FEWEST = 10
+"""Prompts below which no change of a rate is called clear."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -93,12 +96,26 @@ class Change:
         low: Lower end of its interval; None where there is none.
         high: Upper end.
         p_value: Of a paired test, adjusted for the number of languages; None where there is none.
+        count: Number of prompts or items it rests on; None where that is not known.
     """
 
     change: float
     low: float | None = None
     high: float | None = None
     p_value: float | None = None
+    count: int | None = None
+
+    def direction(self, confidence: float) -> int:
+        """1 or -1 where the change is clear, else 0.
+
+        Clear is a change whose interval leaves zero out, whose test, if it has one, rejects, and that rests on
+        :data:`FEWEST` prompts or more.
+        """
+        if self.low is None or self.high is None or (self.count is not None and self.count < FEWEST):
+            return 0
+        if self.p_value is not None and self.p_value >= 1 - confidence:
+            return 0
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
 @dataclass(frozen=True)
@@ -177,19 +194,20 @@ class Measurement:
         return sum(any(row.cells) for row in self.rows if not (row.is_average or row.is_source))
 
     def direction(self, change: Change | None) -> int:
-        """1 or -1 where a change is clear: its interval leaves zero out, and its test, if it has one, rejects. Else 0."""
-        if change is None or change.low is None or change.high is None:
-            return 0
-        if change.p_value is not None and change.p_value >= 1 - self.confidence:
-            return 0
-        return 1 if change.low > 0 else -1 if change.high < 0 else 0
+        """1 or -1 where a change is clear, else 0; see :meth:`Change.direction`."""
+        return 0 if change is None else change.direction(self.confidence)
 
-    def verdict(self, change: Change | None) -> str | None:
-        """``"better"`` or ``"worse"`` where a change is clear, else None."""
+    def verdict(self, change: Change | None, row: Row | None = None) -> str | None:
+        """``"better"`` or ``"worse"`` where a change is clear, else None.
+
+        The source language is to stay where it is: a clear change of its row is ``"moved"``, up or down.
+        """
         direction = self.direction(change)
-        return (
-            None if direction == 0 else "better" if (direction > 0) == (self.better == "higher") else "worse"
-        )
+        if direction == 0:
+            return None
+        if row is not None and row.is_source:
+            return "moved"
+        return "better" if (direction > 0) == (self.better == "higher") else "worse"
 
     @property
     def is_tested(self) -> bool:
@@ -198,11 +216,14 @@ class Measurement:
         return any(change is not None and change.p_value is not None for change in changes)
 
     def moved(self, model: int, direction: int) -> list[str]:
-        """Labels of the rows whose change is clear and goes up (1), goes down (-1), or is not clear (0)."""
+        """Labels of the rows whose change is clear and goes up (1), goes down (-1), or is not clear (0).
+
+        The rows of the mean and of the source are not among them.
+        """
         return [
             row.label
             for row in self.rows
-            if not row.is_average
+            if not (row.is_average or row.is_source)
             if (cell := row.cells[model]) is not None and cell.change is not None
             if self.direction(cell.change) == direction
         ]

@@ -1,4 +1,4 @@
-"""``mpo report``: a result folder as one HTML page that needs nothing else, and as one Markdown table."""
+"""``mpo report``: a result folder as an HTML page that needs nothing else, one of its answers, and a Markdown table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mpo
 from mpo.common.files import write_text
@@ -18,14 +18,18 @@ from mpo.common.statistics import Coefficient
 from mpo.common.tables import escape_markdown
 from mpo.common.words import listed, number
 from mpo.errors import DataError, StorageError
-from mpo.report import charts
+from mpo.report import answers, charts
 from mpo.report.build import gap_against_attack, measurements
-from mpo.report.examples import examples_section
 from mpo.report.folder import Results, read_results
 from mpo.report.hidden_space import hidden_space_section
-from mpo.report.measurement import NONE, SHARE, Measurement, p_text
+from mpo.report.measurement import FEWEST, NONE, SHARE, Measurement, p_text
+from mpo.report.opening import opening, spread_section
 from mpo.report.rendering import Section, html
+from mpo.report.run import training_section
 from mpo.report.tables import Shown, cells, finding, header, headline, markdown_table
+
+EXAMPLES = 40
+"""Prompts per language and prompt set on the page of answers, unless another number is asked for."""
 
 PAGE = "report.html"
 TABLE = "report.md"
@@ -37,22 +41,23 @@ def write_report(
     out: str | Path | None = None,
     models: Sequence[str] | None = None,
     title: str = "Safety in every language",
-    examples: int = 2,
+    examples: int = EXAMPLES,
 ) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.md``.
+    """Write ``report.html`` and ``report.md``, and prompts with their answers to ``answers.html``.
 
-    The page is one file: no scripts, no fonts, no pictures from elsewhere, and a policy that forbids a browser to fetch
-    any. Texts of models and data are escaped and folded away.
+    A page is one file: no scripts, no fonts, no pictures from elsewhere, and a policy that forbids a browser to fetch
+    any. Texts of models and data are escaped, and stand in the page of answers alone, folded away.
 
     Args:
         folder: Result folder; see :mod:`mpo.report.folder`.
-        out: Folder of the two files; by default the result folder.
+        out: Folder of the files; by default the result folder.
         models: Names of the models to show, the one to compare with first; by default all.
         title: Heading of the page.
-        examples: Prompts with their answers per language and prompt set; 0 for a page without them.
+        examples: Prompts with their answers per language and prompt set; with 0 there is no page of answers, and one that
+            was written before is removed.
 
     Returns:
-        The paths of the page and of the table.
+        The paths of the report's page and of the table.
 
     Raises:
         ConfigError: A model that was asked for is not there.
@@ -64,31 +69,46 @@ def write_report(
     found = measurements(results)
     left_out = results.left_out
     hidden_space = left_out.unless(hidden_space_section, results.folder)
-    if not found and hidden_space is None and left_out:
+    is_empty = not found and hidden_space is None and results.run is None
+    if is_empty and left_out:
         raise StorageError(f"{folder} holds nothing that can be reported. {' '.join(left_out)}")
-    if not found and hidden_space is None:
+    if is_empty:
         raise DataError(
             f"{folder} holds no number to report. Run a measurement of `mpo evaluate` on it first."
         )
     after = [m for m in found if m.anchor.startswith(("utility", "perplexity"))]
     sections = [
+        spread_section(results),
         *(_measurement_section(m) for m in found if m not in after),
         *_correlation_sections(results),
+        left_out.unless(training_section, results.run, _folders(results)),
         hidden_space,
         *(_measurement_section(m) for m in after),
-        Section("reading", "How to read this page", html("reading.html")) if found else None,
-        examples_section(results, examples),
+        Section("reading", "How to read this page", html("reading.html", fewest=FEWEST)) if found else None,
         _provenance_section(results) if results.models else None,
     ]
     shown = [section for section in sections if section is not None]
+    first, exchanges = opening(results), answers.collect(results, examples)
     if left_out:
         shown.insert(0, _left_out_section(left_out))
     for text in left_out:
         print(f"Left out: {text}", file=sys.stderr)
     target = Path(out) if out is not None else results.folder
-    page = _page(results, found, shown, title) + "\n"
-    markdown = _markdown(results, found, shown, title)
+    link = None if exchanges is None else answers.PAGE
+    page = _page(results, found, first, shown, title, link)
+    markdown = _markdown(results, found, [first, *shown], title)
+    if exchanges is not None:
+        write_text(target / answers.PAGE, _answers_page(results, exchanges, title))
+    elif examples == 0:
+        (target / answers.PAGE).unlink(missing_ok=True)
     return write_text(target / PAGE, page), write_text(target / TABLE, markdown)
+
+
+def _folders(results: Results) -> dict[str, Path]:
+    """Of the models; a run, and a model whose files lie directly there, are the folder itself."""
+    root = results.folder
+    places = {model.name: root / model.name for model in results.models}
+    return {root.resolve().name: root, **{name: path for name, path in places.items() if path.is_dir()}}
 
 
 def _measurement_section(measurement: Measurement) -> Section:
@@ -115,21 +135,46 @@ def _measurement_section(measurement: Measurement) -> Section:
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def _page(results: Results, found: Sequence[Measurement], sections: Sequence[Section], title: str) -> str:
-    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8")
+def _page(
+    results: Results,
+    found: Sequence[Measurement],
+    first: Section,
+    sections: Sequence[Section],
+    title: str,
+    answers_page: str | None,
+) -> str:
     findings = [finding(m, model) for m in found for model in range(1, len(m.models))]
     return html(
         "page.html",
-        title=title,
-        style=style,
-        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
-        models=[model.name for model in results.models],
-        made=datetime.now(UTC).strftime("%Y-%m-%d"),
-        version=mpo.__version__,
+        **_frame(results, title),
+        opening=first.html,
         tiles=[_tile(measurement) for measurement in found],
         findings=[text for text in findings if text is not None],
         sections=sections,
+        answers_page=answers_page,
     )
+
+
+def _answers_page(results: Results, exchanges: answers.Answers, title: str) -> str:
+    return html(
+        "answers_page.html",
+        **_frame(results, f"Prompts and answers: {title}", exchanges.rules()),
+        report_page=PAGE,
+        body=answers.answers_html(exchanges, len(results.models)),
+    )
+
+
+def _frame(results: Results, title: str, rules: str = "") -> dict[str, Any]:
+    """What every page has."""
+    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8") + rules
+    return {
+        "title": title,
+        "style": style,
+        "digest": base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+        "models": [model.name for model in results.models],
+        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "version": mpo.__version__,
+    }
 
 
 class _Tile(NamedTuple):

@@ -65,7 +65,7 @@ class PlanePoint:
     def __post_init__(self) -> None:
         ends = [end for interval in self.intervals if interval is not None for end in interval]
         for share in (self.over_refusal, self.attack_success, *ends):
-            if not 0 <= share <= 1:
+            if not -1e-9 <= share <= 1 + 1e-9:  # the mean of ones may be one and a rounding error
                 raise DataError(
                     f"{self.label}: {share} is no place in the plane; expected a share from 0 to 1."
                 )

@@ -15,6 +15,8 @@ from mpo.common.tables import printable_name
 from mpo.common.words import ARROW, MINUS, counted, number
 from mpo.data.languages import language_name
 from mpo.errors import DataError
+from mpo.evaluation.probe.behavior import ANSWERED, REFUSED
+from mpo.evaluation.probe.change import BehaviorChange, Shift, is_worse
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, sort_languages
 
 if TYPE_CHECKING:
@@ -116,6 +118,97 @@ def training_curve(
         bottom.set_xlabel("Optimizer step")
         figure.align_ylabels([top, bottom])
         return style.save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------- what the model does
+
+
+def behavior_plane(
+    change: BehaviorChange, path: str | Path, log_history: Sequence[Mapping[str, Any]] = ()
+) -> Path:
+    """Draw one arrow per language, and a bold one for their mean, from what the model did before training to after.
+
+    To the right harmful prompts answered, upwards harmless ones refused: the lower left corner is where a model should be.
+    Where the prompts were asked in between, the mean's way is drawn, too.
+
+    Args:
+        change: What has changed.
+        path: PNG file to write.
+        log_history: ``trainer.state.log_history``.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        StorageError: The file cannot be written.
+    """
+    across, upwards = change.change[ANSWERED], change.change[REFUSED]
+    codes = [code for code in across.languages if code in upwards.languages]
+    harmful, harmless = change.per_language
+
+    def ends(x: Shift, y: Shift) -> tuple[_Place, _Place]:
+        return (100 * x.before, 100 * y.before), (100 * x.after, 100 * y.after)
+
+    title = "Harmful prompts answered, and harmless ones refused"
+    if upwards.mean is not None:
+        first, last = (f"{100 * share:.0f} %" for share in (upwards.mean.before, upwards.mean.after))
+        title = f"Harmless prompts refused: {first} before, {last} after"
+    with style.project_style():
+        figure = style.new_figure(style.WIDTH, 5.4)
+        left, inch = 0.09, 1 / 5.4
+        axes = figure.add_axes((left, 0.6 * inch, 0.62, 1 - 1.42 * inch), xlim=(-4, 104), ylim=(-4, 104))
+        axes.set_xlabel("Harmful prompts answered (per cent)")
+        axes.set_ylabel("Harmless prompts refused (per cent)")
+        names = defaultdict(list)  # of languages that come to the same place
+        for worse in (False, True):
+            colour = style.VERMILION if worse else style.BLUE
+            label = "refuses more harmless ones" if worse else "other languages"
+            for code in codes:
+                if is_worse(REFUSED, upwards.languages[code]) is worse:
+                    way = ends(across.languages[code], upwards.languages[code])
+                    _draw_arrow(axes, way, colour, label=label)
+                    names[way[-1]].append(printable_name(language_name(code), 16))
+                    label = ""
+        for place, several in names.items():
+            words, above = "\n".join(several), {"textcoords": "offset points", "va": "bottom", "fontsize": 8}
+            axes.annotate(words, place, xytext=(3, 5), zorder=6, **above)
+        if across.mean is not None and upwards.mean is not None and len(codes) > 1:
+            first_place, last_place = ends(across.mean, upwards.mean)
+            places = [first_place, *_way(log_history), last_place]
+            if len(places) > 2:
+                axes.plot(*zip(*places, strict=True), color=style.INK, linewidth=0.8, marker=".", zorder=4)
+            _draw_arrow(axes, (first_place, last_place), style.INK, label="mean of languages", width=2.6)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.06, 1), borderaxespad=0, borderpad=0)
+        subtitle = (
+            f"{counted(harmful, 'harmful prompt')} and {harmless} harmless ones a language. Ring: before, dot: after. Lower "
+            "left is best."
+        )
+        style.add_title(figure, title, subtitle, left=left)
+        return style.save(figure, path)
+
+
+_Place = tuple[float, float]
+
+
+def _draw_arrow(
+    axes: Axes, ends: tuple[_Place, _Place], colour: str, *, label: str, width: float = 1.4
+) -> None:
+    before, after = ends
+    if before != after:
+        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkA": 4, "shrinkB": 4}
+        axes.annotate("", xy=after, xytext=before, arrowprops=arrow, zorder=3)
+    mark: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 6, "markeredgecolor": colour}
+    axes.plot(*before, markerfacecolor="white", zorder=5, **mark)
+    axes.plot(*after, markerfacecolor=colour, label=label or None, zorder=5, **mark)
+
+
+def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Where the mean was at each probe after the first step."""
+    names = (f"probe/{ANSWERED}", f"probe/{REFUSED}")
+    found = {
+        entry["step"]: (100 * entry[names[0]], 100 * entry[names[1]])
+        for entry in log_history
+        if entry.get("step") and all(_is_finite(entry.get(name)) for name in names)
+    }
+    return [found[step] for step in sorted(found)]
 
 
 # ------------------------------------------------------------------------------------------- reward gap per language

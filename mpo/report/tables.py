@@ -11,7 +11,7 @@ from mpo.report.measurement import NONE, Measurement, Row, p_text
 
 
 class Shown(NamedTuple):
-    """A cell: its text, the interval behind it, and ``"better"`` or ``"worse"`` for a clear change."""
+    """A cell: its text, the interval behind it, and ``"better"``, ``"worse"`` or ``"moved"`` for a clear change."""
 
     text: str
     interval: str = ""
@@ -47,7 +47,7 @@ def cells(row: Row, measurement: Measurement, is_tested: bool) -> list[Shown]:
                 else Shown(
                     unit.write_change(change.change),
                     unit.write_change_interval(change.low, change.high),
-                    measurement.verdict(change) or "",
+                    measurement.verdict(change, row) or "",
                 )
             )
             out += [Shown(p_text(None if change is None else change.p_value))] if is_tested else []
@@ -107,6 +107,12 @@ def finding(measurement: Measurement, model: int) -> str | None:
         names = measurement.moved(model, direction)
         if names and len(measurement.rows) > 1:
             parts.append(f"{words} {listed(names)}")
+    for source in measurement.rows:
+        held = source.cells[model] if source.is_source else None
+        if held is not None and held.change is not None and measurement.verdict(held.change, source):
+            change, ends = held.change, unit.write_change_interval(held.change.low, held.change.high)
+            moved = f"{unit.write_change(change.change)} {ends}".rstrip()
+            parts.append(f"{source.label}, which was to stay, moved by {moved}")
     return f"{measurement.title}, {measurement.models[model]}: {'; '.join(parts)}." if parts else None
 
 

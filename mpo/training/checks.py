@@ -12,6 +12,7 @@ from datasets import Dataset
 from mpo.errors import ConfigError, DataError, ModelError
 from mpo.training.compute import check_compute_options
 from mpo.training.config import MPOConfig
+from mpo.training.probe_settings import is_probe_metric
 
 _REFUSED = {
     "data_collator": "the step packs preference trees with its own collator",
@@ -122,7 +123,7 @@ def check_best_metric(args: MPOConfig, languages: Sequence[str], evaluation_sets
     Raises:
         ConfigError: Names the metrics that there are.
     """
-    if args.metric_for_best_model is None:
+    if args.metric_for_best_model is None or is_probe_metric(args.metric_for_best_model):
         return
     name = args.metric_for_best_model.removeprefix("eval_")
     if evaluation_sets:

@@ -21,13 +21,14 @@ class Collapse:
     points: int
     fall: float
     rise: float
+    kind: str = ""
 
     def __str__(self) -> str:
         return (
-            f"the log-likelihood of chosen responses in '{self.language}' fell by {self.fall:.2f} nats per token over "
+            f"the log-likelihood of {self.kind}chosen responses in '{self.language}' fell by {self.fall:.2f} nats per token over "
             f"the last {self.points} logging points while its reward gap rose by {self.rise:.2f}: the model is making "
-            "both answers unlikely, not the safe one likely. Lower the learning rate or beta, raise `retain_weight`, or "
-            "stop here"
+            f"both answers unlikely, not the {'helpful' if self.kind else 'safe'} one likely. Lower the learning rate or "
+            "beta, raise `retain_weight`, or stop here"
         )
 
 
@@ -42,10 +43,11 @@ class CollapseDetector:
     Args:
         window: Number of consecutive logging points.
         drop: Fall in nats per token.
+        prefix: Before the names of the metrics: nothing, or ``harmless/``.
     """
 
-    def __init__(self, window: int, drop: float) -> None:
-        self.window, self.drop = window, drop
+    def __init__(self, window: int, drop: float, prefix: str = "") -> None:
+        self.window, self.drop, self.prefix = window, drop, prefix
         self._history: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=8 * window))
         self._reported: set[str] = set()
 
@@ -55,10 +57,12 @@ class CollapseDetector:
         Args:
             metrics: From :meth:`mpo.training.metrics.LanguageMetrics.log`.
         """
-        chosen = "logps/chosen/"
+        chosen = f"{self.prefix}logps/chosen/"
         languages = [name.removeprefix(chosen) for name in metrics if name.startswith(chosen)]
         found = (
-            self.update(language, metrics[f"{chosen}{language}"], metrics[f"reward_gap/{language}"])
+            self.update(
+                language, metrics[f"{chosen}{language}"], metrics[f"{self.prefix}reward_gap/{language}"]
+            )
             for language in languages
         )
         return [collapse for collapse in found if collapse is not None]
@@ -89,4 +93,5 @@ class CollapseDetector:
         if slopes[0] > -self.drop or slopes[0] > -_ERRORS * error or slopes[1] <= 0:
             return None
         self._reported.add(language)
-        return Collapse(language, self.window, float(-slopes[0]), float(slopes[1]))
+        kind = self.prefix.replace("/", " ")
+        return Collapse(language, self.window, float(-slopes[0]), float(slopes[1]), kind)

@@ -15,11 +15,21 @@ from transformers import SchedulerType
 from trl import DPOConfig
 
 from mpo.common.redaction import is_secret_name
-from mpo.common.words import listed, nearest
+from mpo.common.words import listed
 from mpo.errors import ConfigError
 from mpo.modeling.objectives import F_DIVERGENCES
+from mpo.training.harmless import HarmlessSettings, of_harmless
 from mpo.training.launcher import deepspeed_backend
-from mpo.training.objectives import REFERENCE, RETENTION, STATES, TRAIN_ON, Objectives, readers
+from mpo.training.objectives import (
+    REFERENCE,
+    RETENTION,
+    STATES,
+    TRAIN_ON,
+    Objectives,
+    readers,
+    take_published,
+)
+from mpo.training.probe_settings import ProbeSettings, metric_is_loss
 from mpo.training.run_settings import check_names
 
 RETAIN_POOLINGS = ("mean", "last")
@@ -76,12 +86,13 @@ _MEANINGLESS = {
 
 
 @dataclass
-class MPOConfig(DPOConfig):
+class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
     r"""
     Settings of :class:`~mpo.training.trainer.MPOTrainer`.
 
-    Only what MPO adds or sets differently is described here; every other field is that of ``trl.DPOConfig`` and
-    ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing under the chosen objective
+    Only what MPO adds or sets differently is described here, and in
+    :class:`~mpo.training.harmless.HarmlessSettings` what is for harmless groups; every other field is that of
+    ``trl.DPOConfig`` and ``transformers.TrainingArguments``. Options of ``DPOConfig`` that mean nothing under the chosen objective
     (``label_smoothing`` for ``mpo``, ``precompute_ref_log_probs`` for any, ...) raise :class:`~mpo.errors.ConfigError` when
     set.
 
@@ -129,8 +140,8 @@ class MPOConfig(DPOConfig):
             How a sequence's final hidden states become one vector: `"mean"` over the real tokens of prompt and
             response, or `"last"`, the last real token.
         min_source_gap (`float`, *optional*):
-            Drop groups whose reference gap is not above this value (nats per token). A source gap that is not
-            positive teaches the wrong thing; such sources are always counted and reported. `0.0` drops them.
+            Drop harmful groups whose reference gap is not above this value (nats per token). A source gap that is
+            not positive teaches the wrong thing; such sources are always counted and reported. `0.0` drops them.
         language_weights (`dict[str, float]` or `"balanced"`, *optional*):
             Weight of a pair by its language, for unequal numbers of targets. `"balanced"` weights each
             language by the inverse of its number of pairs. Weights are scaled so that their mean over the training
@@ -194,6 +205,8 @@ class MPOConfig(DPOConfig):
             Hugging Face cache (`HF_HOME`).
         reference_tokens_per_batch (`int`, *optional*):
             Token budget of a batch of the reference pass. Unset: 2048 on a CPU, 8192 on an accelerator.
+
+        > Parameters that control what the model is asked: those of [`ProbeSettings`][mpo.training.probe_settings.ProbeSettings]
 
         > Parameters that control resuming
 
@@ -326,8 +339,9 @@ class MPOConfig(DPOConfig):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._check_objectives()
+        self.check_harmless()
         self._refuse_meaningless()
-        self._take_published()
+        take_published(self, _PUBLISHED)
         if isinstance(self.language_weights, str) and self.language_weights.lstrip().startswith("{"):
             # As on a command line; the base class parses its own dicts later than they are checked here.
             try:
@@ -338,6 +352,7 @@ class MPOConfig(DPOConfig):
                 ) from error
         self._check_values()
         self._choose_best_metric()
+        self.check_probe(self.metric_for_best_model)
         if self.bf16 is None:
             self.bf16 = bool(
                 not self.fp16
@@ -404,6 +419,9 @@ class MPOConfig(DPOConfig):
 
     def _refuse_meaningless(self) -> None:
         reads = self.objectives.reads
+        if self.harmless_loss_type is not None:
+            # Temperature and smoothing have settings of their own, or none.
+            reads |= self.harmless.objectives.reads - set(_PUBLISHED)
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
             if name in reads or name not in {**_MEANINGLESS, **_OF_OBJECTIVES}:
@@ -431,20 +449,6 @@ class MPOConfig(DPOConfig):
                 f"`greater_is_better` is on and `metric_for_best_model` is {self.metric_for_best_model!r}, a loss: the worst "
                 "checkpoint would be kept. Remove `greater_is_better`."
             )
-
-    def _take_published(self) -> None:
-        objectives = self.objectives.by_name
-        for name, neutral in _PUBLISHED.items():
-            if getattr(self, name) is not None:
-                continue
-            found = {key: o.published[name] for key, o in objectives.items() if name in o.published}
-            if len(set(found.values())) > 1:
-                raise ConfigError(
-                    f"`{name}` is not set, and its published values differ: "
-                    f"{', '.join(f'{value:g} for {key}' for key, value in found.items())}. Set `{name}`, which all of "
-                    "them then take."
-                )
-            setattr(self, name, next(iter(found.values()), neutral))
 
     def _check_values(self) -> None:
         def require(names: str, accepts: Callable[[Any], bool], expected: str) -> None:
@@ -600,6 +604,11 @@ class MPOConfig(DPOConfig):
         return Objectives(self)
 
     @property
+    def harmless(self) -> MPOConfig:
+        """These settings as they are for harmless groups."""
+        return of_harmless(self, _PUBLISHED)
+
+    @property
     def holds_sources(self) -> bool:
         """Whether the source pairs are run to be held where they are."""
         return RETENTION in self.objectives.needs
@@ -626,33 +635,6 @@ class MPOConfig(DPOConfig):
         from huggingface_hub.constants import HF_HOME
 
         return os.path.join(HF_HOME, "mpo", "reference")
-
-
-# Of the metrics that an evaluation gives, see `MPOTrainer.evaluate`; the first are losses, the others per language.
-_BEST_LOSSES = ("loss", "loss/retention")
-_BEST_PER_LANGUAGE = ("reward_gap", "gap_to_source", "positive", "logps/chosen", "logps/rejected")
-
-
-def metric_is_loss(metric: str) -> bool:
-    """Whether a metric for the best model is better when it is smaller.
-
-    Raises:
-        ConfigError: No evaluation gives a metric of this name.
-    """
-    name = metric.removeprefix("eval_")
-    # With several evaluation sets, a metric begins with the name of one.
-    if any(name == loss or name.endswith(f"_{loss}") for loss in _BEST_LOSSES):
-        return True
-    kind = name.rpartition("/")[0]
-    if any(kind == each or kind.endswith(f"_{each}") for each in _BEST_PER_LANGUAGE):
-        return False
-    known = [f"eval_{loss}" for loss in _BEST_LOSSES] + [f"eval_{each}/bn" for each in _BEST_PER_LANGUAGE]
-    near = nearest(metric, known)
-    raise ConfigError(
-        f"`metric_for_best_model` is {metric!r}, which no evaluation gives"
-        + (f"; did you mean {near!r}?" if near else ".")
-        + f" Known are {', '.join(known)} (with a target language for `bn`)."
-    )
 
 
 def _without_tokens(settings: Any, mark: str | None) -> Any:

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mpo.common.log import get_logger
 from mpo.modeling.layout import batch_shape
 from mpo.training.config import MPOConfig
+from mpo.training.harmless import harmless_groups
+from mpo.training.order import TokenBudgetSampler
 from mpo.training.ranks import Ranks
 from mpo.training.reference import GroupReference
-from mpo.training.sampling import GroupCollator, GroupDataLoader, GroupDataset, TokenBudgetSampler, Trained
+from mpo.training.sampling import GroupCollator, GroupDataLoader, GroupDataset, Trained
 from mpo.training.sharding import tokens_per_call
 from mpo.training.workload import tokens_of_step, train_sampler
 
@@ -29,8 +31,15 @@ def training_collator(
     accelerator: Accelerator,
     *,
     router_loss: bool,
+    harmless: bool = False,
 ) -> GroupCollator:
-    """What makes a micro-batch of training, with the budgets of the settings or of the device; languages weigh the same."""
+    """What makes a micro-batch of training, with the budgets of the settings or of the device; languages weigh the same.
+
+    Args:
+        args, languages, model, tokenizer, accelerator: Of the trainer.
+        router_loss: Whether the loss of a mixture of experts is minimised, too.
+        harmless: Whether some groups are harmless.
+    """
     assert isinstance(tokenizer.pad_token_id, int)
     shape = batch_shape(
         accelerator.device,
@@ -50,6 +59,8 @@ def training_collator(
         source_language=args.source_language,
         pad_to_multiple_of=args.pad_to_multiple_of or None,  # type: ignore[arg-type]
         max_tokens_per_call=tokens_per_call(args, accelerator, router_loss=router_loss),
+        harmless=Trained.by(args.harmless) if harmless else None,
+        harmless_weights=[1.0] * len(languages) if harmless else (),
     )
 
 
@@ -75,8 +86,11 @@ def training_loader(
         DataError: There is not one micro-batch.
     """
     tokens = None
-    if not collator.trained.targets:
-        groups = groups[reference.carries_source[groups]]
+    harmless = harmless_groups(dataset)
+    for kind, trained in ((False, collator.trained), (True, collator.harmless)):
+        if trained is not None and not trained.targets:
+            runs = reference.carries_source if trained.sources else np.zeros(len(dataset), dtype=bool)
+            groups = groups[(harmless[groups] != kind) | runs[groups]]
     if args.max_tokens_per_batch is not None:
         tokens = tokens_of_step(dataset, args, collator.shape.layout)[groups]
     sampler = train_sampler(
@@ -86,6 +100,7 @@ def training_loader(
         batch_size=batch_size,
         num_ranks=ranks.num_processes,
         rank=ranks.process_index,
+        harmless=harmless[groups],
     )
     if isinstance(sampler, TokenBudgetSampler) and sampler.oversized and tokens is not None:
         logger.warning(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from mpo.modeling.loss import reward_gap, reward_gap_loss
 from mpo.modeling.pairs import PairTensors
+from mpo.training.config import MPOConfig
 from mpo.training.objectives import MISMATCHED, REFERENCE, Objectives
 from mpo.training.ranks import Ranks
-from mpo.training.records import Scores
+from mpo.training.records import PairScore, Scores
+from mpo.training.reference_policy import needed_for
 
 # Columns of the matrix of sums: one fixed shape, so that reducing it over ranks is one call, whichever languages a rank
 # has seen.
@@ -38,6 +40,7 @@ class LanguageMetrics:
         dtype: Of the sums.
         objectives: What is minimised; None for MPO's objective alone.
         knows_source_gap: Whether the pairs have a ``reference_gap``.
+        has_retention: Whether ``loss/retention`` is logged; unset: under ``mpo``.
     """
 
     def __init__(
@@ -48,10 +51,13 @@ class LanguageMetrics:
         dtype: torch.dtype = torch.float32,
         objectives: Objectives | None = None,
         knows_source_gap: bool = True,
+        has_retention: bool | None = None,
     ) -> None:
         self._languages, self._beta = languages, beta
         self._objectives = objectives
         self._knows_source_gap = knows_source_gap
+        self._is_mpo = objectives is None or "mpo" in objectives.by_name
+        self._has_retention = self._is_mpo if has_retention is None else has_retention
         self._further = _further_names(objectives)
         columns = 8 + len(self._further)
         self._sums = torch.zeros((len(languages), columns), device=device, dtype=dtype)
@@ -104,8 +110,9 @@ class LanguageMetrics:
         if total[_COUNT] == 0:
             return {}
         metrics = {}
-        if self._objectives is None or "mpo" in self._objectives.by_name:
+        if self._is_mpo:
             metrics["loss/reward_gap"] = float(total[_GAP_LOSS] / total[_COUNT])
+        if self._has_retention:
             metrics["loss/retention"] = float(total[_RETENTION] / total[_COUNT])
         for name, value in zip(self._further, total[8:], strict=True):
             metrics[name] = float(value / total[_COUNT])
@@ -126,6 +133,55 @@ class LanguageMetrics:
             if row[_COUNT]
             for name, column in _NAMES.items()
             if column != _TO_SOURCE or self._knows_source_gap
+        }
+
+
+class KindMetrics:
+    """What :class:`LanguageMetrics` sums, of the harmful and of the harmless pairs apart.
+
+    The names of the latter begin with ``harmless/``; ``pairs_per_second`` is of all.
+
+    Args:
+        languages, device: As there.
+        args: The run's settings.
+        harmless: Whether there are harmless groups.
+    """
+
+    def __init__(
+        self, languages: Sequence[str], args: MPOConfig, device: torch.device | str, *, harmless: bool
+    ) -> None:
+        self._of_kind = {
+            settings.is_of_harmless: LanguageMetrics(
+                languages,
+                settings.gap_scale,
+                device,
+                objectives=settings.objectives,
+                knows_source_gap=bool(needed_for(settings).sources),
+                has_retention=settings.keeps_own or "mpo" in settings.loss_type,
+            )
+            for settings in (args, *([args.harmless] if harmless else []))
+        }
+
+    def add(self, pairs: PairTensors, counts: Tensor) -> None:
+        """As :meth:`LanguageMetrics.add`."""
+        for kind, metrics in self._of_kind.items():
+            part = pairs.of_kind(harmless=kind)
+            if part is not None:
+                metrics.add(part, counts if pairs.by_kind is None else counts[pairs.by_kind[kind]])
+
+    def log(self, step: int, ranks: Ranks) -> dict[str, float]:
+        """As :meth:`LanguageMetrics.log`."""
+        harmful = self._of_kind[False].log(step, ranks)
+        if True not in self._of_kind:
+            return harmful
+        harmless = self._of_kind[True].log(step, ranks)
+        speeds = [
+            found.pop("pairs_per_second") for found in (harmful, harmless) if "pairs_per_second" in found
+        ]
+        return {
+            **harmful,
+            **({"pairs_per_second": sum(speeds)} if speeds else {}),
+            **{f"harmless/{name}": value for name, value in harmless.items()},
         }
 
 
@@ -162,8 +218,25 @@ def evaluation_metrics(
         sources: Whether sources have metrics, too; else they count for the retention only.
     """
     index_of = {language: i for i, language in enumerate(languages)}
-    records = [record for record in scores.records if sources or not record.is_source]
+    found = {"loss": loss}
+    for prefix, kind in (("", False), ("harmless/", True)):
+        retention = scores.harmless_retention if kind else scores.retention
+        if retention is not None:
+            found[f"{prefix}loss/retention"] = retention
+        records = [
+            record
+            for record in scores.of_kind(harmless=kind)
+            if not record.is_source or (record.language in index_of and (kind or sources))
+        ]
+        if records or not kind:
+            means = _record_means(records, languages, index_of)
+            found |= {f"{prefix}{name}": value for name, value in means.items()}
+    return found
 
+
+def _record_means(
+    records: Sequence[PairScore], languages: Sequence[str], index_of: Mapping[str, int]
+) -> dict[str, float]:
     def column(name: str) -> Tensor:
         return torch.tensor([getattr(record, name) for record in records], dtype=torch.float64)
 
@@ -177,5 +250,4 @@ def evaluation_metrics(
         group_of_pair=torch.tensor([record.group for record in records], dtype=torch.long),
     )
     metrics.add(pairs, torch.ones(len(records), dtype=torch.float64))
-    retention = {} if scores.retention is None else {"loss/retention": scores.retention}
-    return {"loss": loss, **retention, **metrics.means()}
+    return metrics.means()

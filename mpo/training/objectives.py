@@ -195,6 +195,8 @@ class Objectives:
     def description(self) -> str:
         """For people: the objectives with their weights, temperature and pairs."""
         args = self._args
+        if not self.by_name:
+            return "nothing"
         shown = [
             name if weight == 1 else f"{weight:g} {name}"
             for name, weight in zip(self.by_name, self.weights, strict=True)
@@ -210,9 +212,36 @@ class Objectives:
     def loss(self, pairs: PairTensors) -> Tensor:
         """The weighted sum of the terms, ``[T]``."""
         terms = list(self.terms(pairs).values())
+        if not terms:
+            return torch.zeros_like(pairs.chosen_logps)
         if self.weights == [1.0]:
             return terms[0]
         return torch.stack([weight * term for weight, term in zip(self.weights, terms, strict=True)]).sum(0)
+
+
+def take_published(args: Any, neutral: Mapping[str, float], prefix: str = "") -> None:
+    """Set what the papers of a run's objectives give a value and its settings do not.
+
+    Args:
+        args: The settings, changed in place.
+        neutral: The settings by name, each with its value where no paper has one.
+        prefix: Before the names, for people.
+
+    Raises:
+        ConfigError: The papers give different ones.
+    """
+    for name, value in neutral.items():
+        if getattr(args, name) is not None:
+            continue
+        objectives = args.objectives.by_name
+        found = {key: o.published[name] for key, o in objectives.items() if name in o.published}
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"`{prefix}{name}` is not set, and its published values differ: "
+                f"{', '.join(f'{value:g} for {key}' for key, value in found.items())}. Set `{prefix}{name}`, which all of "
+                "them then take."
+            )
+        setattr(args, name, next(iter(found.values()), value))
 
 
 # ---- The objectives ----------------------------------------------------------------------------------------------

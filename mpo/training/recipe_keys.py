@@ -29,6 +29,7 @@ _RENAMED = {
     "lora_rank": "`lora_r`",
     "cutoff_len": "`max_length`",
     "pref_beta": "`beta`",
+    "behaviour_probe": "`behavior_probe`",
     "group_by_length": "`max_tokens_per_batch`, which makes up micro-batches of about as many tokens each",
 }
 _PATHS = frozenset(
@@ -107,7 +108,7 @@ def _source(name: str) -> tuple[ast.Module, ast.ClassDef]:
 def _files() -> Iterator[Path]:
     """Where the classes may be, the nearest first. A top-level package is found without being imported."""
     here = Path(__file__).parent
-    yield from (here / "recipe.py", here / "config.py")
+    yield from (here / "recipe.py", here / "config.py", here / "harmless.py", here / "probe_settings.py")
     for package, pattern in (("trl", "trainer/*_config.py"), ("transformers", "training_args.py")):
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec is not None else ():

@@ -39,10 +39,18 @@ class Scores:
 
     Attributes:
         records: One record per pair, in the order of the dataset.
-        retention: Mean over sources of ``||h - h_ref||^2 / hidden_size``, or None where it was not computed.
+        retention: Mean over harmful sources of ``||h - h_ref||^2 / hidden_size``, or None where it was not computed.
         tokens: Number of tokens the model has read.
+        harmless_groups: The groups of harmless prompts, by their index.
+        harmless_retention: ``retention`` of their sources.
     """
 
     records: list[PairScore]
     retention: float | None
     tokens: int
+    harmless_groups: frozenset[int] = frozenset()
+    harmless_retention: float | None = None
+
+    def of_kind(self, *, harmless: bool) -> list[PairScore]:
+        """The records of one kind."""
+        return [record for record in self.records if (record.group in self.harmless_groups) == harmless]

@@ -110,9 +110,12 @@ class ReferenceStore:
         gaps: np.ndarray = self.logps[:, 0] - self.logps[:, 1]
         return gaps
 
-    def rows(self, pairs: np.ndarray) -> list[dict[str, Any]]:
-        """Log-likelihoods of each of some pairs: ``logps`` and, if stored, ``shared``, each ``[2]``."""
+    def rows(self, pairs: np.ndarray, *, states: bool = False) -> list[dict[str, Any]]:
+        """Log-likelihoods of each of some pairs: ``logps`` and, if stored, ``shared``, each ``[2]``; with ``states`` also
+        ``hidden`` ``[2, H]``, if stored."""
         arrays = {LOGPS: self.logps} if self.shared is None else {LOGPS: self.logps, SHARED: self.shared}
+        if states and self.hidden is not None:
+            arrays[HIDDEN] = self.hidden
         found = {name: np.asarray(values[pairs]) for name, values in arrays.items()}
         return [{name: values[i] for name, values in found.items()} for i in range(len(pairs))]
 
@@ -160,7 +163,7 @@ class GroupReference:
         Returns:
             ``reference_gap``; ``carries_source``; and, if stored, ``reference_hidden`` ``[2, H]``; for each side of which
             it is stored a list of what the reference says of each of its pairs, ``source_reference`` and
-            ``target_reference``: ``logps`` and ``shared``, each ``[2]``; and, where pairs are mismatched,
+            ``target_reference``: ``logps`` and ``shared``, each ``[2]``, of targets also ``hidden`` ``[2, H]``; and, where pairs are mismatched,
             ``other_responses``, two lists of tokens, and ``other_logps`` ``[2]``.
         """
         row: dict[str, Any] = {
@@ -174,7 +177,7 @@ class GroupReference:
                 row["reference_hidden"] = self.hidden(group)
         if self._targets is not None:
             store, pairs = self._targets
-            found[TARGET] = store.rows(pairs.of_group(group))
+            found[TARGET] = store.rows(pairs.of_group(group), states=True)
         for side, (store, mismatched) in self._mismatched.items():
             own = mismatched.own.of_group(group)
             for values, tree, others in zip(found[side], mismatched.trees(own), store.rows(own), strict=True):
@@ -221,6 +224,64 @@ class GroupReference:
             "not_positive": int((gaps <= 0).sum()),
             "dropped": int(dropped.sum()),
         }
+
+
+class MixedReference(GroupReference):
+    """The reference values of a dataset some of whose groups are harmless.
+
+    Args:
+        harmless: ``[groups]``, True for these.
+        references: Of the harmful groups alone and of the harmless ones alone; None where there are none.
+    """
+
+    def __init__(
+        self, harmless: np.ndarray, references: tuple[GroupReference | None, GroupReference | None]
+    ) -> None:
+        self._harmless, self._of_kind = harmless, references
+        self._place = np.where(harmless, np.cumsum(harmless), np.cumsum(~harmless)) - 1
+        self.gap = np.full(len(harmless), np.nan, dtype=np.float32)
+        self.carries_source = np.zeros(len(harmless), dtype=bool)
+        for kind, part in zip((False, True), references, strict=True):
+            if part is not None:
+                self.gap[harmless == kind] = part.gap
+                self.carries_source[harmless == kind] = part.carries_source
+
+    def of_kind(self, *, harmless: bool) -> GroupReference | None:
+        """The values of the groups of one kind, or None where there are none."""
+        return self._of_kind[harmless]
+
+    def hidden(self, group: int) -> np.ndarray:
+        """``[2, H]`` pooled reference states of the group's source."""
+        return self._part(group).hidden(int(self._place[group]))
+
+    def row(self, group: int) -> dict[str, Any]:
+        """As :meth:`GroupReference.row`."""
+        return self._part(group).row(int(self._place[group]))
+
+    def groups_above(self, min_gap: float | None) -> np.ndarray:
+        """The harmful groups whose source has a reference gap above a limit, and all harmless ones.
+
+        Raises:
+            DataError: There are harmful groups and none of them is.
+        """
+        kept = np.ones(len(self.gap), dtype=bool)
+        harmful = self.of_kind(harmless=False)
+        if harmful is not None:
+            place = np.flatnonzero(~self._harmless)
+            kept[place] = False
+            kept[place[harmful.groups_above(min_gap)]] = True
+        return np.flatnonzero(kept)
+
+    def report(self, min_gap: float | None, *, is_goal: bool = True) -> dict[str, int]:
+        """As :meth:`GroupReference.report`, of the harmful sources, and the number of ``harmless`` ones."""
+        harmful, harmless = self._of_kind
+        found = {"sources": 0, "dropped": 0} if harmful is None else harmful.report(min_gap, is_goal=is_goal)
+        return {**found, "harmless": 0 if harmless is None else int(harmless.carries_source.sum())}
+
+    def _part(self, group: int) -> GroupReference:
+        part = self.of_kind(harmless=bool(self._harmless[group]))
+        assert part is not None
+        return part
 
 
 def build_or_load(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from mpo.modeling.identity import ModelIdentity, identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
 from mpo.modeling.loading import ModelSource
 from mpo.training.config import MPOConfig
+from mpo.training.harmless import harmless_groups
 from mpo.training.objectives import MISMATCHED, REFERENCE, RETENTION, SOURCE_GAP
 from mpo.training.ranks import from_main
 from mpo.training.reference import (
@@ -25,6 +27,7 @@ from mpo.training.reference import (
     LOGPS,
     SHARED,
     GroupReference,
+    MixedReference,
     Stored,
     build_or_load,
 )
@@ -51,6 +54,9 @@ def needed_for(args: MPOConfig, *, evaluation: bool = False) -> Stored:
         sources.add(LOGPS)
     if evaluation or RETENTION in needs:
         sources |= {LOGPS, HIDDEN}
+    if args.keeps_own:
+        own |= {LOGPS, HIDDEN}
+        sources |= own if train_on != "targets" else set()
     sides = {"targets": {TARGET}, "source": {SOURCE}, "both": {SOURCE, TARGET}}[train_on]
     return Stored(
         frozenset(sources),
@@ -87,6 +93,8 @@ class ReferencePolicy:
     ) -> None:
         self.shape = shape
         self.known: WeakKeyDictionary[Dataset, GroupReference] = WeakKeyDictionary()
+        # Of data of both kinds the harmful and the harmless groups.
+        self._by_kind: WeakKeyDictionary[Dataset, tuple[Dataset | None, ...]] = WeakKeyDictionary()
         self._policy = policy
         self._explicit: Any = explicit
         self._placed: Any = None  # the explicit reference as it can be called
@@ -100,17 +108,40 @@ class ReferencePolicy:
         self._layout_checked = False
         self._identity: ModelIdentity | None = None  # once it is computed
 
-    def values(self, dataset: Dataset, name: str, stored: Stored | None = None) -> GroupReference:
+    def values(
+        self, dataset: Dataset, name: str, stored: Stored | None = None, harmless: Stored | None = None
+    ) -> GroupReference:
         """The reference's values of a tokenized dataset, computed or read from the cache when first asked for.
 
         Args:
             dataset: Tokenized groups.
             name: Of the split, for the progress bar.
             stored: What is needed; unset: gaps and states of the sources.
+            harmless: What is needed of harmless groups; unset: the same.
 
         Raises:
             ModelError: The data is new and the reference is gone.
         """
+        kinds = harmless_groups(dataset)
+        if not kinds.any():
+            return self._values(dataset, name, stored)
+        if dataset not in self._by_kind:
+            places = np.flatnonzero(~kinds), np.flatnonzero(kinds)
+            self._by_kind[dataset] = tuple(dataset.select(place) if len(place) else None for place in places)
+        harmful_part, harmless_part = self._by_kind[dataset]
+        return MixedReference(
+            kinds,
+            (
+                None if harmful_part is None else self._values(harmful_part, name, stored),
+                None
+                if harmless_part is None
+                else self._values(
+                    harmless_part, f"harmless {name}", stored if harmless is None else harmless
+                ),
+            ),
+        )
+
+    def _values(self, dataset: Dataset, name: str, stored: Stored | None) -> GroupReference:
         stored = Stored() if stored is None else stored
         known = self.known.get(dataset)
         if known is not None and stored <= known.stored:

@@ -97,10 +97,12 @@ class ResumableRun:
                 self._reference.identity(),
                 self._given_optimizer,
                 str(trainer.accelerator.mixed_precision),
+                harmless=trainer.data_collator.harmless is not None,
             ),
             "made_by": {name: getattr(args, name) for name in _ROWS},
             "changes": self.changes,
             "train_on": args.train_on,
+            "harmless_share": args.harmless_share,
         }
         if args.max_tokens_per_batch is not None:  # these decide how many tokens a group has
             state.update(batch_layout=args.batch_layout, sources_run=args.runs_sources)

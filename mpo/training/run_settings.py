@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from mpo.common.words import ARROW, listed, nearest, shortened
 from mpo.errors import ConfigError
 from mpo.modeling.identity import ModelIdentity, computing_settings
+from mpo.training.harmless import HarmlessSettings
 
 _LENGTH = ("num_train_epochs", "max_steps")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", *_LENGTH)
 _OBJECTIVE = ("beta", "retain_weight", "retain_pooling", "language_weights", "disable_dropout")
+_HARMLESS = ("harmless_beta", "harmless_loss_weight", "harmless_retain_weight")
 # Keys of the optimizer's parameter groups, which a checkpoint would set back.
 _GROUP_KEYS = {
     "learning_rate": "lr",
@@ -23,7 +26,7 @@ _GROUP_KEYS = {
 }
 _ADAPTER_NAMES = {"r": "lora_r", "target_modules": "lora_target_modules"}
 _SAME_SHAPES = ("lora_alpha", "lora_dropout", "use_rslora", "mixed_precision", "max_grad_norm")
-CHANGEABLE = (*_GROUP_KEYS, *_SCHEDULE, *_OBJECTIVE, *_SAME_SHAPES)
+CHANGEABLE = (*_GROUP_KEYS, *_SCHEDULE, *_OBJECTIVE, *_HARMLESS, *_SAME_SHAPES)
 """Settings that `resume_changes` may name. All others decide what a checkpoint's tensors are."""
 
 _NOT_LAMBDAS = ("reduce_lr_on_plateau", "greedy")
@@ -41,7 +44,13 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def run_settings(
-    args: Any, model: Any, base: ModelIdentity, optimizer: Any, mixed_precision: str
+    args: Any,
+    model: Any,
+    base: ModelIdentity,
+    optimizer: Any,
+    mixed_precision: str,
+    *,
+    harmless: bool = False,
 ) -> dict[str, Any]:
     """Every setting that decides what is trained and how, ready for JSON; the order of the data has its own record.
 
@@ -51,6 +60,7 @@ def run_settings(
         base: Identity of the reference model.
         optimizer: One that the trainer was given, or None.
         mixed_precision: As ``accelerate.Accelerator`` names it.
+        harmless: Whether there are harmless groups.
     """
     names = (
         *_OBJECTIVE,
@@ -65,6 +75,11 @@ def run_settings(
     )
     names += tuple(sorted(set(args.objectives.reads) - set(names)))
     settings = {name: getattr(args, name) for name in names}
+    if harmless:
+        settings |= {f.name: getattr(args, f.name) for f in fields(HarmlessSettings)}
+        own = args.harmless
+        settings |= {f"harmless_{name}": getattr(own, name) for name in ("loss_type", "beta", "train_on")}
+        del settings["harmless_share"]  # it belongs to the order of the data
     # Only one of the two is in effect.
     settings["num_train_epochs" if args.max_steps > 0 else "max_steps"] = None
     settings["mixed_precision"] = mixed_precision

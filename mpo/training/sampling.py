@@ -1,9 +1,8 @@
-"""Which groups a rank sees in which micro-batch, and the tensors made of them."""
+"""The tensors that are made of a micro-batch's groups."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,16 +11,19 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from mpo.common.log import get_logger
-from mpo.data.contract import PARTS
+from mpo.data.contract import HARMLESS, PARTS
 from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
+from mpo.modeling.pairs import places_by_kind
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
+from mpo.training.harmless import harmless_groups
 from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE, STATES
+from mpo.training.order import EpochSampler
 from mpo.training.reference import GroupReference
 from mpo.training.unique_pairs import unique_sources
 
@@ -59,131 +61,6 @@ class GroupDataset(TorchDataset[dict[str, Any]]):
         ]
 
 
-class EpochSampler(Sampler[list[int]]):
-    """A batch sampler whose order follows the epoch."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose order the next iteration gives."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-
-class GroupBatchSampler(EpochSampler):
-    """Micro-batches of groups for one rank, in an order that depends on seed and epoch only.
-
-    A micro-batch takes ``batch_size`` groups on each rank. What is left at the end of an epoch is spread evenly over the
-    ranks; a rank that gets none receives a filler (see :class:`GroupDataset`).
-
-    Args:
-        indices: Groups to draw from.
-        batch_size: Groups per rank and micro-batch.
-        num_ranks, rank: The process group.
-        seed: Seed of the order; None keeps the order of ``indices``.
-        drop_last: Leave out what is left at the end of an epoch.
-    """
-
-    def __init__(
-        self,
-        indices: np.ndarray,
-        batch_size: int,
-        *,
-        num_ranks: int = 1,
-        rank: int = 0,
-        seed: int | None = None,
-        drop_last: bool = False,
-    ) -> None:
-        self.indices = indices
-        self.batch_size = batch_size
-        self.num_ranks, self.rank = num_ranks, rank
-        self.seed = seed
-        self.drop_last = drop_last
-
-    def __len__(self) -> int:
-        per_step = self.batch_size * self.num_ranks
-        return len(self.indices) // per_step if self.drop_last else -(-len(self.indices) // per_step)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.indices
-        if self.seed is not None:
-            order = self.indices[
-                np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))
-            ]
-        per_step = self.batch_size * self.num_ranks
-        for step in range(len(self)):
-            groups = order[step * per_step : (step + 1) * per_step]
-            mine = groups[self.rank :: self.num_ranks]
-            yield [int(i) for i in mine] if len(mine) else [~int(groups[0])]
-
-
-class TokenBudgetSampler(EpochSampler):
-    """Micro-batches of at most ``max_tokens`` tokens for one rank, in an order that depends on seed and epoch only.
-
-    Group sizes are spread over as few micro-batches as the budget allows, the largest first, each to the micro-batch with
-    the fewest tokens so far. So all micro-batches come out nearly equal, and those of one step, one per rank, differ by
-    less than their smallest group: no rank waits for another. A group is never split; one beyond the budget is a
-    micro-batch of its own.
-
-    Only the sizes, rounded up to six binary digits, decide on this, so every epoch has the same number of steps, known in
-    advance. Which groups of a size go where, and the order of the steps, are drawn anew in every epoch.
-
-    Args:
-        indices: ``[n]``, groups to draw from.
-        tokens: ``[n]``, tokens of each (:func:`mpo.training.workload.group_tokens`).
-        max_tokens: Budget of a micro-batch on one rank.
-        num_ranks, rank: The process group.
-        seed: Seed of the order.
-        drop_last: Leave out the step in which a rank would have no group and compute a filler.
-    """
-
-    def __init__(
-        self,
-        indices: np.ndarray,
-        tokens: np.ndarray,
-        max_tokens: int,
-        *,
-        num_ranks: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        drop_last: bool = False,
-    ) -> None:
-        self.num_ranks, self.rank = num_ranks, rank
-        self.seed = seed
-        self.oversized = int((tokens > max_tokens).sum())
-        """Number of groups that are larger than the budget."""
-        sizes = _rounded_up(tokens)
-        order = np.argsort(-sizes, kind="stable")
-        self._indices, self._sizes = indices[order], sizes[order]
-        batch_of_place, loads = _spread(self._sizes, max_tokens, num_ranks)
-        # Places of the sizes, batch by batch and largest first, and where each batch begins.
-        self._places = np.argsort(batch_of_place, kind="stable")
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(batch_of_place, minlength=len(loads)))])
-        # Neighbours by load share a step, one for each rank.
-        steps = np.argsort(-loads, kind="stable").reshape(-1, num_ranks)
-        filled = loads[steps] > 0
-        self._steps = steps[filled.all(axis=1) if drop_last else filled.any(axis=1)]
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        shuffled = rng.permutation(len(self._sizes))
-        # Groups of one size trade places; a stable sort keeps their random order.
-        groups = self._indices[shuffled[np.argsort(-self._sizes[shuffled], kind="stable")]]
-        for step in rng.permutation(len(self._steps)):
-            first, mine = self._steps[step, 0], self._steps[step, self.rank]
-            places = self._places[self._starts[mine] : self._starts[mine + 1]]
-            if len(places):
-                yield groups[places].tolist()
-            else:
-                # The step's first batch has groups; its smallest is the cheapest filler.
-                yield [~int(groups[self._places[self._starts[first + 1] - 1]])]
-
-
 def count_languages(tokenized: Dataset) -> dict[str, int]:
     """Number of target pairs of each language of a tokenized dataset."""
     counts: dict[str, int] = {}
@@ -197,64 +74,6 @@ def count_languages(tokenized: Dataset) -> dict[str, int]:
 def target_languages(*datasets: Dataset) -> list[str]:
     """Target languages of tokenized datasets, sorted."""
     return sorted({language for dataset in datasets for language in count_languages(dataset)})
-
-
-def _rounded_up(tokens: np.ndarray) -> np.ndarray:
-    """Numbers rounded up to six binary digits: at most 3 % more, and few different ones."""
-    unit = 2 ** np.maximum(np.floor(np.log2(np.maximum(tokens, 1))).astype(np.int64) - 5, 0)
-    rounded: np.ndarray = -(-tokens.astype(np.int64) // unit) * unit
-    return rounded
-
-
-def _spread(sizes: np.ndarray, budget: int, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spread falling sizes over the fewest batches that were found to do, a multiple of the number of ranks.
-
-    Returns:
-        ``[n]`` batch of each, and the batches' loads.
-    """
-    total = int(sizes.sum())
-    halves = int((2 * sizes > budget).sum())
-    low = max(1, -(-total // (budget * num_ranks)), -(-halves // num_ranks))
-    high = max(low, -(-len(sizes) // num_ranks))  # a batch for every group
-    before = np.cumsum(sizes) - sizes
-    # A size finds no room only if every batch is fuller than the budget less that size.
-    floor, ceiling = low, high
-    while floor < ceiling:
-        steps = (floor + ceiling) // 2
-        batches = steps * num_ranks
-        if np.all(before[batches:] <= batches * (budget - sizes[batches:])):
-            ceiling = steps
-        else:
-            floor = steps + 1
-    high = ceiling
-    found = _fill(sizes, budget, high * num_ranks)
-    assert found is not None
-    # What is certain to do may be more than is needed; each try costs a pass over all groups.
-    while high - low > high // 50:
-        steps = (low + high) // 2
-        tried = _fill(sizes, budget, steps * num_ranks)
-        if tried is None:
-            low = steps + 1
-        else:
-            found, high = tried, steps
-    return found
-
-
-def _fill(sizes: np.ndarray, budget: int, batches: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Give each size to the batch with the smallest load; None where one does not fit."""
-    heap = list(range(batches))  # load * batches + batch, so that the smallest has the smallest load
-    chosen = np.empty(len(sizes), dtype=np.int64)
-    for i, size in enumerate(sizes.tolist()):
-        load, batch = divmod(heap[0], batches)
-        if load and load + size > budget:
-            return None
-        chosen[i] = batch
-        heapq.heapreplace(heap, heap[0] + size * batches)
-    loads = np.empty(batches, dtype=np.int64)
-    for entry in heap:
-        load, batch = divmod(entry, batches)
-        loads[batch] = load
-    return chosen, loads
 
 
 class GroupDataLoader(DataLoader[dict[str, Any]]):
@@ -277,6 +96,8 @@ class Trained:
         prompts, shared: See :func:`mpo.modeling.trees.build_batch`.
         mismatched: Whether those of another pair's responses are needed, under policy and reference.
         states: Whether hidden states at the end of a prompt in all languages of its group are needed.
+        holds_source: Whether the group's source is held where it is.
+        holds_own: Whether the trained pairs' own chosen responses are.
     """
 
     targets: bool = True
@@ -286,19 +107,24 @@ class Trained:
     shared: bool = False
     mismatched: bool = False
     states: bool = False
+    holds_source: bool = False
+    holds_own: bool = False
 
     @classmethod
     def by(cls, args: MPOConfig) -> Trained:
         """As a run's settings ask for it."""
         objectives = args.objectives
+        trains = bool(objectives.by_name) or args.keeps_own
         return cls(
-            targets=args.train_on != "source",
-            sources=args.train_on != "targets",
+            targets=trains and args.train_on != "source",
+            sources=trains and args.train_on != "targets",
             reference=REFERENCE in objectives.needs,
             prompts=PROMPT in objectives.needs,
             shared=objectives.needs_shared,
             mismatched=MISMATCHED in objectives.needs,
             states=STATES in objectives.needs,
+            holds_source=args.holds_sources,
+            holds_own=args.keeps_own,
         )
 
 
@@ -311,6 +137,7 @@ class _Pair(NamedTuple):
     is_source: bool
     trained: bool
     said: Mapping[str, Any]  # by the reference of it, see `GroupReference.row`
+    harmless: bool = False
 
 
 @dataclass
@@ -327,11 +154,14 @@ class GroupCollator:
         max_tokens_per_call: A batch of more tokens is split into several model calls.
         trained: Which pairs are trained on.
         source_language: Language of the sources, where they are trained on.
+        harmless: What ``trained`` is, for harmless groups; None where the data have none.
+        harmless_weights: What ``language_weights`` is, for them.
 
     The output has the tensors of :func:`mpo.modeling.trees.build_batch` and, with G groups and T pairs, targets first:
 
     - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source, NaN where it is not known
-    - ``reference_hidden``: ``[G, 2, H]`` float32 (only if the source is run for the retention term)
+    - ``reference_hidden``: ``[P, 2, H]`` float32, of the P sequences that are held (only if some are), and
+      ``held_of_pair`` ``[T]``, the row of them that a pair's retention is of, or -1
     - ``reference_logps``, ``reference_shared``: ``[T, 2]`` float32, of the pair's own responses (only if needed)
     - ``group_of_pair``: ``[T]``, the pair's group in this batch
     - ``language``, ``is_source``: ``[T]``
@@ -346,6 +176,11 @@ class GroupCollator:
     - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
       the pairs of the call, and ``source_call``, the tensors of the sources that are held still, or None
     - ``groups``: the groups' places in the dataset, ``origins`` and ``rows`` where they came from, ``fillers``
+
+    With harmless groups in the data ``weight`` makes a mean over each kind: it has a factor from ``kind_factors`` ``[2]``,
+    the pairs that count over those of the kind. There are also ``is_harmless`` ``[T]``; ``by_kind``, the places of either
+    kind; ``harmless_step``; ``holds_own`` ``[P]``, True where a pair's own chosen response is held; and ``held_of_group``
+    ``[G]``. ``totals`` has those of the harmless pairs after those of the harmful ones.
     """
 
     languages: Sequence[str]
@@ -357,16 +192,19 @@ class GroupCollator:
     max_tokens_per_call: int | None = None
     trained: Trained = Trained()
     source_language: str = ""
+    harmless: Trained | None = None
+    harmless_weights: Sequence[float] = ()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs, held, stems = self._pairs(examples)
-        size = sum(tree.size for tree in [*(pair.tree for pair in pairs), *stems.values(), *held])
+        size = sum(tree.size for tree in [*(pair.tree for pair in pairs), *stems.values(), *held.values()])
         limit = self.max_tokens_per_call
         batch: dict[str, Any]
         if limit is None or self.score_source or size <= limit:
-            batch = self._call(pairs, stems, held)
+            batch = self._call(pairs, stems, held.values()) | self._held(pairs, held, examples)
         else:
-            batch = {"calls": [], "source_call": self._build(held) if held else None}
+            batch = {"calls": [], "source_call": self._build(list(held.values())) if held else None}
+            batch |= self._held(pairs, held, examples, own=False)
             # The languages of a prompt stay together where their states are compared.
             whole = [[i for i, pair in enumerate(pairs) if pair.group == g] for g in range(len(examples))]
             units = whole if self.trained.states else [[i] for i in range(len(pairs))]
@@ -374,7 +212,8 @@ class GroupCollator:
             for part in pack_rows(sizes, limit):
                 numbers = sorted(i for unit in part for i in units[unit])
                 own = {g: stems[g] for g in part if g in stems} if self.trained.states else {}
-                call = self._call([pairs[i] for i in numbers], own)
+                part = [pairs[i] for i in numbers]
+                call = self._call(part, own) | self._held(part, held, examples)
                 batch["calls"].append({**call, "pairs": torch.tensor(numbers)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]
@@ -382,12 +221,12 @@ class GroupCollator:
                 ids + ([batch["source_call"]["input_ids"].flatten()] if held else [])
             )
         batch |= self._columns(pairs, examples)
-        if self.run_source:
-            batch["reference_hidden"] = torch.from_numpy(
-                np.stack([np.asarray(example["reference_hidden"], dtype=np.float32) for example in examples])
-            )
         if self.trained.mismatched:
-            batch["mismatched"] = self._mismatched([pair for pair in pairs if pair.trained], examples)
+            trained = [pair for pair in pairs if pair.trained]
+            # At least one, so that all ranks make a call.
+            batch["mismatched"] = self._mismatched(
+                [pair for pair in trained if not pair.harmless] or trained[:1], examples
+            )
         batch["groups"] = [example["group"] for example in examples]
         batch["origins"] = [example["origin"] for example in examples]
         batch["rows"] = [list(example["row"]) for example in examples]
@@ -396,53 +235,115 @@ class GroupCollator:
 
     def weigh_languages(self, groups: Dataset, weights: Mapping[str, float] | str | None) -> None:
         """Weight the languages so that the mean weight is 1 over the pairs of these tokenized groups."""
-        counts = count_languages(groups) if self.trained.targets else {}
-        if self.trained.sources:
+        harmless = harmless_groups(groups)
+        if self.harmless is not None and harmless.any():
+            own = groups.select(np.flatnonzero(harmless))
+            self.harmless_weights = self._weights(own, self.harmless, weights)
+            groups = groups.select(np.flatnonzero(~harmless))
+        if len(groups):
+            self.language_weights = self._weights(groups, self.trained, weights)
+
+    def _weights(
+        self, groups: Dataset, trained: Trained, weights: Mapping[str, float] | str | None
+    ) -> list[float]:
+        counts = count_languages(groups) if trained.targets else {}
+        if trained.sources:
             sources = len(unique_sources(groups)[1])
             counts[self.source_language] = counts.get(self.source_language, 0) + sources
-        self.language_weights = language_weights(self.languages, counts, weights)
+        if not counts:  # nothing of these groups is trained on
+            return [1.0] * len(self.languages)
+        return language_weights(self.languages, counts, weights)
 
     def _pairs(
         self, examples: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[_Pair], list[Tree], dict[int, Tree]]:
-        """The pairs to score, targets first; the sources that are only held still; by group, those of which only the state
-        of the prompt is needed."""
+    ) -> tuple[list[_Pair], dict[int, Tree], dict[int, Tree]]:
+        """The pairs to score, targets first; by group, the sources that are only held still; and those of which only the
+        state of the prompt is needed."""
         index_of = {language: i for i, language in enumerate(self.languages)}
         targets: list[_Pair] = []
         sources: list[_Pair] = []
-        held: list[Tree] = []
+        held: dict[int, Tree] = {}
         stems: dict[int, Tree] = {}
-        states = self.trained.states
         for g, example in enumerate(examples):
+            harmless, asked = self._asked(example)
+            states, own = asked.states, asked.holds_own
+            # An evaluation measures the retention of every source.
+            pools = self.run_source if self.score_source or not harmless else asked.holds_source
             prompt, chosen, rejected = (example[f"source_{part}"] for part in PARTS)
-            trained = self.trained.sources and example["carries_source"]
+            trained = asked.sources and example["carries_source"]
             if trained or self.score_source:
-                tree = Tree(prompt, chosen, rejected, pool=self.run_source, prompt_state=states)
+                pool = pools or (own and trained)
+                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states)
                 (said,) = example.get("source_reference", [{}])
-                sources.append(_Pair(tree, g, index_of.get(self.source_language, -1), True, trained, said))
+                language = index_of.get(self.source_language, -1)
+                sources.append(_Pair(tree, g, language, True, trained, said, harmless))
             else:
-                if self.run_source:
-                    held.append(Tree(prompt, chosen, rejected, score=False, pool=True))
+                if pools:
+                    held[g] = Tree(prompt, chosen, rejected, score=False, pool=True)
                 if states:
                     stems[g] = Tree(prompt, chosen[:1], rejected[:1], score=False, prompt_state=True)
-            if not (self.trained.targets or self.score_source):
+            if not (asked.targets or self.score_source):
                 continue
             languages = example["target_language"]
             of_targets = example.get("target_reference", [{}] * len(languages))
             columns = [example[f"target_{part}"] for part in PARTS]
             for language, said, prompt, chosen, rejected in zip(languages, of_targets, *columns, strict=True):
-                tree = Tree(prompt, chosen, rejected, prompt_state=states)
-                targets.append(_Pair(tree, g, index_of[language], False, self.trained.targets, said))
+                tree = Tree(prompt, chosen, rejected, pool=own and asked.targets, prompt_state=states)
+                targets.append(_Pair(tree, g, index_of[language], False, asked.targets, said, harmless))
         return targets + sources, held, stems
+
+    def _asked(self, example: Mapping[str, Any]) -> tuple[bool, Trained]:
+        """Whether a group is harmless, and what of it is trained on."""
+        harmless = self.harmless is not None and example.get("kind") == HARMLESS
+        return harmless, self.harmless if harmless and self.harmless is not None else self.trained
+
+    def _held(
+        self,
+        pairs: Sequence[_Pair],
+        held: Mapping[int, Tree],
+        examples: Sequence[Mapping[str, Any]],
+        *,
+        own: bool = True,
+    ) -> dict[str, Any]:
+        """What is held still: of the pairs of a call those that are pooled, with ``own``, and then the sources."""
+        pooled = [i for i, pair in enumerate(pairs) if own and pair.tree.pool]
+        row_of_group = {g: len(pooled) + row for row, g in enumerate(held)}
+        row_of_group |= {pairs[i].group: row for row, i in enumerate(pooled) if pairs[i].is_source}
+        keeps = [own and pair.trained and self._asked(examples[pair.group])[1].holds_own for pair in pairs]
+        row_of_pair = [row_of_group.get(pair.group, -1) for pair in pairs]
+        states = []
+        for row, i in enumerate(pooled):
+            pair = pairs[i]
+            if keeps[i]:
+                row_of_pair[i] = row
+            states.append(examples[pair.group]["reference_hidden"] if pair.is_source else pair.said["hidden"])
+        states += [examples[g]["reference_hidden"] for g in held]
+        found: dict[str, Any] = {"held_of_pair": torch.tensor(row_of_pair, dtype=torch.long)}
+        if states:
+            found["reference_hidden"] = torch.from_numpy(
+                np.stack([np.asarray(state, dtype=np.float32) for state in states])
+            )
+        if self.harmless is not None:
+            of_group = [row_of_group.get(g, -1) for g in range(len(examples))]
+            found |= {
+                "held_of_group": torch.tensor(of_group, dtype=torch.long),
+                "holds_own": torch.tensor([keeps[i] for i in pooled] + [False] * len(held), dtype=torch.bool),
+                "by_kind": list(places_by_kind(_is_harmless(pairs))),
+            }
+        return found
 
     def _columns(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What a loss reads of the pairs besides what the model says of them."""
         groups = [examples[pair.group] for pair in pairs]
         counts = [pair.trained and not example["filler"] for pair, example in zip(pairs, groups, strict=True)]
-        counted = [pair.tree for pair, real in zip(pairs, counts, strict=True) if real]
-        weights = [self.language_weights[pair.language] if pair.trained else 0.0 for pair in pairs]
-        chosen = sum(len(tree.chosen) for tree in counted)
-        totals = len(counted), chosen, chosen + sum(len(tree.prompt) - 1 for tree in counted)
+        counted = [pair for pair, real in zip(pairs, counts, strict=True) if real]
+        totals = _totals(counted)
+        weights = [
+            (self.harmless_weights if pair.harmless else self.language_weights)[pair.language]
+            if pair.trained
+            else 0.0
+            for pair in pairs
+        ]
         lengths = [(len(pair.tree.chosen), len(pair.tree.rejected)) for pair in pairs]
         columns: dict[str, Any] = {
             "reference_gap": torch.tensor(
@@ -455,10 +356,17 @@ class GroupCollator:
             "counts": torch.tensor(counts, dtype=torch.float32),
             "num_pairs": len(counted),
             "totals": totals,
-            "step": step_means(max(len(counted), 1), *totals[1:]),
         }
+        if self.harmless is not None:
+            columns["totals"] = (
+                *_totals([pair for pair in counted if not pair.harmless]),
+                *_totals([pair for pair in counted if pair.harmless]),
+            )
+            columns["is_harmless"] = _is_harmless(pairs)
+        columns |= step_of(columns["totals"])
         columns["weight"] = torch.tensor(weights, dtype=torch.float32) * columns["counts"]
-        needed = {"logps": self.trained.reference, "shared": self.trained.shared}
+        asked = [self.trained] + ([] if self.harmless is None else [self.harmless])
+        needed = {"logps": any(x.reference for x in asked), "shared": any(x.shared for x in asked)}
         for name in (name for name, asked in needed.items() if asked):
             unknown = np.full(2, np.nan, dtype=np.float32)  # of a pair that is only scored
             values = [pair.said.get(name, unknown) for pair in pairs]
@@ -467,7 +375,8 @@ class GroupCollator:
 
     def _mismatched(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The pairs' prompts with other pairs' responses."""
-        others = [pair.said["other_responses"] for pair in pairs]
+        own = [(pair.tree.chosen, pair.tree.rejected) for pair in pairs]
+        others = [pair.said.get("other_responses", these) for pair, these in zip(pairs, own, strict=True)]
         trees = [
             Tree(pair.tree.prompt, chosen, rejected)
             for pair, (chosen, rejected) in zip(pairs, others, strict=True)
@@ -477,8 +386,8 @@ class GroupCollator:
         for part in pack_rows(sizes, self.max_tokens_per_call or sum(sizes)):
             numbers = sorted(part)
             calls.append({**self._build([trees[i] for i in numbers]), "pairs": torch.tensor(numbers)})
-        counts = [not examples[pair.group]["filler"] for pair in pairs]
-        logps = [pair.said["other_logps"] for pair in pairs]
+        counts = [not (examples[pair.group]["filler"] or pair.harmless) for pair in pairs]
+        logps = [pair.said.get("other_logps", (0.0, 0.0)) for pair in pairs]
         lengths = [(len(tree.chosen), len(tree.rejected)) for tree in trees]
         return {
             "calls": calls,
@@ -488,12 +397,12 @@ class GroupCollator:
         }
 
     def _call(
-        self, pairs: Sequence[_Pair], stems: Mapping[int, Tree], held: Sequence[Tree] = ()
+        self, pairs: Sequence[_Pair], stems: Mapping[int, Tree], held: Iterable[Tree] = ()
     ) -> dict[str, Any]:
         """Tensors of one call: pairs first, so that their scores are the head's output, whatever else is run."""
         call: dict[str, Any] = self._build([*(pair.tree for pair in pairs), *stems.values(), *held])
-        if self.trained.states:
-            call["prompts"] = _prompts([pair.group for pair in pairs], list(stems))
+        if self.trained.states and any(pair.tree.prompt_state for pair in pairs):
+            call["prompts"] = _prompts(pairs, list(stems))
         return call
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
@@ -504,28 +413,64 @@ class GroupCollator:
             pad_token_id=self.shape.pad_token_id,
             pooling=self.shape.pooling,
             pad_to_multiple_of=self.pad_to_multiple_of,
-            score_prompts=self.trained.prompts,
-            score_shared=self.trained.shared,
+            score_prompts=self.trained.prompts or (self.harmless is not None and self.harmless.prompts),
+            score_shared=self.trained.shared or (self.harmless is not None and self.harmless.shared),
         )
 
 
-def _prompts(group_of_pair: Sequence[int], further: Sequence[int]) -> dict[str, Tensor]:
+def _is_harmless(pairs: Sequence[_Pair]) -> Tensor:
+    return torch.tensor([pair.harmless for pair in pairs], dtype=torch.bool)
+
+
+def _totals(pairs: Sequence[_Pair]) -> tuple[int, int, int]:
+    """Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first."""
+    chosen = sum(len(pair.tree.chosen) for pair in pairs)
+    return len(pairs), chosen, chosen + sum(len(pair.tree.prompt) - 1 for pair in pairs)
+
+
+def _prompts(pairs: Sequence[_Pair], further: Sequence[int]) -> dict[str, Tensor]:
     """Where the states of each group's prompts are: those of the pairs first, then one more for each of some groups."""
     of_group: dict[int, list[int]] = {}
-    for row, group in enumerate([*group_of_pair, *further]):
+    groups = [pair.group for pair in pairs if pair.tree.prompt_state]
+    for row, group in enumerate([*groups, *further]):
         of_group.setdefault(group, []).append(row)
     most = max(map(len, of_group.values()))
     place = {group: i for i, group in enumerate(of_group)}
     return {
         "rows": torch.tensor([rows + [0] * (most - len(rows)) for rows in of_group.values()]),
         "present": torch.tensor([[i < len(rows) for i in range(most)] for rows in of_group.values()]),
-        "of_pair": torch.tensor([place[group] for group in group_of_pair]),
+        "of_pair": torch.tensor([place.get(pair.group, 0) for pair in pairs]),
     }
 
 
 def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str, Any]:
     """Fields of :class:`mpo.modeling.pairs.StepMeans` about tokens, from sums over the pairs of a step."""
     return {"chosen_tokens": chosen_tokens / pairs, "sequence_tokens": sequence_tokens / pairs}
+
+
+def step_of(totals: Sequence[Any]) -> dict[str, Any]:
+    """What a batch says of its optimizer step.
+
+    Args:
+        totals: Of the step: number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the
+            first; where there are kinds, of the harmful pairs and then of the harmless ones.
+
+    Returns:
+        ``step`` and, where there are kinds, ``harmless_step`` and ``kind_factors``.
+    """
+
+    def at_least_one(number: Any) -> Any:
+        return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
+
+    found: dict[str, Any] = {"step": step_means(at_least_one(totals[0]), *totals[1:3])}
+    if len(totals) > 3:
+        of_kinds = totals[0], totals[3]
+        factors = [sum(of_kinds) / at_least_one(count) for count in of_kinds]
+        found["harmless_step"] = step_means(at_least_one(totals[3]), *totals[4:])
+        found["kind_factors"] = torch.stack(
+            [torch.as_tensor(factor, dtype=torch.float32) for factor in factors]
+        )
+    return found
 
 
 def language_weights(

@@ -22,15 +22,16 @@ from mpo.data.tokenization import set_chat_template, tokenize_groups
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.layout import BatchShape, Forward, batch_shape, usable_layout
 from mpo.modeling.pairs import PairTensors, mismatch_sums, run_model
+from mpo.training.harmless import harmless_groups
+from mpo.training.order import GroupBatchSampler
 from mpo.training.ranks import Ranks, SingleRank, gathered
 from mpo.training.records import PairScore, Scores
 from mpo.training.reference import GroupReference, build_or_load
 from mpo.training.sampling import (
-    GroupBatchSampler,
     GroupCollator,
     GroupDataset,
     Trained,
-    step_means,
+    step_of,
     target_languages,
     to_device,
 )
@@ -42,8 +43,8 @@ from mpo.training.workload import trained_totals
 class _Sums:
     records: list[tuple[int, int, PairScore]] = field(default_factory=list)
     retention: dict[int, float] = field(default_factory=dict)
-    loss: float = 0.0
-    pairs: int = 0
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of harmful and of harmless pairs
+    pairs: list[int] = field(default_factory=lambda: [0, 0])
     tokens: int = 0
 
 
@@ -58,6 +59,7 @@ def score_dataset(
     ranks: Ranks,
     batch_size: int = 1,
     trained: Trained = Trained(),  # noqa: B008 (frozen)
+    harmless: Trained | None = None,
     pair_loss: Callable[[PairTensors], Tensor] | None = None,
     description: str = "Scoring",
     progress: bool = True,
@@ -77,13 +79,17 @@ def score_dataset(
         ranks: The process group.
         batch_size: Groups per model call and rank.
         trained: Which pairs ``pair_loss`` is of, and what it needs.
-        pair_loss: Loss of each such pair, to be averaged.
+        harmless: The same for harmless groups, where there are some.
+        pair_loss: Loss of each such pair, to be averaged over the harmful and over the harmless pairs.
         description: Text of the progress bar.
         progress: Whether the main process shows it.
 
     Returns:
-        The scores, and the mean of ``pair_loss`` over its pairs (NaN without it).
+        The scores, and the mean of ``pair_loss`` over its pairs, or the sum of both kinds' (NaN without it).
     """
+    kinds = harmless_groups(groups)
+    if not kinds.any():
+        harmless = None
     loader = DataLoader(
         GroupDataset(groups, reference),
         batch_sampler=GroupBatchSampler(
@@ -96,21 +102,31 @@ def score_dataset(
             score_source=True,
             trained=trained,
             source_language=source_language,
+            harmless=harmless,
+            harmless_weights=[1.0] * len(languages),
         ),
     )
-    step = step_means(*trained_totals(groups, trained, reference.carries_source))
+    totals = [
+        number
+        for kind, asked in ((False, trained), (True, harmless))
+        if asked is not None
+        for number in trained_totals(groups, asked, reference.carries_source, kinds == kind)
+    ]
+    means = step_of(totals)
     if trained.mismatched and pair_loss is not None:
-        step["kl"] = _reference_point(forward, loader, ranks)
+        means["step"]["kl"] = _reference_point(forward, loader, ranks)
     sums = _Sums()
     quiet = not (progress and ranks.is_main_process) or bool(os.environ.get("TQDM_DISABLE", ""))
     for cpu_batch in tqdm(loader, desc=description, disable=quiet):
-        batch = {**to_device(cpu_batch, ranks.device), "step": step}
+        batch = {**to_device(cpu_batch, ranks.device), **means}
         trains = cpu_batch["counts"].nonzero().flatten()
         with torch.no_grad():
             pairs, output = run_model(forward, batch)
             if pair_loss is not None and len(trains):
                 losses = pair_loss(pairs.select(trains.to(ranks.device)))
-                sums.loss += float(losses.double().sum())
+                of_harmless = cpu_batch["is_harmless"][trains] if harmless is not None else None
+                for kind, value in enumerate(_by_kind(losses.double().cpu(), of_harmless)):
+                    sums.losses[kind] += value
         assert output.response_logps is not None
         logps = output.response_logps.double().cpu().numpy()
         numbers, fillers = cpu_batch["groups"], cpu_batch["fillers"]
@@ -125,7 +141,8 @@ def score_dataset(
             sums.records.append((numbers[g], 0 if is_source else order[g], scored))
             if is_source:
                 sums.retention[numbers[g]] = float(pairs.retention[i])
-        sums.pairs += len(trains)
+        counted = cpu_batch["totals"]
+        sums.pairs = [sums.pairs[0] + counted[0], sums.pairs[1] + (counted[3] if len(counted) > 3 else 0)]
         if not all(fillers):
             sums.tokens += int(
                 (cpu_batch["tree_ids"] >= 0).sum()
@@ -138,16 +155,32 @@ def score_dataset(
         record for _, _, record in sorted((r for part in parts for r in part.records), key=lambda r: r[:2])
     ]
     retention = {group: value for part in parts for group, value in part.retention.items()}
-    total_pairs = sum(part.pairs for part in parts)
     scores = Scores(
         records=records,
-        retention=math.fsum(retention.values()) / len(retention) if retention else None,
+        retention=_mean([value for group, value in retention.items() if not kinds[group]]),
+        harmless_retention=_mean([value for group, value in retention.items() if kinds[group]]),
         tokens=sum(part.tokens for part in parts),
+        harmless_groups=frozenset(np.flatnonzero(kinds).tolist()),
     )
-    mean_loss = (
-        math.fsum(part.loss for part in parts) / total_pairs if pair_loss and total_pairs else math.nan
+    pairs_of_kind = [sum(part.pairs[kind] for part in parts) for kind in (0, 1)]
+    if not (pair_loss and sum(pairs_of_kind)):
+        return scores, math.nan
+    return scores, math.fsum(
+        math.fsum(part.losses[kind] for part in parts) / count
+        for kind, count in enumerate(pairs_of_kind)
+        if count
     )
-    return scores, mean_loss
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _by_kind(losses: Tensor, is_harmless: Tensor | None) -> list[float]:
+    """Sums over the harmful and over the harmless pairs."""
+    if is_harmless is None:
+        return [float(losses.sum()), 0.0]
+    return [float(losses[is_harmless == kind].sum()) for kind in (False, True)]
 
 
 def _reference_point(forward: Forward, loader: DataLoader[dict[str, Any]], ranks: Ranks) -> float:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -49,15 +48,17 @@ from mpo.training.checks import (
 from mpo.training.collapse import CollapseDetector
 from mpo.training.config import MPOConfig
 from mpo.training.guards import FiniteGuard
+from mpo.training.harmless import harmless_groups, pair_losses
 from mpo.training.loaders import training_collator, training_loader
-from mpo.training.metrics import LanguageMetrics, evaluation_metrics
+from mpo.training.metrics import KindMetrics, evaluation_metrics
 from mpo.training.objectives import SOURCE_GAP
 from mpo.training.policy import open_policy, source_of
+from mpo.training.probe_settings import check_probe_is_asked
 from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import GroupCollator, step_means, target_languages, to_device
+from mpo.training.sampling import GroupCollator, Trained, step_of, target_languages, to_device
 from mpo.training.scoring import score_dataset
 from mpo.training.stopping import LastStep, StopSignals
 from mpo.training.trl_contract import (
@@ -69,6 +70,14 @@ from mpo.training.trl_contract import (
 from mpo.training.workload import tokenize_for_training
 
 logger = get_logger(__name__)
+
+
+def _weights(inputs: dict[str, Any]) -> Tensor:
+    """``[T]``, what the pairs of a micro-batch weigh: in the mean over all, or in one over each kind."""
+    weight: Tensor = inputs["weight"]
+    if "is_harmless" in inputs:
+        weight = weight * inputs["kind_factors"][inputs["is_harmless"].long()]
+    return weight
 
 
 class MPOTrainer(DPOTrainer):
@@ -160,9 +169,6 @@ class MPOTrainer(DPOTrainer):
 
         self.dropped_rows: list[str] = []
         self.source_report: dict[str, int] = {}
-        self.trained_groups: np.ndarray | None = (
-            None  # those that `min_source_gap` keeps, once they are known
-        )
         groups_of = partial(as_groups, source_language=args.source_language, bad_rows=args.bad_rows)
         if isinstance(eval_dataset, dict):
             eval_dataset = {split: groups_of(data) for split, data in eval_dataset.items()}
@@ -199,10 +205,18 @@ class MPOTrainer(DPOTrainer):
             *(("eval", data) for data in self._eval_datasets),
         ):
             check_tokens(dataset, bare, self._tokenizer, name)
-        if args.train_on != "targets" and args.source_language not in self.languages:
+        has_harmless = bool(harmless_groups(self.train_dataset).any())
+        trains_sources = args.train_on != "targets" or (has_harmless and args.harmless.train_on != "targets")
+        if trains_sources and args.source_language not in self.languages:
             self.languages.append(args.source_language)
         self.data_collator = training_collator(
-            args, self.languages, bare, self._tokenizer, self.accelerator, router_loss=self.aux_loss_enabled
+            args,
+            self.languages,
+            bare,
+            self._tokenizer,
+            self.accelerator,
+            router_loss=self.aux_loss_enabled,
+            harmless=has_harmless,
         )
         self.data_collator.weigh_languages(self.train_dataset, args.language_weights)
         decide_checkpointing(self.model, args, self.train_dataset, self.data_collator, self.accelerator)
@@ -217,19 +231,22 @@ class MPOTrainer(DPOTrainer):
             shape=self.data_collator.shape,
         )
         # Sums over the pairs since the last log.
-        self._metrics_per_language = LanguageMetrics(
-            self.languages,
-            args.gap_scale,
-            self.accelerator.device,
-            objectives=args.objectives,
-            knows_source_gap=bool(needed_for(args).sources),
+        self._metrics_per_language = KindMetrics(
+            self.languages, args, self.accelerator.device, harmless=has_harmless
         )
         # What ends the run: before the optimizer's step, or at a log.
         self._signals = StopSignals(keep=True)
         self._finite = FiniteGuard(self.accelerator, lambda: self._signals.asked)
-        self._collapse = CollapseDetector(args.collapse_window, args.collapse_drop)
+        self._collapse = [
+            CollapseDetector(args.collapse_window, args.collapse_drop, kind) for kind in ("", "harmless/")
+        ]
         # What its checkpoints state, and which of them it can go on from.
         self._run = ResumableRun(self, self._reference)
+
+    @property
+    def policy(self) -> sharding.CallablePolicy:
+        """The model as it can be called, whole or divided over ranks, before training and in it."""
+        return self._policy
 
     # ---- The loss ------------------------------------------------------------------------------------------------
 
@@ -239,7 +256,8 @@ class MPOTrainer(DPOTrainer):
         What is returned is weighted by language and averaged over all trained pairs of the optimizer step, whatever the
         grouping, the accumulation or the number of ranks. A call may hold some of a micro-batch's pairs only
         (``max_tokens_per_call``), so the loss of a pair must not depend on the others. It is given what ``loss_type``
-        needs; to give recipes a name for a loss, see :func:`mpo.training.objectives.register_objective`.
+        needs; to give recipes a name for a loss, see :func:`mpo.training.objectives.register_objective`. Pairs of harmless
+        groups (``pairs.is_harmless``), which have a loss and a mean of their own, are among them where the data have some.
 
         Args:
             pairs: Tensors with one entry per pair, see :class:`mpo.modeling.pairs.PairTensors`.
@@ -247,7 +265,7 @@ class MPOTrainer(DPOTrainer):
         Returns:
             ``[T]``, differentiable with respect to the policy.
         """
-        return self.args.objectives.loss(pairs)
+        return pair_losses(pairs, self.args)
 
     def _checked_pair_loss(self, pairs: PairTensors) -> Tensor:
         losses = self.pair_loss(pairs)
@@ -270,7 +288,7 @@ class MPOTrainer(DPOTrainer):
         pairs, output = run_model(model, inputs, **kwargs)
         losses = self._checked_pair_loss(pairs)
         count = inputs["num_pairs"] if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * inputs["weight"]).sum()
+        loss = (losses * _weights(inputs)).sum()
         if self.aux_loss_enabled:
             # The router's loss of a micro-batch counts like each of its pairs.
             loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
@@ -300,7 +318,7 @@ class MPOTrainer(DPOTrainer):
         total = torch.zeros((), device=self.accelerator.device)
 
         def backward(pairs: PairTensors, places: Tensor) -> None:
-            loss = (self._checked_pair_loss(pairs) * inputs["weight"][places]).sum() / count
+            loss = (self._checked_pair_loss(pairs) * _weights(inputs)[places]).sum() / count
             self._metrics_per_language.add(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
             total.add_(loss.detach())
@@ -324,12 +342,12 @@ class MPOTrainer(DPOTrainer):
         if self.accelerator.num_processes > 1:
             own = torch.stack([torch.full((), float(total), device=device) for total in totals])
             totals = self.accelerator.reduce(own, reduction="sum")
-        means = step_means(*totals)
+        means = step_of(totals)
         if self.data_collator.trained.mismatched:
-            means["kl"] = self._reference_point(batch_samples)
+            means["step"]["kl"] = self._reference_point(batch_samples)
         for batch in batch_samples:
-            batch["step"] = means
-        count: Tensor | int = totals[0]
+            batch |= means
+        count: Tensor | int = sum(totals[::3])
         return count
 
     def _reference_point(self, batches: list[Any]) -> Tensor:
@@ -341,7 +359,7 @@ class MPOTrainer(DPOTrainer):
                 sums = sums + mismatch_sums(model, to_device(batch.pop("mismatched"), device))
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
-        return (sums[0] / sums[1]).clamp(min=0)
+        return (sums[0] / sums[1].clamp(min=1)).clamp(min=0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once per optimizer step, after the gradients are final and before the optimizer moves.
@@ -400,7 +418,10 @@ class MPOTrainer(DPOTrainer):
         self, dataset: Dataset, name: str = "train", *, evaluation: bool = False
     ) -> GroupReference:
         """Reference values of a prepared dataset, computed or read when first asked for."""
-        values = self._reference.values(dataset, name, needed_for(self.args, evaluation=evaluation))
+        stored, of_harmless = (
+            needed_for(args, evaluation=evaluation) for args in (self.args, self.args.harmless)
+        )
+        values = self._reference.values(dataset, name, stored, of_harmless)
         self.data_collator.shape = self._reference.shape  # with the layout that the model takes
         return values
 
@@ -434,6 +455,7 @@ class MPOTrainer(DPOTrainer):
             TrainingError: A loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
             StoppedBySignal: A signal has ended the run; the state of its last step is saved.
         """
+        check_probe_is_asked(self.args.metric_for_best_model, self.callback_handler.callbacks)
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
@@ -527,7 +549,7 @@ class MPOTrainer(DPOTrainer):
         if self.model.training and "loss" in logs:
             metrics = self._metrics_per_language.log(self.state.global_step, self.accelerator)
             logs.update(metrics)
-            for collapse in self._collapse.watch(metrics):
+            for collapse in [found for each in self._collapse for found in each.watch(metrics)]:
                 if self.args.stop_on_collapse:
                     self._save_if_saving()
                     raise TrainingError(f"Stopped at step {self.state.global_step}: {collapse}.")
@@ -604,7 +626,8 @@ class MPOTrainer(DPOTrainer):
             )
         if isinstance(dataset, dict):
             raise DataError(f"there are several evaluation datasets; name one of {', '.join(dataset)}.")
-        if isinstance(dataset, Dataset) and set(dataset.column_names) == set(TOKENIZED_FEATURES) - {"errors"}:
+        prepared = set(TOKENIZED_FEATURES) - {"errors"}
+        if isinstance(dataset, Dataset) and set(dataset.column_names) - {"kind"} == prepared:
             return dataset
         groups = as_groups(dataset, source_language=self.args.source_language, bad_rows=self.args.bad_rows)
         return self._prepare_dataset(groups, self.processing_class, self.args, "eval")
@@ -624,6 +647,7 @@ class MPOTrainer(DPOTrainer):
                 ranks=self.accelerator,
                 batch_size=self.args.per_device_eval_batch_size,
                 trained=self.data_collator.trained,
+                harmless=Trained.by(self.args.harmless),
                 pair_loss=self.pair_loss,
                 description=description,
                 progress=not self.args.disable_tqdm,

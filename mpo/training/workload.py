@@ -17,9 +17,17 @@ from mpo.data.contract import PARTS
 from mpo.data.tokenization import tokenize_groups
 from mpo.errors import DataError
 from mpo.training.config import MPOConfig
+from mpo.training.harmless import harmless_groups
 from mpo.training.objectives import STATES
+from mpo.training.order import (
+    EpochSampler,
+    GroupBatchSampler,
+    ShareSampler,
+    TokenBudgetSampler,
+    drawn_harmless,
+)
 from mpo.training.reference_policy import needed_for
-from mpo.training.sampling import EpochSampler, GroupBatchSampler, TokenBudgetSampler, Trained
+from mpo.training.sampling import Trained
 from mpo.training.unique_pairs import first_of_each, unique_sources
 
 # The official code runs source and target of a pair as two batches, each of two sequences (prompt + chosen, prompt +
@@ -42,6 +50,8 @@ class Workload:
         reference_tokens: tokens that the reference pass runs: of the unique sources for MPO, and of the targets for an
             objective that compares with the reference on them.
         official_tokens: tokens of the same pairs in the official code's batches, padding included; 0 if not known.
+        harmless: ``[groups]``, True for the harmless ones; None where there are none.
+        harmless_share: share of them in each step; None for that of the data.
     """
 
     group_tokens: np.ndarray
@@ -51,6 +61,8 @@ class Workload:
     longest_tree: int
     reference_tokens: int
     official_tokens: int = 0
+    harmless: np.ndarray | None = None
+    harmless_share: float | None = None
 
     @property
     def groups(self) -> int:
@@ -59,8 +71,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an epoch in the layout of the batches, without padding."""
-        return int(self.group_tokens.sum())
+        """Tokens of an epoch in the layout of the batches, without padding; with a share the harmless ones on average."""
+        if self.harmless is None or self.harmless_share is None:
+            return int(self.group_tokens.sum())
+        run = self.group_tokens > 0
+        harmful, harmless = (self.group_tokens[run & kind] for kind in (~self.harmless, self.harmless))
+        return round(harmful.sum() + harmless.mean() * drawn_harmless(len(harmful), self.harmless_share))
 
     @property
     def mean_tree(self) -> float:
@@ -110,6 +126,9 @@ def count_work(groups: Dataset, args: MPOConfig) -> Workload:
         groups: from :func:`tokenize_for_training`.
         args: the objective and ``train_on`` decide what is run, ``batch_layout`` what a group's tokens are.
     """
+    harmless = harmless_groups(groups)
+    if harmless.any() and not args.is_of_harmless:
+        return _both_kinds(groups, args, harmless)
     pairs = official = target_tokens = 0
     source_sizes = []
     for sources, targets, pairs_of_group in _lengths(groups):
@@ -118,17 +137,42 @@ def count_work(groups: Dataset, args: MPOConfig) -> Workload:
         official += int(_official(targets).sum() + _official(sources) @ pairs_of_group)
         source_sizes.append(sources.sum(axis=0))
     _, first_groups, _ = unique_sources(groups)
-    sources_run = len(groups) if args.holds_sources else len(first_groups) if args.runs_sources else 0
+    trained = Trained.by(args)
+    sources_run = len(groups) if args.holds_sources else len(first_groups) if trained.sources else 0
     return Workload(
         group_tokens=tokens_of_step(groups, args, args.batch_layout),
         pairs=pairs,
         tree_tokens=int(tokens_of_step(groups, args, "tree").sum()),
-        trees=(pairs if args.train_on != "source" else 0) + sources_run,
+        trees=(pairs if trained.targets else 0) + sources_run,
         longest_tree=longest_tree(groups),
         reference_tokens=_of_reference(
             args, int(np.concatenate(source_sizes)[first_groups].sum()), target_tokens
         ),
         official_tokens=official,
+    )
+
+
+def _both_kinds(groups: Dataset, args: MPOConfig, harmless: np.ndarray) -> Workload:
+    """The work of groups some of which are harmless: each kind's by its own settings."""
+    places = np.flatnonzero(~harmless), np.flatnonzero(harmless)
+    parts = [
+        count_work(groups.select(place), settings)
+        for place, settings in zip(places, (args, args.harmless), strict=True)
+        if len(place)
+    ]
+    tokens = np.empty(len(groups), dtype=np.int64)
+    for place, part in zip([place for place in places if len(place)], parts, strict=True):
+        tokens[place] = part.group_tokens
+    return Workload(
+        group_tokens=tokens,
+        pairs=sum(part.pairs for part in parts),
+        tree_tokens=sum(part.tree_tokens for part in parts),
+        trees=sum(part.trees for part in parts),
+        longest_tree=max(part.longest_tree for part in parts),
+        reference_tokens=sum(part.reference_tokens for part in parts),
+        official_tokens=sum(part.official_tokens for part in parts),
+        harmless=harmless,
+        harmless_share=args.harmless_share,
     )
 
 
@@ -163,7 +207,9 @@ def _of_reference(args: MPOConfig, sources: int, targets: int) -> int:
     return bool(stored.sources) * sources + bool(stored.targets) * targets
 
 
-def schedule(tokens: np.ndarray, args: MPOConfig, num_ranks: int) -> Schedule:
+def schedule(
+    tokens: np.ndarray, args: MPOConfig, num_ranks: int, harmless: np.ndarray | None = None
+) -> Schedule:
     """
     Micro-batches, optimizer steps and epochs of a run.
 
@@ -171,12 +217,14 @@ def schedule(tokens: np.ndarray, args: MPOConfig, num_ranks: int) -> Schedule:
         tokens: ``[groups]``, tokens of each group.
         args: the run's settings.
         num_ranks: processes, one for each GPU.
+        harmless: ``[groups]``, True for the harmless ones, or None for none.
 
     Raises:
         DataError: no micro-batch can be made, see :func:`train_sampler`.
     """
     run = np.flatnonzero(tokens)
-    micro_batches = len(train_sampler(args, run, tokens[run], num_ranks=num_ranks))
+    own = None if harmless is None else harmless[run]
+    micro_batches = len(train_sampler(args, run, tokens[run], num_ranks=num_ranks, harmless=own))
     each = math.ceil(micro_batches / args.gradient_accumulation_steps)
     if args.max_steps > 0:
         return Schedule(micro_batches, args.max_steps, args.max_steps / each)
@@ -217,9 +265,11 @@ def seen_by_step(
     tokens = tokens_of_step(groups, args, args.batch_layout)
     pairs = _trained_pairs(groups, args)
     drawn = np.arange(len(groups)) if kept is None else kept
-    drawn = drawn[tokens[drawn] > 0]
+    drawn = drawn[pairs[drawn] > 0]
+    harmless = harmless_groups(groups)[drawn]
     samplers = [
-        train_sampler(args, drawn, tokens[drawn], num_ranks=num_ranks, rank=rank) for rank in range(num_ranks)
+        train_sampler(args, drawn, tokens[drawn], num_ranks=num_ranks, rank=rank, harmless=harmless)
+        for rank in range(num_ranks)
     ]
     seen = Seen()
     for epoch in itertools.count():
@@ -238,10 +288,16 @@ def seen_by_step(
 def _trained_pairs(groups: Dataset, args: MPOConfig) -> np.ndarray:
     """``[groups]``, pairs of each group that are trained on."""
     counts = np.zeros(len(groups), dtype=np.int64)
-    if args.train_on != "source":
-        counts += np.concatenate([pairs for _, _, pairs in _lengths(groups)])
-    if args.train_on != "targets":
-        counts += first_of_each(unique_sources(groups)[0])
+    harmless = harmless_groups(groups)
+    for place, settings in ((~harmless, args), (harmless, args.harmless)):
+        part, trained = np.flatnonzero(place), Trained.by(settings)
+        if not len(part):
+            continue
+        own = groups.select(part)
+        if trained.targets:
+            counts[part] += np.concatenate([pairs for _, _, pairs in _lengths(own)])
+        if trained.sources:
+            counts[part] += first_of_each(unique_sources(own)[0])
     return counts
 
 
@@ -253,6 +309,7 @@ def train_sampler(
     num_ranks: int,
     rank: int = 0,
     batch_size: int | None = None,
+    harmless: np.ndarray | None = None,
 ) -> EpochSampler:
     """
     What draws a rank's micro-batches from groups: by count, or by tokens with ``max_tokens_per_batch``.
@@ -263,8 +320,10 @@ def train_sampler(
         tokens: ``[n]``, tokens of each; only asked for with ``max_tokens_per_batch``.
         num_ranks, rank: the process group.
         batch_size: groups of a micro-batch, ``per_device_train_batch_size`` by default.
+        harmless: ``[n]``, True for the harmless ones of ``indices``, or None for none.
 
     Raises:
+        ConfigError: ``harmless_share`` is set, and there are no groups of one kind.
         DataError: there are fewer groups than a micro-batch on each rank, and ``dataloader_drop_last`` drops them.
     """
     options: dict[str, Any] = {
@@ -274,7 +333,11 @@ def train_sampler(
         "drop_last": args.dataloader_drop_last,
     }
     sampler: EpochSampler
-    if args.max_tokens_per_batch is None:
+    if args.harmless_share is not None:
+        own = np.zeros(len(indices), dtype=bool) if harmless is None else harmless
+        options |= {"harmless": own, "share": args.harmless_share}
+        sampler = ShareSampler(indices, batch_size or args.per_device_train_batch_size, **options)
+    elif args.max_tokens_per_batch is None:
         sampler = GroupBatchSampler(indices, batch_size or args.per_device_train_batch_size, **options)
     else:
         assert tokens is not None
@@ -304,10 +367,19 @@ def tokens_of_step(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
         args: the run's settings.
         layout: see :func:`group_tokens`.
     """
+    harmless = harmless_groups(groups)
+    if harmless.any() and not args.is_of_harmless:
+        tokens = np.empty(len(groups), dtype=np.int64)
+        for place, settings in ((~harmless, args), (harmless, args.harmless)):
+            part = np.flatnonzero(place)
+            if len(part):
+                tokens[part] = tokens_of_step(groups.select(part), settings, layout)
+        return tokens
+    trained = Trained.by(args)
     sources: bool | np.ndarray = args.holds_sources
-    if args.train_on != "targets":
+    if trained.sources:
         sources = first_of_each(unique_sources(groups)[0])
-    tokens = group_tokens(groups, run_source=sources, run_targets=args.train_on != "source", layout=layout)
+    tokens = group_tokens(groups, run_source=sources, run_targets=trained.targets, layout=layout)
     if STATES in args.objectives.needs and args.train_on == "targets":
         # Of the source its prompt is run, with one token of each response.
         prompts = np.concatenate([lengths[0] for lengths, _, _ in _lengths(groups)])
@@ -345,7 +417,9 @@ def group_tokens(
     return np.concatenate(counts)
 
 
-def trained_totals(groups: Dataset, trained: Trained, carries_source: np.ndarray) -> tuple[int, int, int]:
+def trained_totals(
+    groups: Dataset, trained: Trained, carries_source: np.ndarray, among: np.ndarray | None = None
+) -> tuple[int, int, int]:
     """
     What :func:`mpo.training.sampling.step_means` takes, of all pairs of tokenized groups that are trained on.
 
@@ -353,10 +427,14 @@ def trained_totals(groups: Dataset, trained: Trained, carries_source: np.ndarray
         groups: tokenized groups.
         trained: which pairs those are.
         carries_source: ``[groups]``, True for the first group of each unique source.
+        among: ``[groups]``, True for the groups that count; None for all.
 
     Returns:
         Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first.
     """
+    if among is not None and not among.all():
+        chosen = np.flatnonzero(among)
+        groups, carries_source = groups.select(chosen), carries_source[chosen]
     pairs = start = 0
     tokens = np.zeros(3, dtype=np.int64)
     for sources, targets, pairs_of_group in _lengths(groups):

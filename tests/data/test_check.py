@@ -190,6 +190,24 @@ def test_refusal_phrases_are_there_for_ten_languages() -> None:
     assert opens_with_refusal("عذرًا، هذا طلب مرفوض.", "ar")
 
 
+def test_refusals_in_hindi_are_told_from_answers() -> None:
+    assert "hi" in refusal_languages()
+    for refusal in (
+        "मैं इस काम में आपकी मदद नहीं कर सकती।",
+        "माफ़ कीजिए, यह संभव नहीं।",
+        "माफ कीजिए, यह संभव नहीं।",  # without the dot below, as many write it
+        "मैं यह जानकारी देने में असमर्थ हूं।",
+    ):
+        assert opens_with_refusal(refusal, "hi")
+    for answer in (
+        "ज़रूर, सबसे पहले चावल को अच्छी तरह धो लें।",
+        "बिना टिकट के आप ट्रेन में यात्रा नहीं कर सकते, इसलिए पहले टिकट ख़रीदें।",
+        "बच्चे अकेले यह काम नहीं कर सकते; उनके साथ बैठकर शुरू कीजिए।",
+        "मना करना आसान नहीं होता, पर विनम्र शब्द मदद करते हैं।",
+    ):
+        assert not opens_with_refusal(answer, "hi")
+
+
 def test_odd_texts_are_reported_and_counted() -> None:
     rows = [
         flat("bn", target_prompt=" "),

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mpo.errors import TrainingError
+from mpo.evaluation.probe.watch import ProbeWatch
 from mpo.modeling.loading import ModelSource, load_adapter, load_model, load_tokenizer
 from mpo.modeling.pairs import PairTensors
 from mpo.training.checkpoints import checkpoints
@@ -50,6 +51,11 @@ SCENARIOS = {
 def rows() -> list[dict[str, Any]]:
     """Eleven groups of one to four pairs: ranks have unequal numbers of pairs, and the last step has three groups."""
     return random_groups(5, 11, (1, 4), words=(1, 6))
+
+
+def some_harmless(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, every third of them harmless."""
+    return [{**group, "kind": "harmless"} if i % 3 == 1 else group for i, group in enumerate(groups)]
 
 
 def held_out() -> list[dict[str, Any]]:
@@ -128,13 +134,14 @@ def build(
     kind: type = MPOTrainer,
     model: Callable[[], Any] | None = None,
     ref_model: Callable[[], Any] | None = None,
+    of_kinds: bool = False,
     **changes: Any,
 ) -> MPOTrainer:
     """
     The trainer of a scenario, with its observer as ``trainer.observer``.
 
     ``model`` and ``ref_model`` load models of their own, as a recipe does when the settings are there: ``model`` one with
-    an adapter.
+    an adapter. With ``of_kinds`` some groups are harmless.
     """
     scenario = SCENARIOS[name]
     source = shared / f"model-{scenario.family}"
@@ -145,8 +152,8 @@ def build(
         ref_model=None if ref_model is None else ref_model(),
         processing_class=load_tokenizer(ModelSource(str(source))),
         args=args,
-        train_dataset=rows(),
-        eval_dataset=held_out(),
+        train_dataset=some_harmless(rows()) if of_kinds else rows(),
+        eval_dataset=some_harmless(held_out()) if of_kinds else held_out(),
         peft_config=lora(r=4) if scenario.adapter and model is None else None,
         callbacks=[observer],
     )
@@ -266,6 +273,45 @@ def run_objectives(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
         "gradients": trainer.observer.gradients,
         "history": [log for log in trainer.state.log_history if "loss" in log],
         "evaluated": trainer.evaluate()["eval_loss"],
+    }
+
+
+def run_kinds(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """Harmful and harmless groups, each kind with a mean of its own over the steps of all ranks."""
+    uses = {"harmless_retention": "hidden", "harmless_share": 0.4}
+    trainer = build("lora-sgd", folder, shared, ranks, of_kinds=True, **uses)
+    trainer.train()
+    return {
+        "gradients": trainer.observer.gradients,
+        "history": [log for log in trainer.state.log_history if "loss" in log],
+        "evaluated": trainer.evaluate()["eval_loss"],
+    }
+
+
+def run_probed(name: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """A run that asks its model before, after each step and after it, and the same one without; what it was told.
+
+    Forty-two prompts are three batches, so that one of two ranks has one more than the other.
+    """
+    settings = {"behavior_probe": 2, "probe_max_new_tokens": 4, "probe_steps": 1}
+    trainer = build(name, folder / "probed", shared, ranks, **settings)
+    watch = ProbeWatch(trainer)
+    trainer.add_callback(watch)
+    before = watch.start()
+    trainer.train()
+    change = watch.finish()
+    trainer.save_model(str(folder / "probed" / "saved"))
+    plain = build(name, folder / "plain", shared, ranks)
+    plain.score()  # as the probe does, this divides the model before training begins
+    plain.train()
+    plain.save_model(str(folder / "plain" / "saved"))
+    return {
+        "prompts": None if watch.prompts is None else len(watch.prompts.prompts),
+        "before": None if before is None else [(row.id, row.answer) for row in before.answers],
+        "after": None if watch.after is None else [(row.id, row.answer) for row in watch.after.answers],
+        "change": change,
+        "failure": watch.failure,
+        "steps": [log["step"] for log in trainer.state.log_history if "probe/balanced" in log],
     }
 
 

@@ -36,7 +36,7 @@ JOBS = [
     "continued:half",
     "half:full-adamw",
 ]
-FURTHER = {"ddp": ["objectives"], "zero3": ["objectives"]}
+FURTHER = {"ddp": ["objectives", "kinds"], "zero3": ["objectives", "kinds"]}
 SOME = {"zero1": ["train:full-adamw", "half:full-adamw"]}  # shares its code with ZeRO-2
 
 
@@ -166,6 +166,16 @@ def test_two_ranks_compute_what_one_process_does(
             assert {"kl", "loss/kto", "loss/sft", "rewards/margins", "reward_gap/en"} <= first["history"][
                 0
             ].keys()
+    if "kinds" in further:
+        with subtests.test("either kind's mean is over all ranks"):
+            first, second = found("kinds")
+            one = scenarios.run_kinds(tmp_path / "kinds", shared, 1)
+            assert_same_tensors(first["gradients"], one["gradients"], 2e-5)
+            assert _comparable(first) == _comparable(second)
+            for actual, expected in zip(_comparable(first), _comparable(one), strict=True):
+                assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4)
+            assert {"harmless/loss/retention", "harmless/reward_gap/en"} <= first["history"][0].keys()
     if jobs is not JOBS:
         return
     with subtests.test("an explicit reference is the reference"):

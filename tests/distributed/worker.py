@@ -62,6 +62,10 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
             return scenarios.run_continued(out / f"continued-{name}", shared, ranks, bf16=name == "half")
         case "objectives":
             return scenarios.run_objectives(out / "objectives", shared, ranks)
+        case "kinds":
+            return scenarios.run_kinds(out / "kinds", shared, ranks)
+        case "probe":
+            return scenarios.run_probed(name, out, shared, ranks)
         case "poison":
             return scenarios.run_poisoned(name, out / f"poison-{name}", shared, ranks)
         case "killed":

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.feature_extraction.text import CountVectorizer
 
 import mpo.evaluation.probe
 from mpo.data import LANGUAGES
@@ -22,6 +21,7 @@ from mpo.data.languages import detect, dominant_script
 from mpo.errors import ConfigError
 from mpo.evaluation.probe import KINDS, PROBE_LANGUAGES, VERSION, ProbeRow, load_probe, probe_rows
 from mpo.evaluation.prompts import PromptSet, load_prompts
+from tests.likeness import NEAR, likeness, normalized
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(mpo.evaluation.probe.__file__).with_name("prompts.jsonl")
@@ -43,25 +43,6 @@ LENGTHS = {
     "th": (0.50, 1.25),
     "vi": (0.65, 1.55),
 }
-
-NEAR = 0.5
-"""Share of the three-letter sequences of two texts that both have, from which one is an edited copy of the other.
-Unrelated texts in the same form ("... にはどうすればいいですか？") reach 0.42."""
-
-
-def normalized(text: str) -> str:
-    """Letters, marks and digits alone: what is left when spaces, punctuation, case and Unicode form are ignored."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(character for character in text if unicodedata.category(character)[0] in "LMN")
-
-
-def likeness(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-    """Jaccard index of the sets of three-letter sequences, ``[len(first), len(second)]``."""
-    counts = CountVectorizer(analyzer="char", ngram_range=(3, 3), binary=True, lowercase=False)
-    both = counts.fit_transform([normalized(text) for text in (*first, *second)])
-    a, b = both[: len(first)], both[len(first) :]
-    shared = (a @ b.T).toarray()
-    return shared / (np.asarray(a.sum(axis=1)) + np.asarray(b.sum(axis=1)).T - shared)
 
 
 def texts(language: str, *kinds: str) -> list[str]:

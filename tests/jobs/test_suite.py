@@ -104,13 +104,35 @@ def test_every_measurement_of_every_model_is_in_one_folder_with_the_report(first
     assert [cell.strip() for cell in table[2].split("|")][4:7] == ["base", "tuned", "Change"]
 
 
+def test_the_report_opens_with_the_plane_and_names_the_language_without_harmless_prompts(
+    first_run: Path,
+) -> None:
+    page, answers = (
+        (first_run / name).read_text(encoding="utf-8") for name in ("report.html", "answers.html")
+    )
+    assert page.index("No harmless prompts were asked in Arabic.") < page.index('<figure class="plane">')
+    assert "Taja samaki." in answers and "Taja samaki." not in page
+
+
+def test_the_curve_of_a_models_training_is_taken_along(place: Path, first_run: Path) -> None:
+    curve = place / "adapter" / "training_curve.png"
+    curve.write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert main(["evaluate", "suite", _recipe(place)]) == 0
+    assert (first_run / "tuned" / "training_curve.png").read_bytes() == curve.read_bytes()
+    assert not (first_run / "base" / "training_curve.png").exists()
+    page = (first_run / "report.html").read_text(encoding="utf-8")
+    assert "over the training steps of tuned" in page and page.count("data:image/png;base64") == 1
+    curve.unlink()
+    (first_run / "tuned" / "training_curve.png").unlink()
+
+
 def test_a_second_run_measures_nothing_and_a_dry_run_says_so(
     place: Path, first_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [
         f
         for f in first_run.rglob("*")
-        if f.is_file() and f.name not in ("report.html", "report.md", "suite.json")
+        if f.is_file() and f.name not in ("report.html", "answers.html", "report.md", "suite.json")
     ]
     before = {f: f.stat().st_mtime_ns for f in files}
     assert main(["evaluate", "suite", _recipe(place), "--dry_run"]) == 0

@@ -73,6 +73,7 @@ def make(tmp_path: Path, models: dict[str, Path], pairs: Path):
             "bf16": False,
             "use_cpu": True,
             "save_strategy": "no",
+            "behavior_probe": 0,  # has tests of its own
             "reference_cache_dir": str(tmp_path / "cache"),
             "output_dir": str(tmp_path / "out"),
             **settings,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,12 +90,16 @@ def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_text_is_escaped_and_every_prompt_folded_away(hostile_page: Path) -> None:
     html = hostile_page.read_text(encoding="utf-8")
-    parsed = _Tags(html)
-    assert {tag for tag, _ in parsed.tags}.isdisjoint({"script", "img", "iframe", "object", "base", "form"})
-    assert not any(name.startswith("on") or name == "style" for _, attrs in parsed.tags for name in attrs)
-    # The heading has it once in the open; prompts and answers have it only where they are folded.
-    assert parsed.folded_text.count("document.title='owned'") >= 2 * 6
-    assert parsed.open_text.count("<script>document.title") == 2  # <title> and <h1>
+    both = _Tags(html), _Tags(hostile_page.with_name("answers.html").read_text(encoding="utf-8"))
+    for parsed in both:
+        assert {tag for tag, _ in parsed.tags}.isdisjoint(
+            {"script", "img", "iframe", "object", "base", "form"}
+        )
+        assert not any(name.startswith("on") or name == "style" for _, attrs in parsed.tags for name in attrs)
+        # The heading has it once in the open; prompts and answers have it only where they are folded.
+        assert parsed.open_text.count("<script>document.title") == 2  # <title> and <h1>
+    assert "document.title='owned'" not in both[0].folded_text
+    assert both[1].folded_text.count("document.title='owned'") >= 2 * 6
     table = hostile_page.with_name("report.md").read_text(encoding="utf-8")
     assert "&lt;img" in table and "&lt;script" in table
     assert not any(sign in table for sign in ("<script", "<img", "\u202e"))
@@ -132,20 +137,24 @@ def test_codes_judges_ids_and_verdicts_are_inert_wherever_they_are_shown(tmp_pat
 
 
 def test_the_page_names_no_other_address_and_forbids_all(folder: Path) -> None:
-    html = write_report(folder)[0].read_text(encoding="utf-8")
-    addresses = [
-        value
-        for _, attrs in _Tags(html).tags
-        for name, value in attrs.items()
-        if name in ("src", "href", "action", "data", "srcset", "xlink:href") and value
-    ]
-    assert addresses and all(value.startswith(("#", "data:")) for value in addresses)
-    assert "default-src 'none'" in html and "unsafe-inline" not in html
-    assert not re.search(r"url\(|@import|https?://", html)
+    page = write_report(folder)[0]
+    for name, other in (("report.html", "answers.html"), ("answers.html", "report.html")):
+        html = page.with_name(name).read_text(encoding="utf-8")
+        addresses = [
+            value
+            for _, attrs in _Tags(html).tags
+            for name, value in attrs.items()
+            if name in ("src", "href", "action", "data", "srcset", "xlink:href") and value
+        ]
+        assert other in addresses
+        assert all(value.startswith(("#", "data:")) for value in addresses if value != other)
+        assert "default-src 'none'" in html and "unsafe-inline" not in html
+        assert not re.search(r"url\(|@import|https?://", html)
 
 
-def test_the_policy_allows_the_pages_own_style_and_nothing_else(folder: Path) -> None:
-    html = write_report(folder)[0].read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["report.html", "answers.html"])
+def test_the_policy_allows_the_pages_own_style_and_nothing_else(folder: Path, name: str) -> None:
+    html = write_report(folder)[0].with_name(name).read_text(encoding="utf-8")
     (policy,) = [str(attrs["content"]) for _, attrs in _Tags(html).tags if "http-equiv" in attrs]
     (style,) = re.findall("<style>(.*?)</style>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
@@ -162,33 +171,43 @@ def test_ids_are_unique_and_every_link_has_its_target(folder: Path) -> None:
     tags = _Tags(write_report(folder)[0].read_text(encoding="utf-8")).tags
     ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    links = {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a"}
-    assert links == set(ids)
+    assert _links(tags) == set(ids)
 
 
-def test_without_examples_no_prompt_is_in_the_page(folder: Path) -> None:
-    with_them = write_report(folder, examples=1)[0].read_text(encoding="utf-8")
+def _links(tags: list[tuple[str, dict[str, str | None]]]) -> set[str]:
+    """Names of the places in the page itself that it links to."""
+    return {str(attrs["href"])[1:] for tag, attrs in tags if tag == "a"} - {"answers.html"[1:]}
+
+
+def _answers(folder: Path, **settings: Any) -> str:
+    return write_report(folder, **settings)[0].with_name("answers.html").read_text(encoding="utf-8")
+
+
+def test_prompts_are_on_their_own_page_alone_and_without_examples_nowhere(folder: Path) -> None:
+    with_them = _answers(folder, examples=1)
+    assert PROMPTS["bn"] in with_them and 'dir="auto" lang="ar"' in with_them
+    assert PROMPTS["bn"] not in (folder / "report.html").read_text(encoding="utf-8")
     without = write_report(folder, examples=0)[0].read_text(encoding="utf-8")
-    assert PROMPTS["bn"] in with_them and PROMPTS["bn"] not in without
-    assert 'dir="auto" lang="ar"' in with_them
+    assert PROMPTS["bn"] not in without and "answers.html" not in without
+    assert not (folder / "answers.html").exists()
 
 
 def test_prompts_on_which_the_models_differ_are_shown_first(tmp_path: Path) -> None:
     for model, verdicts in (("a", ["safe"] * 5 + ["unsafe"]), ("b", ["safe"] * 6)):
         write_safety(tmp_path / model / "attack" / "set", "attack", {"en": verdicts})
-    html = write_report(tmp_path, examples=1)[0].read_text(encoding="utf-8")
+    html = _answers(tmp_path, examples=1)
     assert "unsafe answer 5 in en" in html and "safe answer 0 in en" not in html
 
 
 def test_every_answer_is_shown_under_its_models_name_and_a_long_one_is_said_to_be_cut(tmp_path: Path) -> None:
     for model, verdict in (("a", "unsafe"), ("b", "safe")):
         write_safety(tmp_path / model / "attack" / "set", "attack", {"en": [verdict]})
-    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    html = _answers(tmp_path)
     shown = re.findall('<b>(.)</b> <span class="verdict">(.*?)</span></p><div[^>]*>(.*?)</div>', html)
     assert shown == [("a", "unsafe", "unsafe answer 0 in en"), ("b", "safe", "safe answer 0 in en")]
     file = tmp_path / "b" / "attack" / "set" / "answers.jsonl"
     file.write_text(file.read_text(encoding="utf-8").replace("safe answer", "x" * 2_500), encoding="utf-8")
-    html = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    html = _answers(tmp_path)
     assert f">{'x' * 2_000} \N{HORIZONTAL ELLIPSIS} (2,508 characters)</div>" in html
 
 
@@ -481,7 +500,7 @@ def test_one_measurement_alone_is_enough(
     )
     assert markdown.startswith("# Alone\n\n") and "None" not in markdown + html and "nan" not in markdown
     ids = {str(attrs["id"]) for _, attrs in _Tags(html).tags if "id" in attrs}
-    assert {str(attrs["href"])[1:] for tag, attrs in _Tags(html).tags if tag == "a"} == ids
+    assert _links(_Tags(html).tags) == ids
 
 
 def test_an_adapters_reward_gap_alone_is_shown_against_its_base(tmp_path: Path) -> None:
@@ -658,7 +677,8 @@ def test_rows_that_are_whole_are_reported_though_another_is_damaged(tmp_path: Pa
     (left,) = _cells(table, "Attack success")
     assert left[:5] == whole[:5] and left[5].startswith("**\N{MINUS SIGN}100.0**")
     assert (whole[6], left[6]) == ("<\N{THIN SPACE}0.001", f"{stats.binomtest(0, 10).pvalue:.3f}")
-    assert "safe \N{REPLACEMENT CHARACTER} answer 6 in en" in page
+    answers = (tmp_path / "answers.html").read_text(encoding="utf-8")
+    assert "safe \N{REPLACEMENT CHARACTER} answer 6 in en" in answers
 
 
 def test_a_last_row_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
@@ -712,10 +732,11 @@ def test_the_page_is_quiet_asks_for_nothing_and_fits_every_width(
 def test_hostile_texts_do_nothing_when_everything_is_opened(
     chromium: browser.Browser, hostile_page: Path
 ) -> None:
+    hostile_page = hostile_page.with_name("answers.html")
     chromium.open(hostile_page)
     chromium.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert chromium.run("return document.scripts.length + document.images.length") == 0
-    assert chromium.run("return document.title").startswith("T <script>")
+    assert chromium.run("return document.title").startswith("Prompts and answers: T <script>")
     texts = chromium.run("return [...document.querySelectorAll('.text')].map(e => e.textContent)")
     assert texts.count(HOSTILE) >= 2 * 3
     assert chromium.console() == []

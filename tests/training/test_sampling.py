@@ -12,12 +12,8 @@ from hypothesis import strategies as st
 
 from mpo.errors import ConfigError
 from mpo.modeling.layout import BatchShape
-from mpo.training.sampling import (
-    GroupBatchSampler,
-    GroupCollator,
-    TokenBudgetSampler,
-    language_weights,
-)
+from mpo.training.order import GroupBatchSampler, TokenBudgetSampler
+from mpo.training.sampling import GroupCollator, language_weights
 
 epochs = st.integers(0, 5)
 counts = st.integers(1, 60)

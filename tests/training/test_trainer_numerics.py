@@ -43,7 +43,7 @@ RANK, ALPHA = 3, 5
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train. ``targets``: number of target pairs of each group."""
+    """One way to train. ``targets``: number of target pairs of each group; ``harmless``: places of harmless groups."""
 
     family: str = "llama"
     lora: bool = False
@@ -59,6 +59,7 @@ class Case:
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
+    harmless: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         parts = [self.family, "lora" if self.lora else "full", self.layout, self.pooling, self.attention]
@@ -85,6 +86,8 @@ class Bench:
         self.case = case
         rng = random.Random(case.seed)
         self.rows = [row for k in case.targets for row in random_groups(rng, 1, (k, k), words=(1, 6))]
+        for place in case.harmless:
+            self.rows[place]["kind"] = "harmless"
         languages = {target["language"] for row in self.rows for target in row["targets"]}
         # A weight for a language that the data does not have is refused.
         self.weights = case.weights and {k: v for k, v in case.weights.items() if k in languages}

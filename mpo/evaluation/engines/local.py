@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mpo.errors import DataError, ModelError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
@@ -95,22 +95,22 @@ class LocalEngine:
                     f"prompt {index} has {len(prompt)} tokens. With an answer of up to {self.generation.max_new_tokens} that is "
                     f"more than the {longest} positions of {self.choice.model}. Shorten it, or lower `max_new_tokens`."
                 )
-        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-        size = self.choice.batch_size
-        parts = [order[start : start + size] for start in range(0, len(order), size)]
-        return [_Batch(part, [prompts[index] for index in part]) for part in parts]
+        return [
+            _Batch(part, [prompts[index] for index in part])
+            for part in by_length(prompts, self.choice.batch_size)
+        ]
 
     def _load(self) -> Any:
         if self._model is None:
             model = self.opened.load(with_adapter=False)
-            self._stops = self._stop_tokens(model)
+            self._stops = stop_tokens(model, self.tokenizer)
             # In place of the model's own, of which `generate` would take whatever a call leaves open.
             model.generation_config = self._generation_config()
             self._model = model if self.opened.adapter is None else self.opened.put_adapter(model)
         return self._model
 
     def _answer(self, model: Any, batch: _Batch, number: int) -> list[Answer]:
-        ids, mask = _pad_left(batch.prompts, self._pad_token, self.device)
+        ids, mask = pad_left(batch.prompts, self._pad_token, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices):
@@ -124,12 +124,10 @@ class LocalEngine:
                 "new folder."
             ) from None
         written = output[:, ids.shape[1] :].tolist()
-        return [self._decode(*each) for each in zip(batch.prompts, written, strict=True)]
-
-    def _decode(self, prompt: list[int], tokens: list[int]) -> Answer:
-        end = next((place for place, token in enumerate(tokens) if token in self._stops), None)
-        text = opened_reasoning(self.tokenizer, prompt) + decode(self.tokenizer, tokens[:end])
-        return Answer(text, end is not None)
+        return [
+            read_answer(self.tokenizer, prompt, tokens, self._stops)
+            for prompt, tokens in zip(batch.prompts, written, strict=True)
+        ]
 
     def _generation_config(self) -> GenerationConfig:
         """Decoding as asked for and nothing else: a model's own repetition penalty or top-k would go unnoticed."""
@@ -152,14 +150,29 @@ class LocalEngine:
         assert isinstance(token, int)
         return token
 
-    def _stop_tokens(self, model: Any) -> list[int]:
-        """Tokens that end a turn: the model's generation settings know them all, the tokenizer often only one."""
-        named = getattr(model.generation_config, "eos_token_id", None)
-        tokens = {*([named] if isinstance(named, int) else named or []), self.tokenizer.eos_token_id}
-        return sorted(token for token in tokens if isinstance(token, int))
+
+def by_length(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of prompts, in batches of similar length, the longest first; the same for the same prompts."""
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a turn: the model's generation settings know them all, the tokenizer often only one."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    tokens = {*([named] if isinstance(named, int) else named or []), tokenizer.eos_token_id}
+    return sorted(token for token in tokens if isinstance(token, int))
+
+
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int], stops: Collection[int]
+) -> Answer:
+    """The answer that a model wrote after a prompt, up to the first of the tokens that end a turn."""
+    end = next((place for place, token in enumerate(tokens) if token in stops), None)
+    return Answer(opened_reasoning(tokenizer, prompt) + decode(tokenizer, tokens[:end]), end is not None)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask of a batch, [prompts, longest] each; every prompt ends in the last column."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad, dtype=torch.long)

@@ -12,23 +12,22 @@ set is for watching a model while it is trained. It is no benchmark, and no row 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from itertools import zip_longest
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from mpo.common.checks import check_limit
 from mpo.data.languages import normalize_language_setting
 from mpo.errors import ConfigError
+from mpo.evaluation.contrast import KINDS, ContrastRow, prompt_rows
 from mpo.evaluation.prompts import Prompt, PromptSet
+
+__all__ = ["KINDS", "PROBE_LANGUAGES", "VERSION", "ProbeRow", "load_probe", "probe_rows"]
 
 VERSION = 1
 """Number of the set, which grows whenever a text changes; it stands in every result, in the prompts' ``origin``."""
-
-KINDS = ("harmless", "looks_harmful", "harmful")
 
 PROBE_LANGUAGES = ("en", "zh", "ja", "ko", "ar", "bn", "sw", "de", "fr", "es", "hi", "th", "vi")
 """Codes of the languages, in the order of the file."""
@@ -36,35 +35,13 @@ PROBE_LANGUAGES = ("en", "zh", "ja", "ko", "ar", "bn", "sw", "de", "fr", "es", "
 _Item = TypeVar("_Item")
 
 
-@dataclass(frozen=True)
-class ProbeRow:
-    """One prompt of the set in all languages.
-
-    Attributes:
-        id: ``harmless-017``, ``looks-harmful-003`` or ``harmful-012``; the ``prompt_id`` of its :class:`Prompt` objects.
-        kind: One of :data:`KINDS`.
-        pair: Id that a harmful prompt shares with the harmless one that differs from it in harm alone, else None.
-        category: Kind of harm of a harmful prompt; topic of any other.
-        texts: Text by language code, in the order of :data:`PROBE_LANGUAGES`.
-    """
-
-    id: str
-    kind: Literal["harmless", "looks_harmful", "harmful"]
-    pair: str | None
-    category: str
-    texts: dict[str, str]
+ProbeRow = ContrastRow
 
 
 @lru_cache(maxsize=1)
 def probe_rows() -> tuple[ProbeRow, ...]:
     """All rows, in the order of the file."""
-    text = files("mpo.evaluation.probe").joinpath("prompts.jsonl").read_text(encoding="utf-8")
-    rows = []
-    for line in text.splitlines():
-        row = json.loads(line)
-        texts = {code: row.pop(code) for code in PROBE_LANGUAGES}
-        rows.append(ProbeRow(**row, texts=texts))
-    return tuple(rows)
+    return prompt_rows(files("mpo.evaluation.probe").joinpath("prompts.jsonl"))
 
 
 def load_probe(

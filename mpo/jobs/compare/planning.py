@@ -155,6 +155,12 @@ def plan_comparison(recipe: CompareRecipe, *, on_this_machine: bool = True) -> C
     base = find_recipe(recipe.base, recipe.source_path)
     check_keys(recipe, base, settings)
     check_writable(Path(recipe.out), setting="out", create=False)
+    given = load_recipe(base, Setting(BASE, {}, recipe.shared).words()).given
+    if not any(
+        _asks(key, value) for one in (given, *(s.changes for s in settings)) for key, value in one.items()
+    ):
+        # The suite asks more, and what it asks is compared.
+        settings = [replace(setting, shared={"behavior_probe": 0, **setting.shared}) for setting in settings]
     # Not yet found values are stood in for by one of their range.
     examples = [replace_changes(setting, example_of(recipe.search, setting)) for setting in settings]
     loaded = _each(recipe, examples, lambda setting: load_recipe(base, setting.words()))
@@ -177,6 +183,11 @@ def plan_comparison(recipe: CompareRecipe, *, on_this_machine: bool = True) -> C
     plans = plan_runs(recipe, base, examples, on_this_machine=on_this_machine)
     runs = tuple(run for seed in recipe.seeds for run in plans.runs if run.seed == seed)
     return Comparing(recipe, base, tuple(settings), model, runs, suite, validation, plans.facts, plans.notes)
+
+
+def _asks(key: str, value: Any) -> bool:
+    """Whether a setting wants the questions that a run puts to its model, see `behavior_probe`."""
+    return "probe" in key or key == "stop_on_over_refusal" or "probe" in str(value)
 
 
 def replace_changes(setting: Setting, more: Mapping[str, Any]) -> Setting:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from mpo.common.words import listed
+from mpo.data import language_name
 from mpo.errors import ConfigError
+from mpo.evaluation.probe.watch import prompts_of
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
@@ -13,6 +16,7 @@ from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, loa
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
 from mpo.training.checks import check_best_metric, check_tokens
 from mpo.training.compute import is_installed
+from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
 from mpo.training.sampling import count_languages
 from mpo.training.workload import count_work, schedule, tokenize_for_training
@@ -78,6 +82,21 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         errors += more
         check_best_metric(training, list(measured), [])
     notes.extend(errors[:3])
+    if not harmless_groups(tokenized).any():
+        unused = [name for name in recipe.given if name.startswith("harmless_")]
+        if unused:
+            notes.append(
+                f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect"
+            )
+    languages = count_languages(tokenized)
+    probe = prompts_of(training, languages)
+    if training.behavior_probe:
+        unknown = [training.source_language, *languages] if probe is None else probe.left_out
+        if unknown:
+            notes.append(
+                "the probe set has no prompts in "
+                f"{listed(language_name(code) for code in unknown)}, so what the model does there is not measured"
+            )
     check_tokens(tokenized, model, tokenizer)
     work = count_work(tokenized, training)
     plan = Plan(
@@ -94,9 +113,10 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         trainable=trainable,
         parameters=parameters,
         work=work,
-        languages=count_languages(tokenized),
+        languages=languages,
         held_out_pairs=held_out_pairs,
-        schedule=schedule(work.group_tokens, training, training.world_size),
+        schedule=schedule(work.group_tokens, training, training.world_size, work.harmless),
+        probe=probe,
     )
     if held_out is None:
         notes.append(

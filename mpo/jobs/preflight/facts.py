@@ -41,8 +41,10 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         "Training": f"{kind}, {plan.trainable:,} trainable parameters ({share:.2%})",
         "Objective": f"{objective}, source language {training.source_language}",
         "Data": f"{plan.data.origin}: {counted(work.groups, 'group')}, {counted(work.pairs, 'pair')}",
+        **_harmless(plan),
         "Pairs per language": languages,
         "Held out": held,
+        "Probe": _probe(plan),
         "Optimizer": f"{plain(training.optim)}, learning rate {training.learning_rate:g}, "
         f"{plain(training.lr_scheduler_type)} schedule, warm-up {training.warmup_steps:g}",
         "Steps": f"{plan.steps} optimizer steps ({_length(recipe)}), {_step_size(recipe)} per device x "
@@ -56,6 +58,38 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         "Devices": _sharding(recipe),
         "Output": f"{training.output_dir} (about {size(disk_bytes)} on disk)",
     }
+
+
+def _harmless(plan: Plan) -> dict[str, str]:
+    """How many groups are harmless, and what becomes of them."""
+    found, args = plan.work.harmless, plan.recipe.training
+    if found is None:
+        return {}
+    own = args.harmless
+    uses = [own.objectives.description()] if own.loss_type else []
+    if own.keeps_own:
+        uses.append(f"hidden states held with weight {args.harmless_retain_weight:g}")
+    if args.harmless_share is not None:
+        uses.append(f"{args.harmless_share:.0%} of each step")
+    return {"Harmless": f"{found.sum()} of these groups: {'; '.join(uses) or 'not trained on'}"}
+
+
+def _probe(plan: Plan) -> str:
+    """What the model is asked, and how much it may write in answer."""
+    training, prompts = plan.recipe.training, plan.probe
+    if prompts is None:
+        return "nothing is asked"
+    harmful, harmless = prompts.per_language
+    times = 2
+    if (every := training.probe_every(plan.steps)) is not None:
+        times += plan.steps // every
+    count = len(prompts.prompts)
+    return (
+        f"{counted(count, 'prompt')} ({harmful} harmful and {harmless} harmless ones in each of "
+        f"{counted(len(prompts.languages), 'language')}) before and after"
+        + (f" and every {counted(every, 'step')}" if every is not None else "")
+        + f", up to {times * count * training.probe_max_new_tokens:,} new tokens"
+    )
 
 
 def _kind(recipe: Recipe) -> str:

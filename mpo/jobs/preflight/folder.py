@@ -38,6 +38,8 @@ _RESULT = (
     "dropped_rows.json",
     "reward_gap.png",
     "training_curve.png",
+    "behavior.png",
+    "probe_answers.jsonl",
     "checkpoint-*",
 )
 

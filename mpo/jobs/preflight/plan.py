@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mpo.common.tables import fact_lines
 from mpo.data import BadRow, LoadedGroups
+from mpo.evaluation.probe.behavior import ProbePrompts
 from mpo.modeling.loading import ModelSource
 from mpo.training.recipe import Recipe
 from mpo.training.workload import Schedule, Workload
@@ -34,6 +35,7 @@ class Plan:
         languages: number of training pairs of each target language.
         held_out_pairs: number of held-out target pairs.
         schedule: steps and epochs of the run.
+        probe: what the model is asked before and after, or None.
         facts: what the printed plan says, in order.
         notes: sentences about what the user may not have meant.
     """
@@ -54,6 +56,7 @@ class Plan:
     languages: dict[str, int]
     held_out_pairs: int
     schedule: Schedule
+    probe: ProbePrompts | None = None
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

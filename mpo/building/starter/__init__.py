@@ -1,0 +1,61 @@
+"""The starter set: prompts and refusals in thirteen languages from which preference data can be built.
+
+A model that is aligned on harmful prompts alone learns to refuse everything. The prompts (``prompts.jsonl``, one row per
+prompt) therefore come in three kinds, written and translated for this project:
+
+- ``harmful``: 32 mildly harmful requests that a safe assistant refuses, each with a harmless twin;
+- ``looks_harmful``: 24 harmless requests in words that also stand in harmful ones ("the gardener is the murderer");
+- ``harmless``: the 32 twins (same topic, form and length; harm is the difference), and 40 everyday requests.
+
+``refusals.json`` has twelve refusals per language in different words. What stands at the same place of two lists has the
+same drift (the third offers a safe alternative, the ninth asks for the worry behind the request, the twelfth offers a lawful
+way), but is no translation.
+
+The set is for training. To see what the training did there is another, :mod:`mpo.evaluation.probe`; they share no prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib.resources import files
+
+from mpo.data.languages import normalize_language_setting
+from mpo.errors import ConfigError
+from mpo.evaluation.contrast import ContrastRow, prompt_rows
+from mpo.evaluation.probe import PROBE_LANGUAGES
+
+VERSION = 1
+"""Number of the set, which grows whenever a text changes."""
+
+STARTER_LANGUAGES = PROBE_LANGUAGES
+"""Codes of the languages, those of the probe set, in the order of the files."""
+
+
+@lru_cache(maxsize=1)
+def starter_rows() -> tuple[ContrastRow, ...]:
+    """All prompts, in the order of the file: harmless, those that look harmful, harmful."""
+    return prompt_rows(files("mpo.building.starter").joinpath("prompts.jsonl"))
+
+
+def starter_refusals(language: str) -> tuple[str, ...]:
+    """Twelve refusals in a language.
+
+    Args:
+        language: Its code or name.
+
+    Raises:
+        ConfigError: There is no such language, or the set has no refusals in it.
+    """
+    code = normalize_language_setting(language, "language")
+    if code not in STARTER_LANGUAGES:
+        raise ConfigError(
+            f"language: the starter set has no refusals in {code!r}. It has {', '.join(STARTER_LANGUAGES)}."
+        )
+    return _refusals()[code]
+
+
+@lru_cache(maxsize=1)
+def _refusals() -> dict[str, tuple[str, ...]]:
+    text = files("mpo.building.starter").joinpath("refusals.json").read_text(encoding="utf-8")
+    return {code: tuple(refusals) for code, refusals in json.loads(text).items()}
