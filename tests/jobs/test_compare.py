@@ -329,6 +329,16 @@ def test_weights_are_kept_as_asked(load: Any, stub: Stub, tmp_path: Path) -> Non
     assert len(stub.trained) == 9
 
 
+def test_runs_ask_no_probe_of_their_own_unless_a_recipe_says_so(load: Any) -> None:
+    def asked(**changes: Any) -> set[str]:
+        words = {word for run in plan_comparison(load(**changes)).runs for word in run.words}
+        return {word for word in words if "probe" in word}
+
+    assert asked() == {"--behavior_probe=0"}
+    assert asked(shared={"behavior_probe": 2}) == {"--behavior_probe=2"}
+    assert asked(runs=[{"name": "a", "probe_max_new_tokens": 9}]) == {"--probe_max_new_tokens=9"}
+
+
 def test_two_comparisons_do_not_write_one_folder(load: Any, stub: Stub, tmp_path: Path) -> None:
     from mpo.common.locks import locked_folder
 
