@@ -34,6 +34,7 @@ from mpo.common.typed_yaml import Key
 from mpo.data import load_groups
 from mpo.errors import DataError
 from mpo.hidden_space.recipe import load_analysis_recipe
+from mpo.jobs.compare.recipe import load_comparison
 from mpo.jobs.suite_recipe import load_suite
 from mpo.jobs.train import _DESCRIPTIONS
 from mpo.modeling.masks import dense_mask
@@ -368,6 +369,8 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
                 load_suite(recipe, [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" build") and rest:
                 load_build(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
+            elif parser.prog.endswith(" compare"):
+                load_comparison(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" hidden-space"):
                 load_analysis_recipe(ROOT / rest[0], rest[1:])
             else:

@@ -122,6 +122,9 @@ class TrainingMetrics(Result):
         sources: How many sources were trained on and left out.
         steps: Number of optimizer steps.
         train_runtime: Seconds.
+        pairs: Pairs trained on, each counted as often as it was; None in older files, as the next two.
+        tokens: Tokens that were run for them.
+        peak_memory: Most bytes held at once: on the accelerator of the main process, or by it where there is none.
         behavior: What the model does with the probe prompts, before and after; None where it was not asked.
     """
 
@@ -135,6 +138,9 @@ class TrainingMetrics(Result):
     sources: dict[str, Any] = field(default_factory=dict)
     steps: Count = 0
     train_runtime: Number | None = None
+    pairs: Count | None = None
+    tokens: Count | None = None
+    peak_memory: Count | None = None
     behavior: Annotated[BehaviorChange | None, NO_KEY_IF_EMPTY] = None
 
 

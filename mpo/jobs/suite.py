@@ -58,7 +58,7 @@ class Job:
     run: Callable[[], Any]
 
 
-def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path] | None:
+def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False, report: bool = True) -> tuple[Path, Path] | None:
     """Runs what is not done yet, then writes the report.
 
     A measurement counts as done when its result is there and was made by the suite with the same settings, the same
@@ -67,20 +67,16 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path
     Args:
         recipe: What to measure.
         dry_run: Check the recipe and its files, print what would be measured, stop.
+        report: Write the report.
 
     Returns:
-        The paths of the page and the table; None for a dry run.
+        The paths of the page and the table; None for a dry run, or without a report.
 
     Raises:
         MPOError: A file of the recipe cannot be used, or measurements failed; the message names them.
     """
     out = Path(recipe.out)
-    prompts = {
-        (kind, name): _load_prompts(name, settings)
-        for kind in TASKS
-        for name, settings in getattr(recipe, kind).items()
-    }
-    _check_files(recipe)
+    prompts = check_suite(recipe)
     jobs = list(_jobs(recipe, out, prompts))
     done = _read_done(out)
     left = [job for job in jobs if not _is_done(job, done)]
@@ -109,16 +105,33 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path
     if len(failed) == len(jobs):
         raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")
     _take_curves(recipe, out)
-    paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
-    answers = out / ANSWERS
-    print(f"\nReport: {paths[0]}, {f'{answers}, ' if answers.is_file() else ''}{paths[1]}")
+    paths = None
+    if report:
+        paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
+        answers = out / ANSWERS
+        print(f"\nReport: {paths[0]}, {f'{answers}, ' if answers.is_file() else ''}{paths[1]}")
     if failed:
         raise MPOError(
-            f"{len(failed)} of {len(jobs)} measurements failed, the others are in the report. "
+            f"{len(failed)} of {len(jobs)} measurements failed, the others are {'in the report' if report else f'in {out}'}. "
             + " ".join(f"{name}: {error}" for name, error in failed)
             + " Run the same command again to make up for them."
         )
     return paths
+
+
+def check_suite(recipe: SuiteRecipe) -> dict[tuple[str, str], PromptSet]:
+    """Reads every prompt set, by task and name, and looks for everything else that would otherwise show only after hours.
+
+    Raises:
+        MPOError: A file of the recipe cannot be used.
+    """
+    prompts = {
+        (kind, name): _load_prompts(name, settings)
+        for kind in TASKS
+        for name, settings in getattr(recipe, kind).items()
+    }
+    _check_files(recipe)
+    return prompts
 
 
 def _take_curves(recipe: SuiteRecipe, out: Path) -> None:
@@ -162,7 +175,6 @@ def _check_judges(recipe: SuiteRecipe) -> None:
 
 
 def _check_files(recipe: SuiteRecipe) -> None:
-    """What would otherwise show only after hours."""
     _check_judges(recipe)
     for name, model in recipe.models.items():
         model_folder(model, name)

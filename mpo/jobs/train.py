@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,6 +53,7 @@ from mpo.training.launcher import launched_with
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
 from mpo.training.stopping import StopSignals
+from mpo.training.workload import seen_by_step
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer
@@ -378,10 +382,17 @@ def _write_results(
     if harmless is not None:
         measured["harmless"] = {"before": harmless.before, "after": harmless.after}
     change = None if probed is None else probed.change
+    steps = seen_by_step(
+        trainer.train_dataset, training, num_ranks=training.world_size, kept=trainer.trained_groups
+    )
+    seen = next(itertools.islice(steps, max(trainer.state.global_step, 1) - 1, None))
     metrics = TrainingMetrics(
         beta=training.beta,
         **measured,
         sources=dict(trainer.source_report),
+        pairs=seen.pairs,
+        tokens=seen.tokens,
+        peak_memory=_peak_memory(training.device),
         steps=trainer.state.global_step,
         train_runtime=next(
             (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
@@ -421,6 +432,14 @@ def _write_results(
         behavior=change,
         repository=training.hub_model_id,
     )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that the device held at once, or this process where it has no memory of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _listing(folder: Path) -> str:

@@ -390,7 +390,7 @@ class MPOTrainer(DPOTrainer):
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of this rank's micro-batches. Its order depends on ``data_seed`` (or ``seed``) and the epoch only."""
         reference = self._reference_of(self.train_dataset)
-        groups = reference.groups_above(self.args.min_source_gap)
+        groups = self.trained_groups = reference.groups_above(self.args.min_source_gap)
         if self.args.min_source_gap is not None:
             kept = self.train_dataset.select(groups)
             self.data_collator.weigh_languages(kept, self.args.language_weights)

@@ -109,6 +109,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         data=data,
         train=train,
         held_out=held_out,
+        tokenized=tokenized,
         dropped=dropped,
         trainable=trainable,
         parameters=parameters,

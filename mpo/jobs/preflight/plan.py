@@ -29,6 +29,7 @@ class Plan:
         peft_config: of the new adapter, or None.
         data: what was loaded, before the split.
         train, held_out: groups; ``held_out`` is None where nothing is.
+        tokenized: the groups to train on, as tokens.
         dropped: bad rows that were left out.
         trainable, parameters: numbers of trained weights and of the model's own.
         work: one epoch of training.
@@ -49,6 +50,7 @@ class Plan:
     data: LoadedGroups
     train: Dataset
     held_out: Dataset | None
+    tokenized: Dataset
     dropped: list[BadRow]
     trainable: int
     parameters: int
