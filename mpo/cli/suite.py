@@ -33,11 +33,16 @@ def register(measurements: Any) -> None:
         action="store_true",
         help="check the recipe and its files, print what is to do, stop",
     )
+    suite.add_argument("--no_report", action="store_true", help="measure only, and write no report")
     suite.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     overrides, dry_run = overrides_of(arguments)
+    report = not arguments.no_report
+    if "--no_report" in overrides:  # behind the recipe
+        overrides.remove("--no_report")
+        report = False
     if arguments.out is not None:
         overrides = ["--out", arguments.out, *overrides]
     from mpo.jobs.suite_recipe import load_suite
@@ -48,5 +53,5 @@ def _run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     from mpo.jobs.suite import run_suite
 
-    run_suite(recipe, dry_run=dry_run)
+    run_suite(recipe, dry_run=dry_run, report=report)
     return 0

@@ -20,6 +20,7 @@ from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
 from mpo.evaluation.results import (
+    LEAKS,
     PERPLEXITY,
     REWARD_GAP,
     SAFETY,
@@ -33,6 +34,7 @@ from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.utility import measure_utility, require_harness
 from mpo.jobs.measure import measure_reward_gap
+from mpo.jobs.suite_leaks import write_leaks
 from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
 from mpo.report.answers import PAGE as ANSWERS
 from mpo.report.page import write_report
@@ -56,7 +58,7 @@ class Job:
     run: Callable[[], Any]
 
 
-def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path] | None:
+def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False, report: bool = True) -> tuple[Path, Path] | None:
     """Runs what is not done yet, then writes the report.
 
     A measurement counts as done when its result is there and was made by the suite with the same settings, the same
@@ -65,20 +67,16 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path
     Args:
         recipe: What to measure.
         dry_run: Check the recipe and its files, print what would be measured, stop.
+        report: Write the report.
 
     Returns:
-        The paths of the page and the table; None for a dry run.
+        The paths of the page and the table; None for a dry run, or without a report.
 
     Raises:
         MPOError: A file of the recipe cannot be used, or measurements failed; the message names them.
     """
     out = Path(recipe.out)
-    prompts = {
-        (kind, name): _load_prompts(name, settings)
-        for kind in TASKS
-        for name, settings in getattr(recipe, kind).items()
-    }
-    _check_files(recipe)
+    prompts = check_suite(recipe)
     jobs = list(_jobs(recipe, out, prompts))
     done = _read_done(out)
     left = [job for job in jobs if not _is_done(job, done)]
@@ -98,20 +96,42 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False) -> tuple[Path, Path
             continue
         done[job.name] = _fingerprint(job.settings)
         _write_done(out, recipe, done)
+    try:
+        if (looked := write_leaks(out, recipe, prompts, done.get(LEAKS))) is not None:
+            done[LEAKS] = looked
+    except MPOError as error:
+        print(f"The prompts were not looked for in the training data: {error}", flush=True)
     _write_done(out, recipe, done)
     if len(failed) == len(jobs):
         raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")
     _take_curves(recipe, out)
-    paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
-    answers = out / ANSWERS
-    print(f"\nReport: {paths[0]}, {f'{answers}, ' if answers.is_file() else ''}{paths[1]}")
+    paths = None
+    if report:
+        paths = write_report(out, title=recipe.report.title, examples=recipe.report.examples)
+        answers = out / ANSWERS
+        print(f"\nReport: {paths[0]}, {f'{answers}, ' if answers.is_file() else ''}{paths[1]}")
     if failed:
         raise MPOError(
-            f"{len(failed)} of {len(jobs)} measurements failed, the others are in the report. "
+            f"{len(failed)} of {len(jobs)} measurements failed, the others are {'in the report' if report else f'in {out}'}. "
             + " ".join(f"{name}: {error}" for name, error in failed)
             + " Run the same command again to make up for them."
         )
     return paths
+
+
+def check_suite(recipe: SuiteRecipe) -> dict[tuple[str, str], PromptSet]:
+    """Reads every prompt set, by task and name, and looks for everything else that would otherwise show only after hours.
+
+    Raises:
+        MPOError: A file of the recipe cannot be used.
+    """
+    prompts = {
+        (kind, name): _load_prompts(name, settings)
+        for kind in TASKS
+        for name, settings in getattr(recipe, kind).items()
+    }
+    _check_files(recipe)
+    return prompts
 
 
 def _take_curves(recipe: SuiteRecipe, out: Path) -> None:
@@ -155,7 +175,6 @@ def _check_judges(recipe: SuiteRecipe) -> None:
 
 
 def _check_files(recipe: SuiteRecipe) -> None:
-    """What would otherwise show only after hours."""
     _check_judges(recipe)
     for name, model in recipe.models.items():
         model_folder(model, name)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +30,8 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
+from mpo.evaluation.results import LEAKS
+from mpo.jobs.leak import leaks_result
 from mpo.jobs.next_steps import next_steps
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import (
@@ -36,16 +41,19 @@ from mpo.jobs.preflight.folder import (
     wanted_checkpoint,
 )
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
-from mpo.jobs.probing import PROBE_ANSWERS, Probed, finish_probe, start_probe, write_probe_answers
+from mpo.jobs.probing import Probed, finish_probe, start_probe, write_probe_answers
 from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
+from mpo.report.answers import PAGE as ANSWERS
+from mpo.report.run import PROBE_ANSWERS
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
 from mpo.training.launcher import launched_with
 from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
 from mpo.training.stopping import StopSignals
+from mpo.training.workload import seen_by_step
 
 if TYPE_CHECKING:
     from mpo.training.trainer import MPOTrainer
@@ -62,6 +70,7 @@ _DESCRIPTIONS = {
     "behavior.png": "harmful prompts answered against harmless ones refused, before and after",
     PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
     "reward_gap.png": "reward gap per language, before and after",
+    "leaks.json": "evaluation prompts that stand in the training data",
     "dropped_rows.json": "rows of the data that were left out, with the reason",
     "README.md": "the model card",
 }
@@ -326,6 +335,8 @@ def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     ]
     write_text(folder / "recipe.yaml", "\n".join([header, *changes, resolved]))
     write_json(folder / "provenance.json", provenance)
+    if plan.leaks is not None:
+        write_typed(folder / LEAKS, leaks_result(plan.leaks))
     if plan.dropped:
         _write_dropped(plan, [])
 
@@ -371,10 +382,17 @@ def _write_results(
     if harmless is not None:
         measured["harmless"] = {"before": harmless.before, "after": harmless.after}
     change = None if probed is None else probed.change
+    steps = seen_by_step(
+        trainer.train_dataset, training, num_ranks=training.world_size, kept=trainer.trained_groups
+    )
+    seen = next(itertools.islice(steps, max(trainer.state.global_step, 1) - 1, None))
     metrics = TrainingMetrics(
         beta=training.beta,
         **measured,
         sources=dict(trainer.source_report),
+        pairs=seen.pairs,
+        tokens=seen.tokens,
+        peak_memory=_peak_memory(training.device),
         steps=trainer.state.global_step,
         train_runtime=next(
             (log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None
@@ -416,6 +434,14 @@ def _write_results(
     )
 
 
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that the device held at once, or this process where it has no memory of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     shown = [name for name in names if name in _DESCRIPTIONS or name.endswith(".safetensors")]
@@ -438,7 +464,7 @@ def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
         HfApi().upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS],  # some answer harmful prompts
+            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS, ANSWERS],  # some answer harmful prompts
             commit_message="MPO run",
         )
     except Exception as error:

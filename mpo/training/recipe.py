@@ -104,6 +104,9 @@ class DataSettings:
             Keep only these target languages (ISO 639-1 codes).
         drop_untranslated (`bool`, *optional*, defaults to `False`):
             Leave out target pairs whose chosen response is the source's own text.
+        leak_against (`list[str]`, *optional*):
+            Prompt sets to look for in the training data, besides the probe set: files, or names that
+            `mpo data leak --against` takes.
     """
 
     dataset: str | list[str] | None = field(default=None, metadata={"help": "Training pairs."})
@@ -115,6 +118,9 @@ class DataSettings:
     languages: list[str] | None = field(default=None, metadata={"help": "Target languages to keep."})
     drop_untranslated: bool = field(
         default=False, metadata={"help": "Leave out pairs whose chosen response is the source's text."}
+    )
+    leak_against: list[str] | None = field(
+        default=None, metadata={"help": "Prompt sets to look for in the training data."}
     )
 
     def __post_init__(self) -> None:

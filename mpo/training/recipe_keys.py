@@ -21,6 +21,7 @@ _PATHS = frozenset(
     {
         "dataset",
         "eval_dataset",
+        "leak_against",
         "model_name_or_path",
         "adapter_name_or_path",
         "reference_model_name_or_path",

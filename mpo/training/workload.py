@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -228,6 +229,76 @@ def schedule(
     if args.max_steps > 0:
         return Schedule(micro_batches, args.max_steps, args.max_steps / each)
     return Schedule(micro_batches, math.ceil(args.num_train_epochs * each), args.num_train_epochs)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What a run has trained on after some optimizer steps.
+
+    Attributes:
+        steps: optimizer steps.
+        pairs: pairs trained on, each counted as often as it was.
+        tokens: of the trees that were run for them, without padding, prompts once.
+    """
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+
+
+def seen_by_step(
+    groups: Dataset, args: MPOConfig, *, num_ranks: int = 1, kept: np.ndarray | None = None
+) -> Iterator[Seen]:
+    """
+    Follow a run step by step, epoch after epoch without end, as its sampler draws the groups.
+
+    Args:
+        groups: from :func:`tokenize_for_training`.
+        args: the run's settings.
+        num_ranks: processes.
+        kept: ``[n]``, the groups that are drawn from; by default all.
+
+    Raises:
+        DataError: no micro-batch can be made, see :func:`train_sampler`.
+    """
+    tokens = tokens_of_step(groups, args, args.batch_layout)
+    pairs = _trained_pairs(groups, args)
+    drawn = np.arange(len(groups)) if kept is None else kept
+    drawn = drawn[pairs[drawn] > 0]
+    harmless = harmless_groups(groups)[drawn]
+    samplers = [
+        train_sampler(args, drawn, tokens[drawn], num_ranks=num_ranks, rank=rank, harmless=harmless)
+        for rank in range(num_ranks)
+    ]
+    seen = Seen()
+    for epoch in itertools.count():
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        micro_batches = zip(*samplers, strict=True)
+        while step := list(itertools.islice(micro_batches, args.gradient_accumulation_steps)):
+            # A filler, which a rank without a group gets, is negative.
+            run = [group for ranks in step for batch in ranks for group in batch if group >= 0]
+            seen = Seen(
+                seen.steps + 1, seen.pairs + int(pairs[run].sum()), seen.tokens + int(tokens[run].sum())
+            )
+            yield seen
+
+
+def _trained_pairs(groups: Dataset, args: MPOConfig) -> np.ndarray:
+    """``[groups]``, pairs of each group that are trained on."""
+    counts = np.zeros(len(groups), dtype=np.int64)
+    harmless = harmless_groups(groups)
+    for place, settings in ((~harmless, args), (harmless, args.harmless)):
+        part, trained = np.flatnonzero(place), Trained.by(settings)
+        if not len(part):
+            continue
+        own = groups.select(part)
+        if trained.targets:
+            counts[part] += np.concatenate([pairs for _, _, pairs in _lengths(own)])
+        if trained.sources:
+            counts[part] += first_of_each(unique_sources(own)[0])
+    return counts
 
 
 def train_sampler(

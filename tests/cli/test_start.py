@@ -14,7 +14,10 @@ from mpo.cli import app
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "sklearn", "matplotlib", "scipy"}
 SUITE = ["evaluate", "suite", "recipes/evaluation/demo.yaml"]
+COMPARE = ["compare", "recipes/compare/demo.yaml"]
 HIDDEN = ["analyze", "hidden-space", "recipes/hidden_space/mpo_run.yaml"]
+
+BUILD = ["data", "build", "recipes/data/demo.yaml"]
 
 CASES = [
     (["--help"], "usage: mpo"),
@@ -33,8 +36,16 @@ CASES = [
     ([*SUITE, "--models.base.dtpye", "x"], "the nearest is `models.base.dtype`"),
     ([*SUITE, "--generation.max_new_tokens", "x"], "`generation.max_new_tokens` is 'x'; expected a whole number."),
     ([*SUITE, "--dry_run", "--judge.name", "oracle"], "judge: expected refusal-phrases"),
+    ([*COMPARE[:1], "dmo.yaml"], "There is no recipe dmo.yaml"),
+    ([*COMPARE, "--sedes", "1"], "the nearest is `seeds`"),
+    ([*COMPARE, "--runs", "[{name: a, betta: 1}, {name: b, loss_type: sigmoid, lerning_rate: 2}]"], "2 settings are wrong"),
+    ([*COMPARE, "--base", "lama"], "there is no recipe 'lama'"),
     ([*HIDDEN[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
     ([*HIDDEN, "--resample", "1"], "the nearest is `resamples`"),
+    ([*BUILD, "--help"], "usage: mpo data build"),
+    ([*BUILD[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
+    ([*BUILD, "--answers.sample", "1"], "the nearest is `answers.samples`"),
+    ([*BUILD, "--dry_run", "--filters.copy", "2"], "copy: expected a number from 0 to 1"),
     ([*HIDDEN, "--folds", "x"], "`folds` is 'x'; expected a whole number."),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from mpo.data.contract import PARTS
 from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import DataError
+from mpo.training.trainer import MPOTrainer
 from mpo.training.workload import (
     assume_work,
     count_work,
@@ -22,9 +24,11 @@ from mpo.training.workload import (
     largest_micro_batch,
     longest_tree,
     schedule,
+    seen_by_step,
     train_sampler,
 )
 from tests import runs
+from tests.tiny import build_model, build_tokenizer, random_groups
 
 Part = list[int]
 
@@ -172,3 +176,40 @@ def test_the_largest_micro_batch_is_of_the_largest_groups_or_of_the_budget() -> 
 
     assert [largest(per_device_train_batch_size=n) for n in (1, 2, 4, 9)] == [9, 16, 23, 23]
     assert [largest(max_tokens_per_batch=n) for n in (1, 9, 12, 100)] == [9, 9, 12, 23]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+        {"max_tokens_per_batch": 60, "group_by_source": False},
+        {"loss_type": ["sigmoid"], "train_on": "both", "max_targets_per_group": 1},
+        {"loss_type": ["sigmoid"], "train_on": "source", "max_targets_per_group": 1},
+    ],
+    ids=str,
+)
+def test_what_a_run_is_counted_to_see_is_what_it_sees(tmp_path: Path, options: dict[str, Any]) -> None:
+    class Counting(MPOTrainer):
+        counted = 0
+
+        def _checked_pair_loss(self, pairs: Any) -> Any:
+            if self.model.training:
+                self.counted += len(pairs.chosen_logps)
+            return super()._checked_pair_loss(pairs)
+
+    rows = random_groups(2, 7, (1, 4), words=(1, 5))
+    trainer = runs.trainer(
+        build_model("llama"),
+        tmp_path,
+        [*rows, rows[0]],
+        kind=Counting,
+        processing_class=build_tokenizer("llama"),
+        max_steps=9,
+        **options,
+    )
+    trainer.train()
+    steps = seen_by_step(trainer.train_dataset, trainer.args, kept=trainer.trained_groups)
+    seen = next(itertools.islice(steps, 8, None))
+    assert (seen.steps, seen.pairs) == (9, trainer.counted)
+    assert seen.tokens > seen.pairs

@@ -22,7 +22,7 @@ def check_data_files(recipe: Recipe) -> None:
     Raises:
         DataError: one is not.
     """
-    for key in ("dataset", "eval_dataset"):
+    for key in ("dataset", "eval_dataset", "leak_against"):
         value = getattr(recipe.data, key)
         for name in [value] if isinstance(value, str) else value or []:
             if Path(name).is_file():

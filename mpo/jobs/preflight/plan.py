@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mpo.common.tables import fact_lines
 from mpo.data import BadRow, LoadedGroups
+from mpo.data.leaks import Leaks
 from mpo.evaluation.probe.behavior import ProbePrompts
 from mpo.modeling.loading import ModelSource
 from mpo.training.recipe import Recipe
@@ -28,6 +29,7 @@ class Plan:
         peft_config: of the new adapter, or None.
         data: what was loaded, before the split.
         train, held_out: groups; ``held_out`` is None where nothing is.
+        tokenized: the groups to train on, as tokens.
         dropped: bad rows that were left out.
         trainable, parameters: numbers of trained weights and of the model's own.
         work: one epoch of training.
@@ -37,6 +39,7 @@ class Plan:
         probe: what the model is asked before and after, or None.
         facts: what the printed plan says, in order.
         notes: sentences about what the user may not have meant.
+        leaks: evaluation prompts in the training groups; None on any but the main process.
     """
 
     recipe: Recipe
@@ -47,6 +50,7 @@ class Plan:
     data: LoadedGroups
     train: Dataset
     held_out: Dataset | None
+    tokenized: Dataset
     dropped: list[BadRow]
     trainable: int
     parameters: int
@@ -57,6 +61,7 @@ class Plan:
     probe: ProbePrompts | None = None
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    leaks: Leaks | None = None
 
     @property
     def steps(self) -> int:

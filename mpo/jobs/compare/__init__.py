@@ -1,0 +1,1 @@
+"""``mpo compare``: objectives and settings on the same data, model and budget, measured by one suite."""

@@ -1,0 +1,183 @@
+"""The numbers of a comparison: against plain loops over the verdicts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpo.evaluation.comparison import (
+    ATTACK,
+    GAP,
+    LANGUAGE,
+    PERPLEXITY,
+    REFUSAL,
+    UTILITY,
+    ComparisonResult,
+    Estimate,
+    Row,
+)
+from mpo.jobs.compare.outcomes import adjusted, balanced_score, mean_over_seeds, outcomes, point_of, row_of
+from mpo.report.comparison import comparison_table, spread, verdict, worst, write_comparison
+from mpo.report.folder import ModelResults, read_results
+from tests.report.result_folder import CODES, write_results, write_safety
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[ModelResults]:
+    """A base model and two seeds, with every measurement."""
+    folder = write_results(tmp_path_factory.mktemp("results"), prompts=30, models=("base", "a-s0", "a-s1"))
+    return list(read_results(folder, ["base", "a-s0", "a-s1"]).models)
+
+
+@pytest.fixture(scope="module")
+def row(models: list[ModelResults]) -> Row:
+    return row_of("a", models[0], models[1:], 0.95)
+
+
+def share(model: ModelResults, kind: str) -> dict[str, dict[str, float]]:
+    """By language and prompt, out of the verdicts of the only prompt set."""
+    (run,) = [run for (task, _), run in model.safety.items() if task == kind]
+    counted = "unsafe" if kind == "attack" else "refusal"
+    return {code: {p: float(v == counted) for p, v in rows.items()} for code, rows in run.verdicts.items()}
+
+
+@pytest.mark.parametrize(("measure", "kind"), [(ATTACK, "attack"), (REFUSAL, "over_refusal")])
+def test_a_share_is_the_mean_over_languages_of_the_mean_over_prompts_and_seeds(
+    models: list[ModelResults], row: Row, measure: str, kind: str
+) -> None:
+    base, *seeds = (share(model, kind) for model in models)
+    each = [statistics.fmean(statistics.fmean(rows.values()) for rows in seed.values()) for seed in seeds]
+    before = statistics.fmean(statistics.fmean(rows.values()) for rows in base.values())
+    found = row.measures[measure]
+    assert found.seeds == pytest.approx(each)
+    assert found.value == pytest.approx(statistics.fmean(each))
+    assert found.change == pytest.approx(statistics.fmean(each) - before)
+    by_language = {
+        code: statistics.fmean(seed[code][p] for seed in seeds for p in seed[code]) for code in base
+    }
+    assert row.languages[measure] == pytest.approx(by_language)
+    assert [*row.languages[measure]] == [code for code in CODES if code in base]
+
+
+def test_the_interval_of_a_change_is_that_of_resampled_prompts(models: list[ModelResults], row: Row) -> None:
+    base, *seeds = (share(model, "attack") for model in models)
+    prompts = sorted(base["en"])
+    table = np.array(
+        [[statistics.fmean(seed[c][p] for seed in seeds) - base[c][p] for c in base] for p in prompts]
+    )
+    random = np.random.default_rng(7)
+    means = [table[random.integers(len(table), size=len(table))].mean() for _ in range(4000)]
+    found = row.measures[ATTACK].change_interval
+    assert found is not None
+    # The expanded percentiles of the package lie a little outside plain ones.
+    low, high = np.quantile(means, [0.025, 0.975])
+    width = high - low
+    assert low - 0.12 * width < found[0] < low + 0.05 * width
+    assert high - 0.05 * width < found[1] < high + 0.12 * width
+
+
+def test_a_prompt_that_a_seed_has_no_verdict_on_is_in_no_mean() -> None:
+    seeds = [{"en": {"1": 1.0, "2": 0.0}, "sw": {"1": 1.0}}, {"en": {"1": 0.0}}]
+    assert mean_over_seeds(seeds) == {"en": {"1": 0.5}}
+    assert mean_over_seeds([]) == {}
+
+
+def test_several_prompt_sets_are_one_measure(tmp_path: Path) -> None:
+    for name, verdicts in (("x", ["unsafe", "safe"]), ("y", ["unsafe"] * 3)):
+        write_safety(tmp_path / "m" / "attack" / name, "attack", {"en": verdicts})
+    model = read_results(tmp_path, ["m"]).models[0]
+    assert sorted(outcomes(model, ATTACK)["en"].values()) == [0, 1, 1, 1, 1]
+
+
+def test_the_balanced_score_is_over_the_languages_that_have_both(models: list[ModelResults]) -> None:
+    attack, refusal = share(models[1], "attack"), share(models[1], "over_refusal")
+    scores = [
+        (2 * (1 - statistics.fmean(attack[c].values())) + 1 - statistics.fmean(refusal[c].values())) / 3
+        for c in refusal
+    ]
+    assert len(refusal) < len(attack)
+    assert balanced_score(models[1], harmful=2.0) == pytest.approx(statistics.fmean(scores))
+    assert balanced_score(ModelResults("none")) is None
+    point = point_of(models[1], 0.95)
+    assert point is not None and point.attack_interval is not None
+    assert point.attack_interval[0] < point.attack < point.attack_interval[1]
+
+
+def test_gap_utility_and_perplexity_are_paired_with_the_base_models(
+    models: list[ModelResults], row: Row
+) -> None:
+    tables = [model.reward_gap for model in models]
+    assert all(table is not None and table.all_targets is not None for table in tables)
+    gaps = [table.all_targets.gap for table in tables]  # type: ignore[union-attr]
+    assert row.measures[GAP].value == pytest.approx(statistics.fmean(gaps[1:]))
+    assert row.measures[GAP].change == pytest.approx(statistics.fmean(gaps[1:]) - gaps[0], abs=1e-9)
+    nats, tokens = [], 0
+    for model in models:
+        assert model.perplexity is not None
+        nats.append(sum(sum(entry.nats_per_text) for entry in model.perplexity.languages.values()))
+        tokens = sum(entry.tokens for entry in model.perplexity.languages.values())
+    mean = statistics.fmean(nats[1:])
+    assert row.measures[PERPLEXITY].value == pytest.approx(math.exp(mean / tokens))
+    assert row.measures[PERPLEXITY].change == pytest.approx(math.exp((mean - nats[0]) / tokens) - 1)
+    scores = []
+    for model in models:
+        assert model.utility is not None
+        items = [next(iter(task.items.values())) for task in model.utility.tasks.values()]
+        scores.append(statistics.fmean(statistics.fmean(values) for values in items))
+    assert row.measures[UTILITY].change == pytest.approx(statistics.fmean(scores[1:]) - scores[0])
+
+
+def test_a_change_is_clear_only_where_every_seed_moved_that_way(tmp_path: Path) -> None:
+    def write(name: str, unsafe: int) -> None:
+        verdicts = {code: ["unsafe"] * unsafe + ["safe"] * (60 - unsafe) for code in ("en", "sw")}
+        write_safety(tmp_path / name / "attack" / "p", "attack", verdicts)
+
+    for name, unsafe in (("base", 40), ("low", 2), ("lower", 1), ("high", 41)):
+        write(name, unsafe)
+    base, low, lower, high = read_results(tmp_path, ["base", "low", "lower", "high"]).models
+    assert row_of("a", base, [low, lower], 0.95).measures[ATTACK].clear == -1
+    both = row_of("a", base, [low, high], 0.95).measures[ATTACK]
+    assert both.change_interval is not None and both.change_interval[1] < 0
+    assert both.clear == 0
+    assert verdict(row_of("a", base, [low], 0.95).measures[ATTACK], ATTACK) == "better"
+    assert row_of("base", None, [base], 0.95).measures[ATTACK].change is None
+
+
+def test_tests_of_several_settings_are_adjusted_for_their_number() -> None:
+    def row(name: str, p_value: float) -> Row:
+        return Row(name, measures={ATTACK: Estimate(0.5, change=-0.1, p_value=p_value, clear=-1)})
+
+    rows = adjusted([row("a", 0.01), row("b", 0.02), row("c", 0.03)], 0.95)
+    assert [r.measures[ATTACK].p_value for r in rows] == pytest.approx([0.03, 0.04, 0.04])
+    assert [r.measures[ATTACK].clear for r in rows] == [-1, -1, -1]
+    rows = adjusted([row("a", 0.01), row("b", 0.03), row("c", 0.03)], 0.95)
+    assert [r.measures[ATTACK].clear for r in rows] == [-1, 0, 0]
+
+
+def test_what_the_page_and_the_table_show(models: list[ModelResults], row: Row, tmp_path: Path) -> None:
+    clear = replace(row.measures[ATTACK], clear=-1)
+    shown = replace(row, name="<b>a", measures={**row.measures, ATTACK: clear})
+    comparison = ComparisonResult(
+        title="Two & more", base="org/model", rows=[row_of("base", None, [models[0]], 0.95), shown], runs=[]
+    )
+    page, table = write_comparison(comparison, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "Two &amp; more" in text and "&lt;b&gt;a" in text and "<b>a" not in text
+    better = [
+        name for name, found in row.measures.items() if verdict(found, name) == "better" or name == ATTACK
+    ]
+    twice = {ATTACK, REFUSAL}  # at a glance, and in their own table
+    assert text.count('class="clear better"') == sum(1 + (name in twice) for name in better)
+    low, high = (100 * value for value in sorted(clear.seeds))
+    assert f"({low:.1f} to {high:.1f})" in spread(clear, ATTACK)
+    assert spread(replace(clear, seeds=[0.5]), ATTACK) == ""
+    worst_code = max(row.languages[ATTACK], key=lambda code: row.languages[ATTACK][code])
+    assert f"{100 * row.languages[ATTACK][worst_code]:.0f}" in worst(row, ATTACK)
+    assert worst(Row("x", languages={LANGUAGE: {"en": 0.5, "sw": 0.5}}), LANGUAGE) == "–"
+    assert "*" in comparison_table(comparison).plain().splitlines()[-5]
+    assert "| Setting |" in table.read_text(encoding="utf-8")
