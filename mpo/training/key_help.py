@@ -20,6 +20,8 @@ _GROUPS = {
     "DataSettings": "the data",
     "ModelSettings": "the model",
     "MPOConfig": "the objective and the step",
+    "HarmlessSettings": "harmless groups",
+    "ProbeSettings": "the probe",
 }
 _OTHERS = "training, as in TRL and transformers"
 _USUAL = [
@@ -133,7 +135,7 @@ def _overview(keys: Mapping[str, KeyHelp], everything: bool) -> str:
         inside = [key for key in keys.values() if key.group == group]
         if group == _OTHERS and not everything:
             inside = [keys[name] for name in _USUAL if name in keys and keys[name].group == group]
-        parts.append(f"Keys of {group}\n{_lines(inside)}")
+        parts += [f"Keys of {group}\n{_lines(inside)}"] if inside else []
     hidden = (
         0 if everything else sum(key.group == _OTHERS and key.name not in _USUAL for key in keys.values())
     )
