@@ -83,8 +83,8 @@ class Target:
                 if row[part] is None and part not in row["faults"]:
                     asked[f"{index} {part}"] = originals[part]
         for name, made in self._translate(asked, kept).items():
-            index, part = name.split()
-            row = out[int(index)]
+            place, part = name.split()
+            row = out[int(place)]
             row[part], row["from"][part] = made.text or None, TRANSLATION
             if made.fault is not None:
                 row["faults"][part] = made.fault
@@ -105,8 +105,8 @@ class Target:
             if row["from"].get(part) == TRANSLATION and part not in row["faults"] and row[part]
         }
         for name, made in self._translate(asked, kept, back=True).items():
-            index, part = name.split()
-            out[int(index)][part] = made.text
+            place, part = name.split()
+            out[int(place)][part] = made.text
         return out
 
     def _harmful(self, row: Row, prompt: PromptRow, pair: Row) -> None:
