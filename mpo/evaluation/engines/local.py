@@ -116,7 +116,7 @@ class LocalEngine:
             with torch.inference_mode(), torch.random.fork_rng(devices):
                 # Sampling depends on the batch, not on how many were drawn before it in this process.
                 torch.manual_seed(self.generation.seed + number)
-                output = model.generate(input_ids=ids, attention_mask=mask)
+                output = model.generate(input_ids=ids, attention_mask=mask, **no_router_loss(model))
         except torch.OutOfMemoryError:
             raise ModelError(
                 f"The memory of {self.device} does not hold a batch of {len(batch.indices)} prompts of up to "
@@ -168,6 +168,12 @@ def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     tokens = {*([named] if isinstance(named, int) else named or []), tokenizer.eos_token_id}
     return sorted(token for token in tokens if isinstance(token, int))
+
+
+def no_router_loss(model: Any) -> dict[str, bool]:
+    """Arguments of a call of a mixture of experts that would compute its router's loss, of a mask that does not fit."""
+    config = model.config.get_text_config()
+    return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
 
 
 def read_answer(

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo.common.progress import CountProgress
 from mpo.errors import ModelError
 from mpo.evaluation.answers import AnswerRow, Framing
-from mpo.evaluation.engines.local import by_length, pad_left, read_answer, stop_tokens
+from mpo.evaluation.engines.local import by_length, no_router_loss, pad_left, read_answer, stop_tokens
 from mpo.evaluation.engines.rendering import render
 from mpo.evaluation.prompts import Prompt
 from mpo.training.ranks import gathered
@@ -105,7 +105,8 @@ class Questions:
         pad = self.tokenizer.pad_token_id
         pad = stops[0] if pad is None else pad
         ids, mask = pad_left(prompts, pad, self.policy.accelerator.device)
-        written = _written(model, ids, mask, stops, self.max_new_tokens, together).tolist()
+        extra = no_router_loss(self.policy.model)
+        written = _written(model, ids, mask, stops, self.max_new_tokens, together, extra).tolist()
         answers = [
             read_answer(self.tokenizer, prompt, tokens, stops)
             for prompt, tokens in zip(prompts, written, strict=True)
@@ -114,7 +115,13 @@ class Questions:
 
 
 def _written(
-    model: Any, ids: Tensor, mask: Tensor, stops: Sequence[int], most: int, together: bool
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    stops: Sequence[int],
+    most: int,
+    together: bool,
+    extra: Mapping[str, Any],
 ) -> Tensor:
     """The most likely tokens one after another, ``[prompts, tokens]``; after one of ``stops`` that token again.
 
@@ -124,6 +131,7 @@ def _written(
         stops: Tokens that end a turn.
         most: Tokens at most.
         together: Whether all ranks go on until the last of them is done.
+        extra: Further arguments of each call.
     """
     last_tokens = torch.tensor(stops, device=ids.device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -137,6 +145,7 @@ def _written(
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **extra,
         )
         cache = output.past_key_values
         token = torch.where(done, token, output.logits[:, -1].argmax(dim=-1))

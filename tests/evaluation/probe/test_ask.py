@@ -29,7 +29,7 @@ def questions(made: Any) -> Questions:
     return Questions(made.policy, made.processing_class, LENGTH)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "mixtral"])
 def test_the_answers_are_those_of_the_evaluation(family: str, tmp_path: Path) -> None:
     model = save_tiny(family, tmp_path / family)
     prompts = some_prompts()
