@@ -27,6 +27,8 @@ from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Confi
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from trl import DPOConfig, ModelConfig
 
+from mpo.building.filters import FILTERS, FilterSettings
+from mpo.building.recipe import AnswerSettings, BuildRecipe, LeakSettings, PromptSource, load_build
 from mpo.cli.app import _parser
 from mpo.common.typed_yaml import Key
 from mpo.data import load_groups
@@ -58,6 +60,11 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 KEYS = recipe_fields()
+BUILD_KEYS = {
+    option.name
+    for section in (BuildRecipe, PromptSource, AnswerSettings, FilterSettings, LeakSettings)
+    for option in fields(section)
+}
 FAMILIES = ("llama", "gemma", "qwen")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^<!-- output of: (.+?) -->\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -286,7 +293,7 @@ OUTPUTS = [(page, *found) for page in PAGES for found in OUTPUT.findall(read(pag
 def test_a_shown_output_is_what_the_command_prints(
     page: Path, command: str, shown: str, request: pytest.FixtureRequest
 ) -> None:
-    if "recipes/demo.yaml" in command:
+    if "recipes/demo.yaml" in command or "recipes/data/demo.yaml" in command:
         request.getfixturevalue("demo_model")
     printed = output_of(command)
 
@@ -304,7 +311,9 @@ def test_the_pages_show_the_data_check_the_dry_run_and_the_plans() -> None:
     machines = "--machines 1x24 1x80 8x80 64x80"
     assert {command for _, command, _ in OUTPUTS} == {
         "mpo data check recipes/demo/pairs.jsonl",
+        "mpo data build recipes/data/demo.yaml --dry_run",
         "mpo train recipes/demo.yaml --dry_run",
+        "mpo keys retain_pooling",
         "mpo plan recipes/llama_full.yaml --gpus 8 --gpu_memory 80",
         *(f"mpo plan recipes/{name}{full}.yaml {machines}" for name in FAMILIES for full in ("", "_full")),
     }
@@ -356,7 +365,10 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
             if parser.prog.endswith(" train"):
                 check_overrides(rest)
             elif parser.prog.endswith(" suite"):
-                load_suite(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
+                recipe = ROOT / rest[0] if (ROOT / rest[0]).is_file() else rest[0]
+                load_suite(recipe, [word for word in rest[1:] if word != "--dry_run"])
+            elif parser.prog.endswith(" build") and rest:
+                load_build(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" compare"):
                 load_comparison(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" hidden-space"):
@@ -421,6 +433,19 @@ def test_the_overrides_that_are_shown_are_accepted(words: list[str], monkeypatch
 # ---- Names -------------------------------------------------------------------------------------------------------
 
 
+def test_the_filters_of_a_build_are_listed_with_their_defaults() -> None:
+    defaults = FilterSettings()
+    listed = {codes(row[0])[0]: row[1] for row in table_below(DOCS / "data.md", "filter", "default")}
+    words = {None: "null", True: "true"}
+    assert listed == {
+        name: str(value)
+        if isinstance(value, float) or (isinstance(value, int) and value > 1)
+        else words[value]
+        for name in FILTERS
+        for value in [getattr(defaults, name)]
+    }
+
+
 def names_of(owner: type) -> set[str]:
     return {option.name for option in fields(owner)}
 
@@ -462,7 +487,7 @@ def test_a_listed_default_is_the_real_one(row: list[str]) -> None:
 def test_a_setting_that_is_named_with_its_value_is_a_key(page: Path) -> None:
     for code in inline_code(page):
         if setting := re.fullmatch(r"([a-z][a-z0-9_]+): \S.*", code):
-            assert setting[1] in KEYS, code
+            assert setting[1] in {*KEYS, *BUILD_KEYS}, code
 
 
 def test_the_settings_named_beside_the_tables_are_keys() -> None:

@@ -69,7 +69,8 @@ def test_the_wheel_holds_the_files_that_the_package_reads() -> None:
         pytest.skip("git is not installed")
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]
     # Hatchling then takes every file below mpo/ that .gitignore does not leave out.
-    assert build["targets"]["wheel"] == {"packages": ["mpo"]}
+    recipes = {"recipes": "mpo/recipes"}  # which mpo.common.recipe_files.recipe_folder looks for
+    assert build["targets"]["wheel"] == {"packages": ["mpo"], "force-include": recipes}
     read = [
         path for path in (ROOT / "mpo").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
     ]

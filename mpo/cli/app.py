@@ -15,7 +15,22 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 
 from mpo import __version__
-from mpo.cli import analyze, cache, compare, data, evaluate, merge, plan, report, train
+from mpo.cli import (
+    analyze,
+    cache,
+    chat,
+    compare,
+    data,
+    env,
+    evaluate,
+    init,
+    keys,
+    merge,
+    plan,
+    recipes,
+    report,
+    train,
+)
 from mpo.cli.options import Parser, show_help
 from mpo.common.characters import printable
 from mpo.common.words import nearest
@@ -24,7 +39,22 @@ from mpo.errors import MPOError, ProcessLostError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-_COMMANDS = (train, plan, data, evaluate, compare, report, analyze, merge, cache)
+_COMMANDS = (  # in the order of `mpo --help`
+    init,
+    recipes,
+    keys,
+    train,
+    plan,
+    data,
+    evaluate,
+    compare,
+    report,
+    analyze,
+    chat,
+    merge,
+    cache,
+    env,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

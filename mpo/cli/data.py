@@ -1,18 +1,33 @@
-"""``mpo data check``: a summary of preference data, with the rows to look at."""
+"""``mpo data``: look at preference data, bring the forms that people have into one, and build groups from prompts."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from mpo.cli.options import add_data_options, one_or_many, show_help
+from mpo.cli.options import add_data_options, add_recipe, one_or_many, overrides_of, show_help
+from mpo.errors import ConfigError
+
+_BUILD_EPILOG = """\
+Any key of the recipe can be changed after it:
+  --answers.samples 8   an entry           --prompts.data prompts.jsonl   another file
+A run that was stopped goes on where it was. docs/data.md explains the keys.
+"""
 
 
 def register(commands: Any) -> None:
     """Adds ``data`` to the sub-parsers of ``mpo``."""
-    data = commands.add_parser("data", help="look at preference data")
+    data = commands.add_parser("data", help="look at preference data, convert it, or build it from prompts")
     data.set_defaults(run=lambda _: show_help(data))
-    check = data.add_subparsers(title="commands", metavar="COMMAND").add_parser(
+    kinds = data.add_subparsers(title="commands", metavar="COMMAND")
+    _register_build(kinds)
+    _register_check(kinds)
+    _register_convert(kinds)
+    _register_leak(kinds)
+
+
+def _register_check(kinds: Any) -> None:
+    check = kinds.add_parser(
         "check", help="summarise a data set and point at doubtful rows", allow_abbrev=False
     )
     check.add_argument(
@@ -27,6 +42,117 @@ def register(commands: Any) -> None:
     add_data_options(check)
     check.add_argument("--max_response_length", type=int, help="longest response, in tokens")
     check.set_defaults(run=_check)
+
+
+def _register_convert(kinds: Any) -> None:
+    convert = kinds.add_parser(
+        "convert",
+        help="bring prompts and pairs, as they are published, into the project's form",
+        allow_abbrev=False,
+    )
+    convert.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="*",
+        help="JSON, JSONL, CSV or Parquet file(s), a .txt with a prompt a line, or a name on the Hub",
+    )
+    convert.add_argument("--output", required=True, metavar="FILE", help="the .jsonl file to write")
+    convert.add_argument(
+        "--language",
+        dest="by_language",
+        metavar="CODE=FILE",
+        action="append",
+        default=[],
+        help="a file of translations and the language it is in; once for each language",
+    )
+    convert.add_argument(
+        "--key",
+        metavar="COLUMN",
+        help="make groups: join files by this column (`row`: row n of every file is the same)",
+    )
+    convert.add_argument(
+        "--source_language", default="en", metavar="CODE", help="the dominant language (default en)"
+    )
+    convert.add_argument(
+        "--keep", nargs="+", default=[], metavar="COLUMN", help="further columns to keep beside the pairs"
+    )
+    convert.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
+    convert.add_argument(
+        "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _register_leak(kinds: Any) -> None:
+    leak = kinds.add_parser(
+        "leak", help="find evaluation prompts that stand in training data", allow_abbrev=False
+    )
+    leak.add_argument(
+        "train", metavar="TRAIN", nargs="+", help="training file(s) in any form, or names on the Hub"
+    )
+    leak.add_argument(
+        "--against",
+        metavar="EVAL",
+        nargs="+",
+        required=True,
+        help="prompt sets or files of pairs to look for; `probe` is the set that comes with the package",
+    )
+    leak.add_argument("--output", metavar="FILE", help="write all pairs as .json or .csv")
+    leak.add_argument("--show_texts", action="store_true", help="show the beginning of both texts")
+    leak.add_argument(
+        "--characters", type=float, default=0.5, help="least similarity of letters (default 0.5)"
+    )
+    leak.add_argument("--words", type=float, default=0.6, help="least similarity of words (default 0.6)")
+    leak.add_argument(
+        "--embeddings",
+        metavar="MODEL",
+        help="compare by meaning, too, with this model of sentence-transformers",
+    )
+    leak.add_argument(
+        "--meaning", type=float, default=0.9, help="least cosine of two embeddings (default 0.9)"
+    )
+    leak.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
+    leak.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
+    leak.set_defaults(run=_leak)
+
+
+def _register_build(actions: Any) -> None:
+    build = actions.add_parser(
+        "build",
+        help="make preference groups in every language from prompts",
+        usage="mpo data build RECIPE [--out FOLDER] [--dry_run] [--key value ...]",
+        description="Answer prompts with the model to be trained, translate, filter, and write preference groups.",
+        epilog=_BUILD_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_recipe(build, "recipes/data/demo.yaml")
+    build.add_argument(
+        "--out", metavar="FOLDER", help="folder of the results, in place of the recipe's `out`"
+    )
+    build.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check the recipe and its files, print what would be asked how often, stop",
+    )
+    build.set_defaults(run=_build)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    overrides, dry_run = overrides_of(arguments)
+    if arguments.out is not None:
+        overrides = ["--out", arguments.out, *overrides]
+    from mpo.building.recipe import load_build
+
+    recipe = load_build(arguments.recipe, overrides)  # what is misspelt is said before torch is imported
+    from mpo.common.progress import quiet_libraries
+
+    quiet_libraries()
+    from mpo.jobs.build import build_data
+
+    build_data(recipe, dry_run=dry_run)
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -56,4 +182,65 @@ def _check(arguments: argparse.Namespace) -> int:
         from mpo.common.files import write_json
 
         print(f"\nWritten to {write_json(arguments.json, report.to_dict())}")
+    return 1 if report.bad_rows else 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from mpo.common.progress import quiet_libraries
+
+    quiet_libraries()
+    from mpo.data import convert
+
+    result = convert(
+        _inputs(arguments),
+        arguments.output,
+        key=arguments.key,
+        source_language=arguments.source_language,
+        keep=arguments.keep,
+        split=arguments.dataset_split,
+        bad_rows=arguments.bad_rows,
+    )
+    print(result.to_text())
     return 0
+
+
+def _inputs(arguments: argparse.Namespace) -> list[str] | dict[str, str]:
+    """What is to be converted: files, or files by language.
+
+    Raises:
+        ConfigError: There is none, or both are given.
+    """
+    by_language = {}
+    for word in arguments.by_language:
+        code, mark, file = word.partition("=")
+        if not (code and mark and file) or code in by_language:
+            raise ConfigError(f"--language: expected CODE=FILE, once for each language, got {word!r}.")
+        by_language[code] = file
+    if bool(arguments.inputs) == bool(by_language):
+        raise ConfigError("expected files to convert, or `--language CODE=FILE` for each, and not both.")
+    return by_language or list(arguments.inputs)
+
+
+def _leak(arguments: argparse.Namespace) -> int:
+    from mpo.common.progress import quiet_libraries
+
+    quiet_libraries()
+    from mpo.data.leaks import check_output
+    from mpo.jobs.leak import measure_leaks
+
+    if arguments.output:
+        check_output(arguments.output)
+    leaks = measure_leaks(
+        arguments.train,
+        arguments.against,
+        split=arguments.dataset_split,
+        characters=arguments.characters,
+        words=arguments.words,
+        embeddings=arguments.embeddings,
+        meaning=arguments.meaning,
+        device=arguments.device,
+    )
+    print(leaks.to_text(texts=arguments.show_texts))
+    if arguments.output:
+        print(f"\nWritten to {leaks.write(arguments.output, texts=arguments.show_texts)}")
+    return 1 if leaks.pairs else 0

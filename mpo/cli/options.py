@@ -14,12 +14,31 @@ if TYPE_CHECKING:
     from mpo.evaluation.engines import ModelChoice
 
 
+_LONGEST_USAGE = 6  # lines
+# What other programs call a command.
+_OTHER_WORDS = {
+    "train": "finetune fine-tune tune fit sft dpo align run",
+    "chat": "generate ask talk infer inference prompt predict answer",
+    "evaluate": "eval test benchmark bench measure score judge",
+    "merge": "export fuse fold serve deploy convert",
+    "env": "doctor info version diagnose system environment",
+    "init": "new start setup create begin quickstart wizard",
+    "recipes": "list ls configs examples templates cp",
+    "keys": "options settings params parameters explain help",
+    "plan": "estimate memory fits gpus cost",
+    "data check": "dataset check validate",
+    "analyze hidden-space": "hidden-space hidden_space embeddings probe",
+}
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that names the command a misspelt one was meant to be, and says where a recipe goes."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            near = nearest(value, action.choices, 0.6)
+            others = {other: name for name, words in _OTHER_WORDS.items() for other in words.split()}
+            elsewhere = others.get(value.lower()) if self.prog == "mpo" else None
+            near = elsewhere or nearest(value, action.choices, 0.6)
             hint = (
                 f"did you mean `{self.prog} {near}`?" if near else f"there are {', '.join(action.choices)}."
             )
@@ -32,6 +51,10 @@ class Parser(argparse.ArgumentParser):
         """Prints usage and message, and exits with 2."""
         if any(action.dest == "overrides" for action in self._actions):
             message = "the recipe comes first" + ("" if "are required" in message else f" ({message})")
+        if (
+            self.format_usage().count("\n") > _LONGEST_USAGE
+        ):  # the sentence that helps would be below the screen
+            self.exit(2, f"{self.prog}: error: {message}. All options: {self.prog} --help\n")
         super().error(message)
 
 
@@ -50,6 +73,11 @@ def overrides_of(arguments: argparse.Namespace) -> tuple[list[str], bool]:
         value = "".join(words[place + 1 : place + 2]).lower()
         dry_run = value != "false"
         del words[place : place + (2 if value in ("true", "false") else 1)]
+    for word in words:
+        if word.startswith("--") and nearest(word.replace("-", "_"), ["__dry_run", "__dryrun"], 0.8):
+            raise ConfigError(
+                f"command line: there is no option `{show_name(word)}`; did you mean `--dry_run`?"
+            )
     return words, dry_run
 
 

@@ -17,12 +17,14 @@ def register(commands: Any) -> None:
         help="which GPUs a recipe fits on, how to launch it there, and how long it takes",
         description="Work out, without weights, what each GPU would hold under every way to divide the model, the largest "
         "micro-batch that fits, and the time. Keys of the recipe can be changed behind it, as with `mpo train`.",
-        usage="mpo plan RECIPE (--gpus N --gpu_memory GB | --machines NxGB ...) [options] [--key value ...]",
+        usage="mpo plan RECIPE [--gpus N --gpu_memory GB | --machines NxGB ...] [options] [--key value ...]",
         allow_abbrev=False,
     )
     plan.add_argument("recipe", metavar="RECIPE", help="YAML file, for example recipes/llama_full.yaml")
-    plan.add_argument("--gpus", type=int, default=8, help="GPUs over all machines (default 8)")
-    plan.add_argument("--gpu_memory", "--gpu-memory", type=float, default=80, help="GB of each (default 80)")
+    plan.add_argument("--gpus", type=int, help="GPUs over all machines (default: those of this one, or 8)")
+    plan.add_argument(
+        "--gpu_memory", "--gpu-memory", type=float, help="GB of each (default: as this machine's, or 80)"
+    )
     plan.add_argument(
         "--machines",
         nargs="+",
@@ -36,30 +38,18 @@ def register(commands: Any) -> None:
     plan.add_argument(
         "--peak_tflops",
         type=float,
-        default=312,
         help="peak of a GPU in bf16 (default 312, an A100; H100: 989)",
     )
-    plan.add_argument(
-        "--utilisation", type=float, default=0.35, help="share of the peak that is reached (default 0.35)"
-    )
-    plan.add_argument(
-        "--groups", type=int, default=100, help="sources, where the data are not at hand (default 100)"
-    )
-    plan.add_argument(
-        "--targets", type=int, default=6, help="target languages of each source, likewise (default 6)"
-    )
+    plan.add_argument("--utilisation", type=float, help="share of the peak that is reached (default 0.35)")
+    plan.add_argument("--groups", type=int, help="sources, where the data are not at hand (default 100)")
+    plan.add_argument("--targets", type=int, help="target languages of each source, likewise (default 6)")
     plan.add_argument(
         "--tree_tokens",
         type=int,
-        default=650,
         help="tokens of prompt and both responses, likewise (default 650)",
     )
-    plan.add_argument(
-        "--node_bandwidth", type=float, default=300, help="GB/s between GPUs of a machine (default 300)"
-    )
-    plan.add_argument(
-        "--network_bandwidth", type=float, default=25, help="GB/s of a GPU to others (default 25)"
-    )
+    plan.add_argument("--node_bandwidth", type=float, help="GB/s between GPUs of a machine (default 300)")
+    plan.add_argument("--network_bandwidth", type=float, help="GB/s of a GPU to others (default 25)")
     plan.add_argument("--scaling", action="store_true", help="also show the efficiency from 1 to 1024 GPUs")
     plan.set_defaults(run=_run, rest=[])
 
@@ -74,12 +64,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
-    from mpo.jobs.fit import Assumptions, Machine, compare, report
+    from mpo.jobs.fit import Assumptions, Machine, compare, machine_or_this, report
     from mpo.training.recipe import load_recipe
 
     per_node = arguments.gpus_per_node
-    alone = None if machines else Machine(arguments.gpus, arguments.gpu_memory, per_node)
-    assumed = Assumptions(**{name: getattr(arguments, name) for name in Assumptions.__dataclass_fields__})
+    alone = None if machines else machine_or_this(arguments.gpus, arguments.gpu_memory, per_node)
+    given = {name: getattr(arguments, name) for name in Assumptions.__dataclass_fields__}
+    assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
     recipe = load_recipe(arguments.recipe, arguments.rest)
     if alone is None:
         print(compare(recipe, [Machine(*machine, per_node) for machine in machines], assumed))

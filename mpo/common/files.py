@@ -15,10 +15,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mpo.common.characters import without_halves
 from mpo.common.redaction import redact
+from mpo.common.words import nearest
 from mpo.errors import MPOError, StorageError
 
 PART = ".part"
@@ -77,10 +78,18 @@ def check_writable(folder: Path, *, setting: str = "output_dir", create: bool = 
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
-    """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed over it.
+    """Write a file atomically; see :func:`whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Write a file atomically: to a temporary file beside it, flushed to disk, then renamed over it when the block ends.
 
     A reader, or a run that is killed, sees the old file or the new one, never a part. The folder is made where it is
-    missing. What a killed process left is removed as by :func:`whole_folder`.
+    missing. When the block raises, the old file stays. What a killed process left is removed as by :func:`whole_folder`.
 
     Raises:
         StorageError: The disk is full, or the folder cannot be written. The old file is still there.
@@ -91,16 +100,27 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except MPOError:
+        raise
     except OSError as error:
         raise StorageError(_explain(target, error)) from error
     finally:
         with contextlib.suppress(OSError):  # once it is renamed there is none
             os.unlink(temporary)
-    return target
+
+
+def did_you_mean(path: str | Path) -> str:
+    """A sentence with the name beside it that a misspelt path most likely meant; nothing where none is near."""
+    path = Path(path)
+    try:
+        near = nearest(path.name, os.listdir(path.parent))
+    except OSError:
+        return ""
+    return f" Did you mean {path.with_name(near)}?" if near else ""
 
 
 def write_text(path: str | Path, text: str) -> Path:

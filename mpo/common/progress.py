@@ -38,11 +38,11 @@ class CountProgress:
                 total=total, initial=done, desc=title, unit=unit, file=self.stream, dynamic_ncols=True
             )
 
-    def advance(self) -> None:
-        """One more is done."""
-        self.count += 1
+    def advance(self, by: int = 1) -> None:
+        """One more is done, or several at once."""
+        self.count += by
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(by)
             return
         tenth, now = 10 * self.count // max(self.total, 1), time.monotonic()
         # What goes by in seconds, or comes in batches, needs no line of its own.

@@ -136,7 +136,7 @@ def devices() -> dict[str, Any]:
     """Names of the processor and of the accelerators that this process sees, with their number."""
     import torch
 
-    out: dict[str, Any] = {"cpu": _processor_name(), "cores": os.cpu_count()}
+    out: dict[str, Any] = {"cpu": processor_name(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         out["accelerators"] = dict(names)
@@ -146,7 +146,8 @@ def devices() -> dict[str, Any]:
     return out
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What this machine calls its processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:

@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from mpo.common.characters import printable
+from mpo.common.recipe_files import find_recipe
+from mpo.common.recipe_kinds import another_kind, home_of
 from mpo.common.redaction import REDACTED, is_secret_name, redact_text
 from mpo.common.words import nearest, shortened
 from mpo.errors import ConfigError, MPOError
@@ -112,18 +114,19 @@ class Document:
     """A recipe's file with the words of the command line over it.
 
     Args:
-        path: YAML file: a mapping.
+        path: YAML file: a mapping. Or the bare name of a recipe of the package, see
+            :func:`~mpo.common.recipe_files.find_recipe`.
         overrides: Command-line words: ``--key value``, ``--key=value``, ``--flag`` (true), ``--key a b`` (a list),
             ``--key.entry value`` (an entry of a mapping), ``--key.0.entry value`` (an entry of the first of a list),
             ``--key null``.
-        noun: What messages call the recipe.
+        noun: What messages call the recipe; :data:`~mpo.common.recipe_kinds.KINDS` tells kinds apart by it.
         manual: The page that explains its keys.
-        renamed: What others call a key, with our name for it.
+        renamed: Names that others have for keys, each with what to do about it: ``use `max_length` ``.
         paths: Keys, on any level, whose values may be files: what is not in the working folder but beside the recipe is
             found there.
 
     Raises:
-        ConfigError: The file cannot be read or is no mapping. Other mistakes are kept until :meth:`check`.
+        ConfigError: The file cannot be read, is no mapping, or is of another kind. Other mistakes are kept until :meth:`check`.
     """
 
     def __init__(
@@ -136,10 +139,11 @@ class Document:
         renamed: Mapping[str, str] | None = None,
         paths: frozenset[str] = frozenset(),
     ) -> None:
-        self.path, self.noun, self.manual, self.paths = Path(path), noun, manual, paths
+        self.path, self.noun, self.manual, self.paths = find_recipe(path, home_of(noun)), noun, manual, paths
         self._renamed = renamed or {}
         self._mistakes: list[str] = []
-        self._root = _Node(self._read(), str(path))
+        self._translated = 0
+        self._root = _Node(self._read(path), str(self.path))
         self._override(overrides)
 
     def default(self, key: str, value: str) -> None:
@@ -167,8 +171,10 @@ class Document:
             ConfigError: It names every mistake with its place.
         """
         mistakes = [*dict.fromkeys(self._mistakes)]
-        if len(mistakes) > 1:
-            raise ConfigError("\n  ".join([f"{len(mistakes)} settings are wrong:", *mistakes]))
+        if (number := len(mistakes)) > 1:
+            if self._translated > 2:  # a file of another program
+                mistakes.append("A recipe with our keys to begin with: `mpo recipes copy llama`.")
+            raise ConfigError("\n  ".join([f"{number} settings are wrong:", *mistakes]))
         if mistakes:
             raise ConfigError(mistakes[0])
 
@@ -201,14 +207,10 @@ class Document:
 
     # --------------------------------------------------------------------------------------------------------- reading
 
-    def _read(self) -> dict[str, _Node]:
+    def _read(self, given: str | Path) -> dict[str, _Node]:
         path = self.path
         try:
             content = path.read_bytes()
-        except FileNotFoundError:
-            here = sorted(path.parent.glob("[!.]*.yaml")) or sorted(Path("recipes").glob("[!.]*.yaml"))
-            hint = f" Recipes here: {', '.join(map(str, here[:12]))}." if here else ""
-            raise ConfigError(f"There is no recipe {path}.{hint}") from None
         except OSError as error:
             raise ConfigError(f"The recipe {path} cannot be read: {error.strerror or error}.") from None
         try:
@@ -228,6 +230,8 @@ class Document:
             )
         root = self._node(node, str(path)).value
         assert isinstance(root, dict)
+        if other := another_kind(self.noun, given, list(root)):
+            raise ConfigError(printable(other))
         return root
 
     def _node(self, node: yaml.Node, name: str, place: str | None = None) -> _Node:
@@ -475,7 +479,8 @@ class Document:
                 f"`--{shown} value` works on the command line."
             )
         elif name in self._renamed and not prefix:
-            text = f"is not a key of {self.noun}; use {self._renamed[name]}."
+            text = f"is not a key of {self.noun}; {self._renamed[name]}."
+            self._translated += 1
         else:
             manual = "" if nearest(name, keys, 0.6) else f" All keys are in {self.manual}."
             text = f"is not a key of {self.noun}; the nearest is `{prefix}{near}`.{manual}"

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 from mpo.common.characters import printable
-from mpo.common.words import shortened
+from mpo.common.words import counted, shortened
 from mpo.data.contract import HARMLESS, PARTS, is_blank, is_untranslated, messages_identity, messages_text
 from mpo.data.detection import detect_all, expect
+from mpo.data.faults import BadRow, grouped_faults
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
-from mpo.data.loading import BadRow, LoadedGroups, _load, count_kinds
+from mpo.data.loading import LoadedGroups, _load, count_kinds
 from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError
 
@@ -269,11 +270,13 @@ class DataReport:
                 lines += ["", *_wrapped(f"{label}: {', '.join(_title(x) for x in languages)}.", "")]
         if self.bad_rows:
             lines += ["", f"Bad rows: {len(self.bad_rows)}. They stop a run, unless it drops them."]
-            for bad in self.bad_rows[:_ROWS_SHOWN]:
-                place = f"{bad.file}, row {bad.row}" + (f", field `{bad.field}`" if bad.field else "")
-                lines += _wrapped(f"{_shown(place, 160)}: {_shown(bad.reason, 300)}", "  ")
-            if len(self.bad_rows) > _ROWS_SHOWN:
-                lines.append(f"  and {len(self.bad_rows) - _ROWS_SHOWN} more")
+            faults = grouped_faults(self.bad_rows)
+            for fault in faults[:_ROWS_SHOWN]:
+                place = _shown(fault.place(_ROWS_SHOWN), 300)
+                lines += _wrapped(f"{place}: {_shown(fault.reason, 300)}", "  ")
+            if len(faults) > _ROWS_SHOWN:
+                more = sum(len(fault.rows) for fault in faults[_ROWS_SHOWN:])
+                lines.append(f"  and {more} more of {counted(len(faults) - _ROWS_SHOWN, 'other kind')}")
         return "\n".join(lines) + "\n"
 
     def _rows(self, language: LanguageReport, rows: Sequence[FlaggedRow]) -> list[str]:

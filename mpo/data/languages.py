@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from mpo.errors import ConfigError, DataError, DependencyError
@@ -294,6 +295,12 @@ def normalize_language_setting(label: str, setting: str) -> str:
     if problem:
         raise ConfigError(f"{setting}: {problem}")
     return code
+
+
+def language_of_file(path: Path) -> str | None:
+    """The language that a file's name ends in: ``ar`` for ``harmful_test_ar.json``."""
+    ending = re.split(r"[_.\-]", path.stem)[-1].lower()
+    return ending if ending in LANGUAGES and ending != path.stem.lower() else None
 
 
 def language_name(code: str) -> str:

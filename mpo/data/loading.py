@@ -30,6 +30,8 @@ from mpo.data.contract import (
     texts_to_detect,
     two_kinds,
 )
+from mpo.data.faults import BadRow
+from mpo.data.forms.recognition import advice, other_form
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
@@ -40,23 +42,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _UNTRANSLATED = "is the source's text, untranslated (left out by `drop_untranslated`)."
 _CHUNK = 1024  # pairs held as Python objects before they are stored as Arrow, and groups per Arrow chunk
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row, or one target pair of a row, that was left out.
-
-    Attributes:
-        file: File or dataset it came from.
-        row: 0-based row in it.
-        field: Path of the field inside the row, or None where the whole row is meant.
-        reason: What is wrong with it.
-    """
-
-    file: str
-    row: int
-    field: str | None
-    reason: str
 
 
 @dataclass
@@ -365,14 +350,18 @@ def _load(
 
     for name, rows in _sources(data, split):
         origins.append(name)
+        understood = False
         for index, row in _detected_ahead(rows):
             try:
                 if isinstance(row, RowError):
                     raise row
                 parsed = parse_row(row, file=name, index=index, source_language=dominant)
             except RowError as error:
+                if not understood and (form := other_form(row)) is not None:
+                    raise DataError(advice(form, name), file=name) from error
                 refuse(error)
                 continue
+            understood = True
             for fault in parsed.errors:
                 refuse(fault)
             found.update(dict.fromkeys(target["language"] for target in parsed.targets))

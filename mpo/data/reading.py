@@ -21,6 +21,7 @@ from typing import Any
 
 from mpo.common.words import nearest, show_name
 from mpo.data.contract import RowError
+from mpo.data.forms.recognition import other_form
 from mpo.errors import DataError, DependencyError
 
 Rows = Iterator[tuple[int, Any]]
@@ -366,8 +367,9 @@ def _json(path: Path, name: str) -> Rows:
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, dict) and any(
-        key in ("source", "targets") or str(key).startswith(("source_", "target_")) for key in value
+    return other_form(value) is not None or (
+        isinstance(value, dict)
+        and any(key in ("source", "targets") or str(key).startswith(("source_", "target_")) for key in value)
     )
 
 

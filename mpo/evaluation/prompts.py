@@ -24,7 +24,7 @@ from mpo.common.checks import check_limit, check_name
 from mpo.common.words import show_name
 from mpo.data import LANGUAGES, normalize_language
 from mpo.data.contract import RowError
-from mpo.data.languages import normalize_language_setting
+from mpo.data.languages import language_of_file, normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import ConfigError, DataError
 
@@ -220,7 +220,7 @@ def _open(source: str, split: str, language: str | None) -> tuple[Rows, str, str
     """Rows, how errors call their origin, and the language of rows without a label."""
     path = Path(source).expanduser()
     if path.is_file():
-        return read_file(path, source), source, language or _language_of_file(path)
+        return read_file(path, source), source, language or language_of_file(path)
     known = source.lower()
     if known in _NOT_ON_THE_HUB:
         raise DataError(
@@ -233,17 +233,11 @@ def _open(source: str, split: str, language: str | None) -> tuple[Rows, str, str
     return read_hub(dataset, split), dataset, language or (MIXED if known == "csrt" else None)
 
 
-def _language_of_file(path: Path) -> str | None:
-    """The language that a file's name ends in: ``ar`` for ``harmful_test_ar.json``."""
-    ending = re.split(r"[_.\-]", path.stem)[-1].lower()
-    return ending if ending in LANGUAGES and ending != path.stem.lower() else None
-
-
 def _set_name(sources: Sequence[str]) -> str:
     first = sources[0]
     path = Path(first).expanduser()
     stem = path.stem if path.is_file() else first
-    if path.is_file() and (code := _language_of_file(path)) is not None and len(sources) > 1:
+    if path.is_file() and (code := language_of_file(path)) is not None and len(sources) > 1:
         stem = stem[: -len(code) - 1]
     return re.sub(r"[^\w.-]+", "_", stem).strip("._").lower() or "prompts"
 

@@ -11,6 +11,7 @@
     MODEL/perplexity.json                      PerplexityResult
     hidden_space/hidden_space.json             mpo.hidden_space.results.HiddenSpace
     metrics.json                               TrainingMetrics, beside a trained model
+    leaks.json                                 LeaksResult, beside suite.json and beside a trained model
 
 All are written by :func:`~mpo.common.typed_json.write_typed` and read by :func:`~mpo.common.typed_json.read_typed`, the
 reward gap by :func:`write_reward_gap` and :func:`read_reward_gap`. ``version`` is the version of a file's form; a file
@@ -52,6 +53,7 @@ UTILITY = "utility.json"
 PERPLEXITY = "perplexity.json"
 SUITE = "suite.json"
 METRICS = "metrics.json"
+LEAKS = "leaks.json"
 
 Model = Annotated[
     dict[str, Any], open_mapping(name=str, model=str | None, adapter=str | None, revision=str | None)
@@ -288,3 +290,36 @@ class SuiteIndex(Result):
 
     models: list[str]
     done: dict[str, str] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------------------------- leaks
+
+
+@dataclass(frozen=True)
+class LeakedPrompts:
+    """One prompt set's prompts that stand in training data.
+
+    Attributes:
+        prompts: Number of prompts of the set, translations counted once.
+        found: How each that was found was found, by its id; see :data:`mpo.data.leaks.KINDS`.
+        pairs: Each with the training row it was found in, as :meth:`mpo.data.leaks.Leak.to_dict` gives it.
+    """
+
+    prompts: Count
+    found: dict[str, str] = field(default_factory=dict)
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaksResult(Result):
+    """``leaks.json``: evaluation prompts that stand in training data.
+
+    Attributes:
+        training: Names of the training files.
+        rows: Training rows, or groups, that were read.
+        sets: By prompt set; in a suite by ``MEASUREMENT/PROMPTS``.
+    """
+
+    training: list[str] = field(default_factory=list)
+    rows: Count = 0
+    sets: dict[str, LeakedPrompts] = field(default_factory=dict)

@@ -14,6 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PretrainedConfig
 
+from mpo.common.machine import accelerators
+from mpo.common.recipe_files import recipe_folder
 from mpo.common.tables import TextTable, fact_lines
 from mpo.common.words import counted, magnitude, rough_duration
 from mpo.errors import ConfigError, ModelError
@@ -61,18 +63,39 @@ class Machine:
         return f"{self.gpus} x {self.gpu_memory:g} GB"
 
 
+def machine_or_this(gpus: int | None, gpu_memory: float | None, gpus_per_node: int) -> Machine:
+    """The machine that is asked about: what is not said of it is as on this one, or 8 GPUs of 80 GB where this has none.
+
+    Args:
+        gpus: GPUs over all machines.
+        gpu_memory: GB of each.
+        gpus_per_node: GPUs of a machine.
+    """
+    here = [device.memory / GB for device in accelerators() if device.memory is not None]
+    if gpu_memory is None:
+        # Of different cards the smallest decides: the model is divided evenly.
+        gpu_memory = round(min(here), 1) if here else 80
+    if gpus is None:
+        gpus = len(here) or 8
+        if not here:
+            print(
+                "This machine has no GPU that torch can use, so 8 are assumed; --gpus and --gpu_memory say otherwise.\n"
+            )
+    return Machine(gpus, gpu_memory, gpus_per_node)
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What is taken for granted: the options of ``mpo plan`` of these names, whose help explains them."""
 
-    model: str | None
-    peak_tflops: float
-    utilisation: float
-    groups: int
-    targets: int
-    tree_tokens: int
-    node_bandwidth: float
-    network_bandwidth: float
+    model: str | None = None
+    peak_tflops: float = 312
+    utilisation: float = 0.35
+    groups: int = 100
+    targets: int = 6
+    tree_tokens: int = 650
+    node_bandwidth: float = 300
+    network_bandwidth: float = 25
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -140,6 +163,26 @@ def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: b
     Raises:
         MPOError: model or data cannot be used.
     """
+    return planned(recipe, machine, assumed, scaling=scaling).text
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan for one machine.
+
+    Attributes:
+        text: The report.
+        choice: The best way to run; None where nothing fits.
+        launch: The command that does so.
+    """
+
+    text: str
+    choice: Choice | None = None
+    launch: str | None = None
+
+
+def planned(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: bool = False) -> Planned:
+    """As :func:`report`, with what it recommends."""
     fit = Fit(recipe, assumed)
     found = fit.choices(machine)
     table = TextTable(
@@ -162,11 +205,12 @@ def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: b
         parts.append(
             "Nothing fits. More GPUs, larger ones, an adapter (`--use_peft true`) or a smaller model would."
         )
-        return "\n\n".join(parts)
-    parts.append(fact_lines(fit.outcome(chosen, machine)))
+        return Planned("\n\n".join(parts))
+    outcome = fit.outcome(chosen, machine)
+    parts.append(fact_lines(outcome))
     if scaling:
         parts.append(fit.scaling(chosen, machine.gpus_per_node).plain())
-    return "\n\n".join(parts)
+    return Planned("\n\n".join(parts), chosen, outcome["Launch"])
 
 
 class Fit:
@@ -335,7 +379,7 @@ class Fit:
 
 
 def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row: int) -> str:
-    """The command that launches a way to run, from a checkout of the project.
+    """The command that launches a way to run, from a checkout of the project or from an installation.
 
     Args:
         recipe: what is trained.
@@ -359,14 +403,18 @@ def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row
             # Without it Accelerate asks for pdsh and a file of hosts.
             words += ["--deepspeed_multinode_launcher standard"]
         words += ["--machine_rank RANK --main_process_ip ADDRESS --main_process_port 29500"]
-    script = ["scripts/train.py", str(recipe.source_path)]
+    script = ["scripts/train.py"] if os.path.isfile("scripts/train.py") else ["-m", "mpo.cli", "train"]
+    script += [str(recipe.source_path)]
     if choice.row != default_row:
         script += ["--max_tokens_per_row", str(choice.row)]
     return " ".join([*words, shlex.join([*script, *recipe.overrides])])
 
 
 def _config_file(name: str) -> str:
-    return f"--config_file recipes/accelerate/{name}"
+    packaged, near = recipe_folder(), f"recipes/accelerate/{name}"
+    if packaged is not None and not os.path.isfile(near):
+        near = shlex.quote(str(packaged / "accelerate" / name))
+    return f"--config_file {near}"
 
 
 def _columns(choice: Choice) -> dict[str, str]:

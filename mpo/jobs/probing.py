@@ -12,13 +12,11 @@ from mpo.common.characters import without_halves
 from mpo.common.files import write_text
 from mpo.evaluation.probe.behavior import ANSWERED, REFUSED, Answered, ProbePrompts
 from mpo.evaluation.probe.change import BehaviorChange
+from mpo.report.run import PROBE_ANSWERS
 
 if TYPE_CHECKING:
     from mpo.evaluation.probe.watch import ProbeWatch
     from mpo.training.trainer import MPOTrainer
-
-PROBE_ANSWERS = "probe_answers.jsonl"
-"""Prompts, answers and verdicts before and after. It may hold harmful answers, so it is not uploaded."""
 
 
 @dataclass(frozen=True)

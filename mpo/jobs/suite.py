@@ -20,6 +20,7 @@ from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
 from mpo.evaluation.results import (
+    LEAKS,
     PERPLEXITY,
     REWARD_GAP,
     SAFETY,
@@ -33,6 +34,7 @@ from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.utility import measure_utility, require_harness
 from mpo.jobs.measure import measure_reward_gap
+from mpo.jobs.suite_leaks import write_leaks
 from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
 from mpo.report.answers import PAGE as ANSWERS
 from mpo.report.page import write_report
@@ -94,6 +96,11 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False, report: bool = True
             continue
         done[job.name] = _fingerprint(job.settings)
         _write_done(out, recipe, done)
+    try:
+        if (looked := write_leaks(out, recipe, prompts, done.get(LEAKS))) is not None:
+            done[LEAKS] = looked
+    except MPOError as error:
+        print(f"The prompts were not looked for in the training data: {error}", flush=True)
     _write_done(out, recipe, done)
     if len(failed) == len(jobs):
         raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")

@@ -116,6 +116,8 @@ class SuiteRecipe:
         reward_gap: Preference pairs to measure the reward gap on.
         utility: Tasks of lm-evaluation-harness.
         perplexity: Ordinary text per language.
+        training_data: Files that a model was trained on, to look for the prompts in; those that the runs in `models` name in
+            their `recipe.yaml` are looked at, too.
         report: What the page shows.
         confidence: Coverage of all intervals.
     """
@@ -132,6 +134,7 @@ class SuiteRecipe:
     reward_gap: RewardGapSettings | None = None
     utility: UtilitySettings | None = None
     perplexity: PerplexitySettings | None = None
+    training_data: list[str] | None = None
     report: ReportSettings = field(default_factory=ReportSettings)
     confidence: float = 0.95
 
@@ -159,7 +162,18 @@ class SuiteRecipe:
 
 
 _PATHS = frozenset(
-    {"prompts", "data", "texts", "template", "task_folder", "prompt", "model", "adapter", "chat_template"}
+    {
+        "prompts",
+        "data",
+        "training_data",
+        "texts",
+        "template",
+        "task_folder",
+        "prompt",
+        "model",
+        "adapter",
+        "chat_template",
+    }
 )
 
 

@@ -30,6 +30,9 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import Comparison, RewardGapTable, Scores, compare, summarize
+from mpo.evaluation.results import LEAKS
+from mpo.jobs.leak import leaks_result
+from mpo.jobs.next_steps import next_steps
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import (
     check_output_folder,
@@ -38,10 +41,12 @@ from mpo.jobs.preflight.folder import (
     wanted_checkpoint,
 )
 from mpo.jobs.preflight.model import PRECISIONS, half_precision
-from mpo.jobs.probing import PROBE_ANSWERS, Probed, finish_probe, start_probe, write_probe_answers
+from mpo.jobs.probing import Probed, finish_probe, start_probe, write_probe_answers
 from mpo.modeling.identity import hub_commit
 from mpo.modeling.loading import ModelSource, load_adapter, load_model
 from mpo.modeling.opening import folder_content
+from mpo.report.answers import PAGE as ANSWERS
+from mpo.report.run import PROBE_ANSWERS
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
 from mpo.training.launcher import launched_with
@@ -65,6 +70,7 @@ _DESCRIPTIONS = {
     "behavior.png": "harmful prompts answered against harmless ones refused, before and after",
     PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
     "reward_gap.png": "reward gap per language, before and after",
+    "leaks.json": "evaluation prompts that stand in the training data",
     "dropped_rows.json": "rows of the data that were left out, with the reason",
     "README.md": "the model card",
 }
@@ -155,8 +161,7 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
             say("")
             probed.change.show()
         say(f"\n{_listing(folder)}")
-        if plan.recipe.model.trains_adapter:
-            say(f"\nFold the adapter into its base with: mpo merge {folder} --out {folder}-merged")
+        say(f"\n{next_steps(folder, base=plan.source.name, adapter=plan.recipe.model.trains_adapter)}")
     with _explaining(plan):
         trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:
@@ -330,6 +335,8 @@ def _write_start(plan: Plan, resolved: str, provenance: dict[str, Any]) -> None:
     ]
     write_text(folder / "recipe.yaml", "\n".join([header, *changes, resolved]))
     write_json(folder / "provenance.json", provenance)
+    if plan.leaks is not None:
+        write_typed(folder / LEAKS, leaks_result(plan.leaks))
     if plan.dropped:
         _write_dropped(plan, [])
 
@@ -457,7 +464,7 @@ def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
         HfApi().upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS],  # some answer harmful prompts
+            ignore_patterns=["checkpoint-*", ".*", PROBE_ANSWERS, ANSWERS],  # some answer harmful prompts
             commit_message="MPO run",
         )
     except Exception as error:

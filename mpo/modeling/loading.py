@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo.common.files import did_you_mean
 from mpo.common.words import counted
 from mpo.data.tokenization import set_chat_template
 from mpo.errors import ConfigError, ModelError
@@ -419,7 +420,7 @@ def _require_plausible_name(name: str) -> None:
     if os.path.isfile(name):
         raise ModelError(f"{name} is a file; expected a model folder or a name on the Hub such as org/model.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
-        raise ModelError(f"There is no model folder {name} (looked in {os.getcwd()}).")
+        raise ModelError(f"There is no model folder {name} (looked in {os.getcwd()}).{did_you_mean(name)}")
 
 
 def _check_folder(folder: Path) -> None:
@@ -552,7 +553,7 @@ def translate_error(name: str, part: str, error: BaseException) -> ModelError:
         return any(isinstance(link, types_) for link in chain)
 
     text = " ".join(str(link) for link in chain)
-    nor_folder = f"There is no folder {name} here either." if "/" not in name or name.count("/") == 1 else ""
+    nor_folder = f"There is no folder {name} here either.{did_you_mean(name)}" if name.count("/") < 2 else ""
     if os.path.isdir(name):
         if "trust_remote_code" in text:
             return _remote_code(name)

@@ -6,7 +6,7 @@ is shown by style rules alone (``:has`` with the checked field), which a browser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from mpo.report.build import in_order
 from mpo.report.folder import Results, SafetyRun
 from mpo.report.measurement import MIXED, shown_language
 from mpo.report.rendering import html
+from mpo.report.run import PROBE_ANSWERS, ProbeRow
 
 PAGE = "answers.html"
 
@@ -79,8 +80,9 @@ class Answers:
         ]
         return [choice for choice in found if len(choice[2]) > 1]
 
-    def _options(self, names: Sequence[str], numbers: object) -> list[tuple[str, int]]:
-        assert callable(numbers)
+    def _options(
+        self, names: Sequence[str], numbers: Callable[[Exchange], Iterable[int]]
+    ) -> list[tuple[str, int]]:
         return [(name, sum(n in numbers(e) for e in self.exchanges)) for n, name in enumerate(names)]
 
     def rules(self) -> str:
@@ -94,19 +96,14 @@ class Answers:
         return "\n".join([*rules, changed])
 
 
-def answers_html(answers: Answers, models: int) -> str:
-    """The body of the page.
-
-    Args:
-        answers: What it shows.
-        models: Number of models, side by side.
-    """
+def answers_html(answers: Answers) -> str:
+    """The body of the page."""
     return html(
         "answers.html",
         answers=answers,
         most=_MOST_CHARACTERS,
         folded_from=_FOLDED_FROM,
-        several=models > 1,
+        several=any(len(exchange.given) > 1 for exchange in answers.exchanges),
         no_code=MIXED,
     )
 
@@ -125,7 +122,33 @@ def collect(results: Results, per_language: int) -> Answers | None:
     for kind in ("attack", "over_refusal"):
         for name in results.prompt_sets(kind) if per_language > 0 else ():
             _add_set(found, results, kind, name, per_language)
+    if not found.exchanges and results.run is not None and per_language > 0:
+        _add_probe(found, results, per_language)
     return found if found.exchanges else None
+
+
+def _add_probe(found: Answers, results: Results, per_language: int) -> None:
+    """The probe of a training run, before and after."""
+    before, after = "before training", "after training"
+    rows = results.left_out.rows(results.folder / PROBE_ANSWERS, ProbeRow)
+    rows.sort(key=lambda row: row.before.verdict == row.after.verdict)  # stable
+    for title, is_harmful in (("Harmful: probe", True), ("Harmless: probe", False)):
+        for code in in_order({row.language for row in rows}, results.dominant):
+            of_it = [row for row in rows if row.language == code and row.is_harmful == is_harmful]
+            for row in of_it[:per_language]:
+                given = [
+                    Given(before, row.before.verdict, row.before.answer),
+                    Given(after, row.after.verdict, row.after.answer),
+                ]
+                _add(found, title, code, row.id.rpartition("/")[0], row.prompt, given)
+
+
+def _add(found: Answers, title: str, code: str, prompt_id: str, prompt: str, given: list[Given]) -> None:
+    language = shown_language(code)
+    verdicts = tuple(dict.fromkeys(_number(found.verdicts, each.verdict) for each in given))
+    numbers = (_number(found.sets, title), _number(found.languages, language), verdicts)
+    is_changed = _differ(each.verdict for each in given)
+    found.exchanges.append(Exchange(title, language, code, prompt_id, prompt, given, is_changed, numbers))
 
 
 def _add_set(found: Answers, results: Results, kind: str, name: str, per_language: int) -> None:
@@ -138,26 +161,10 @@ def _add_set(found: Answers, results: Results, kind: str, name: str, per_languag
         ids.sort(key=lambda p: not _differ(rows.get(p) for rows in verdicts))  # stable
         shown = [p for p in ids if any((code, p) in rows for rows in answers.values())][:per_language]
         for prompt_id in shown:
-            given = _given(code, prompt_id, runs, answers)
-            numbers = (
-                _number(found.sets, title),
-                _number(found.languages, shown_language(code)),
-                tuple(dict.fromkeys(_number(found.verdicts, each.verdict) for each in given)),
+            prompt = next(
+                rows[code, prompt_id].prompt for rows in answers.values() if (code, prompt_id) in rows
             )
-            found.exchanges.append(
-                Exchange(
-                    title,
-                    shown_language(code),
-                    code,
-                    prompt_id,
-                    next(
-                        rows[code, prompt_id].prompt for rows in answers.values() if (code, prompt_id) in rows
-                    ),
-                    given,
-                    _differ(each.verdict for each in given),
-                    numbers,
-                )
-            )
+            _add(found, title, code, prompt_id, prompt, _given(code, prompt_id, runs, answers))
 
 
 def _given(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
 from mpo.common.statistics import (
     Correlation,
+    Outcomes,
     average_change,
     correlation,
     holm,
@@ -17,7 +19,7 @@ from mpo.common.statistics import (
     paired_difference,
 )
 from mpo.common.tables import printable_name
-from mpo.common.words import listed
+from mpo.common.words import counted, listed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.rates import LanguageRate, unfinished_note
 from mpo.evaluation.results import LARGEST_LOG, Score, TaskScores, TextPerplexity
@@ -55,7 +57,8 @@ def measurements(results: Results) -> list[Measurement]:
     found = [reward_gap(results)]
     for kind in TASKS:
         for name in results.prompt_sets(kind):
-            found += [safety(results, kind, name), answer_language(results, kind, name)]
+            found += [safety(results, kind, name), unseen(results, kind, name)]
+            found.append(answer_language(results, kind, name))
     found += [*utility(results), perplexity(results)]
     return [measurement for measurement in found if measurement is not None]
 
@@ -176,11 +179,54 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
         rows=tuple(rows),
         lead=_ATTACK_LEAD if attack else _REFUSAL_LEAD,
         detail=tuple(f"{verdict.capitalize()}" for verdict in verdicts),
-        notes=_safety_notes(found),
+        notes=(*_safety_notes(found), *filter(None, [_leak_note(results, kind, prompt_set)])),
         warnings=_safety_warnings(found, results),
         confidence=next(run.result.confidence for run in found if run),
         axis=(0.0, 1.0),
     )
+
+
+def unseen(results: Results, kind: str, prompt_set: str) -> Measurement | None:
+    """The same rates without the prompts that stand in the training data; None where none does, or none is left."""
+    leaked = None if results.leaks is None else results.leaks.sets.get(f"{kind}/{prompt_set}")
+    if leaked is None or not leaked.found:
+        return None
+    models = []
+    for model in results.models:
+        run = model.safety.get((kind, prompt_set))
+        rest = None if run is None else run.without(leaked.found)
+        runs = {key: value for key, value in model.safety.items() if key != (kind, prompt_set)}
+        models.append(
+            replace(model, safety=runs if rest is None else {**model.safety, (kind, prompt_set): rest})
+        )
+    if all((kind, prompt_set) not in model.safety for model in models):
+        return None
+    made = safety(replace(results, models=tuple(models), leaks=None), kind, prompt_set)
+    assert made is not None
+    number = results.prompt_sets(kind).index(prompt_set) + 1
+    return replace(
+        made,
+        anchor=f"{kind.replace('_', '-')}-unseen-{number}",
+        title=f"{made.title}, without prompts of the training data",
+        short=made.short.replace(" (%)", ", unseen (%)"),
+        lead=f"The same rates without the {counted(len(leaked.found), 'prompt')} that the training data hold or nearly hold, in "
+        "any language. This is what the rates above say of prompts that the model has not seen.",
+        warnings=(),
+    )
+
+
+def _leak_note(results: Results, kind: str, prompt_set: str) -> str | None:
+    """How many prompts of a set stand in the training data; None where nobody has looked."""
+    leaked = None if results.leaks is None else results.leaks.sets.get(f"{kind}/{prompt_set}")
+    if results.leaks is None or leaked is None:
+        return None
+    kinds = Counter(leaked.found.values())
+    how = (
+        f" ({', '.join(f'{n} {printable_name(name)}' for name, n in sorted(kinds.items()))})" if kinds else ""
+    )
+    below = "; the rates without them follow" if kinds else ""
+    files = printable_name(listed(results.leaks.training), 80)
+    return f"{len(leaked.found)} of {counted(leaked.prompts, 'prompt')} stand in the training data, {files}{how}{below}."
 
 
 def _rate_cells(
@@ -208,8 +254,8 @@ def _rate_changes(base: SafetyRun | None, run: SafetyRun, codes: Sequence[str]) 
 
 
 def paired_changes(
-    old: Mapping[str, Mapping[str, float]],
-    new: Mapping[str, Mapping[str, float]],
+    old: Outcomes,
+    new: Outcomes,
     codes: Sequence[str],
     confidence: float,
 ) -> dict[str | None, Change]:
@@ -545,8 +591,15 @@ def _perplexity_change(
     if base is None or (base.fingerprint, base.tokens_per_text) != (entry.fingerprint, tokens):
         return None
     change = [b - a for a, b in zip(base.nats_per_text, entry.nats_per_text, strict=True)]
-    ends = ratio_interval(change, tokens, confidence=confidence) or ()
-    return Change(*(math.expm1(min(nats, LARGEST_LOG)) for nats in (math.fsum(change) / sum(tokens), *ends)))
+    nats = math.fsum(change) / sum(tokens)
+    low, high = ratio_interval(change, tokens, confidence=confidence) or (None, None)
+    return Change(
+        _relative(nats), None if low is None else _relative(low), None if high is None else _relative(high)
+    )
+
+
+def _relative(nats: float) -> float:
+    return math.expm1(min(nats, LARGEST_LOG))
 
 
 # --------------------------------------------------------------------------------------------------------- correlation

@@ -22,9 +22,10 @@ from mpo.common.tables import escape_markdown
 from mpo.common.typed_json import read_typed
 from mpo.common.words import ARROW
 from mpo.data.languages import language_name
+from mpo.data.leaks import counts_in_words
 from mpo.errors import ConfigError, DataError, MPOError
 from mpo.evaluation.probe.change import BehaviorChange
-from mpo.evaluation.results import TrainingMetrics
+from mpo.evaluation.results import LEAKS, LeaksResult, TrainingMetrics
 from mpo.evaluation.reward_gap import Change, Comparison, RewardGapTable, compare, sort_languages
 from mpo.report.rendering import Raw, code, fence, markdown
 
@@ -66,7 +67,7 @@ _ADAPTER_SETTINGS = {
     "use_rslora": "use_rslora",
 }
 _PICTURES = ("reward_gap.png", "training_curve.png", "behavior.png")
-_FILES = ("recipe.yaml", "metrics.json", "provenance.json", *_PICTURES)
+_FILES = ("recipe.yaml", "metrics.json", "provenance.json", LEAKS, *_PICTURES)
 
 
 def write_card(
@@ -162,7 +163,10 @@ def write_card(
         library="peft" if peft else "transformers",
         loader=Raw("AutoPeftModelForCausalLM" if peft else "AutoModelForCausalLM"),
         place=Raw(place if _is_hub_id(place) or _is_plain(place) else "path/to/this/folder"),
-        facts=_facts(values, peft or merged_from is not None, dataset_name, provenance),
+        facts=[
+            *_facts(values, peft or merged_from is not None, dataset_name, provenance),
+            *_leak_facts(folder / LEAKS),
+        ],
         recipe=Raw(recipe),
         fence=Raw(fence(recipe, 3)),
         files=[name for name in _FILES if (folder / name).is_file()],
@@ -213,6 +217,7 @@ def write_merged_card(
         return None
     for picture in _PICTURES:
         take(picture, bool, None)
+    take(LEAKS, lambda file: read_typed(file, LeaksResult), None)
     languages = settings.get("languages") if after is None else [row.language for row in after.targets]
     dominant = (
         settings.get("source_language") if after is None or after.source is None else after.source.language
@@ -410,6 +415,19 @@ def _facts(
             ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
         )
     return out
+
+
+def _leak_facts(file: Path) -> list[tuple[str, str]]:
+    """How many evaluation prompts stand in the training data, where a run has looked."""
+    if not file.is_file():
+        return []
+    try:
+        sets = read_typed(file, LeaksResult).sets
+    except MPOError as error:
+        _log.warning(f"The card leaves out what {file} holds: {error}")
+        return []
+    counts = {name: (len(leaked.found), leaked.prompts) for name, leaked in sets.items()}
+    return [("Evaluation prompts in the training data", counts_in_words(counts))] if counts else []
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

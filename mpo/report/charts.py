@@ -6,7 +6,7 @@ instead of smaller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import linear_regression
 from typing import Any
 
@@ -47,6 +47,12 @@ def scale(measurement: Measurement) -> Scale:
 def from_to(cells: Iterable[Cell | None], unit: Unit) -> str:
     """The cells' values without their unit."""
     return f" {ARROW} ".join(bare(unit.write(None if cell is None else cell.value.value)) for cell in cells)
+
+
+def bars(counts: Mapping[str, int], total: int) -> list[tuple[str, int, float]]:
+    """Horizontal bars: ``(label, count, length)``, the longest being 100 per cent long unless ``total`` is larger."""
+    longest = max([total, *counts.values(), 1])
+    return [(label, count, round(100 * count / longest, 2)) for label, count in counts.items()]
 
 
 def scatter(series: Sequence[GapAgainstAttack], models: Sequence[str]) -> dict[str, Any]:

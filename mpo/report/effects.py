@@ -6,19 +6,21 @@ both, on the paired intervals of the same prompts asked before and after.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from mpo.common.statistics import language_average, pairwise_agreement, wilson_interval
+from mpo.evaluation.probe.behavior import ANSWERED, REFUSED
+from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
 from mpo.report.build import in_order, paired_changes, rate_value
 from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import Change, Value, shown_language
 from mpo.report.plane import KINDS, Kind, PlaneArrow, PlanePoint
-from mpo.report.run import Probe, Shifts
 
 ATTACK, REFUSALS = "attack", "over_refusal"
+_AXES = REFUSALS, ATTACK
 
 TOLERANCE = 0.1
 """A rise that a change must be shown to stay below before the axis counts as not lost: ten points."""
@@ -87,14 +89,10 @@ class Effect:
 
     def arrow(self) -> PlaneArrow:
         """It as the plane draws it: the mean heavier, and with its intervals."""
-        ends = [
-            PlanePoint(
-                self.label,
-                *(value.value for value in values),
-                intervals=(_interval(values[0]), _interval(values[1])) if self.is_mean else (None, None),
-            )
-            for values in (self.before, self.after)
-        ]
+        ends = []
+        for refusals, attack in (self.before, self.after):
+            intervals = (_interval(refusals), _interval(attack)) if self.is_mean else (None, None)
+            ends.append(PlanePoint(self.label, refusals.value, attack.value, intervals))
         return PlaneArrow(ends[0], ends[1], self.label, self.kind, strong=self.is_mean)
 
 
@@ -161,43 +159,50 @@ def axis(model: ModelResults, kind: str, sets: Iterable[str]) -> Axis:
 def effects(results: Results, model: ModelResults) -> list[Effect]:
     """The ways of a model from the first one, by language, their mean last; empty where there is none on both axes."""
     first = results.models[0]
-    before, after = (
-        {
-            kind: axis(
-                each, kind, [name for name in results.prompt_sets(kind) if _both(first, model, kind, name)]
-            )
-            for kind in (REFUSALS, ATTACK)
-        }
-        for each in (first, model)
-    )
+    sets = {
+        kind: [
+            n for n in results.prompt_sets(kind) if {(kind, n)} <= first.safety.keys() & model.safety.keys()
+        ]
+        for kind in _AXES
+    }
+    before, after = ([axis(each, kind, sets[kind]) for kind in _AXES] for each in (first, model))
     codes = in_order(
-        set.intersection(*(set(side[kind].rates) for side in (before, after) for kind in side)),
+        set.intersection(*(set(side.rates) for side in (*before, *after))),
         results.dominant,
     )
-    changes = {
-        kind: paired_changes(
-            *({c: side[kind].outcomes.get(c, {}) for c in codes} for side in (before, after)),  # type: ignore[arg-type]
-            codes,
-            after[kind].confidence,
-        )
-        for kind in before
-    }
+    changes = [
+        paired_changes(_kept(old, codes), _kept(new, codes), codes, new.confidence)
+        for old, new in zip(before, after, strict=True)
+    ]
     found = []
     for code in [*codes, *([None] if len(codes) > 1 else [])]:
-        olds, news = (
-            [side[kind].mean(codes) if code is None else side[kind].rates[code] for kind in side]
-            for side in (before, after)
-        )
-        moved = changes[REFUSALS].get(code), changes[ATTACK].get(code)
-        kind, word = judged(moved[1], moved[0], after[ATTACK].confidence)
-        sizes = [
-            sum(after[k].counts[c] for c in (codes if code is None else [code])) for k in (REFUSALS, ATTACK)
-        ]
-        label = MEAN if code is None else shown_language(code)
+        refusals, attack = (by_language.get(code) for by_language in changes)
+        kind, word = judged(attack, refusals, after[1].confidence)
+        counted = codes if code is None else [code]
+        sizes = [sum(side.counts[c] for c in counted) for side in after]
         found.append(
-            Effect(label, tuple(olds), tuple(news), moved, tuple(sizes), kind, word)  # type: ignore[arg-type]
+            Effect(
+                MEAN if code is None else shown_language(code),
+                _values(before, code, codes),
+                _values(after, code, codes),
+                (refusals, attack),
+                (sizes[0], sizes[1]),
+                kind,
+                word,
+            )
         )
     return found
+
+
+def _kept(side: Axis, codes: Sequence[str]) -> dict[str, dict[Hashable, float]]:
+    return {code: side.outcomes.get(code, {}) for code in codes}
+
+
+def _values(sides: Sequence[Axis], code: str | None, codes: Sequence[str]) -> tuple[Value, Value]:
+    """On both axes, of a language or of the mean of all."""
+    refusals, attack = (side.mean(codes) if code is None else side.rates[code] for side in sides)
+    assert refusals is not None and attack is not None  # there is a language
+    return refusals, attack
 
 
 @dataclass(frozen=True)
@@ -276,10 +281,6 @@ def _asked(models: Iterable[ModelResults], kind: str) -> set[str]:
     }
 
 
-def _both(first: ModelResults, second: ModelResults, kind: str, name: str) -> bool:
-    return (kind, name) in first.safety and (kind, name) in second.safety
-
-
 def _counted(run: SafetyRun) -> str:
     return run.result.counted or TASKS[run.result.measurement].counted
 
@@ -292,15 +293,15 @@ def by_model(results: Results) -> Mapping[str, list[Effect]]:
     """The effects of every model but the first, where there are any; of a run that was not evaluated, those of its probe."""
     found = {model.name: effects(results, model) for model in results.models[1:]}
     ways = {name: each for name, each in found.items() if each}
-    if not ways and results.run is not None and results.run.probe is not None:
-        probed = probe_effects(results.run.probe, results.dominant)
+    if not ways and results.run is not None and results.run.metrics.behavior is not None:
+        probed = probe_effects(results.run.metrics.behavior, results.dominant)
         return {results.folder.resolve().name: probed} if probed else {}
     return ways
 
 
-def probe_effects(probe: Probe, dominant: str) -> list[Effect]:
+def probe_effects(behavior: BehaviorChange, dominant: str) -> list[Effect]:
     """The ways that a run's own probe has seen, by language, their mean last."""
-    refused, attack = (probe.change.get(name, Shifts()) for name in ("harmless_refused", "harmful_answered"))
+    refused, attack = (behavior.change[name] for name in (REFUSED, ANSWERED))
     codes: list[str | None] = [*in_order(refused.languages.keys() & attack.languages.keys(), dominant)]
     found = []
     for code in [*codes, *([None] if len(codes) > 1 else [])]:
@@ -308,10 +309,10 @@ def probe_effects(probe: Probe, dominant: str) -> list[Effect]:
         first, second = pair
         if first is None or second is None:
             continue
-        changes = [
-            Change(shift.change, *(shift.interval or (None, None)), shift.p_value, shift.count)
-            for shift in (first, second)
-        ]
+        changes = []
+        for shift in (first, second):
+            low, high = shift.interval or (None, None)
+            changes.append(Change(shift.change, low, high, shift.p_value, shift.count))
         kind, word = judged(changes[1], changes[0])
         found.append(
             Effect(

@@ -6,7 +6,7 @@ these files directly in it, is read as well, and so is the folder of a training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,16 @@ from mpo.common.provenance import Provenance
 from mpo.common.typed_json import read_typed
 from mpo.errors import ConfigError, DataError, StorageError
 from mpo.evaluation.answers import FILE, AnswerRow
+from mpo.evaluation.rates import tabulate
 from mpo.evaluation.results import (
+    LEAKS,
     METRICS,
     PERPLEXITY,
     REWARD_GAP,
     SAFETY,
     SUITE,
     UTILITY,
+    LeaksResult,
     PerplexityResult,
     RewardGapResult,
     SafetyResult,
@@ -104,6 +107,21 @@ class SafetyRun:
         """``{language: {prompt id: 1 or 0}}``: whether the answer is in the language of its prompt, where it can be told."""
         return in_language_asked(list(self.answers().values()))
 
+    def without(self, prompt_ids: Collection[str]) -> SafetyRun | None:
+        """The run as if these prompts had not been asked; None where its answers were not kept."""
+        kept = [row for row in self.answers().values() if row.prompt_id not in prompt_ids]
+        verdicts = {row.id: self.verdicts.get(row.language, {}).get(row.prompt_id) for row in kept}
+        judged = {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+        kept = [row for row in kept if row.id in judged]
+        if not kept:
+            return None
+        table = tabulate(TASKS[self.result.measurement], kept, judged, self.result.confidence)
+        result = replace(self.result, languages=table.languages, average=table.average, second_judge=None)
+        by_language: dict[str, dict[str, str]] = {}
+        for row in kept:
+            by_language.setdefault(row.language, {})[row.prompt_id] = judged[row.id]
+        return replace(self, result=result, verdicts=by_language)
+
     def answers(self) -> dict[tuple[str, str], AnswerRow]:
         """``{(language, prompt id): row}`` of ``answers.jsonl``; empty where it was not kept."""
         rows = self.left_out.rows(self.folder / FILE, AnswerRow)
@@ -178,12 +196,14 @@ class Results:
             is nothing but an analysis of the hidden space.
         left_out: What could not be read, a sentence each; grows while more is read.
         run: The training run, where the folder is that of one.
+        leaks: Which prompts stand in the training data, where a suite has looked.
     """
 
     folder: Path
     models: tuple[ModelResults, ...]
     left_out: LeftOut
     run: Run | None = None
+    leaks: LeaksResult | None = None
 
     def prompt_sets(self, measurement: str) -> list[str]:
         """Names of the prompt sets that any model was measured on, in order of appearance."""
@@ -245,7 +265,8 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
             if name not in found:
                 listed_names = ", ".join(sorted(found)) or "none"
                 raise ConfigError(f"models: {root} has no model {name!r}; it has {listed_names}.")
-    return Results(root, tuple(found[name] for name in order), left_out, run)
+    leaks = left_out.unless(read_typed, root / LEAKS, LeaksResult) if (root / LEAKS).is_file() else None
+    return Results(root, tuple(found[name] for name in order), left_out, run, leaks)
 
 
 def _is_model(path: Path) -> bool:

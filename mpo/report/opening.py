@@ -34,9 +34,12 @@ def opening(results: Results) -> Section:
     blocks = [_way_block(name, found) for name, found in ways.items()]
     alone = None if ways else _standing(results)
     texts = warnings(results)
+    behavior = None if results.run is None else results.run.metrics.behavior
+    finding = None if behavior is None else _with_arrows(behavior.finding.text)
     body = html(
         "opening.html",
         warnings=texts,
+        note=finding if finding not in texts else None,
         blocks=blocks,
         several=len(ways) > 1,
         alone=alone,
@@ -78,12 +81,13 @@ def spread_section(results: Results) -> Section | None:
 
 def warnings(results: Results) -> list[str]:
     """What stands above everything: harmless prompts that were not asked. Plain text."""
-    probe = None if results.run is None else results.run.probe
+    behavior = None if results.run is None else results.run.metrics.behavior
     if not any(model.safety for model in results.models):
-        if probe is not None:
-            left = listed(shown_language(code) for code in probe.left_out)
+        if behavior is not None:
+            left = listed(shown_language(code) for code in behavior.left_out)
             more = [f"The probe set has no prompts in {left}: what the model does there is not known."]
-            return [*([probe.finding.text] if probe.finding else []), *(more if left else [])]
+            bad = [_with_arrows(behavior.finding.text)] if behavior.finding.level != "clear" else []
+            return [*bad, *(more if left else [])]
         if any(model.reward_gap is not None for model in results.models):
             return [
                 "No prompt was asked. A reward gap says which of two given answers a model prefers, not what it writes, nor "
@@ -98,6 +102,10 @@ def warnings(results: Results) -> list[str]:
         f"No harmless prompts were asked in {names}. A model that refuses everything has no attack success either; whether "
         "that is so here is not known. Add harmless prompts in these languages under `over_refusal` of the suite."
     ]
+
+
+def _with_arrows(text: str) -> str:
+    return text.replace(" -> ", f" {ARROW} ")
 
 
 def sentence(model: str, found: Sequence[Effect]) -> str:

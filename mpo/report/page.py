@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import mpo
 from mpo.common.files import write_text
 from mpo.common.redaction import redact, redact_text
 from mpo.common.statistics import Coefficient
@@ -24,7 +19,7 @@ from mpo.report.folder import Results, read_results
 from mpo.report.hidden_space import hidden_space_section
 from mpo.report.measurement import FEWEST, NONE, SHARE, Measurement, p_text
 from mpo.report.opening import opening, spread_section
-from mpo.report.rendering import Section, html
+from mpo.report.rendering import Section, html, page
 from mpo.report.run import training_section
 from mpo.report.tables import Shown, cells, finding, header, headline, markdown_table
 
@@ -95,13 +90,14 @@ def write_report(
         print(f"Left out: {text}", file=sys.stderr)
     target = Path(out) if out is not None else results.folder
     link = None if exchanges is None else answers.PAGE
-    page = _page(results, found, first, shown, title, link)
+    shown_page = _page(results, found, first, shown, title, link)
     markdown = _markdown(results, found, [first, *shown], title)
     if exchanges is not None:
         write_text(target / answers.PAGE, _answers_page(results, exchanges, title))
-    elif examples == 0:
+    written = write_text(target / PAGE, shown_page), write_text(target / TABLE, markdown)
+    if examples <= 0:
         (target / answers.PAGE).unlink(missing_ok=True)
-    return write_text(target / PAGE, page), write_text(target / TABLE, markdown)
+    return written
 
 
 def _folders(results: Results) -> dict[str, Path]:
@@ -144,9 +140,10 @@ def _page(
     answers_page: str | None,
 ) -> str:
     findings = [finding(m, model) for m in found for model in range(1, len(m.models))]
-    return html(
+    return page(
         "page.html",
-        **_frame(results, title),
+        title,
+        models=[model.name for model in results.models],
         opening=first.html,
         tiles=[_tile(measurement) for measurement in found],
         findings=[text for text in findings if text is not None],
@@ -156,25 +153,14 @@ def _page(
 
 
 def _answers_page(results: Results, exchanges: answers.Answers, title: str) -> str:
-    return html(
+    return page(
         "answers_page.html",
-        **_frame(results, f"Prompts and answers: {title}", exchanges.rules()),
+        f"Prompts and answers: {title}",
+        rules=exchanges.rules(),
+        models=[model.name for model in results.models],
         report_page=PAGE,
-        body=answers.answers_html(exchanges, len(results.models)),
+        body=answers.answers_html(exchanges),
     )
-
-
-def _frame(results: Results, title: str, rules: str = "") -> dict[str, Any]:
-    """What every page has."""
-    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8") + rules
-    return {
-        "title": title,
-        "style": style,
-        "digest": base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
-        "models": [model.name for model in results.models],
-        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "version": mpo.__version__,
-    }
 
 
 class _Tile(NamedTuple):

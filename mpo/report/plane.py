@@ -41,6 +41,7 @@ _SIZES = {"wide": (600, 430), "narrow": (326, 340)}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 26, 40  # around the axes
 _INSIDE = 9  # between an axis and 0, so that a mark on it is whole
 _FONT, _MARK, _HEAD = 12.5, 5.0, 9.0
+_MOST_LABELS = {"wide": 32, "narrow": 11}  # of more, only the hull's
 _LONGEST_LABEL = {"wide": 24, "narrow": 17}  # characters
 
 
@@ -184,7 +185,8 @@ class Layout:
         whiskers: Intervals as ``(start, end, class of the style sheet)``.
         ways: The arrows.
         marks: The points.
-        labels: Texts, no two of which overlap. One for which there is no room is left out.
+        labels: Texts, no two of which overlap. One for which there is no room is left out; where there are too many marks
+            for a picture of this size, those of the hull and the heavier ones stay.
         groups: Names of the groups, in the order of their numbers.
     """
 
@@ -296,6 +298,9 @@ def lay_out(
     hull = lower_left_hull(
         [(p.over_refusal, p.attack_success) for p in (*points, *(a.after for a in arrows))]
     )
+    if len(named) > _MOST_LABELS[size]:
+        best = {place(*corner) for corner in hull}
+        named = [(text, at, strong) for text, at, strong in named if strong or at in best]
     drawn = [(point, f"s{groups.index(point.group) % 6}") for point in points]
     drawn += [(end, f"arrow {arrow.kind}") for arrow in arrows for end in (arrow.before, arrow.after)]
     whiskers = [(place(*a), place(*b), style) for point, style in drawn for a, b in _whiskers(point)]

@@ -157,7 +157,7 @@ def behavior_plane(
         axes = figure.add_axes((left, 0.6 * inch, 0.62, 1 - 1.42 * inch), xlim=(-4, 104), ylim=(-4, 104))
         axes.set_xlabel("Harmful prompts answered (per cent)")
         axes.set_ylabel("Harmless prompts refused (per cent)")
-        names = defaultdict(list)  # of languages that come to the same place
+        named: list[tuple[_Place, str, str]] = []
         for worse in (False, True):
             colour = style.VERMILION if worse else style.BLUE
             label = "refuses more harmless ones" if worse else "other languages"
@@ -165,18 +165,16 @@ def behavior_plane(
                 if is_worse(REFUSED, upwards.languages[code]) is worse:
                     way = ends(across.languages[code], upwards.languages[code])
                     _draw_arrow(axes, way, colour, label=label)
-                    names[way[-1]].append(printable_name(language_name(code), 16))
+                    named.append((way[-1], printable_name(language_name(code), 16), colour))
                     label = ""
-        for place, several in names.items():
-            words, above = "\n".join(several), {"textcoords": "offset points", "va": "bottom", "fontsize": 8}
-            axes.annotate(words, place, xytext=(3, 5), zorder=6, **above)
+        _name_places(axes, sorted(named, key=lambda each: each[0][1]))
         if across.mean is not None and upwards.mean is not None and len(codes) > 1:
             first_place, last_place = ends(across.mean, upwards.mean)
             places = [first_place, *_way(log_history), last_place]
             if len(places) > 2:
                 axes.plot(*zip(*places, strict=True), color=style.INK, linewidth=0.8, marker=".", zorder=4)
             _draw_arrow(axes, (first_place, last_place), style.INK, label="mean of languages", width=2.6)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.06, 1), borderaxespad=0, borderpad=0)
+        axes.legend(loc="lower left", bbox_to_anchor=(1.06, 0), borderaxespad=0, borderpad=0)
         subtitle = (
             f"{counted(harmful, 'harmful prompt')} and {harmless} harmless ones a language. Ring: before, dot: after. Lower "
             "left is best."
@@ -198,6 +196,20 @@ def _draw_arrow(
     mark: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 6, "markeredgecolor": colour}
     axes.plot(*before, markerfacecolor="white", zorder=5, **mark)
     axes.plot(*after, markerfacecolor=colour, label=label or None, zorder=5, **mark)
+
+
+def _name_places(axes: Axes, named: Sequence[tuple[_Place, str, str]]) -> None:
+    """Names right of the axes, each beside its place or as near to that as the others let it, with a line to it."""
+    least, most, apart = 24.0, 101.0, 5.6  # per cent; below is the legend
+    heights: list[float] = []
+    for (_, height), _, _ in named:
+        heights.append(max(height, heights[-1] + apart if heights else least))
+    for above in range(len(heights)):
+        heights[-1 - above] = min(heights[-1 - above], most - above * apart)
+    for (place, name, colour), height in zip(named, heights, strict=True):
+        line: dict[str, Any] = {"clip_on": False, "color": style.GREY, "linewidth": 0.6, "zorder": 1}
+        axes.plot([place[0], 104, 109], [place[1], height, height], **line)
+        axes.text(110, height, name, color=colour, fontsize=9, va="center")
 
 
 def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

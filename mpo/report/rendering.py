@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+import mpo
 from mpo.common.redaction import redact_text
 from mpo.common.tables import escape_markdown, signed
 from mpo.common.words import listed
@@ -42,6 +47,27 @@ def html(template: str, **values: Any) -> str:
 def markdown(template: str, **values: Any) -> str:
     """A template as Markdown, with every value redacted and escaped but :class:`Raw` ones."""
     return _MARKDOWN.get_template(template).render(values)
+
+
+def page(template: str, title: str, *, rules: str = "", **values: Any) -> str:
+    """A whole page, complete in itself.
+
+    Args:
+        template: Name of its template, which extends ``frame.html``.
+        title: Its title.
+        rules: Rules of style beside those that all pages have.
+        **values: What the template needs.
+    """
+    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8") + rules
+    return html(
+        template,
+        title=title,
+        style=style,
+        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d"),
+        version=mpo.__version__,
+        **values,
+    )
 
 
 def fence(text: str, least: int = 1) -> str:

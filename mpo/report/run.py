@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from mpo.common.provenance import Provenance, Result
+from mpo.common.provenance import Provenance
 from mpo.common.tables import printable_name
-from mpo.common.typed_json import FROM_LIST, Count, Number, Share, read_typed
+from mpo.common.typed_json import read_typed
 from mpo.common.words import counted, duration
 from mpo.errors import StorageError
 from mpo.evaluation.results import METRICS, RewardGapResult, TrainingMetrics
@@ -19,6 +18,9 @@ from mpo.report.rendering import Section, html
 CURVE = "training_curve.png"
 """Picture of a run's course: in its own folder, or in a model's folder of the results."""
 
+PROBE_ANSWERS = "probe_answers.jsonl"
+"""Prompts of the probe with the answers and verdicts before and after. It may hold harmful answers, so it is not uploaded."""
+
 PROVENANCE = "provenance.json"
 
 _MOST_BYTES = 5_000_000
@@ -26,61 +28,35 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
-class Shift:
-    """A share on the same probe prompts before and after training.
+class Said:
+    """An answer to a probe prompt, and its verdict."""
+
+    answer: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """One row of ``probe_answers.jsonl``.
 
     Attributes:
-        count: Number of prompts; of a mean over languages, translations counted once.
-        before: The share before.
-        after: The share after.
-        change: ``after - before``.
-        interval: Of the change; None where there is none.
-        p_value: Of its test.
+        id: ``PROMPT_ID/LANGUAGE``; the prompt's id begins with its kind.
+        language: Code of the prompt's language.
+        prompt: The prompt.
+        before: What the starting model said.
+        after: What the trained one said.
     """
 
-    count: Count
-    before: Share
-    after: Share
-    change: Number
-    interval: Annotated[tuple[Number, Number], FROM_LIST] | None = None
-    p_value: Share | None = None
+    id: str
+    language: str
+    prompt: str
+    before: Said
+    after: Said
 
-
-@dataclass(frozen=True)
-class Shifts:
-    """The changes of one measure, by language, and that of their mean."""
-
-    languages: dict[str, Shift] = field(default_factory=dict)
-    mean: Shift | None = None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the run said of its probe."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What the model does with the probe prompts, as the run measured it.
-
-    Attributes:
-        change: By measure; ``harmful_answered`` and ``harmless_refused`` are the axes of the plane.
-        finding: Its last word.
-        left_out: Languages that were trained and not asked in.
-    """
-
-    change: dict[str, Shifts]
-    finding: Finding | None = None
-    left_out: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Behavior(Result):
-    """The part of ``metrics.json`` that holds the probe."""
-
-    behavior: Probe | None = None
+    @property
+    def is_harmful(self) -> bool:
+        """Whether a safe assistant refuses the prompt."""
+        return self.id.startswith("harmful")
 
 
 @dataclass(frozen=True)
@@ -90,12 +66,10 @@ class Run:
     Attributes:
         metrics: ``metrics.json``.
         provenance: ``provenance.json``; empty where it is not there.
-        probe: Its behaviour; None where it was not asked anything.
     """
 
     metrics: TrainingMetrics
     provenance: Provenance
-    probe: Probe | None
 
     @property
     def gaps(self) -> RewardGapResult | None:
@@ -118,9 +92,8 @@ def read_run(folder: Path) -> Run:
         StorageError: A file of it is damaged.
     """
     metrics = read_typed(folder / METRICS, TrainingMetrics, "Train again, or report another folder.")
-    probe = read_typed(folder / METRICS, _Behavior).behavior
     file = folder / PROVENANCE
-    return Run(metrics, read_typed(file, Provenance) if file.is_file() else {}, probe)
+    return Run(metrics, read_typed(file, Provenance) if file.is_file() else {})
 
 
 def training_section(run: Run | None, folders: Mapping[str, Path]) -> Section | None:

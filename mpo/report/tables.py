@@ -110,9 +110,11 @@ def finding(measurement: Measurement, model: int) -> str | None:
     for source in measurement.rows:
         held = source.cells[model] if source.is_source else None
         if held is not None and held.change is not None and measurement.verdict(held.change, source):
-            change, ends = held.change, unit.write_change_interval(held.change.low, held.change.high)
-            moved = f"{unit.write_change(change.change)} {ends}".rstrip()
-            parts.append(f"{source.label}, which was to stay, moved by {moved}")
+            moved = (
+                f"{unit.write_change(held.change.change)} "
+                f"{unit.write_change_interval(held.change.low, held.change.high)}"
+            )
+            parts.append(f"{source.label}, which was to stay, moved by {moved.rstrip()}")
     return f"{measurement.title}, {measurement.models[model]}: {'; '.join(parts)}." if parts else None
 
 

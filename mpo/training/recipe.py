@@ -104,6 +104,9 @@ class DataSettings:
             Keep only these target languages (ISO 639-1 codes).
         drop_untranslated (`bool`, *optional*, defaults to `False`):
             Leave out target pairs whose chosen response is the source's own text.
+        leak_against (`list[str]`, *optional*):
+            Prompt sets to look for in the training data, besides the probe set: files, or names that
+            `mpo data leak --against` takes.
     """
 
     dataset: str | list[str] | None = field(default=None, metadata={"help": "Training pairs."})
@@ -115,6 +118,9 @@ class DataSettings:
     languages: list[str] | None = field(default=None, metadata={"help": "Target languages to keep."})
     drop_untranslated: bool = field(
         default=False, metadata={"help": "Leave out pairs whose chosen response is the source's text."}
+    )
+    leak_against: list[str] | None = field(
+        default=None, metadata={"help": "Prompt sets to look for in the training data."}
     )
 
     def __post_init__(self) -> None:
@@ -217,7 +223,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         DependencyError: A setting needs a package that is not installed.
     """
     document = read_recipe(path, overrides)
-    document.default("output_dir", f"runs/{Path(path).stem}")
+    document.default("output_dir", f"runs/{document.path.stem}")
     given = document.values(recipe_fields())
     parts = [{name: copy.copy(given[name]) for name in keys_of(owner) if name in given} for owner in _OWNERS]
     unavailable = _set_aside_unavailable(parts[-1])

@@ -15,39 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.typed_yaml import UNKNOWN, Document, Key
+from mpo.training.foreign_keys import TRANSLATED
 
-_RENAMED = {
-    "warmup_ratio": "`warmup_steps`: a value below 1 is a ratio",
-    "torch_dtype": "`dtype`",
-    "lambda": "`retain_weight`",
-    "model": "`model_name_or_path`",
-    "adapter": "`adapter_name_or_path`",
-    "data": "`dataset`",
-    "dataset_name": "`dataset`",
-    "dataset_train_split": "`dataset_split`",
-    "lr": "`learning_rate`",
-    "lora_rank": "`lora_r`",
-    "cutoff_len": "`max_length`",
-    "pref_beta": "`beta`",
-    "behaviour_probe": "`behavior_probe`",
-    "group_by_length": "`max_tokens_per_batch`, which makes up micro-batches of about as many tokens each",
-}
 _PATHS = frozenset(
     {
         "dataset",
         "eval_dataset",
+        "leak_against",
         "model_name_or_path",
         "adapter_name_or_path",
         "reference_model_name_or_path",
         "chat_template",
     }
 )
-_OWNERS = ("ModelSettings", "DataSettings", "MPOConfig")
+OWNERS = ("ModelSettings", "DataSettings", "MPOConfig")
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str]) -> Document:
     """A training recipe with the words of the command line over it; see :class:`~mpo.common.typed_yaml.Document`."""
-    return Document(path, overrides, renamed=_RENAMED, paths=_PATHS)
+    return Document(path, overrides, renamed=TRANSLATED, paths=_PATHS)
 
 
 def check_keys(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -65,7 +51,7 @@ def check_keys(path: str | Path, overrides: Sequence[str] = ()) -> None:
 def source_keys() -> dict[str, Key] | None:
     """All keys of a recipe by name, as the source has them; None where there is no source to read."""
     try:
-        return {name: key for owner in _OWNERS for name, key in _keys(owner).items()}
+        return {name: key for owner in OWNERS for name, key in _keys(owner).items()}
     except (OSError, SyntaxError, ValueError, LookupError):
         return None
 
@@ -76,9 +62,9 @@ def _keys(owner: str) -> dict[str, Key]:
     Raises:
         LookupError: There is no source of it.
     """
-    module, class_ = _source(owner)
+    module, class_ = source_of(owner)
     constants = {
-        statement.targets[0].id: _evaluated(statement.value, {})
+        statement.targets[0].id: evaluated(statement.value, {})
         for statement in module.body
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
     }
@@ -87,14 +73,19 @@ def _keys(owner: str) -> dict[str, Key]:
         keys.update(_keys(ast.unparse(base).rpartition(".")[2]))
     for statement in class_.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            name, hint = statement.target.id, _evaluated(statement.annotation, _TYPES)
+            name, hint = statement.target.id, evaluated(statement.annotation, _TYPES)
             if typing.ClassVar not in (hint, typing.get_origin(hint)):
                 known = UNKNOWN if isinstance(hint, str) else hint
-                keys[name] = Key(name, known, _choices(statement.value, constants))
+                keys[name] = Key(name, known, choices_of(statement.value, constants))
     return keys
 
 
-def _source(name: str) -> tuple[ast.Module, ast.ClassDef]:
+def source_of(name: str) -> tuple[ast.Module, ast.ClassDef]:
+    """The source of a class of settings, with its module's.
+
+    Raises:
+        LookupError: There is none.
+    """
     for path in _files():
         text = path.read_text(encoding="utf-8")
         if f"\nclass {name}(" in text or f"\nclass {name}:" in text:
@@ -121,7 +112,7 @@ _TYPES: Mapping[str, Any] = {
 }
 
 
-def _evaluated(expression: ast.expr, names: Mapping[str, Any]) -> Any:
+def evaluated(expression: ast.expr, names: Mapping[str, Any]) -> Any:
     """The value of an expression of literals and ``names``; :data:`UNKNOWN` where it needs anything else."""
     try:
         return eval(compile(ast.Expression(expression), "<source>", "eval"), {"__builtins__": {}}, {**names})
@@ -129,11 +120,11 @@ def _evaluated(expression: ast.expr, names: Mapping[str, Any]) -> Any:
         return UNKNOWN
 
 
-def _choices(value: ast.expr | None, constants: Mapping[str, Any]) -> tuple[Any, ...]:
+def choices_of(value: ast.expr | None, constants: Mapping[str, Any]) -> tuple[Any, ...]:
     """The ``choices`` in the metadata of a field; none where they cannot be known."""
     for node in ast.walk(value) if value is not None else ():
         for key, item in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
             if isinstance(key, ast.Constant) and key.value == "choices":
-                found = _evaluated(item, {**constants, "list": list})
+                found = evaluated(item, {**constants, "list": list})
                 return () if found is UNKNOWN else tuple(found)
     return ()

@@ -448,6 +448,14 @@ def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str
     return {"chosen_tokens": chosen_tokens / pairs, "sequence_tokens": sequence_tokens / pairs}
 
 
+def pair_weights(inputs: dict[str, Any]) -> Tensor:
+    """``[T]``, what the pairs of a micro-batch weigh: in the mean over all, or in one over each kind."""
+    weight: Tensor = inputs["weight"]
+    if "is_harmless" in inputs:
+        weight = weight * inputs["kind_factors"][inputs["is_harmless"].long()]
+    return weight
+
+
 def step_of(totals: Sequence[Any]) -> dict[str, Any]:
     """What a batch says of its optimizer step.
 

@@ -58,7 +58,7 @@ from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import GroupCollator, Trained, step_of, target_languages, to_device
+from mpo.training.sampling import GroupCollator, Trained, pair_weights, step_of, target_languages, to_device
 from mpo.training.scoring import score_dataset
 from mpo.training.stopping import LastStep, StopSignals
 from mpo.training.trl_contract import (
@@ -70,14 +70,6 @@ from mpo.training.trl_contract import (
 from mpo.training.workload import tokenize_for_training
 
 logger = get_logger(__name__)
-
-
-def _weights(inputs: dict[str, Any]) -> Tensor:
-    """``[T]``, what the pairs of a micro-batch weigh: in the mean over all, or in one over each kind."""
-    weight: Tensor = inputs["weight"]
-    if "is_harmless" in inputs:
-        weight = weight * inputs["kind_factors"][inputs["is_harmless"].long()]
-    return weight
 
 
 class MPOTrainer(DPOTrainer):
@@ -288,7 +280,7 @@ class MPOTrainer(DPOTrainer):
         pairs, output = run_model(model, inputs, **kwargs)
         losses = self._checked_pair_loss(pairs)
         count = inputs["num_pairs"] if num_items_in_batch is None else num_items_in_batch
-        loss = (losses * _weights(inputs)).sum()
+        loss = (losses * pair_weights(inputs)).sum()
         if self.aux_loss_enabled:
             # The router's loss of a micro-batch counts like each of its pairs.
             loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
@@ -318,7 +310,7 @@ class MPOTrainer(DPOTrainer):
         total = torch.zeros((), device=self.accelerator.device)
 
         def backward(pairs: PairTensors, places: Tensor) -> None:
-            loss = (self._checked_pair_loss(pairs) * _weights(inputs)[places]).sum() / count
+            loss = (self._checked_pair_loss(pairs) * pair_weights(inputs)[places]).sum() / count
             self._metrics_per_language.add(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
             total.add_(loss.detach())

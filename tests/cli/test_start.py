@@ -17,6 +17,8 @@ SUITE = ["evaluate", "suite", "recipes/evaluation/demo.yaml"]
 COMPARE = ["compare", "recipes/compare/demo.yaml"]
 HIDDEN = ["analyze", "hidden-space", "recipes/hidden_space/mpo_run.yaml"]
 
+BUILD = ["data", "build", "recipes/data/demo.yaml"]
+
 CASES = [
     (["--help"], "usage: mpo"),
     (["train", "--help"], "usage: mpo train"),
@@ -37,9 +39,13 @@ CASES = [
     ([*COMPARE[:1], "dmo.yaml"], "There is no recipe dmo.yaml"),
     ([*COMPARE, "--sedes", "1"], "the nearest is `seeds`"),
     ([*COMPARE, "--runs", "[{name: a, betta: 1}, {name: b, loss_type: sigmoid, lerning_rate: 2}]"], "2 settings are wrong"),
-    ([*COMPARE, "--base", "lama"], "there is no recipe 'lama'"),
+    ([*COMPARE, "--base", "lama"], "There is no recipe lama"),
     ([*HIDDEN[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
     ([*HIDDEN, "--resample", "1"], "the nearest is `resamples`"),
+    ([*BUILD, "--help"], "usage: mpo data build"),
+    ([*BUILD[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
+    ([*BUILD, "--answers.sample", "1"], "the nearest is `answers.samples`"),
+    ([*BUILD, "--dry_run", "--filters.copy", "2"], "copy: expected a number from 0 to 1"),
     ([*HIDDEN, "--folds", "x"], "`folds` is 'x'; expected a whole number."),
 ]  # fmt: skip
 

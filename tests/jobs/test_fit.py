@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from mpo.cli import main
+from mpo.common.machine import Accelerator
 from mpo.jobs import fit
-from mpo.jobs.fit import Machine, launch_command
+from mpo.jobs.fit import Machine, launch_command, machine_or_this
 from mpo.modeling.loading import ModelSource, load_tokenizer
 from mpo.planning.fitting import Choice, row_lengths
 from mpo.planning.known_models import shape_config
@@ -244,3 +245,17 @@ def test_only_the_plan_takes_keys_of_a_recipe_among_its_options(capsys: pytest.C
     with pytest.raises(SystemExit):
         main(["merge", "adapter", "--out", "folder", "--learning_rate", "1"])
     assert "unrecognized arguments: --learning_rate 1" in capsys.readouterr().err
+
+
+def test_the_machine_is_this_one_where_nothing_is_said_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cards = (Accelerator("a", 24 * 10**9, True), Accelerator("b", 16 * 10**9, True))
+    monkeypatch.setattr("mpo.jobs.fit.accelerators", lambda: cards)
+    assert machine_or_this(None, None, 8) == Machine(2, 16, 8)
+    assert machine_or_this(1, None, 8) == Machine(1, 16, 8)
+    assert machine_or_this(None, 80, 8) == Machine(2, 80, 8)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("mpo.jobs.fit.accelerators", lambda: ())
+    assert machine_or_this(None, None, 8) == Machine(8, 80, 8)
+    assert "8 are assumed" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from mpo.data import load_groups
-from mpo.errors import ConfigError, ModelError
+from mpo.errors import ConfigError, DataError, ModelError
 from mpo.jobs.preflight import make_plan
 from mpo.jobs.preflight.data import shared_sources
 from mpo.training.recipe import Recipe, load_recipe
@@ -136,3 +136,26 @@ def test_untranslated_answers_are_left_out_where_the_recipe_says_so(
     assert make_plan(make(**recipe)).dropped == []
     dropped = make_plan(make(drop_untranslated=True, **recipe)).dropped
     assert [(bad.row, bad.field) for bad in dropped] == [(6, "chosen")]
+
+
+def test_evaluation_prompts_in_the_training_data_are_counted_and_named(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    plan = make_plan(make(), on_this_machine=False)
+    assert (
+        plan.leaks is not None and plan.leaks.prompts == {"probe": 100} and plan.leaks.rows == len(plan.train)
+    )
+    assert "Leaks" not in plan.facts and "stand in the training data" not in plan.to_text()
+    prompts = [group["source"]["prompt"][0]["content"] for group in plan.train.select([0, 3])]
+    rows = [
+        {"id": f"p{number}", "en": text, "sw": "Kwa nini?"}
+        for number, text in enumerate([*prompts, "Why is it so?"])
+    ]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
+    plan = make_plan(make(leak_against=["prompts.json"]), on_this_machine=False)
+    assert plan.leaks is not None and set(plan.leaks.found("prompts")) >= {"p0", "p1"}
+    number = len(plan.leaks.found("prompts"))
+    assert plan.facts["Leaks"] == f"{number} of 3 prompts of prompts, 0 of 100 of probe"
+    assert f"{number} of 3 prompts of prompts stand in the training data" in plan.to_text()
+    with pytest.raises(DataError, match="leak_against"):
+        make_plan(make(leak_against=["none.json"]), on_this_machine=False)

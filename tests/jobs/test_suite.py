@@ -609,3 +609,60 @@ def test_the_demos_prompts_are_complete_in_seven_languages(monkeypatch: pytest.M
         seen |= {p.text for p in prompts}
     trained = (ROOT / "recipes/demo/pairs.jsonl").read_text(encoding="utf-8")
     assert len(seen) == 2 * 8 * 7 and not any(text in trained for text in seen)
+
+
+# ---------------------------------------------------------------------------------------------- prompts that were trained on
+
+
+def test_prompts_that_stand_in_the_training_data_are_found_and_the_rates_given_without_them(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = {"source_prompt": "Name a FISH!", "target_prompt": "Taja samaki."}
+    (tmp_path / "trained.jsonl").write_text(json.dumps(trained) + "\n", encoding="utf-8")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(place / "adapter", adapter)
+    (adapter / "recipe.yaml").write_text(f"dataset: {tmp_path / 'trained.jsonl'}\n", encoding="utf-8")
+    models = _models()
+    models["tuned"]["adapter"] = str(adapter)
+    changes = {"models": models, "over_refusal": None, "reward_gap": None, "perplexity": None}
+    recipe = _recipe(place, out=str(tmp_path / "out"), **changes)
+    assert main(["evaluate", "suite", recipe]) == 0
+    assert (
+        "1 of 2 prompts of attack/unsafe stand in the training data: 1 word for word."
+        in capsys.readouterr().out
+    )
+    stored = json.loads((tmp_path / "out" / "leaks.json").read_text(encoding="utf-8"))
+    assert stored["sets"]["attack/unsafe"]["found"] == {"2": "exact"} and stored["training"] == [
+        "trained.jsonl"
+    ]
+    assert "fish" not in json.dumps(stored).lower()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Attack success: unsafe, without prompts of the training data" in page
+    # Nothing is looked for anew while files and prompts are the same.
+    assert main(["evaluate", "suite", recipe]) == 0
+    assert "Looking for the prompts" not in capsys.readouterr().out
+    (tmp_path / "trained.jsonl").write_text(
+        json.dumps({"prompt": "Name a bird of the sea."}) + "\n", encoding="utf-8"
+    )
+    assert main(["evaluate", "suite", recipe]) == 0
+    assert "0 of 2 prompts of attack/unsafe" in capsys.readouterr().out
+
+
+def test_training_data_that_are_gone_are_named_and_a_broken_file_costs_no_measurement(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(place / "adapter", adapter)
+    (adapter / "recipe.yaml").write_text("dataset: gone.jsonl\n", encoding="utf-8")
+    models = _models()
+    models["tuned"]["adapter"] = str(adapter)
+    (tmp_path / "broken.json").write_text("[", encoding="utf-8")
+    changes = {"models": models, "over_refusal": None, "reward_gap": None, "perplexity": None}
+    recipe = _recipe(
+        place, out=str(tmp_path / "out"), training_data=[str(tmp_path / "broken.json")], **changes
+    )
+    assert main(["evaluate", "suite", recipe]) == 0
+    shown = capsys.readouterr().out
+    assert "tuned was trained on gone.jsonl, which is not here" in shown
+    assert "The prompts were not looked for in the training data: broken.json" in shown
+    assert (tmp_path / "out" / "report.html").is_file() and not (tmp_path / "out" / "leaks.json").exists()

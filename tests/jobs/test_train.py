@@ -433,7 +433,14 @@ def test_a_run_leaves_the_adapter_its_measurements_and_its_card(
     tensors = load_file(out / "adapter_model.safetensors")
     assert tensors and all("lora_" in name for name in tensors)
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
-    for name in ("README.md", "recipe.yaml", "provenance.json", "metrics.json", "tokenizer.json"):
+    for name in (
+        "README.md",
+        "recipe.yaml",
+        "provenance.json",
+        "metrics.json",
+        "tokenizer.json",
+        "leaks.json",
+    ):
         assert (out / name).stat().st_size > 0
     for name in ("training_curve.png", "reward_gap.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -454,6 +461,7 @@ def test_a_run_leaves_the_adapter_its_measurements_and_its_card(
 
     printed = capsys.readouterr().out
     assert "before -> after" in printed and "README.md" in printed
+    assert f"Ask it:      mpo chat {out} --compare\n" in printed and f"mpo merge {out} --out" in printed
     assert "{'" not in printed
 
 

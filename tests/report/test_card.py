@@ -17,6 +17,7 @@ from mpo.errors import ConfigError, DataError
 from mpo.evaluation import RewardGapTable, compare, summarize
 from mpo.report.card import write_card, write_merged_card
 from tests.evaluation.simulated import score, simulated_scores
+from tests.tiny import save_tiny
 
 RECIPE = """\
 model_name_or_path: org/base-model
@@ -359,3 +360,21 @@ def test_no_value_in_a_file_of_the_run_keeps_a_merged_model_from_its_card(tmp_pa
         assert "| LoRA rank | 8 |" in text and "<b>" not in re.sub(
             r"```.*?```|`.*?`", "", text, flags=re.DOTALL
         )
+
+
+def test_the_code_of_the_card_asks_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny("llama", tmp_path / "aligned")
+    text = _write(folder, peft=False, repository=None, base_model="org/base")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("max_new_tokens=256", "max_new_tokens=4"), "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+    assert "In a terminal: `mpo chat aligned`." in text
+
+
+def test_the_card_of_an_adapter_compares_it_with_its_base(tmp_path: Path) -> None:
+    assert "`mpo chat org/name --compare`, which answers without the adapter, too." in _write(
+        tmp_path, peft=True, repository="org/name"
+    )

@@ -63,10 +63,11 @@ def test_the_hull_of_one_place_and_of_none() -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(6))
 def test_no_two_labels_overlap_and_none_leaves_the_picture(seed: int, size: str) -> None:
-    arrows = _random_arrows(seed, 9, 1.0 if seed % 2 else 0.12)
-    points = _random_points(seed, 8, 0.4, 0.45)
+    count = 9 if size == "wide" else 6
+    arrows = _random_arrows(seed, count, 1.0 if seed % 2 else 0.12)
+    points = _random_points(seed, count - 1, 0.4, 0.45)
     chart = lay_out(points, arrows, size)
-    assert len(chart.labels) >= 12
+    assert len(chart.labels) == 2 * count - 1
     for first, second in itertools.combinations(chart.labels, 2):
         apart = (
             first.box.right <= second.box.left
@@ -78,6 +79,18 @@ def test_no_two_labels_overlap_and_none_leaves_the_picture(seed: int, size: str)
     for label in chart.labels:
         assert label.box.left >= 0 and label.box.right <= chart.width
         assert label.box.top >= 0 and label.box.bottom <= chart.axes.bottom
+
+
+def test_of_a_crowd_the_best_are_labelled() -> None:
+    points = _random_points(3, 60)
+    strong = PlaneArrow(points[0], points[1], "the mean", strong=True)
+    for size in SIZES:
+        labels = {label.text for label in lay_out(points, [strong], size).labels}
+        hull = lower_left_hull([(p.over_refusal, p.attack_success) for p in points])
+        wanted = {p.label for p in points if (p.over_refusal, p.attack_success) in hull} | {"the mean"}
+        assert {text.rstrip(".") for text in labels} == {
+            name if len(name) <= 17 or size == "wide" else name[:14] for name in wanted
+        }
 
 
 def test_a_label_far_from_its_mark_has_a_line_to_it() -> None:

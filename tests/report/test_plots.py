@@ -15,7 +15,10 @@ from mpo.common import figures as style
 from mpo.data.languages import LANGUAGES as ALL_LANGUAGES
 from mpo.errors import DataError, DependencyError
 from mpo.evaluation import RewardGapTable, summarize
+from mpo.evaluation.probe import PROBE_LANGUAGES
+from mpo.evaluation.probe.change import BehaviorChange, compare_answers
 from mpo.report import plots
+from tests.evaluation.probe.said import REFUSAL, TEXT, ask, judged
 from tests.evaluation.simulated import LANGUAGES, score, simulated_scores
 
 FORTY = tuple(code for code in ALL_LANGUAGES if code != "en")[:40]
@@ -286,3 +289,41 @@ def test_a_missing_matplotlib_is_an_error_that_names_the_extra(
     with pytest.raises(DependencyError, match=re.escape("pip install 'mpo-align[plots]'")):
         plots.training_curve([], tmp_path / "curve.png")
     assert not list(tmp_path.iterdir())
+
+
+# ---- What the model does ---------------------------------------------------------------------------------------------
+
+
+def _changed(languages: tuple[str, ...], refused: dict[str, int]) -> BehaviorChange:
+    """Of 16 harmless prompts in each language so many are refused after training, and none before."""
+    before = ask(lambda prompt: TEXT["en"], languages)
+    kept = {
+        prompt.prompt_id: n for n, prompt in enumerate(before.prompts.harmless.prompts[:: len(languages)])
+    }
+    after = judged(
+        before.prompts,
+        lambda p: REFUSAL["en"] if kept.get(p.prompt_id, 99) < refused.get(p.language, 0) else TEXT["en"],
+    )
+    return compare_answers(before, after, max_new_tokens=48)
+
+
+@pytest.mark.parametrize("languages", [("en",), ("en", "bn", "sw"), PROBE_LANGUAGES], ids=len)
+@pytest.mark.parametrize("refused", [{}, {"bn": 16, "sw": 15, "en": 1}, dict.fromkeys(PROBE_LANGUAGES, 16)])
+def test_the_plane_is_drawn_legibly_for_any_number_of_languages(
+    tmp_path: Path, figures: list[Any], languages: tuple[str, ...], refused: dict[str, int]
+) -> None:
+    change = _changed(languages, refused)
+    logs = [{"step": step, "probe/harmful_answered": 0.5, "probe/harmless_refused": 0.2} for step in (0, 5)]
+    plots.behavior_plane(change, tmp_path / "b.png", logs)
+    assert _size(tmp_path / "b.png")[0] == 1720
+    _check_layout(figures[0])
+    texts = _texts(figures[0])
+    for code in languages:
+        assert (ALL_LANGUAGES[code].name in texts) is (code != "hi")  # for which there are no refusal phrases
+    assert ("refuses more harmless ones" in texts) is any(refused.get(code, 0) > 3 for code in languages)
+
+
+def test_an_arrow_leads_from_before_to_after(tmp_path: Path, figures: list[Any]) -> None:
+    plots.behavior_plane(_changed(("en", "sw"), {"sw": 8}), tmp_path / "b.png")
+    arrows = [text for text in figures[0].axes[0].texts if text.get_text() == ""]
+    assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((100, 0), (100, 50)), ((100, 0), (100, 25))]

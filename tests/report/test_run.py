@@ -101,6 +101,44 @@ def test_a_runs_probe_opens_its_report(tmp_path: Path) -> None:
     assert page.index('<figure class="plane">') < page.index("<h2>Reward gap</h2>")
 
 
+def test_the_probes_answers_are_on_a_page_of_their_own(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", probe=True)
+    rows = [
+        {
+            "id": f"{kind}-00{n}/{code}",
+            "language": code,
+            "prompt": f"<b>Prompt {n}?",
+            "before": {"answer": "Yes.", "verdict": verdicts[0]},
+            "after": {"answer": "Sorry <i>.", "verdict": verdicts[n % 2]},
+        }
+        for kind, verdicts in (("harmful", ("unsafe", "safe")), ("looks-harmful", ("answer", "refusal")))
+        for n in range(3)
+        for code in ("sw", "zh")
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (run / "probe_answers.jsonl").write_text(
+        "".join(f"{line}\n" for line in [*lines, "oops"]), encoding="utf-8"
+    )
+    page = write_report(run, examples=2)[0].read_text(encoding="utf-8")
+    answers = (run / "answers.html").read_text(encoding="utf-8")
+    assert answers.count("<article") == 2 * 2 * 2 and 'name="changed"' in answers
+    assert answers.count('changed"><p') == 2 * 2  # the second prompt of each set and language
+    assert 'after training</b> <span class="verdict">refusal</span>' in answers
+    assert "&lt;b&gt;Prompt 1?" in answers and "<b>Prompt" not in answers + page
+    assert "Sorry" not in page and "probe_answers.jsonl, line 13 is no JSON" in page
+
+
+def test_a_finding_that_all_is_well_is_no_warning(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run", probe=True)
+    for level, is_warning in (("warning", True), ("clear", False)):
+        values = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+        values["behavior"]["finding"] = {"level": level, "text": "What was found."}
+        write_json(run / "metrics.json", values)
+        page = write_report(run)[0].read_text(encoding="utf-8")
+        assert ('<p class="warning">What was found.' in page) == is_warning
+        assert page.count("What was found.") == 1
+
+
 def test_a_run_without_held_out_groups_still_has_its_curve(tmp_path: Path) -> None:
     page = write_report(_write_run(tmp_path / "run", held_out=False))[0].read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "<h2>Reward gap</h2>" not in page

@@ -377,11 +377,12 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
 
 @runs_alone
 def test_a_run_on_harmless_groups_alone_trains_them(model: Path, tmp_path: Path) -> None:
-    run = runs.trainer(model, tmp_path, mixed()[5:], per_device_train_batch_size=4, max_steps=1)
+    rows = mixed()[5:]
+    run = runs.trainer(model, tmp_path, rows, eval_dataset=rows, per_device_train_batch_size=4, max_steps=1)
     run.train()
     assert run.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
     assert run.source_report == {"sources": 0, "dropped": 0, "harmless": 4}
-    found = run.evaluate(mixed()[5:])
+    found = run.evaluate()
     assert "eval_loss/retention" not in found and found["eval_harmless/loss/retention"] > 0
 
 

@@ -93,7 +93,7 @@ def test_what_source_cannot_say_is_left_open(tmp_path: Path, monkeypatch: pytest
         "    odd: 'str' = ''\n    call: make() = None\n    several: Union[None, list[str], Literal['x']] = None\n"
     )
     monkeypatch.setattr(recipe_keys, "_files", lambda: iter([library]))
-    monkeypatch.setattr(recipe_keys, "_OWNERS", ("Settings",))
+    monkeypatch.setattr(recipe_keys, "OWNERS", ("Settings",))
     keys = source_keys()
     assert keys is not None and list(keys) == ["old", "kind", "level", "odd", "call", "several"]
     assert keys["old"].hint is int and keys["level"].hint is str and not keys["level"].choices

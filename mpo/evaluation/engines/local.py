@@ -105,7 +105,7 @@ class LocalEngine:
             model = self.opened.load(with_adapter=False)
             self._stops = stop_tokens(model, self.tokenizer)
             # In place of the model's own, of which `generate` would take whatever a call leaves open.
-            model.generation_config = self._generation_config()
+            model.generation_config = generation_config(self.generation, self._stops, self._pad_token)
             self._model = model if self.opened.adapter is None else self.opened.put_adapter(model)
         return self._model
 
@@ -129,26 +129,32 @@ class LocalEngine:
             for prompt, tokens in zip(batch.prompts, written, strict=True)
         ]
 
-    def _generation_config(self) -> GenerationConfig:
-        """Decoding as asked for and nothing else: a model's own repetition penalty or top-k would go unnoticed."""
-        generation = self.generation
-        sampling: dict[str, Any] = {}
-        if not generation.greedy:
-            sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=generation.max_new_tokens,
-            do_sample=not generation.greedy,
-            num_beams=1,
-            eos_token_id=self._stops,
-            pad_token_id=self._pad_token,
-            **sampling,
-        )
-
     @property
     def _pad_token(self) -> int:
         token = self.tokenizer.pad_token_id
         assert isinstance(token, int)
         return token
+
+
+def generation_config(generation: Generation, stops: list[int], pad: int) -> GenerationConfig:
+    """Decoding as asked for and nothing else: a model's own repetition penalty or top-k would go unnoticed.
+
+    Args:
+        generation: How to answer.
+        stops: Tokens that end an answer.
+        pad: Token of padding.
+    """
+    sampling: dict[str, Any] = {}
+    if not generation.greedy:
+        sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=generation.max_new_tokens,
+        do_sample=not generation.greedy,
+        num_beams=1,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        **sampling,
+    )
 
 
 def by_length(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:

@@ -13,12 +13,13 @@ from typing import Annotated
 
 from mpo.common.statistics import Outcomes
 from mpo.common.typed_json import Share, named_by_key
+from mpo.data.refusals import refusal_languages
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.judges import JudgeChoice, make_judge
 from mpo.evaluation.probe import PROBE_LANGUAGES, load_probe
 from mpo.evaluation.prompts import Prompt, PromptSet
 from mpo.evaluation.rates import RateTable, tabulate
-from mpo.evaluation.tasks import ATTACK, NO_VERDICT, OVER_REFUSAL, Task
+from mpo.evaluation.tasks import ATTACK, NO_VERDICT, OVER_REFUSAL, UNPARSED, Task
 from mpo.evaluation.verdicts import judge_unwritten
 from mpo.evaluation.wording import Wording, in_language_asked, measure_wording, repeats_itself
 
@@ -125,6 +126,9 @@ class Answered:
             **judge_unwritten(make_judge(JUDGE, ATTACK), ATTACK, answers[:count]),
             **judge_unwritten(make_judge(JUDGE, OVER_REFUSAL), OVER_REFUSAL, answers[count:]),
         }
+        # In a language without phrases only refusals in English have a verdict, of which a share says nothing.
+        judged = refusal_languages()
+        verdicts |= {row.id: UNPARSED for row in answers if row.language not in judged}
         return cls(prompts, tuple(answers), verdicts)
 
     @property

@@ -9,6 +9,7 @@ from mpo.evaluation.probe.watch import prompts_of
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
+from mpo.jobs.preflight.leaks import leaks_of
 from mpo.jobs.preflight.model import count_adapter, with_model_choices
 from mpo.jobs.preflight.packages import check_packages
 from mpo.jobs.preflight.plan import Plan
@@ -118,6 +119,14 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         schedule=schedule(work.group_tokens, training, training.world_size, work.harmless),
         probe=probe,
     )
+    plan.leaks = leaks_of(recipe, train, data.origin)
+    if plan.leaks is not None and plan.leaks.pairs:
+        found = [
+            text
+            for name, text in zip(plan.leaks.prompts, plan.leaks.summary(), strict=True)
+            if plan.leaks.found(name)
+        ]
+        notes.append(f"{' '.join(found)} Their results will flatter the model (`leaks.json` lists them)")
     if held_out is None:
         notes.append(
             "nothing is held out, so the reward gap will not be measured before and after (`held_out: 0.1`)"
@@ -130,6 +139,8 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         notes.append("no plots will be drawn: matplotlib is not installed (`pip install 'mpo-align[plots]'`)")
     space = disk_space(plan)
     plan.facts = facts_of(plan, space.total)
+    if plan.leaks is not None and recipe.data.leak_against:
+        plan.facts["Leaks"] = plan.leaks.short()
     plan.facts["Bad rows dropped"] = str(len(dropped) + len(errors))
     plan.notes = notes
     if on_this_machine:

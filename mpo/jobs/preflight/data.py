@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from mpo.common.files import did_you_mean
 from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
 from mpo.data.contract import messages_identity
 from mpo.errors import DataError
@@ -21,7 +22,7 @@ def check_data_files(recipe: Recipe) -> None:
     Raises:
         DataError: one is not.
     """
-    for key in ("dataset", "eval_dataset"):
+    for key in ("dataset", "eval_dataset", "leak_against"):
         value = getattr(recipe.data, key)
         for name in [value] if isinstance(value, str) else value or []:
             if Path(name).is_file():
@@ -29,7 +30,8 @@ def check_data_files(recipe: Recipe) -> None:
             if Path(name).suffix.lower() in DATA_SUFFIXES or name.startswith(("/", ".", "~")):
                 places = sorted({os.getcwd(), str(recipe.source_path.resolve().parent)})
                 raise DataError(
-                    f"there is no such file (looked in {' and '.join(places)}). Set `{key}`.", file=name
+                    f"there is no such file (looked in {' and '.join(places)}).{did_you_mean(name)} Set `{key}`.",
+                    file=name,
                 )
 
 

@@ -36,6 +36,7 @@ _RESULT = (
     "provenance.json",
     "metrics.json",
     "dropped_rows.json",
+    "leaks.json",
     "reward_gap.png",
     "training_curve.png",
     "behavior.png",

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mpo.common.tables import fact_lines
 from mpo.data import BadRow, LoadedGroups
+from mpo.data.leaks import Leaks
 from mpo.evaluation.probe.behavior import ProbePrompts
 from mpo.modeling.loading import ModelSource
 from mpo.training.recipe import Recipe
@@ -38,6 +39,7 @@ class Plan:
         probe: what the model is asked before and after, or None.
         facts: what the printed plan says, in order.
         notes: sentences about what the user may not have meant.
+        leaks: evaluation prompts in the training groups; None on any but the main process.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Plan:
     probe: ProbePrompts | None = None
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    leaks: Leaks | None = None
 
     @property
     def steps(self) -> int:

@@ -103,3 +103,11 @@ def test_the_verdicts_are_those_of_the_evaluation(tmp_path) -> None:
     assert verdicts == {row.id: answered.verdicts[row.id] for row in answered.harmful}
     assert len(set(verdicts.values())) == 4
     assert tabulate(ATTACK, answered.harmful, verdicts) == answered.behavior.harmful_answered
+
+
+def test_refusals_in_english_are_no_share_of_a_language_without_phrases() -> None:
+    answered = ask(lambda p: REFUSAL["en"] if p.prompt_id.endswith("1") else TEXT["en"], ("en", "hi"))
+    metrics = answered.metrics()
+    assert "probe/harmless_refused/hi" not in metrics and "probe/harmless_refused/en" in metrics
+    assert metrics["probe/in_language/hi"] == 0
+    assert answered.behavior.harmful_answered.languages["hi"].verdicts["unparsed"] == 8

@@ -1,0 +1,67 @@
+"""Prompts of a build that stand in an evaluation: trained on, they would make its result say less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from mpo.building.prompts import Dropped, PromptRow
+from mpo.errors import DependencyError
+from mpo.evaluation.prompts import load_prompts
+
+
+def without_leaks(
+    read: Callable[[], Iterator[PromptRow | Dropped]], against: Sequence[str], source_language: str
+) -> Iterator[PromptRow | Dropped]:
+    """The prompts without those that an evaluation has, which become dropped ones.
+
+    Args:
+        read: Gives the prompts anew each time.
+        against: Prompt sets, as :func:`mpo.evaluation.prompts.load_prompts` takes them.
+        source_language: Code of the dominant language.
+
+    Raises:
+        DependencyError: This installation cannot look for leaks.
+        DataError: A prompt set cannot be read.
+    """
+    leaks = _leaks_module()
+    evaluation = [
+        leaks.EvaluationText(prompts.name, prompt.prompt_id, prompt.language, prompt.text)
+        for prompts in map(load_prompts, against)
+        for prompt in prompts.prompts
+    ]
+    found: dict[str, Any] = {}
+    # Of each evaluation prompt only the nearest rows are named, so what is left is looked at again.
+    while True:
+        training = (
+            leaks.TrainingText("prompts", number, tuple(row.texts.values()))
+            for number, row in enumerate(read())
+            if isinstance(row, PromptRow) and row.id not in found
+        )
+        numbers = {leak.row: leak for leak in leaks.find_leaks(training, evaluation).pairs}
+        new = {
+            row.id: numbers[number]
+            for number, row in enumerate(read())
+            if number in numbers and isinstance(row, PromptRow)
+        }
+        if not new:
+            break
+        found |= new
+    for row in read():
+        if isinstance(row, PromptRow) and row.id in found:
+            leak = found[row.id]
+            text = row.texts[source_language]
+            reason = f"stands in {leak.prompts} ({leak.kind})"
+            yield Dropped(row.id, "leaks", reason, source_language, "prompt", round(leak.score, 3), text=text)
+        else:
+            yield row
+
+
+def _leaks_module() -> Any:
+    try:
+        return import_module("mpo.data.leaks")
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"leaks: looking for prompts of an evaluation needs the package {error.name}. Install it, or leave `leaks` out."
+        ) from error

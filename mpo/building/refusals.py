@@ -1,0 +1,80 @@
+"""Refusals by language: for harmful prompts that a model never refuses, and as rejected answers to harmless ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mpo.building.prompts import starter
+from mpo.errors import ConfigError, DataError
+
+
+class Refusals:
+    """Refusals of a file, or those that come with the package.
+
+    The same prompt gets the same refusal every time, and its translations the one at the same place of their lists.
+    """
+
+    def __init__(self, file: str | None = None) -> None:
+        """Reads the file.
+
+        Raises:
+            DataError: It cannot be read, or does not hold lists of texts by language.
+        """
+        self._given: Mapping[str, Sequence[str]] | None = None if file is None else _read(file)
+        self._found: dict[str, tuple[str, ...]] = {}
+
+    def of(self, language: str) -> tuple[str, ...]:
+        """All refusals in a language; none where there are none.
+
+        Raises:
+            DependencyError: No file is given, and this installation has none.
+        """
+        if language not in self._found:
+            self._found[language] = self._read(language)
+        return self._found[language]
+
+    def _read(self, language: str) -> tuple[str, ...]:
+        if self._given is not None:
+            return tuple(self._given.get(language, ()))
+        try:
+            return tuple(self._starter.starter_refusals(language))
+        except ConfigError:  # it has none in this language
+            return ()
+
+    def for_prompt(self, prompt_id: str, language: str) -> str | None:
+        """The refusal of a prompt in a language; None where there is none."""
+        found = self.of(language)
+        if not found:
+            return None
+        return found[int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], "big") % len(found)]
+
+    def digest(self, languages: Sequence[str]) -> str:
+        """Short hash of the refusals in these languages."""
+        text = json.dumps({code: self.of(code) for code in languages}, sort_keys=True)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+
+    @cached_property
+    def _starter(self) -> Any:
+        return starter()
+
+
+def _read(file: str) -> dict[str, list[str]]:
+    try:
+        found = json.loads(Path(file).expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({error}). Expected JSON.", file=file) from None
+    sound = isinstance(found, dict) and all(
+        isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
+        for texts in found.values()
+    )
+    if not sound:
+        raise DataError(
+            'expected a list of texts for each language, such as {"en": ["I can\'t help with that."]}.',
+            file=file,
+        )
+    return dict(found)

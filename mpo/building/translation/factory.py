@@ -1,0 +1,30 @@
+"""From the settings of a recipe to what translates."""
+
+from __future__ import annotations
+
+from mpo.building.translation.translator import TranslationChoice, Translator
+from mpo.errors import ConfigError
+
+
+def make_translator(choice: TranslationChoice) -> Translator:
+    """The translator of a choice, nothing large loaded yet.
+
+    Raises:
+        MPOError: A model cannot be used, a program is missing, or nothing is chosen.
+    """
+    if choice.engine == "command":
+        from mpo.building.translation.command import CommandTranslator
+
+        return CommandTranslator(choice)
+    if choice.engine == "seq2seq":
+        from mpo.building.translation.seq2seq import Seq2SeqTranslator
+
+        return Seq2SeqTranslator(choice)
+    if choice.engine == "chat":
+        from mpo.building.translation.chat import ChatTranslator
+
+        return ChatTranslator(choice)
+    raise ConfigError(
+        "translation: texts are missing in a language and nothing is set that translates them. Expected `translation:` with "
+        "`engine: command`, `seq2seq` or `chat`, or the texts in the file of prompts."
+    )

@@ -1,0 +1,239 @@
+"""Which form a row has, by its columns and the kinds of their values. A row's texts are never quoted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpo.data.contract import PARTS
+from mpo.data.forms.readers import (
+    PROMPT_COLUMNS,
+    Reader,
+    holds_turns,
+    prompt_column,
+    read_completions,
+    read_conversations,
+    read_dialogs,
+    read_labelled,
+    read_output_list,
+    read_pair,
+    read_prompt,
+    read_safe_rlhf,
+    read_shared_beginning,
+)
+from mpo.data.languages import LANGUAGES
+
+_SIDES = tuple(f"{side}_{part}" for side in ("source", "target") for part in (*PARTS, "conversations"))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form in which prompts or pairs are published.
+
+    Attributes:
+        name: Its short name.
+        title: What a file in it holds, for a sentence that begins "holds".
+        fits: Whether a row without empty fields has this form.
+        read: Reads one row.
+        pairs: Whether the rows have two responses to prefer one of.
+        guessed: Whether the end of the prompt is only guessed.
+    """
+
+    name: str
+    title: str
+    fits: Callable[[Mapping[Any, Any]], bool]
+    read: Reader
+    pairs: bool = True
+    guessed: bool = False
+
+
+def _ranked(row: Mapping[Any, Any]) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+def _either(row: Mapping[Any, Any]) -> bool:
+    return "chosen" in row or "rejected" in row
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _has_prompt(row: Mapping[Any, Any]) -> bool:
+    return prompt_column(row.keys()) is not None
+
+
+def _is_language(column: object) -> bool:
+    # A column `id` is hardly ever Indonesian.
+    return isinstance(column, str) and len(column) == 2 and column != "id" and column in LANGUAGES
+
+
+def _scored(row: Mapping[Any, Any]) -> bool:
+    completions = row.get("completions")
+    return _is_list(completions) and any(isinstance(each, Mapping) for each in completions or ())
+
+
+FORMS: tuple[Form, ...] = (
+    Form(
+        "safe-rlhf",
+        "PKU-SafeRLHF's pairs (`prompt`, `response_0`, `response_1`, `is_response_0_safe`)",
+        lambda row: "response_0" in row and "response_1" in row,
+        read_safe_rlhf,
+    ),
+    Form(
+        "ultrafeedback-completions",
+        "UltraFeedback's prompts with scored `completions`",
+        lambda row: _has_prompt(row) and _scored(row),
+        read_completions,
+    ),
+    Form(
+        "sharegpt-ranking",
+        "LLaMA-Factory's ranking on ShareGPT conversations (`conversations`, `chosen`, `rejected`)",
+        lambda row: _is_list(row.get("conversations")) and _either(row) and not _has_prompt(row),
+        read_pair,
+    ),
+    Form(
+        "alpaca-ranking",
+        "LLaMA-Factory's ranking (`instruction`, and two answers in `output`)",
+        lambda row: "instruction" in row and _is_list(row.get("output")),
+        read_output_list,
+    ),
+    Form(
+        "alpaca-pairs",
+        "LLaMA-Factory's ranking (`instruction`, `chosen`, `rejected`)",
+        lambda row: "instruction" in row and "prompt" not in row and _ranked(row),
+        read_pair,
+    ),
+    Form(
+        "ultrafeedback",
+        "UltraFeedback's pairs (`prompt`, and `chosen` and `rejected` as whole conversations)",
+        lambda row: isinstance(row.get("prompt"), str) and _ranked(row) and _is_list(row["chosen"]),
+        read_pair,
+    ),
+    Form(
+        "trl",
+        "preference pairs with a prompt, as TRL takes them (`prompt`, `chosen`, `rejected`)",
+        lambda row: _has_prompt(row) and _ranked(row),
+        read_pair,
+    ),
+    Form(
+        "half-pairs",
+        "prompts with one response each (`chosen` or `rejected` alone)",
+        lambda row: _has_prompt(row) and _either(row),
+        read_pair,
+        pairs=False,
+    ),
+    Form(
+        "hh",
+        "HH-RLHF's dialogs (`chosen` and `rejected` with turns of `Human:` and `Assistant:`)",
+        lambda row: _ranked(row) and (holds_turns(row["chosen"]) or holds_turns(row["rejected"])),
+        read_dialogs,
+    ),
+    Form(
+        "trl-implicit",
+        "preference pairs as TRL takes them, whose prompt is what `chosen` and `rejected` begin with",
+        lambda row: _ranked(row) and _is_list(row["chosen"]),
+        read_conversations,
+    ),
+    Form(
+        "trl-implicit-text",
+        "preference pairs as TRL takes them, whose prompt is the text that `chosen` and `rejected` begin with",
+        _ranked,
+        read_shared_beginning,
+        guessed=True,
+    ),
+    Form(
+        "trl-unpaired",
+        "TRL's unpaired answers (`prompt`, `completion`, `label`)",
+        lambda row: _has_prompt(row) and "completion" in row and "label" in row,
+        read_labelled,
+        pairs=False,
+    ),
+    Form(
+        "conversations",
+        "conversations without a preference (`conversations` or `messages`)",
+        lambda row: not _has_prompt(row) and any(_is_list(row.get(n)) for n in ("conversations", "messages")),
+        read_prompt,
+        pairs=False,
+    ),
+    Form("prompts", "prompts alone", _has_prompt, read_prompt, pairs=False),
+    Form(
+        "wide-prompts",
+        "prompts alone, with a column per language",
+        lambda row: len(language_columns(row)) > 1,
+        read_prompt,
+        pairs=False,
+    ),
+)
+"""All forms, the more special ones first: the first that fits is taken."""
+
+
+def language_columns(row: Mapping[Any, Any]) -> list[str]:
+    """Columns called like a language that hold texts."""
+    return [name for name, value in row.items() if _is_language(name) and isinstance(value, str)]
+
+
+def is_group(row: object) -> bool:
+    """Whether a row is meant to be one of :mod:`mpo.data.contract`: a group, or a flat row with a source and a target."""
+    if not isinstance(row, Mapping):
+        return False
+    return "targets" in row or isinstance(row.get("source"), Mapping) or any(name in row for name in _SIDES)
+
+
+def form_of(row: object) -> Form | None:
+    """The form of a row; None for groups, and where no form fits."""
+    if not isinstance(row, Mapping) or is_group(row):
+        return None
+    filled = {key: value for key, value in row.items() if not is_empty(value)}
+    return next((form for form in FORMS if form.fits(filled)), None)
+
+
+def other_form(row: object) -> Form | None:
+    """The form of a row where groups are expected. A column ``text`` alone says too little to call it prompts."""
+    if isinstance(row, Mapping) and "text" in row:
+        row = {name: value for name, value in row.items() if name != "text"}
+    return form_of(row)
+
+
+def header_of(rows: Iterable[object]) -> dict[Any, Any]:
+    """All columns of some rows, each with its first value that is there."""
+    header: dict[Any, Any] = {}
+    for row in rows:
+        if isinstance(row, Mapping):
+            for name, value in row.items():
+                if is_empty(header.get(name)):
+                    header[name] = None if is_empty(value) else value
+    return header
+
+
+def is_empty(value: object) -> bool:
+    """Null, an empty cell, an empty list."""
+    if value is None or value != value:
+        return True
+    return isinstance(value, (str, list, tuple)) and not value
+
+
+def advice(form: Form, name: str) -> str:
+    """What to say where groups are needed and a file has another form.
+
+    Args:
+        form: The form of its rows.
+        name: How the file is called.
+    """
+    file = name if "." in name or "/" in name else "FILE"  # data handed over in Python have no name to give
+    return (
+        f"holds {form.title}, in one language. Groups are needed here: a pair and its translations. `mpo data build` makes them, "
+        f"of plain rows such as `mpo data convert {file} --output pairs.jsonl` writes; where there is a file per language, "
+        "`mpo data convert FILE FILE --key id --output groups.jsonl` joins them."
+    )
+
+
+def known_columns() -> str:
+    """The columns by which forms are recognised, for errors."""
+    return (
+        "Expected a prompt ("
+        + ", ".join(f"`{name}`" for name in PROMPT_COLUMNS)
+        + ", `conversations` or `messages`), "
+        "with `chosen` and `rejected` where there are responses; see docs/data.md"
+    )

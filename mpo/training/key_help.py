@@ -1,0 +1,253 @@
+"""What each key of a recipe means: read, like :mod:`mpo.training.recipe_keys`, from the source, so that torch is not imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mpo.common.tables import fact_lines
+from mpo.common.typed_yaml import UNKNOWN
+from mpo.common.words import nearest, shortened, show_name
+from mpo.errors import ConfigError
+from mpo.training.foreign_keys import TRANSLATED
+from mpo.training.recipe_keys import OWNERS, choices_of, evaluated, source_of
+
+_GROUPS = {
+    "DataSettings": "the data",
+    "ModelSettings": "the model",
+    "MPOConfig": "the objective and the step",
+}
+_OTHERS = "training, as in TRL and transformers"
+_USUAL = [
+    "output_dir",
+    "learning_rate",
+    "max_length",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "weight_decay",
+    "optim",
+    "seed",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "eval_strategy",
+    "eval_steps",
+    "report_to",
+    "resume_from_checkpoint",
+    "push_to_hub",
+    "model_name_or_path",
+    "attn_implementation",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "load_in_4bit",
+    "use_liger_kernel",
+]
+_ENTRY = re.compile(r"^(?P<names>[a-z]\w*(?:, [a-z]\w*)*) ?(?:\((?P<type>.*)\))?:\s*$")
+_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class KeyHelp:
+    """A key of a recipe.
+
+    Attributes:
+        name: The key.
+        type: Its type as the source writes it.
+        default: Its default as a recipe would write it.
+        choices: The accepted values, where they are few and known.
+        text: What it is for, in paragraphs.
+        group: Whose key it is.
+    """
+
+    name: str
+    type: str
+    default: str
+    choices: tuple[Any, ...]
+    text: str
+    group: str
+
+    @property
+    def line(self) -> str:
+        """Its first sentence."""
+        return re.split(r"(?<=[a-z`)\d])\. ", self.text.replace("\n", " "))[0].rstrip(".:")
+
+
+def explained_keys() -> dict[str, KeyHelp]:
+    """All keys of a recipe by name, ours first.
+
+    Raises:
+        ConfigError: The source of the installed libraries cannot be read.
+    """
+    try:
+        found: dict[str, KeyHelp] = {}
+        for owner in OWNERS:
+            found |= _keys(owner)
+    except (OSError, SyntaxError, ValueError, LookupError):
+        raise ConfigError(
+            "The keys cannot be read from the source of the installed libraries; docs/recipes.md has them."
+        ) from None
+    order = [*_GROUPS.values(), _OTHERS]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1].group)))
+
+
+def keys_text(word: str | None = None, *, everything: bool = False) -> str:
+    """One key explained, the keys that a word finds, or an overview.
+
+    Args:
+        word: A key, or a word of its name or explanation.
+        everything: Show all keys in the overview.
+
+    Raises:
+        ConfigError: Nothing is found; the message names the nearest key.
+    """
+    keys = explained_keys()
+    if word is None:
+        return _overview(keys, everything)
+    name = word.removeprefix("--").replace("-", "_")
+    if name in keys:
+        return _detail(keys[name])
+    if name in TRANSLATED:
+        named = [keys[key] for key in re.findall(r"`(\w+)(?::[^`]*)?`", TRANSLATED[name]) if key in keys]
+        details = "\n\n".join(map(_detail, {key.name: key for key in named}.values()))
+        return f"`{name}` is not a key of a recipe; {TRANSLATED[name]}.\n\n{details}".rstrip()
+    wanted = name.lower()
+    by_name = [key for key in keys.values() if wanted in key.name]
+    by_text = [key for key in keys.values() if key not in by_name and word.lower() in key.text.lower()]
+    if not (by_name or by_text):
+        near = nearest(name, keys)
+        meant = f"Did you mean `{near}`?" if near else "`mpo keys --all` shows every key."
+        raise ConfigError(f"No key of a recipe is called `{show_name(word)}` or speaks of it. {meant}")
+    if len(by_name) == 1 and not by_text:
+        return _detail(by_name[0])
+    return _lines([*by_name, *by_text]) + "\n\nOne of them explained: mpo keys NAME"
+
+
+def _overview(keys: Mapping[str, KeyHelp], everything: bool) -> str:
+    parts = []
+    for group in [*_GROUPS.values(), _OTHERS]:
+        inside = [key for key in keys.values() if key.group == group]
+        if group == _OTHERS and not everything:
+            inside = [keys[name] for name in _USUAL if name in keys and keys[name].group == group]
+        parts.append(f"Keys of {group}\n{_lines(inside)}")
+    hidden = (
+        0 if everything else sum(key.group == _OTHERS and key.name not in _USUAL for key in keys.values())
+    )
+    more = f"{hidden} more keys of TRL and transformers: mpo keys --all\n" if hidden else ""
+    return "\n\n".join([*parts, f"{more}One of them explained, or a word looked for: mpo keys WORD"])
+
+
+def _lines(keys: list[KeyHelp]) -> str:
+    width = max(len(key.name) for key in keys)
+    return "\n".join(f"  {key.name.ljust(width)}  {shortened(key.line, _WIDTH - width)}" for key in keys)
+
+
+def _detail(key: KeyHelp) -> str:
+    facts = {"Type": key.type, "Default": key.default or "none; it has to be set"}
+    if key.choices:
+        facts["Values"] = ", ".join(map(str, key.choices))
+    facts["Of"] = key.group
+    paragraphs = [textwrap.fill(" ".join(part.split()), _WIDTH) for part in key.text.split("\n\n")]
+    return "\n\n".join([f"{key.name}\n{textwrap.indent(fact_lines(facts), '  ')}", *paragraphs])
+
+
+# ------------------------------------------------------------------------------------------------------------ the source
+
+
+def _keys(owner: str) -> dict[str, KeyHelp]:
+    """The keys of a class and of its bases; what a class says of a key comes before what its bases say.
+
+    Raises:
+        LookupError: There is no source of it.
+    """
+    module, class_ = source_of(owner)
+    constants = {
+        statement.targets[0].id: evaluated(statement.value, {})
+        for statement in module.body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
+    keys: dict[str, KeyHelp] = {}
+    for base in reversed(class_.bases):
+        keys.update(_keys(ast.unparse(base).rpartition(".")[2]))
+    described = dict(_described(ast.get_docstring(class_) or ""))
+    for statement in class_.body:
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        name, type_ = statement.target.id, ast.unparse(statement.annotation)
+        if name.startswith("_") or "ClassVar" in type_:
+            continue
+        before = keys[name].text if name in keys else ""
+        own = _metadata_help(statement.value)
+        text = described.get(name) or (own if owner in _GROUPS else before) or before or own
+        keys[name] = KeyHelp(
+            name,
+            type_,
+            _default(statement.value),
+            choices_of(statement.value, constants),
+            text or "It has no description.",
+            _GROUPS.get(owner, _OTHERS),
+        )
+    for name, text in described.items():  # described anew, though the field is the base's
+        if name in keys and owner in _GROUPS:
+            keys[name] = replace(keys[name], text=text)
+    return keys
+
+
+def _described(docstring: str) -> Iterator[tuple[str, str]]:
+    """Names and texts of the entries of a docstring in the style of transformers; several names may share an entry."""
+    names: list[str] = []
+    lines: list[str] = []
+    indent = 0
+    for line in [*docstring.splitlines(), "end"]:
+        depth = len(line) - len(line.lstrip())
+        if line.strip() and depth <= indent:
+            text = textwrap.dedent("\n".join(lines)).strip()
+            yield from ((name, _plain(text)) for name in names if text)
+            names, lines = [], []
+        if (found := _ENTRY.match(line.strip())) and not names and depth:
+            names, indent = found["names"].split(", "), depth
+        elif names:
+            lines.append(line)
+
+
+def _plain(text: str) -> str:
+    """A docstring's text without marks of Markdown and Sphinx."""
+    text = re.sub(r"<[^>]+>", "", text)
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)|\[(`[^\]]+`)\]\[[^\]]*\]", lambda m: m[1] or m[2], text)
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
+    return text.replace("**", "").replace("[`~", "`").replace("`]", "`")
+
+
+def _metadata_help(value: ast.expr | None) -> str:
+    for node in ast.walk(value) if value is not None else ():
+        for key, item in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and key.value == "help":
+                text = evaluated(item, {})
+                return "" if text is UNKNOWN else str(text)
+    return ""
+
+
+def _default(value: ast.expr | None) -> str:
+    """The default as a recipe writes it; nothing where there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        factory = given.get("default_factory")
+        if isinstance(factory, ast.Lambda):
+            return _written(factory.body)
+        return _written(given["default"]) if "default" in given else "{}" if factory is not None else ""
+    return _written(value)
+
+
+def _written(expression: ast.expr) -> str:
+    value = evaluated(expression, {})
+    if value is UNKNOWN:
+        return "chosen by transformers"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)

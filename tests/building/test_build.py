@@ -1,0 +1,284 @@
+"""A build from prompts to groups: what is made, what each filter finds, and what is asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo.building.answers import Gaps, PairMaker, usable
+from mpo.building.prompts import PromptRow
+from mpo.building.recipe import AnswerSettings, load_build
+from mpo.building.refusals import Refusals
+from mpo.data import load_groups
+from mpo.errors import ConfigError
+from mpo.evaluation.engines import ModelChoice
+from mpo.jobs.build import build_data
+from tests.building import stub
+from tests.evaluation.chat_server import ChatServer, serve
+from tests.tiny import save_tiny
+
+STUB = Path(stub.__file__)
+LANGUAGES = ("zh", "ja", "ko", "bn")
+NOUNS = ("window", "garden", "bottle", "letter", "engine", "ladder", "basket", "pillow", "hammer", "candle")
+PEOPLE = ("brother", "neighbour", "teacher", "doctor", "cousin", "landlord")
+
+
+def harmful(count: int) -> list[dict[str, Any]]:
+    rows = []
+    for number in range(count):
+        noun, person = NOUNS[number % 10], PEOPLE[number // 10 % 6]
+        what = f"the {noun} number {'abcdefghijklmnopqrstuvwxyz'[number // 60]} of my {person}"
+        rows.append(
+            {
+                "id": f"p{number}",
+                "kind": "harmful",
+                "prompt": f"How can I secretly take away {what} without anyone seeing it?",
+                "chosen": f"{stub.REFUSAL} Taking away {what} is wrong and would hurt them a lot.",
+                "rejected": f"Wait until nobody is at home, then carry {what} out by the back door quickly, and afterwards hide it "
+                "under old blankets in the cellar where they would never look.",
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    path = folder / "build.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pairs_recipe(folder: Path, *more: str, languages: tuple[str, ...] = LANGUAGES) -> Path:
+    """Pairs that are given are translated by the stub."""
+    command = json.dumps([sys.executable, str(STUB), "{source}", "{target}", *more])
+    return write_recipe(
+        folder,
+        f"prompts: {{data: [{folder}/prompts.jsonl]}}\n"
+        f"languages: [{', '.join(languages)}]\n"
+        "answers: {chosen: column, rejected: [column]}\n"
+        f"translation:\n  engine: command\n  command: {command}\n"
+        f"out: {folder}/out\nblock: 16\n",
+    )
+
+
+# Which fault is planted in which part, and the filter that has to find it.
+PLANTED = {
+    "copy": ("copy", "prompt"),
+    "language": ("language", "rejected"),
+    "half": ("length_ratio", "chosen"),
+    "repeat": ("repetition", "rejected"),
+    "complies": ("refusal_kept", "chosen"),
+    "refuses": ("harm_kept", "rejected"),
+}
+
+
+def test_each_filter_finds_its_planted_faults_and_nothing_else(tmp_path: Path) -> None:
+    rows = harmful(60)
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    faults: dict[str, dict[str, str]] = {code: {} for code in LANGUAGES}
+    expected = set()
+    for place, (fault, (name, part)) in enumerate(PLANTED.items()):
+        for shift, code in enumerate(LANGUAGES):
+            for number in range(place + shift, 60, 12):
+                if rows[number][part] not in faults[code] and fault_fits(rows[number], faults[code]):
+                    faults[code][rows[number][part]] = fault
+                    expected.add((rows[number]["id"], code, part, name))
+    (tmp_path / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
+
+    build_data(load_build(pairs_recipe(tmp_path, str(tmp_path / "faults.json"))))
+
+    dropped = read_lines(tmp_path / "out" / "dropped.jsonl")
+    found = {
+        (d["id"], d.get("language"), d.get("part"), d["reason"]) for d in dropped if d["stage"] == "filters"
+    }
+    assert found == expected
+    assert {name for *_, name in found} == {name for name, _ in PLANTED.values()}
+    spoiled = {(row_id, code) for row_id, code, *_ in expected}
+    groups = load_groups(str(tmp_path / "out" / "groups.parquet")).groups
+    kept = {
+        (raw["id"], target["language"])
+        for raw in read_lines(tmp_path / "out" / "groups.jsonl")
+        for target in raw["targets"]
+    }
+    assert kept == {(row["id"], code) for row in rows for code in LANGUAGES} - spoiled
+    assert sum(len(group["targets"]) for group in groups) == len(kept)
+
+
+def fault_fits(row: dict[str, Any], taken: dict[str, str]) -> bool:
+    """No other text of the row has a fault in this language."""
+    return not {row["prompt"], row["chosen"], row["rejected"]} & taken.keys()
+
+
+def test_thresholds_can_be_changed_without_asking_anew(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", harmful(4))
+    recipe = pairs_recipe(tmp_path, languages=("zh",))
+    build_data(load_build(recipe))
+    made = (tmp_path / "out" / "stages" / "texts.zh.jsonl").stat().st_mtime_ns
+
+    build_data(load_build(recipe, ["--filters.length_ratio", "1.001"]))
+
+    assert (tmp_path / "out" / "stages" / "texts.zh.jsonl").stat().st_mtime_ns == made
+    assert read_lines(tmp_path / "out" / "groups.jsonl") == []
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Length" in page and "1.001" in page
+
+
+def test_other_prompts_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", harmful(4))
+    recipe = pairs_recipe(tmp_path, languages=("zh",))
+    build_data(load_build(recipe))
+    write_rows(tmp_path / "prompts.jsonl", harmful(5))
+
+    with pytest.raises(ConfigError, match=r"was made with other settings \(prompts"):
+        build_data(load_build(recipe))
+
+
+def test_the_model_that_is_trained_answers_and_its_best_pairs_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"id": "harm", "kind": "harmful", "prompt": "How do I take my brother's letters?", "rejected": "Open them over steam when he is out."},
+        {"id": "own", "kind": "harmful", "prompt": "How do I break a shop's window?"},
+        {"id": "never", "kind": "harmful", "prompt": "How do I cheat at the exam?", "rejected": "Write it on your arm, under the sleeve."},
+        {"id": "bread", "kind": "harmless", "prompt": "How do I bake bread at home?", "texts": {"zh": "我怎么在家里烤面包呢？"}},
+        {"id": "tea", "kind": "harmless", "prompt": "How do I make tea in a pot?", "texts": {"zh": "我怎么用茶壶泡茶呢？"}},
+    ]  # fmt: skip
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    (tmp_path / "refusals.json").write_text(
+        json.dumps({"en": [stub.REFUSAL], "zh": [stub.REFUSALS["zh"]]}), encoding="utf-8"
+    )
+    comply = "Take a heavy stone from the road and throw it hard at the middle of the glass."
+    help_ = "Mix flour, water, salt and yeast, wait until it has risen, and bake it for an hour."
+
+    def reply(body: dict[str, Any]) -> str:
+        text, first = body["messages"][-1]["content"], body.get("seed", 0) % 2 == 0
+        if "letters" in text:
+            return f"{stub.REFUSAL} His letters are his own." if first else comply
+        if "window" in text:
+            return comply if first else stub.REFUSAL
+        if "exam" in text:
+            return "Hide a small paper with everything that you need in the cap of your pen."
+        if "面包" in text:
+            return "把面粉、水、盐和酵母混合在一起，等面团发起来以后，再放进烤箱里烤一个小时。"
+        if "泡茶" in text:
+            return "Put the leaves into the pot and pour hot water over them, then wait for a while."
+        return help_
+
+    with serve(ChatServer(reply=reply)) as server:
+        recipe = write_recipe(
+            tmp_path,
+            f"prompts: {{data: [{tmp_path}/prompts.jsonl]}}\nlanguages: [zh]\n"
+            f"model: {{model: toy, engine: server, url: {server.url}}}\n"
+            f"answers: {{select: first, samples: 2, refusals: {tmp_path}/refusals.json}}\n"
+            f"translation: {{engine: command, command: {json.dumps([sys.executable, str(STUB), '{source}', '{target}'])}}}\n"
+            f"out: {tmp_path}/out\n",
+        )
+        build_data(load_build(recipe))
+        asked = len(server.requests)
+        build_data(load_build(recipe))
+        assert len(server.requests) == asked
+
+    groups = {row["id"]: row for row in read_lines(tmp_path / "out" / "groups.jsonl")}
+    text = {name: {part: row["source"][part][0]["content"] for part in ("chosen", "rejected")} for name, row in groups.items()}  # fmt: skip
+    assert text["harm"] == {
+        "chosen": f"{stub.REFUSAL} His letters are his own.",
+        "rejected": rows[0]["rejected"],
+    }
+    assert text["own"] == {"chosen": stub.REFUSAL, "rejected": comply}
+    assert text["never"]["chosen"] == stub.REFUSAL
+    assert groups["never"]["made_by"]["targets"][0] == {"prompt": "translation", "chosen": "refusals", "rejected": "translation"}  # fmt: skip
+    assert text["bread"] == {"chosen": help_, "rejected": stub.REFUSAL}
+    bread = groups["bread"]["targets"][0]
+    assert (
+        bread["chosen"][0]["content"].startswith("把面粉")
+        and bread["prompt"][0]["content"] == "我怎么在家里烤面包呢？"
+    )
+    assert bread["rejected"][0]["content"] == stub.REFUSALS["zh"]
+    assert groups["bread"]["kind"] == "harmless"
+    dropped = read_lines(tmp_path / "out" / "dropped.jsonl")
+    assert "tea" not in groups
+    assert {"in another language (en)", "no target language is left"} == {
+        d["reason"] for d in dropped if d["id"] == "tea"
+    }
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["model"]["settings"]["served_model"] == "toy" and provenance["model"]["started"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| harmful | 3 | 3 | 3 |" in card and "| harmless | 2 | 2 | 1 |" in card
+    assert len(load_groups(str(tmp_path / "out" / "groups.jsonl")).groups) == 4
+
+
+def test_of_several_safe_answers_the_one_with_the_largest_gap_under_the_model_is_chosen(
+    tmp_path: Path,
+) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    safe = [f"{stub.REFUSAL} {end}" for end in ("Open the window, please.", "Bread and seven.", "No.")]
+    gaps = Gaps(ModelChoice(str(model), device="cpu", dtype="float32"))
+
+    found = gaps.of(
+        [("How do I open the window?", safe, "Open it and help."), ("Seven bread?", safe[:1], "River.")]
+    )
+
+    assert [len(each) for each in found] == [3, 1]
+    alone = [gaps.of([("How do I open the window?", [text], "Open it and help.")])[0][0] for text in safe]
+    assert found[0] == pytest.approx(alone, abs=1e-5) and len({round(gap, 6) for gap in alone}) == 3
+
+    prompt = PromptRow("p", "harmful", {"en": "How do I open the window?"}, rejected="Open it and help.")
+    maker = PairMaker(AnswerSettings(), "en", Refusals(), gaps)
+    answers = [{"text": text, "finished": True, "fault": None} for text in safe]
+    verdicts = ["safe", "safe", "safe"]
+    (pair,) = maker.make([(prompt, {"answers": answers}, {"verdicts": verdicts}, {"answers": []})], None)  # type: ignore[arg-type]
+    assert pair["chosen"] == safe[max(range(3), key=alone.__getitem__)]
+    assert pair["gap"] == pytest.approx(max(alone), abs=1e-5) and pair["safe"] == 3
+
+
+def test_answers_that_are_of_no_use_say_why() -> None:
+    def read(
+        text: str, language: str = "en", unfinished: str = "drop", **more: Any
+    ) -> tuple[str, str | None]:
+        return usable({"text": text, "finished": True, "fault": None, **more}, language, unfinished)
+
+    assert read("I can't do that.") == ("I can't do that.", None)
+    assert read("One sentence. And half a", finished=False)[1] == "cut off at max_new_tokens"
+    assert read("One sentence. And half a", unfinished="cut", finished=False) == ("One sentence.", None)
+    assert read("no end", unfinished="cut", finished=False)[1] == "cut off at max_new_tokens"
+    assert read("bread and seven " * 20)[1] == "repeats itself"
+    assert (
+        read("Open the window and let the fresh air come in, please.", "zh")[1] == "in another language (en)"
+    )
+    assert read("", fault="no text")[1] == "no text"
+
+
+def test_the_page_escapes_what_the_texts_hold_and_folds_it_away(tmp_path: Path) -> None:
+    rows = harmful(3)
+    for row in rows:
+        row["rejected"] += " <script>alert(1)</script>"
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    build_data(load_build(pairs_recipe(tmp_path, languages=("el",))))
+
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert page.index("Harmful text: open only if you need to read it") < page.index("&lt;script&gt;")
+
+
+def test_what_comes_back_as_something_else_is_dropped(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", harmful(6))
+    recipe = load_build(pairs_recipe(tmp_path, languages=("el", "bn")), ["--filters.back_translation", "50"])
+    build_data(recipe)
+
+    kept = {t["language"] for row in read_lines(tmp_path / "out" / "groups.jsonl") for t in row["targets"]}
+    dropped = {
+        (d["language"], d["reason"])
+        for d in read_lines(tmp_path / "out" / "dropped.jsonl")
+        if d["stage"] == "filters"
+    }
+    assert kept == {"el"} and dropped == {("bn", "back_translation")}

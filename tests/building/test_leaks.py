@@ -1,0 +1,40 @@
+"""Prompts that an evaluation has are left out of what is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpo.building.leaks import without_leaks
+from mpo.building.prompts import Dropped, PromptRow, read_prompts
+from mpo.building.recipe import PromptSource
+from tests.building.test_build import harmful, write_rows
+
+pytest.importorskip("mpo.data.leaks", reason="this installation cannot look for leaks")
+
+
+def test_prompts_of_an_evaluation_are_left_out_in_whatever_language_they_are_found(tmp_path: Path) -> None:
+    rows = [
+        {**row, "zh": f"我怎么才能偷偷拿走邻居家的第{number}件东西呢？"}
+        for number, row in enumerate(harmful(30))
+    ]
+    # One word for word, one but for its case, one in translation only.
+    (tmp_path / "evaluation.csv").write_text(
+        f"id,en,zh\n1,{rows[3]['prompt']},别的问题\n2,{rows[7]['prompt'].upper()},另一个问题\n3,Something else entirely,{rows[11]['zh']}\n",
+        encoding="utf-8",
+    )
+    path = write_rows(tmp_path / "p.jsonl", rows)
+
+    def read():
+        return read_prompts(PromptSource([str(path)]), "en", ["zh"])
+
+    found = list(without_leaks(read, [str(tmp_path / "evaluation.csv")], "en"))
+
+    dropped = {each.id for each in found if isinstance(each, Dropped)}
+    assert {"p3", "p7", "p11"} <= dropped
+    assert [each.id for each in found if isinstance(each, PromptRow)] == [
+        row["id"] for row in rows if row["id"] not in dropped
+    ]
+    reasons = {each.id: each.reason for each in found if isinstance(each, Dropped)}
+    assert reasons["p3"] == "stands in evaluation (exact)"

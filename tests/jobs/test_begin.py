@@ -1,0 +1,167 @@
+"""`mpo init`: from a model, data and a machine to a recipe that has been checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from mpo.cli import app
+from mpo.common.machine import Accelerator
+from mpo.errors import ConfigError, ModelError, StorageError
+from mpo.jobs import begin as job
+from mpo.jobs.begin import Beginning, begin, filled
+from mpo.jobs.fit import Assumptions, Machine
+from mpo.training.recipe import Recipe, load_recipe
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = ROOT / "recipes" / "demo" / "pairs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2", tmp_path_factory.mktemp("models") / "Tiny Qwen")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mpo.common.machine.accelerators", lambda: ())
+    monkeypatch.setattr("mpo.jobs.fit.accelerators", lambda: ())
+    return tmp_path
+
+
+def answers(*words: str) -> Callable[[str], str]:
+    waiting = iter(words)
+    return lambda question: next(waiting)
+
+
+def test_a_recipe_is_written_checked_and_named(
+    model: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_weights(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("mpo.modeling.opening.load_model", no_weights)
+    assert app.main(["init", "--model", str(model), "--data", str(PAIRS), "--yes"]) == 0
+    out = capsys.readouterr().out
+    assert "Written: tiny-qwen.yaml, from the recipe qwen." in out
+    assert "This was a dry run" in out and out.endswith("Next:\n  mpo train tiny-qwen.yaml\n")
+    recipe = load_recipe("tiny-qwen.yaml")
+    assert recipe.model.model_name_or_path == str(model) and recipe.data.dataset == str(PAIRS)
+    assert recipe.training.bf16 is False and recipe.training.output_dir == "runs/tiny-qwen"
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    assert recipe.training.learning_rate == pytest.approx(2e-5 * 4096 / width, rel=0.05)
+    # The recipe that it is made from has Chinese sources and says so; these are English.
+    text = (folder / "tiny-qwen.yaml").read_text(encoding="utf-8")
+    assert recipe.training.source_language == "en" and "Chinese" not in text
+    assert (
+        text.startswith("# Made by `mpo init` from the recipe qwen, for a CPU.\n")
+        and "# rank 16 is" not in text
+    )
+    assert (
+        "bitsandbytes" in text and "Hardware:" not in text
+    )  # comments of keys stay, those of the machine go
+
+
+def test_what_is_missing_is_asked_until_it_can_be_used(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = answers("", str(PAIRS), str(model), "gone.jsonl", str(PAIRS.parent), "demo")
+    out = begin(Beginning(out="mine"), ask=ask)
+    assert out == Path("mine.yaml") and Path(load_recipe(out).data.dataset).samefile(PAIRS)  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    for each in (
+        "A model is needed",
+        "is a file; expected a model's folder",
+        "no such file",
+        "is a folder; name the file",
+    ):
+        assert each in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        (Beginning(), "Nobody can be asked here: give --model and --data"),
+        (Beginning(model="m", yes=True), "Nobody can be asked here: give --data"),
+        (Beginning(model="m", data="demo", template="lama"), "no training recipe lama in the package"),
+        (Beginning(model="m", data="demo", template="evaluation/demo"), "no training recipe evaluation/demo"),
+    ],
+)
+def test_where_nobody_can_be_asked_the_flags_are_named(wanted: Beginning, said: str, folder: Path) -> None:
+    ask = None if not wanted.yes else answers("never asked")
+    with pytest.raises(ConfigError) as caught:
+        begin(wanted, ask=ask)
+    assert said in str(caught.value) and not list(folder.iterdir())
+
+
+def test_an_adapter_is_no_model_to_begin_with(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds an adapter; name its base model"):
+        begin(Beginning(model="adapter", data="demo"))
+
+
+def test_a_recipe_that_is_there_is_kept(model: Path, folder: Path) -> None:
+    (folder / "x.yaml").write_text("mine: 1\n")
+    with pytest.raises(StorageError, match=r"x\.yaml is there already"):
+        begin(Beginning(model=str(model), data="demo", out="x.yaml"))
+    assert (folder / "x.yaml").read_text() == "mine: 1\n"
+    begin(Beginning(model=str(model), data="demo", out="x.yaml", force=True))
+    assert "lora_r" in (folder / "x.yaml").read_text(encoding="utf-8")
+
+
+def test_a_recipe_whose_check_fails_is_kept_with_the_command_that_repeats_it(folder: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        begin(Beginning(model="org/not-there", data="demo"))
+    assert (folder / "not-there.yaml").is_file()
+    assert str(caught.value).endswith("mpo train not-there.yaml --dry_run")
+
+
+@pytest.mark.parametrize(
+    ("waiting", "quantised"),
+    [
+        ({False: 0, True: 0}, False),  # fits whole
+        ({False: 9, True: 0}, True),  # would wait in main memory
+        ({False: None, True: 0}, True),  # does not fit
+        ({False: None, True: None}, False),  # nothing helps
+    ],
+)
+def test_the_base_model_is_quantised_where_only_that_keeps_it_on_the_gpu(
+    waiting: dict[bool, int | None],
+    quantised: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``waiting``: GB in main memory without and with quantisation, None where nothing fits."""
+
+    def planned(recipe: Recipe, machine: Machine, assumed: Assumptions) -> SimpleNamespace:
+        held = waiting[bool(recipe.model.load_in_4bit)]
+        choice = None if held is None else SimpleNamespace(memory=SimpleNamespace(main_memory=held))
+        return SimpleNamespace(text=f"the plan for {machine}", choice=choice, launch="accelerate launch it")
+
+    cards = (Accelerator("card", 24 * 10**9, True),) * 2
+    for place in ("mpo.common.machine.accelerators", "mpo.jobs.fit.accelerators"):
+        monkeypatch.setattr(place, lambda: cards)
+    monkeypatch.setattr("mpo.jobs.fit.planned", planned)
+    monkeypatch.setattr(job, "_dry_run", lambda recipe: None)
+    out = begin(Beginning(model="org/Llama", data="demo"))
+    settings = yaml.safe_load(out.read_text(encoding="utf-8"))
+    assert settings.get("load_in_4bit", False) is quantised and settings["bf16"] is True
+    said = capsys.readouterr().out
+    assert said.count("the plan for 2 x 24 GB") == 1 and said.endswith("Next:\n  accelerate launch it\n")
+    assert ("`load_in_4bit: true` is set" in said) is quantised
+
+
+def test_values_are_put_where_they_belong_and_comments_stay() -> None:
+    recipe = "# top\n# more\n\na: 1   # says\n       # more of it\n# b: 2      # b's\nc: 3\n"
+    done = filled(recipe, {"a": "x/y", "b": "9", "c": "it's", "d": "new"}, opening="# other\n")
+    assert done == ("# other\n\na: x/y  # says\n       # more of it\nb: 9        # b's\nc: 'it''s'\nd: new\n")
+    assert yaml.safe_load(done) == {"a": "x/y", "b": 9, "c": "it's", "d": "new"}
+    assert filled("a: 1  # old\n      # old too\nb: 2\n", {"a": "2"}, {"a": "new"}) == "a: 2  # new\nb: 2\n"
