@@ -64,7 +64,7 @@ def test_an_own_copy_that_is_not_there_is_never_replaced_by_the_original() -> No
     ("given", "said"),
     [
         ("lama", "Did you mean `llama`, which comes with the package?"),
-        ("papr", "Did you mean `evaluation/paper`"),
+        ("papr", "Did you mean `compare/paper`"),
         ("", "A recipe has no name"),
         ("pairs.jsonl", "is a file of data; expected a recipe. Check it with `mpo data check pairs.jsonl`"),
         ("model.safetensors", "is a file of weights"),
