@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -151,7 +152,8 @@ class Gaps:
     """Reward gaps of pairs under the model to be trained, whose weights are read with the first one."""
 
     def __init__(self, choice: ModelChoice) -> None:
-        self._choice, self._policy = replace(choice, engine="transformers"), None
+        self._choice = replace(choice, engine="transformers")
+        self._policy: Any = None
 
     def of(self, pairs: Sequence[tuple[str, Sequence[str], str]]) -> list[list[float]]:
         """The gap of each chosen answer against the rejected one.
@@ -167,15 +169,14 @@ class Gaps:
         """
         from datasets import Dataset
 
-        from mpo.evaluation.policy import Policy, load_policy
+        from mpo.evaluation.policy import load_policy
         from mpo.training.scoring import score_groups
 
         if not pairs:
             return []
         if self._policy is None:
-            self._policy: Policy | None = load_policy(self._choice)
+            self._policy = load_policy(self._choice)
         policy = self._policy
-        assert policy is not None
 
         def pair(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
             return {
@@ -214,6 +215,7 @@ class Gaps:
     def close(self) -> None:
         """Gives the memory of the weights back."""
         self._policy = None
+        gc.collect()
 
 
 class PairMaker:

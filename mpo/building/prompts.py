@@ -103,7 +103,7 @@ def read_prompts(
             except RowError as error:
                 if source.bad_rows == "error":
                     raise
-                yield Dropped(where, "prompts", f"bad row: {error.reason}")
+                yield Dropped(where, "prompts", "bad row", value=error.reason)
                 continue
             text = " ".join(normal_form(found.texts[source_language]).casefold().split())
             digest = hashlib.blake2b(text.encode("utf-8"), digest_size=12).digest()

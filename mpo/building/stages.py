@@ -74,10 +74,6 @@ class Stage:
     path: Path
     settings: Mapping[str, Any]
 
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
     def rows(self) -> Iterator[Row]:
         """The rows, one at a time."""
         return read_rows(self.path)
@@ -122,14 +118,6 @@ class Stage:
                 done += len(items)
                 if progress is not None:
                     progress.advance(len(items))
-
-    def is_done(self, total: int) -> bool:
-        """Whether all rows are there, made with these settings.
-
-        Raises:
-            ConfigError: It has rows that were made with other settings.
-        """
-        return self._open() == total
 
     def _open(self) -> int:
         """Number of whole rows, after what a killed process left unfinished is gone."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 import mpo
-from mpo.common.files import write_bytes, write_text
+from mpo.common.files import write_bytes
 from mpo.common.recipe_kinds import KINDS
 from mpo.common.words import listed, nearest, shortened, show_name
 from mpo.errors import ConfigError, StorageError
@@ -133,7 +133,7 @@ def recipes_text() -> str:
 
 
 def copy_recipe(name: str, destination: str | Path | None = None, *, force: bool = False) -> list[Path]:
-    """Copies a recipe of the package, with the small data files that it names beside it.
+    """Copies a recipe of the package, with the recipes and small data files that it names beside it.
 
     Args:
         name: Name of the recipe, as :func:`packaged_recipes` has it.
@@ -156,27 +156,31 @@ def copy_recipe(name: str, destination: str | Path | None = None, *, force: bool
         target = target / recipe.path.name
     if target.suffix not in _SUFFIXES:
         target = target.with_name(target.name + ".yaml")
-    text = recipe.path.read_text(encoding="utf-8")
-    files: dict[Path, Path] = {}
-    for value in _values(yaml.safe_load(text)):
-        source = recipe.path.parent / value
-        if not Path(value).is_absolute() and source.is_file():
-            kept = re.sub(r"^(\.\./)+", "", value)  # nothing is written above the recipe's new folder
-            text = text.replace(value, kept)
-            files[target.parent / kept] = source
-    there = [target] if target.exists() else []
-    there += [
-        path for path, source in files.items() if path.exists() and path.read_bytes() != source.read_bytes()
-    ]
+    files = _with_companions(recipe.path, target)
+    there = [path for path, content in files.items() if path.exists() and path.read_bytes() != content]
+    if target.exists() and target not in there:
+        there.insert(0, target)
     if there and not force:
         raise StorageError(
             f"{listed(map(str, there))} is there already, and is kept. Name another place behind the recipe, or "
             "replace it with --force."
         )
-    write_text(target, text)
-    for path, source in files.items():
-        write_bytes(path, source.read_bytes())
-    return [target, *files]
+    for path, content in files.items():
+        write_bytes(path, content)
+    return [*files]
+
+
+def _with_companions(source: Path, target: Path) -> dict[Path, bytes]:
+    """Contents by new path: a file and, of a recipe, the files beside it that it names, nothing above its new folder."""
+    if source.suffix not in _SUFFIXES:
+        return {target: source.read_bytes()}
+    text, companions = source.read_text(encoding="utf-8"), dict[Path, bytes]()
+    for value in _values(yaml.safe_load(text)):
+        if not Path(value).is_absolute() and (source.parent / value).is_file():
+            kept = re.sub(r"^(\.\./)+", "", value)
+            text = text.replace(value, kept)
+            companions |= _with_companions(source.parent / value, target.parent / kept)
+    return {target: text.encode("utf-8"), **companions}
 
 
 def _values(value: object) -> Iterable[str]:

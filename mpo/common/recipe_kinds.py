@@ -97,22 +97,23 @@ KINDS: tuple[Kind, ...] = (
         frozenset(
             [
                 "prompts",
-                "translator",
-                "translate",
                 "answers",
-                "answer",
-                "source",
-                "responses",
-                "pairs",
-                "teacher",
+                "translation",
+                "back_translation",
+                "filters",
+                "leaks",
+                "harmless_judge",
+                "block",
             ]
         ),
-        "build",
+        "data",
     ),
     Kind(
         "a comparison",
         "mpo compare {path}",
-        frozenset(["runs", "seeds", "grid", "budget", "validation_suite"]),
+        frozenset(
+            ["runs", "seeds", "base", "suite", "shared", "grid", "budget", "search", "validation_suite"]
+        ),
         "compare",
     ),
     Kind(

@@ -27,6 +27,7 @@ _MASK = np.uint64((1 << _BITS) - 1)
 MOST_TEXTS = 1 << (64 - _BITS)
 """Texts that can be hashed at once."""
 
+_PAIRS_AT_ONCE = 200_000  # compared in full, some 50 n-grams each
 _ALPHABET_N, _IDEOGRAPH_N = (
     5,
     2,
@@ -177,7 +178,10 @@ class SimilarTexts:
         sets = sparse.csr_array((np.ones(int(kept.sum()), np.int32), (rows[kept], column[kept])), shape=shape)
         pairs = (sets @ self._rare).tocoo()
         left, right = pairs.row.astype(np.int64), pairs.col.astype(np.int64)
-        common = sets[left].multiply(self._sets[right]).sum(axis=1) if len(left) else np.zeros(0)
+        common = np.zeros(len(left))
+        for start in range(0, len(left), _PAIRS_AT_ONCE):
+            part = slice(start, start + _PAIRS_AT_ONCE)
+            common[part] = sets[left[part]].multiply(self._sets[right[part]]).sum(axis=1)
         similarity = common / np.maximum(found.sizes[left] + self._sizes[right] - common, 1)
         alike = similarity >= self._threshold - 1e-9
         return left[alike], right[alike], similarity[alike]

@@ -59,7 +59,9 @@ def test_the_search_finds_all_pairs_from_the_threshold_on_and_no_others(
     measure: Measure, threshold: float, known: list[str], texts: list[str]
 ) -> None:
     shingles, plain = measure
-    left, right, scores = SimilarTexts(known, shingles, threshold).find(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpo.data.shingles._PAIRS_AT_ONCE", 3)
+        left, right, scores = SimilarTexts(known, shingles, threshold).find(texts)
     found = {(int(a), int(b)): score for a, b, score in zip(left, right, scores, strict=True)}
     expected = {
         (a, b): float(score)

@@ -53,6 +53,7 @@ def write(tmp_path: Path, files: dict[str, str]):
             "bf16": False,
             "use_cpu": True,
             "save_strategy": "no",
+            "behavior_probe": 0,
             "reference_cache_dir": str(tmp_path / "cache"),
             "output_dir": str(tmp_path / "out"),
             **settings,

@@ -345,4 +345,7 @@ def _cell(shift: Shift | None) -> str:
     if shift is None:
         return "-"
     text = f"{100 * shift.before:.0f} -> {100 * shift.after:.0f}"
-    return text if shift.interval is None else f"{text} {interval(*(100 * end for end in shift.interval), 0)}"
+    if shift.interval is None:
+        return text
+    low, high = shift.interval
+    return f"{text} {interval(100 * low, 100 * high, 0)}"
