@@ -39,7 +39,7 @@ CASES = [
     ([*COMPARE[:1], "dmo.yaml"], "There is no recipe dmo.yaml"),
     ([*COMPARE, "--sedes", "1"], "the nearest is `seeds`"),
     ([*COMPARE, "--runs", "[{name: a, betta: 1}, {name: b, loss_type: sigmoid, lerning_rate: 2}]"], "2 settings are wrong"),
-    ([*COMPARE, "--base", "lama"], "there is no recipe 'lama'"),
+    ([*COMPARE, "--base", "lama"], "There is no recipe lama"),
     ([*HIDDEN[:2], "dmo.yaml"], "There is no recipe dmo.yaml"),
     ([*HIDDEN, "--resample", "1"], "the nearest is `resamples`"),
     ([*BUILD, "--help"], "usage: mpo data build"),

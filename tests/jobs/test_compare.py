@@ -112,7 +112,7 @@ def test_all_wrong_keys_of_all_runs_are_said_at_once(load: Any) -> None:
         ({"budget": {"pairs": 0}}, "`pairs` is 0"),
         ({"seeds": [1, 1]}, "each once"),
         ({"keep": "all"}, "`keep` is 'all'"),
-        ({"base": "lama"}, "there is no recipe 'lama'"),
+        ({"base": "lama"}, "There is no recipe lama"),
         (
             {"search": {"parameters": {"beta": {"low": 1, "high": 2}}}},
             "`search` and `validation_suite` go together",

@@ -22,11 +22,12 @@ from mpo.jobs.compare.recipe import (
     Budget,
     CompareRecipe,
     Setting,
+    base_of,
     check_keys,
     example_of,
-    find_recipe,
     searched,
     settings_of,
+    suite_of,
 )
 from mpo.jobs.preflight import Plan, check_packages, make_plan
 from mpo.jobs.preflight.folder import disk_space
@@ -152,7 +153,7 @@ def plan_comparison(recipe: CompareRecipe, *, on_this_machine: bool = True) -> C
         MPOError: What would make a run or its measurement fail; the mistakes of all runs together.
     """
     settings = settings_of(recipe)
-    base = find_recipe(recipe.base, recipe.source_path)
+    base = base_of(recipe)
     check_keys(recipe, base, settings)
     check_writable(Path(recipe.out), setting="out", create=False)
     given = load_recipe(base, Setting(BASE, {}, recipe.shared).words()).given
@@ -167,10 +168,10 @@ def plan_comparison(recipe: CompareRecipe, *, on_this_machine: bool = True) -> C
     _refuse_same(recipe, examples, loaded)
     first = loaded[0].model
     model = BaseModel(str(first.model_name_or_path), first.model_revision, first.adapter_name_or_path)
-    suite = plan_suite(recipe.suite, recipe.source_path, model)
+    suite = plan_suite(recipe.suite, model)
     validation = None
     if recipe.validation_suite is not None:
-        validation = plan_suite(recipe.validation_suite, recipe.source_path, model)
+        validation = plan_suite(recipe.validation_suite, model)
         _refuse_overlap(suite, validation)
         for one, key in ((suite, "suite"), (validation, "validation_suite")):
             if not (one.recipe.attack and one.recipe.over_refusal):
@@ -361,13 +362,13 @@ def _refuse(recipe: CompareRecipe, mistakes: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------------------- suite
 
 
-def plan_suite(name: str, beside: Path, model: BaseModel) -> PlannedSuite:
+def plan_suite(name: str, model: BaseModel) -> PlannedSuite:
     """Reads and checks a suite that measures runs in place of its own models.
 
     Raises:
         MPOError: It cannot be used, or cannot measure trained weights.
     """
-    path = find_recipe(name, beside)
+    path = suite_of(name)
     probe = load_suite(path, [f"--models.{BASE}.model", model.name])
     first = next(iter(probe.models.values()))
     if first.engine == "server":

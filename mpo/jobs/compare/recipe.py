@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.checks import check_name
+from mpo.common.recipe_files import find_recipe
 from mpo.common.typed_yaml import COMMAND_LINE, Document
 from mpo.common.words import counted, listed, plain
 from mpo.errors import ConfigError
@@ -166,7 +167,7 @@ class CompareRecipe:
     """What is compared.
 
     Attributes:
-        base: The training recipe that all runs share: a file, or the name of one of ``recipes/``.
+        base: The training recipe that all runs share: a file, or the bare name of one of the package.
         suite: The recipe of the suite that measures them. Its first model says how models are opened.
         shared: Changes of the base recipe that all runs have.
         runs: Named changes of the base recipe, ``{name: dpo, loss_type: sigmoid, beta: 0.1}``.
@@ -235,22 +236,22 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareR
     return document.build(CompareRecipe, source_path=document.path)
 
 
-def find_recipe(name: str, beside: Path) -> Path:
-    """The file of a recipe that is named by its path, or by its bare name in ``recipes/``.
+def base_of(recipe: CompareRecipe) -> Path:
+    """The training recipe: a file, or by its bare name one of the package.
 
     Raises:
         ConfigError: There is none.
     """
-    given = Path(name).expanduser()
-    folders = [Path(), Path("recipes"), beside.parent, beside.parent.parent]
-    bare = given.name == name and not given.suffix
-    places = [folder / (f"{name}.yaml" if bare else given) for folder in folders]
-    for place in dict.fromkeys(places):
-        if place.is_file():
-            return place
-    raise ConfigError(
-        f"{beside}: there is no recipe {name!r}; looked for {listed(str(p) for p in dict.fromkeys(places))}."
-    )
+    return find_recipe(recipe.base)
+
+
+def suite_of(name: str) -> Path:
+    """The recipe of a suite, in the same way.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    return find_recipe(name, "evaluation")
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -368,8 +369,8 @@ def check_early(recipe: CompareRecipe) -> None:
     """
     settings = settings_of(recipe)
     for name in filter(None, (recipe.suite, recipe.validation_suite)):
-        load_suite(find_recipe(name, recipe.source_path), [f"--models.{BASE}.model", BASE])
-    check_keys(recipe, find_recipe(recipe.base, recipe.source_path), settings)
+        load_suite(suite_of(name), [f"--models.{BASE}.model", BASE])
+    check_keys(recipe, base_of(recipe), settings)
 
 
 def check_keys(recipe: CompareRecipe, base: Path, settings: Sequence[Setting]) -> None:
