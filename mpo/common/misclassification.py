@@ -50,9 +50,7 @@ def accuracy(sizes: Array, flagged: Flags, positive: Array) -> Accuracy:
     total = caught + missed + false + spared
     with np.errstate(invalid="ignore", divide="ignore"):
         observed = (caught + spared) / total
-        chance = (
-            (caught + false) * (caught + missed) + (spared + missed) * (spared + false)
-        ) / total**2
+        chance = ((caught + false) * (caught + missed) + (spared + missed) * (spared + false)) / total**2
         return Accuracy(
             caught / (caught + missed), spared / (spared + false), (observed - chance) / (1 - chance)
         )
