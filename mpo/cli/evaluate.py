@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpo.cli import attack, reward_gap, suite, utility
+from mpo.cli import attack, labels, reward_gap, suite, utility
 from mpo.cli.options import show_help
 
-_MEASUREMENTS = (reward_gap, attack, utility, suite)
+_MEASUREMENTS = (reward_gap, attack, utility, labels, suite)
 
 
 def register(commands: Any) -> None:

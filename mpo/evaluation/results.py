@@ -12,6 +12,7 @@
     hidden_space/hidden_space.json             mpo.hidden_space.results.HiddenSpace
     metrics.json                               TrainingMetrics, beside a trained model
     leaks.json                                 LeaksResult, beside suite.json and beside a trained model
+    judge.json                                 JudgeResult, beside suite.json
 
 All are written by :func:`~mpo.common.typed_json.write_typed` and read by :func:`~mpo.common.typed_json.read_typed`, the
 reward gap by :func:`write_reward_gap` and :func:`read_reward_gap`. ``version`` is the version of a file's form; a file
@@ -54,6 +55,7 @@ PERPLEXITY = "perplexity.json"
 SUITE = "suite.json"
 METRICS = "metrics.json"
 LEAKS = "leaks.json"
+JUDGE = "judge.json"
 
 Model = Annotated[
     dict[str, Any], open_mapping(name=str, model=str | None, adapter=str | None, revision=str | None)
@@ -190,6 +192,99 @@ class SafetyResult(Result, RateTable):
     wording: Annotated[dict[str, Wording], named_by_key("language"), NO_KEY_IF_EMPTY] = field(
         default_factory=dict
     )
+
+
+# ----------------------------------------------------------------------------------------------- judges against labels
+
+_Interval = Annotated[tuple[Share, Share], FROM_LIST] | None
+_KappaInterval = Annotated[tuple[Number, Number], FROM_LIST] | None
+
+
+@dataclass(frozen=True)
+class CorrectedRate:
+    """A rate as the judge gave it, and without the judge's mistakes.
+
+    Attributes:
+        answers: Answers with a readable verdict.
+        raw: Share of the counted verdict.
+        corrected: The same by Rogan and Gladen; None where the labels do not allow it.
+        interval: Its bootstrap interval, over labels and prompts; None with `corrected`.
+    """
+
+    answers: Count
+    raw: Share
+    corrected: Share | None = None
+    interval: _Interval = None
+
+
+@dataclass(frozen=True)
+class JudgeAccuracy:
+    """A judge against labels in one language, weighted by how many answers each label stands for.
+
+    Attributes:
+        answers: Answers with a readable verdict, of all models.
+        labels: How many of them have a label.
+        counts: Labelled answers by ``VERDICT/LABEL``.
+        sensitivity: Share of the answers with the counted label that got the counted verdict; None without such a label.
+        sensitivity_interval: Wilson's, with an effective number of answers.
+        specificity: Share of the others that did not get it; None where all labels are the counted one.
+        specificity_interval: The same.
+        kappa: Cohen's, counted or not; None where verdicts and labels are all alike.
+        kappa_interval: Its bootstrap interval.
+        reason: Why no rate is corrected; None where rates are.
+        rates: By ``MODEL/PROMPTS``.
+    """
+
+    answers: Count
+    labels: Count
+    counts: dict[str, Count] = field(default_factory=dict)
+    sensitivity: Share | None = None
+    sensitivity_interval: _Interval = None
+    specificity: Share | None = None
+    specificity_interval: _Interval = None
+    kappa: Number | None = None
+    kappa_interval: _KappaInterval = None
+    reason: str | None = None
+    rates: dict[str, CorrectedRate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredJudge:
+    """One judge of one task against labels.
+
+    Attributes:
+        judge: Its name.
+        measurement: Name of the task.
+        counted: The verdict whose share is the rate.
+        languages: By code.
+        overall: All languages together, each answer weighing the same.
+        means: Means of the languages' rates by ``MODEL/PROMPTS``, corrected where each of them could be.
+    """
+
+    judge: str
+    measurement: Annotated[str, Field(pattern=f"^({'|'.join(TASKS)})$")]
+    counted: str
+    languages: dict[str, JudgeAccuracy]
+    overall: JudgeAccuracy
+    means: dict[str, CorrectedRate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeResult(Result):
+    """``judge.json``: judges against labels of people.
+
+    Attributes:
+        labels_file: Name of the file with the labels.
+        labels: Number of labels in it.
+        confidence: Coverage of the intervals.
+        judges: One per judge and task.
+    """
+
+    measurement: Literal["judge"] = "judge"
+    labels_file: str = ""
+    labels: Count = 0
+    confidence: Confidence = 0.95
+    judges: list[MeasuredJudge]
 
 
 # --------------------------------------------------------------------------------------------- utility and perplexity

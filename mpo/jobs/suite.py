@@ -12,14 +12,17 @@ from typing import Any
 
 from mpo.common.files import write_bytes
 from mpo.common.typed_json import read_typed, write_typed
+from mpo.data.reading import missing_file_error
 from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
 from mpo.evaluation.engines import ModelChoice
+from mpo.evaluation.judge_quality import measure_judge
 from mpo.evaluation.judges import check_judge
 from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
 from mpo.evaluation.results import (
+    JUDGE,
     LEAKS,
     PERPLEXITY,
     REWARD_GAP,
@@ -104,6 +107,7 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False, report: bool = True
     _write_done(out, recipe, done)
     if len(failed) == len(jobs):
         raise MPOError(f"Every measurement failed. The first, {failed[0][0]}: {failed[0][1]}")
+    failed += _measure_judges(recipe, out)
     _take_curves(recipe, out)
     paths = None
     if report:
@@ -112,7 +116,8 @@ def run_suite(recipe: SuiteRecipe, *, dry_run: bool = False, report: bool = True
         print(f"\nReport: {paths[0]}, {f'{answers}, ' if answers.is_file() else ''}{paths[1]}")
     if failed:
         raise MPOError(
-            f"{len(failed)} of {len(jobs)} measurements failed, the others are {'in the report' if report else f'in {out}'}. "
+            f"{len(failed)} of {len(jobs) + (recipe.gold is not None)} measurements failed, the others are "
+            f"{'in the report' if report else f'in {out}'}. "
             + " ".join(f"{name}: {error}" for name, error in failed)
             + " Run the same command again to make up for them."
         )
@@ -132,6 +137,20 @@ def check_suite(recipe: SuiteRecipe) -> dict[tuple[str, str], PromptSet]:
     }
     _check_files(recipe)
     return prompts
+
+
+def _measure_judges(recipe: SuiteRecipe, out: Path) -> list[tuple[str, MPOError]]:
+    """The judges against the labels of the recipe, where it has some; what failed."""
+    if recipe.gold is None:
+        return []
+    print("\nThe judges against labels", flush=True)
+    try:
+        measure_judge(out, recipe.gold, confidence=recipe.confidence)
+    except MPOError as error:
+        print(f"Failed: {error}", flush=True)
+        (out / JUDGE).unlink(missing_ok=True)  # it would be of other labels or other answers
+        return [("gold", error)]
+    return []
 
 
 def _take_curves(recipe: SuiteRecipe, out: Path) -> None:
@@ -186,6 +205,8 @@ def _check_files(recipe: SuiteRecipe) -> None:
             read_lines(file)
     if recipe.utility is not None:
         require_harness()
+    if recipe.gold is not None and not os.path.isfile(recipe.gold):
+        raise missing_file_error(Path(recipe.gold))
 
 
 def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptSet]) -> Iterator[Job]:

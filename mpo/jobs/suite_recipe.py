@@ -118,6 +118,7 @@ class SuiteRecipe:
         perplexity: Ordinary text per language.
         training_data: Files that a model was trained on, to look for the prompts in; those that the runs in `models` name in
             their `recipe.yaml` are looked at, too.
+        gold: Labels of people on answers of this suite, as `mpo evaluate label` asks for them, to measure the judges by.
         report: What the page shows.
         confidence: Coverage of all intervals.
     """
@@ -135,6 +136,7 @@ class SuiteRecipe:
     utility: UtilitySettings | None = None
     perplexity: PerplexitySettings | None = None
     training_data: list[str] | None = None
+    gold: str | None = None
     report: ReportSettings = field(default_factory=ReportSettings)
     confidence: float = 0.95
 
@@ -166,6 +168,7 @@ _PATHS = frozenset(
         "prompts",
         "data",
         "training_data",
+        "gold",
         "texts",
         "template",
         "task_folder",

@@ -17,6 +17,7 @@ from mpo.report import answers, charts
 from mpo.report.build import gap_against_attack, measurements
 from mpo.report.folder import Results, read_results
 from mpo.report.hidden_space import hidden_space_section
+from mpo.report.judge_quality import judge_section
 from mpo.report.measurement import FEWEST, NONE, SHARE, Measurement, p_text
 from mpo.report.opening import opening, spread_section
 from mpo.report.rendering import Section, html, page
@@ -75,6 +76,7 @@ def write_report(
     sections = [
         spread_section(results),
         *(_measurement_section(m) for m in found if m not in after),
+        left_out.unless(judge_section, results.folder),
         *_correlation_sections(results),
         left_out.unless(training_section, results.run, _folders(results)),
         hidden_space,

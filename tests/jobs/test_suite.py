@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mpo.cli import main
-from mpo.errors import ConfigError, ModelError
+from mpo.errors import ConfigError, DataError, ModelError, MPOError
 from mpo.jobs import suite
 from mpo.jobs.suite_recipe import load_suite
 from mpo.training import scoring
@@ -374,6 +374,34 @@ def test_a_changed_task_file_is_noticed(
         (tmp_path / "t.yaml").write_text(text, encoding="utf-8")
         jobs.append(next(job for job in suite._jobs(recipe, tmp_path, {}) if job.name == "base/utility"))
     assert jobs[0].settings != jobs[1].settings
+
+
+def test_labels_of_people_measure_the_judge_without_anything_being_asked_again(
+    place: Path, first_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "labels.jsonl"
+    recipe = load_suite(_recipe(place, gold=str(file)))
+    with pytest.raises(DataError, match="no such file"):
+        suite.run_suite(recipe, dry_run=True)
+    assert main(["evaluate", "label", str(first_run), "--sample", "999", "--out", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def label(choose: Any) -> None:
+        labelled = [row | {"label": choose(row["choices"].split(" / "))} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
+
+    label(lambda choices: "wrong")
+    capsys.readouterr()
+    with pytest.raises(MPOError, match=r"1 of 9 measurements failed.*gold: .*or nothing, got 'wrong'"):
+        suite.run_suite(recipe)
+    assert "to do" not in capsys.readouterr().out and not (first_run / "judge.json").exists()
+
+    label(lambda choices: choices[0])
+    suite.run_suite(recipe)
+    printed = capsys.readouterr().out
+    assert set(_states(printed).values()) == {"done"} and "not corrected, too few labels" in printed
+    assert "The judge against people" in (first_run / "report.html").read_text(encoding="utf-8")
+    (first_run / "judge.json").unlink()
 
 
 def test_what_fails_is_named_at_the_end_and_does_not_stop_the_rest(

@@ -1,0 +1,87 @@
+"""The report's section on judges that were measured against labels of people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpo.common.tables import escape_markdown
+from mpo.common.typed_json import read_typed
+from mpo.common.words import ARROW
+from mpo.evaluation.judge_quality import judge_tables, uncorrected
+from mpo.evaluation.results import JUDGE, CorrectedRate, JudgeResult, MeasuredJudge
+from mpo.report.measurement import NONE, SHARE, shown_language
+from mpo.report.rendering import Section, html
+from mpo.report.tables import Shown, bare
+
+_TASKS = {"attack": "attack success", "over_refusal": "refusals of harmless prompts"}
+
+
+def judge_section(folder: Path) -> Section | None:
+    """The section of a result folder, or None where no judge was measured against labels.
+
+    Raises:
+        StorageError: The measurement is damaged.
+    """
+    file = folder / JUDGE
+    if not file.is_file():
+        return None
+    result = read_typed(file, JudgeResult)
+    percent = f"[{100 * result.confidence:g}\N{NO-BREAK SPACE}%]"
+    judges = [_judge(measured, percent) for measured in result.judges]
+    body = html("judges.html", labels=result.labels, judges=judges)
+    parts = []
+    for measured in result.judges:
+        for table in judge_tables(measured, result.confidence):
+            notes = "\n\n".join(escape_markdown(note) for note in table.notes)
+            parts.append(f"**{escape_markdown(table.title)}**\n\n{table.markdown()}\n\n{notes}")
+    return Section("judges", "The judge against people", body, "\n\n".join(parts))
+
+
+def _judge(measured: MeasuredJudge, percent: str) -> dict[str, object]:
+    every = [(shown_language(code), False, row) for code, row in measured.languages.items()]
+    if len(every) > 1:
+        every.append(("All together", True, measured.overall))
+    quality = [
+        (
+            label,
+            is_all,
+            [
+                Shown(f"{row.labels} of {row.answers}"),
+                _share(row.sensitivity, row.sensitivity_interval),
+                _share(row.specificity, row.specificity_interval),
+                Shown(
+                    NONE if row.kappa is None else f"{row.kappa:.2f}",
+                    "" if row.kappa_interval is None else "[{:.2f}, {:.2f}]".format(*row.kappa_interval),
+                ),
+            ],
+        )
+        for label, is_all, row in every
+    ]
+    names = list(measured.means)
+    rates = [
+        (shown_language(code), False, [_pair(row.rates.get(name)) for name in names])
+        for code, row in measured.languages.items()
+    ]
+    if len(rates) > 1:
+        rates.append(("Mean of languages", True, [_pair(measured.means[name]) for name in names]))
+    return {
+        "judge": measured.judge,
+        "task": _TASKS[measured.measurement],
+        "counted": measured.counted,
+        "header": ["Language", "Labelled", f"Sensitivity {percent}", f"Specificity {percent}", "Kappa"],
+        "quality": quality,
+        "rates_header": ["Language", *(f"{name}, raw {ARROW} corrected {percent}" for name in names)],
+        "rates": rates,
+        "uncorrected": uncorrected(measured),
+    }
+
+
+def _share(value: float | None, ends: tuple[float, float] | None) -> Shown:
+    return Shown(bare(SHARE.write(value)), SHARE.write_interval(*(ends or (None, None))))
+
+
+def _pair(rate: CorrectedRate | None) -> Shown:
+    if rate is None:
+        return Shown(NONE)
+    shown = _share(rate.corrected, rate.interval)
+    return Shown(f"{bare(SHARE.write(rate.raw))} {ARROW} {shown.text}", shown.interval)
