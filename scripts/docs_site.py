@@ -97,4 +97,7 @@ class PlainRoles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
             text = re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
+            text = re.sub(
+                r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE
+            )  # Google's name for them
             obj.docstring.value = re.sub(r" *# doctest: \S+", "", text)
