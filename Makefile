@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-gpu lint format smoke clean
+.PHONY: help setup demo test test-gpu lint format smoke docs clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -55,6 +55,10 @@ format: $(READY) ## let ruff rewrite what it can
 smoke: $(READY) ## train a tiny random Llama, Gemma-2 and Qwen2 through accelerate launch  [ARGS="--key value"]
 	@OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true scripts/smoke.sh $(PY) $(ARGS)
 
+docs: $(READY) ## build the documentation site into site/, with all links checked
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "Built site/index.html. With search: $(PY) -m http.server --directory site"
+
 clean: ## remove caches and smoke runs, but neither .venv nor other runs
-	@rm -rf runs/smoke .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf runs/smoke site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

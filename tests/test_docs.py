@@ -66,6 +66,16 @@ BUILD_KEYS = {
     for option in fields(section)
 }
 FAMILIES = ("llama", "gemma", "qwen")
+# Programs of others that the pages show, each with the commands of it that are meant; None where there are none.
+OTHER_PROGRAMS: dict[str, set[str] | None] = {
+    "git": {"clone"},
+    "hf": {"auth", "upload"},
+    "llama-quantize": None,
+    "llama-server": None,
+    "ollama": {"create", "run"},
+    "transformers": {"serve"},
+    "vllm": {"serve"},
+}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^<!-- output of: (.+?) -->\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -395,6 +405,9 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
             assert words[1] == "install"
         case ".":
             assert words == [".", ".venv/bin/activate"]
+        case other if other in OTHER_PROGRAMS:
+            known = OTHER_PROGRAMS[other]
+            assert known is None or words[1] in known, words
         case other:
             pytest.fail(f"{page} shows the command {other}, which nothing here checks")
 
@@ -488,6 +501,15 @@ def test_a_setting_that_is_named_with_its_value_is_a_key(page: Path) -> None:
     for code in inline_code(page):
         if setting := re.fullmatch(r"([a-z][a-z0-9_]+): \S.*", code):
             assert setting[1] in {*KEYS, *BUILD_KEYS}, code
+
+
+def test_the_keys_that_troubleshooting_names_are_keys() -> None:
+    page = DOCS / "troubleshooting.md"
+    words = {code for code in inline_code(page) if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", code)}
+    words |= {line.partition(":")[0] for text in blocks(page, "yaml") for line in text.splitlines()}
+    others = {"in_language", "over_refusal_judge"}  # a measure of the probe; a key of suites
+    assert words - others <= set(KEYS)
+    assert {"harmless_loss_weight", "save_steps"} <= words
 
 
 def test_the_settings_named_beside_the_tables_are_keys() -> None:

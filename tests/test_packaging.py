@@ -166,7 +166,7 @@ def test_the_pinned_versions_lie_in_the_ranges_and_cover_what_make_installs() ->
         canonicalize_name(name): version
         for name, version in (line.split("==") for line in lines if line and not line.startswith("#"))
     }
-    wanted = _requirements("core", "demo", "dev")
+    wanted = _requirements("core", "demo", "dev", "docs")
     for requirement in wanted:
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} has no pin"

@@ -116,14 +116,24 @@ def test_a_metric_of_a_language_that_is_not_measured_is_refused(make: Callable[.
 def test_an_upload_that_cannot_happen_is_refused(
     make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def looked_at(recipe: Recipe) -> str:
+        return make_plan(recipe, on_this_machine=False).to_text()
+
     recipe = make(push_to_hub=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="the Hub is switched off"):
         make_plan(recipe)
+    assert "Note: `push_to_hub` is on, but the Hub is switched off" in looked_at(recipe)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("mpo.jobs.preflight.packages.get_token", lambda: None)
     with pytest.raises(ConfigError, match="not signed in"):
         make_plan(recipe)
+    assert "Note: `push_to_hub` is on, but this machine is not signed in" in looked_at(recipe)
+    monkeypatch.setattr("mpo.jobs.preflight.packages.get_token", lambda: "t")
+    assert "Note: `push_to_hub`" not in looked_at(recipe)
+    assert "Upload              org/name, once the run is complete" in looked_at(
+        make(push_to_hub=True, hub_model_id="org/name")
+    )
 
 
 def test_untranslated_answers_are_left_out_where_the_recipe_says_so(

@@ -11,7 +11,7 @@ from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
 from mpo.jobs.preflight.leaks import leaks_of
 from mpo.jobs.preflight.model import count_adapter, with_model_choices
-from mpo.jobs.preflight.packages import check_packages
+from mpo.jobs.preflight.packages import check_packages, upload_obstacle
 from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
@@ -43,6 +43,8 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         )
     check_output_folder(recipe, create=on_this_machine)
     check_packages(recipe, on_this_machine=on_this_machine)
+    if not on_this_machine and (obstacle := upload_obstacle(recipe.training)):
+        notes.append(obstacle.rstrip("."))
     check_data_files(recipe)
 
     training = recipe.training

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from mpo.common.words import counted, magnitude, plain, size
 from mpo.data import language_name
 from mpo.evaluation.reward_gap import sort_languages
 from mpo.jobs.preflight.model import PRECISIONS, half_precision, listed_modules
 from mpo.jobs.preflight.plan import Plan
+from mpo.training.config import MPOConfig
 from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
 
@@ -57,6 +59,17 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         + (f", attention {model.attn_implementation}" if model.attn_implementation else ""),
         "Devices": _sharding(recipe),
         "Output": f"{training.output_dir} (about {size(disk_bytes)} on disk)",
+        **_upload(training),
+    }
+
+
+def _upload(training: MPOConfig) -> dict[str, str]:
+    """Where the finished run goes; the Hub's library names the repository after the folder if nothing else does."""
+    if not training.push_to_hub:
+        return {}
+    name = training.hub_model_id or Path(str(training.output_dir)).name
+    return {
+        "Upload": f"{name}, once the run is complete" + (", private" if training.hub_private_repo else "")
     }
 
 

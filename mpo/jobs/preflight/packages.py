@@ -7,6 +7,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mpo.errors import ConfigError, DependencyError
 from mpo.training.compute import check_compute_options, is_installed, require_package
+from mpo.training.config import MPOConfig
 from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
 
@@ -25,6 +26,20 @@ _TRACKER_PACKAGES = {
 }
 
 
+def upload_obstacle(training: MPOConfig) -> str | None:
+    """What would keep a finished run from being uploaded, as far as this machine shows without asking the Hub."""
+    if not training.push_to_hub:
+        return None
+    if constants.HF_HUB_OFFLINE:
+        return "`push_to_hub` is on, but the Hub is switched off (HF_HUB_OFFLINE is set). Remove one of them."
+    if not (training.hub_token or get_token()):
+        return (
+            "`push_to_hub` is on, but this machine is not signed in to the Hub. Set HF_TOKEN, or run `hf auth login`; or "
+            "remove `push_to_hub`."
+        )
+    return None
+
+
 def check_packages(recipe: Recipe, *, on_this_machine: bool = True) -> None:
     """Makes sure that the optional packages which the recipe needs are installed and can work here.
 
@@ -41,16 +56,8 @@ def check_packages(recipe: Recipe, *, on_this_machine: bool = True) -> None:
     )
     if launched_with("DEEPSPEED"):
         require_package("deepspeed", "the Accelerate configuration", "deepspeed")
-    if training.push_to_hub and on_this_machine:
-        if constants.HF_HUB_OFFLINE:
-            raise ConfigError(
-                "`push_to_hub` is on, but the Hub is switched off (HF_HUB_OFFLINE is set). Remove one of them."
-            )
-        if not (training.hub_token or get_token()):
-            raise ConfigError(
-                "`push_to_hub` is on, but this machine is not signed in to the Hub. Set HF_TOKEN, or run `hf auth login`; or "
-                "remove `push_to_hub`."
-            )
+    if on_this_machine and (obstacle := upload_obstacle(training)):
+        raise ConfigError(obstacle)
     for tracker in training.report_to or []:
         if tracker not in INTEGRATION_TO_CALLBACK:
             raise ConfigError(
