@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ class LocalEngine:
         ids, mask = pad_left(batch.prompts, self._pad_token, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.inference_mode(), torch.random.fork_rng(devices):
+            with torch.inference_mode(), torch.random.fork_rng(devices), head_input_in_one_piece(model):
                 # Sampling depends on the batch, not on how many were drawn before it in this process.
                 torch.manual_seed(self.generation.seed + number)
                 output = model.generate(input_ids=ids, attention_mask=mask, **no_router_loss(model))
@@ -168,6 +169,24 @@ def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     tokens = {*([named] if isinstance(named, int) else named or []), tokenizer.eos_token_id}
     return sorted(token for token in tokens if isinstance(token, int))
+
+
+@contextmanager
+def head_input_in_one_piece(model: Any) -> Iterator[None]:
+    """Copies what the output head is given, where it is a slice of more, for as long as this lasts.
+
+    The head reads the last state of each prompt of a batch. As a slice that is not contiguous, and a CPU multiplies it prompt
+    by prompt: with 48 prompts and 152k tokens in bfloat16 that took 229 seconds of processor time in place of 0.2.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def no_router_loss(model: Any) -> dict[str, bool]:

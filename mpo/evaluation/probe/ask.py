@@ -17,7 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from mpo.common.progress import CountProgress
 from mpo.errors import ModelError
 from mpo.evaluation.answers import AnswerRow, Framing
-from mpo.evaluation.engines.local import by_length, no_router_loss, pad_left, read_answer, stop_tokens
+from mpo.evaluation.engines.local import (
+    by_length,
+    head_input_in_one_piece,
+    no_router_loss,
+    pad_left,
+    read_answer,
+    stop_tokens,
+)
 from mpo.evaluation.engines.rendering import render
 from mpo.evaluation.prompts import Prompt
 from mpo.training.ranks import gathered
@@ -74,6 +81,7 @@ class Questions:
                 torch.no_grad(),
                 torch.random.fork_rng(devices),
                 inference(self.policy.callable(), accelerator) as model,
+                head_input_in_one_piece(self.policy.model),
                 CountProgress(str(title), sum(map(len, mine)), unit="prompt")
                 if shows
                 else nullcontext() as progress,

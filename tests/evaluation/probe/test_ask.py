@@ -46,6 +46,27 @@ def test_the_answers_are_those_of_the_evaluation(family: str, tmp_path: Path) ->
     assert len(set(answers)) > 3
 
 
+def test_the_head_is_given_all_prompts_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_tiny("qwen2", tmp_path / "qwen2")
+    made = trainer(model, tmp_path)
+    rows = made.model.get_output_embeddings().weight.shape[0]
+    given: list[bool] = []
+    forward = torch.nn.Linear.forward
+
+    def watched(self: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        if self.weight.shape[0] == rows:
+            given.append(states.is_contiguous() and states.shape[1] == 1)
+        return forward(self, states)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    prompts = some_prompts()
+    questions(made).ask(prompts)
+    asked = len(given)
+    engine = make_engine(ModelChoice(str(model), device="cpu", batch_size=BATCH), Generation(LENGTH))
+    dict(engine.generate([[{"role": "user", "content": prompt.text}] for prompt in prompts], ()))
+    assert 0 < asked < len(given) and all(given)
+
+
 def test_an_answer_ends_where_the_model_ends_it(tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "llama")
     made = trainer(model, tmp_path)
