@@ -239,7 +239,9 @@ def _measure(
         if not total:
             continue
         raw = float(own[here & found.flagged].sum() / total)
-        corrected, interval, spread = None, None, np.full(len(drawn), np.nan)
+        corrected: float | None = None
+        interval: tuple[float, float] | None = None
+        spread = np.full(len(drawn), np.nan)
         if reason is None:
             corrected = float(rogan_gladen(np.array(raw), of_judge.sensitivity, of_judge.specificity))
             with np.errstate(invalid="ignore", divide="ignore"):

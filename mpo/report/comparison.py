@@ -141,7 +141,8 @@ def _findings(comparison: ComparisonResult) -> list[str]:
     """What the intervals bear out, one sentence a setting."""
     out = []
     for row in comparison.rows[1:]:
-        better, worse = [], []
+        better: list[str] = []
+        worse: list[str] = []
         for measure in (m for m in MEASURES if m in row.measures and m != GAP):
             found = row.measures[measure]
             if found.clear:

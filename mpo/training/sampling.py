@@ -212,8 +212,8 @@ class GroupCollator:
             for part in pack_rows(sizes, limit):
                 numbers = sorted(i for unit in part for i in units[unit])
                 own = {g: stems[g] for g in part if g in stems} if self.trained.states else {}
-                part = [pairs[i] for i in numbers]
-                call = self._call(part, own) | self._held(part, held, examples)
+                of_call = [pairs[i] for i in numbers]
+                call = self._call(of_call, own) | self._held(of_call, held, examples)
                 batch["calls"].append({**call, "pairs": torch.tensor(numbers)})
             # What counts a batch's tokens reads them here.
             ids = [call["input_ids"].flatten() for call in batch["calls"]]

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from mpo.common.bootstrap import ratio_interval
 from mpo.common.statistics import average_change, holm, language_average
@@ -178,7 +178,7 @@ def _moved(base: Outcomes, values: Outcomes) -> float:
 
 def _judged(found: Estimate, moved: Sequence[float], confidence: float) -> Estimate:
     """Whether a change is beyond doubt: its interval, its test, and every seed say so."""
-    clear = 0
+    clear: Literal[-1, 0, 1] = 0
     if found.change_interval is not None and (found.p_value is None or found.p_value < 1 - confidence):
         low, high = found.change_interval
         if low > 0 and all(change > 0 for change in moved):
@@ -406,7 +406,7 @@ def compared(
 
 def _run(one: _Measured, confidence: float) -> Run:
     run, record = one.run, one.record
-    shared = {"name": run.name, "setting": run.setting.name, "seed": run.seed}
+    shared: dict[str, Any] = {"name": run.name, "setting": run.setting.name, "seed": run.seed}
     if record is None:
         return Run(**shared, state="to do")
     return Run(

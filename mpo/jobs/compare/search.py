@@ -71,6 +71,7 @@ def search_settings(plan: Comparing) -> tuple[list[Searched], list[Setting]]:
 
 def _search(plan: Comparing, search: Search, setting: Setting) -> Searched:
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     folder = plan.out / FOLDER / setting.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,9 +79,7 @@ def _search(plan: Comparing, search: Search, setting: Setting) -> Searched:
     space = {key: distribution(parameter) for key, parameter in parameters.items()}
     name = _study_name(plan, search, setting)
     study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(folder / STUDY))
-        ),
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / STUDY))),
         study_name=name,
         direction="maximize",
         load_if_exists=True,
@@ -92,16 +91,16 @@ def _search(plan: Comparing, search: Search, setting: Setting) -> Searched:
             study.tell(trial.number, state=state.FAIL)
     while (done := len(_finished(study))) < search.trials:
         study.sampler = optuna.samplers.TPESampler(seed=search.sampler_seed + done)
-        trial = study.ask(space)
-        shown = ", ".join(f"{key} {_shown(value)}" for key, value in trial.params.items())
+        asked = study.ask(space)
+        shown = ", ".join(f"{key} {_shown(value)}" for key, value in asked.params.items())
         print(f"\n[search {setting.name}, trial {done + 1}/{search.trials}] {shown}", flush=True)
-        score, error = _try(plan, search, setting, trial.params, folder, name)
+        score, error = _try(plan, search, setting, asked.params, folder, name)
         if score is None:
-            trial.set_user_attr(_ERROR, error)
-            study.tell(trial, state=state.FAIL)
+            asked.set_user_attr(_ERROR, error)
+            study.tell(asked, state=state.FAIL)
             continue
         print(f"Score: {score:.4f}", flush=True)
-        study.tell(trial, score)
+        study.tell(asked, score)
     trials = [Trial(dict(t.params), t.value, t.user_attrs.get(_ERROR, "")) for t in _finished(study)]
     ranked = [trial for trial in trials if trial.score is not None]
     best = max(ranked, key=lambda trial: trial.score or 0.0).values if ranked else {}
