@@ -223,13 +223,15 @@ def _measure(
         of_judge = accuracy(sizes[known], flagged, positive / labels)
         again = accuracy(found.drawn.sum(axis=0)[:, known], flagged, shares[:, known])
         ends = accuracy_intervals(sizes[known], flagged, labels, positive, confidence)
-        for name, value, interval in zip(("sensitivity", "specificity"), of_judge[:2], ends, strict=True):
+        for name, value, own_ends in zip(("sensitivity", "specificity"), of_judge[:2], ends, strict=True):
             if not np.isnan(value):
-                measured |= {name: float(value), f"{name}_interval": interval}
+                measured |= {name: float(value), f"{name}_interval": own_ends}
         if not np.isnan(of_judge.kappa):
             kappa = float(of_judge.kappa)
-            interval = drawn_interval(again.kappa, kappa, confidence, (-1.0, 1.0))
-            measured |= {"kappa": kappa, "kappa_interval": interval}
+            measured |= {
+                "kappa": kappa,
+                "kappa_interval": drawn_interval(again.kappa, kappa, confidence, (-1.0, 1.0)),
+            }
     unseen = 1 - float(sizes[known].sum() / sizes[here].sum())
     reason = _reason(task, labels, positive, of_judge, unseen)
     rates = {}

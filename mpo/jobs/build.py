@@ -412,7 +412,11 @@ class _Build:
         counts = screen.counts
         write_json(
             self.out / COUNTS,
-            {"version": 1, **counts.to_dict(), "provenance": collect(data_fingerprint=str(self.base["prompts"]))},
+            {
+                "version": 1,
+                **counts.to_dict(),
+                "provenance": collect(data_fingerprint=str(self.base["prompts"])),
+            },
         )
         write_card(self.out, recipe, counts)
         written = write_page(self.out, recipe, counts, output)

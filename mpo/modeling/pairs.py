@@ -228,7 +228,7 @@ def pair_tensors(
         prompt_of_pair=None if states is None or prompts is None else prompts["of_pair"],
         step=StepMeans(**batch["step"]),
         is_harmless=None if kinds is None else own("is_harmless"),
-        by_kind=None if kinds is None else tuple(held["by_kind"]),  # type: ignore[arg-type]
+        by_kind=None if kinds is None else tuple(held["by_kind"]),
         harmless_step=None if kinds is None else StepMeans(**batch["harmless_step"]),
     )
 
