@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -256,3 +257,39 @@ def test_every_target_has_a_line_of_help(checkout: Path) -> None:
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     shown = re.findall(r"^  ([a-z-]+) +\S", _make(checkout, "help").stdout, re.MULTILINE)
     assert sorted(phony.split()) == sorted(shown)
+
+
+def test_the_image_copies_files_that_are_there_and_that_docker_may_see() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    seen = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(copied) == seen
+    assert all((ROOT / name).exists() for name in copied)
+    (extras,) = (line.removeprefix("ARG EXTRAS=") for line in lines if line.startswith("ARG EXTRAS="))
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    # What the wheel is made of has to be there, or the image has an incomplete one.
+    assert {"mpo", "recipes", "README.md", "LICENSE", "pyproject.toml", "constraints.txt"} == seen
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.stem
+)
+def test_a_workflow_calls_targets_and_commands_that_exist(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    shell = "\n".join(step.get("run", "") for step in steps)
+    targets = set(re.findall(r"\bmake ([a-z-]+)", shell))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    for command in re.findall(r"(?<!from )\bmpo ([a-z]+)", shell):
+        assert (ROOT / "mpo" / "cli" / f"{command}.py").is_file(), command
+    assert targets or "python -m build" in shell
+
+
+def test_only_the_job_that_publishes_may_and_it_needs_the_one_that_checks() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    publish = workflow["jobs"]["publish"]
+    assert publish["needs"] == "build" and publish["if"] == "github.ref_type == 'tag'"
+    assert publish["permissions"] == {"id-token": "write"} and workflow["permissions"] == {"contents": "read"}
+    assert "secrets." not in str(workflow)

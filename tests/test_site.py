@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,12 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
         anchor for path in (site / "api").glob("*.html") for anchor in _Page(path.read_text("utf-8")).anchors
     }
     assert {f"mpo.{name}" for name in mpo.__all__ if not name.startswith("_")} <= anchors
+
+
+def test_the_search_finds_pages_and_leaves_out_the_texts_of_files(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    assert any(e["location"] == "method.html#collapse" and "both" in e["text"] for e in index)
+    assert not any(entry["location"].startswith("source/") for entry in index)
 
 
 def test_a_link_to_a_file_of_the_repository_leads_to_its_text(site: Path) -> None:
