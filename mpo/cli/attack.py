@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from mpo.evaluation.judges import JudgeChoice
 
 
+_JUDGE_HELP = {
+    "refusal-phrases": "refusal-phrases needs no model (default), llm is behind a URL, guard runs here",
+    "llm": "llm is behind a URL (default), guard with the format chat runs here",
+    None: "judges the same answers; prints Cohen's kappa",
+}
+
+
 def register(measurements: Any) -> None:
     """Adds ``attack`` and ``over-refusal`` to the sub-parsers of ``mpo evaluate``."""
     attack = measurements.add_parser(
@@ -115,9 +122,7 @@ def add_judge_options(group: Any, prefix: str, default: str | None) -> None:
         f"--{prefix}",
         choices=("refusal-phrases", "llm", "guard"),
         default=default,
-        help="refusal-phrases needs no model (default), llm is behind a URL, guard runs here"
-        if default
-        else "judges the same answers; prints Cohen's kappa",
+        help=_JUDGE_HELP[default],
     )
     group.add_argument(f"--{prefix}_model", metavar="MODEL", help="model of an llm or a guard")
     group.add_argument(f"--{prefix}_url", metavar="URL", help="base URL of an llm (default: OpenAI's)")

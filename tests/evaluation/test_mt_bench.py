@@ -14,7 +14,7 @@ from mpo.common.bootstrap import ratio_interval
 from mpo.common.typed_json import read_typed, write_typed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.engines import ModelChoice
-from mpo.evaluation.judges import JudgeChoice
+from mpo.evaluation.judges import JudgeChoice, grader
 from mpo.evaluation.judges.grader import make_grader, parse_grade
 from mpo.evaluation.mt_bench import (
     Question,
@@ -225,11 +225,16 @@ def test_silence_gets_the_lowest_grade_and_what_cannot_be_graded_none(
     assert "1 answers have no grade" in mt_bench_table(result, "tested").plain()
 
 
-def test_a_model_in_this_process_can_be_graded_by_another(files: list[Path], tmp_path: Path) -> None:
+def test_a_model_in_this_process_can_be_graded_by_another(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grader, "_LONGEST", 4)
     model = save_tiny("llama", tmp_path / "tiny")
     words = ["evaluate", "mt-bench", "--model", str(model), "--questions", str(files[0]), "--limit", "1"]
     words += ["--out", str(tmp_path / "out"), "--max_new_tokens", "4", "--device", "cpu"]
-    assert main([*words, "--judge", "guard", "--judge_format", "chat", "--judge_model", str(model)]) in (0, 1)
+    assert main([*words, "--judge", "guard", "--judge_format", "chat", "--judge_model", str(model)]) == 0
+    result = read_typed(tmp_path / "out" / "tiny" / MT_BENCH, MTBenchResult)
+    assert result.judge["judge"] == "guard" and result.languages["en"].ungraded == 2  # it babbles
 
 
 def test_a_suite_measures_it_and_the_report_compares_by_question(
