@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from mpo.evaluation.judges import JudgeChoice
 
 
+_JUDGE_HELP = {
+    "refusal-phrases": "refusal-phrases needs no model (default), llm is behind a URL, guard runs here",
+    "llm": "llm is behind a URL (default), guard with the format chat runs here",
+    None: "judges the same answers; prints Cohen's kappa",
+}
+
+
 def register(measurements: Any) -> None:
     """Adds ``attack`` and ``over-refusal`` to the sub-parsers of ``mpo evaluate``."""
     attack = measurements.add_parser(
@@ -51,9 +58,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="what the model's folder is called (default: from its name)")
     _add_prompt_options(parser.add_argument_group("prompts"))
     _add_generation_options(parser.add_argument_group("generation"))
-    _add_engine_options(parser.add_argument_group("engine"))
-    _add_judge_options(parser.add_argument_group("judge"), "judge", default="refusal-phrases")
-    _add_judge_options(parser.add_argument_group("second judge"), "second_judge", default=None)
+    add_engine_options(parser.add_argument_group("engine"))
+    add_judge_options(parser.add_argument_group("judge"), "judge", default="refusal-phrases")
+    add_judge_options(parser.add_argument_group("second judge"), "second_judge", default=None)
     parser.add_argument(
         "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
     )
@@ -87,7 +94,8 @@ def _add_generation_options(group: Any) -> None:
     group.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
 
 
-def _add_engine_options(group: Any) -> None:
+def add_engine_options(group: Any) -> None:
+    """What runs the model, and how it is loaded."""
     group.add_argument(
         "--engine",
         choices=("transformers", "vllm", "server"),
@@ -108,14 +116,13 @@ def _add_engine_options(group: Any) -> None:
     add_loading_options(group, adapter_revision=True)
 
 
-def _add_judge_options(group: Any, prefix: str, default: str | None) -> None:
+def add_judge_options(group: Any, prefix: str, default: str | None) -> None:
+    """Which judge, and how it is reached; `prefix` begins the options' names."""
     group.add_argument(
         f"--{prefix}",
         choices=("refusal-phrases", "llm", "guard"),
         default=default,
-        help="refusal-phrases needs no model (default), llm is behind a URL, guard runs here"
-        if default
-        else "judges the same answers; prints Cohen's kappa",
+        help=_JUDGE_HELP[default],
     )
     group.add_argument(f"--{prefix}_model", metavar="MODEL", help="model of an llm or a guard")
     group.add_argument(f"--{prefix}_url", metavar="URL", help="base URL of an llm (default: OpenAI's)")
@@ -156,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if prompts.dropped:
         print(f"{prompts.dropped} bad rows were dropped.", flush=True)
     template = None if arguments.template is None else load_template(arguments.template)
-    judge = _judge(arguments, "judge")
+    judge = judge_of(arguments, "judge")
     assert judge is not None
     measure_safety(
         TASKS[arguments.task],
@@ -174,7 +181,7 @@ def _run(arguments: argparse.Namespace) -> int:
             arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
         ),
         judge=judge,
-        second_judge=_judge(arguments, "second_judge"),
+        second_judge=judge_of(arguments, "second_judge"),
         framing=Framing(template, arguments.system_prompt),
         name=arguments.name,
         confidence=arguments.confidence,
@@ -182,7 +189,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(arguments: argparse.Namespace, prefix: str) -> JudgeChoice | None:
+def judge_of(arguments: argparse.Namespace, prefix: str) -> JudgeChoice | None:
+    """The judge that the options name; None where they name none.
+
+    Raises:
+        ConfigError: Options are given without a judge, or contradict each other.
+    """
     from mpo.evaluation.judges import JudgeChoice
 
     given = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpo.cli import attack, labels, reward_gap, suite, utility
+from mpo.cli import attack, labels, mt_bench, reward_gap, suite, utility
 from mpo.cli.options import show_help
 
-_MEASUREMENTS = (reward_gap, attack, utility, labels, suite)
+_MEASUREMENTS = (reward_gap, attack, utility, mt_bench, labels, suite)
 
 
 def register(commands: Any) -> None:

@@ -152,7 +152,11 @@ def compare_judge(
         counted=task.counted,
         languages=languages,
         overall=JudgeAccuracy(**overall, counts=_pairs(judge, runs, labels, None)),
-        means={run.name: _mean(run.name, languages, draws[run.name], confidence) for run in runs},
+        means={
+            run.name: _mean(run.name, languages, draws[run.name], confidence)
+            for run in runs
+            if draws[run.name]
+        },
     )
 
 

@@ -9,6 +9,9 @@
     MODEL/attack/PROMPTS/verdicts.JUDGE.jsonl  rows of mpo.evaluation.verdicts.VerdictRow
     MODEL/utility.json                         UtilityResult
     MODEL/perplexity.json                      PerplexityResult
+    MODEL/mt_bench.json                        MTBenchResult
+    MODEL/mt_bench/answers.jsonl               rows of mpo.evaluation.mt_bench.TurnRow
+    MODEL/mt_bench/grades.JUDGE.jsonl          rows of mpo.evaluation.mt_bench.GradeRow
     hidden_space/hidden_space.json             mpo.hidden_space.results.HiddenSpace
     metrics.json                               TrainingMetrics, beside a trained model
     leaks.json                                 LeaksResult, beside suite.json and beside a trained model
@@ -52,6 +55,7 @@ HARMLESS_GAP = "reward_gap_harmless.json"
 SAFETY = "result.json"
 UTILITY = "utility.json"
 PERPLEXITY = "perplexity.json"
+MT_BENCH = "mt_bench.json"
 SUITE = "suite.json"
 METRICS = "metrics.json"
 LEAKS = "leaks.json"
@@ -369,6 +373,73 @@ class PerplexityResult(Result):
     max_length: Count | None = None
     confidence: Confidence = 0.95
     languages: dict[str, TextPerplexity]
+
+
+GradeOf10 = Annotated[float, Field(ge=1, le=10)]
+# The mean of tens may be ten and a rounding error.
+_MeanGrade = Annotated[float, Field(ge=1 - 1e-9, le=10 + 1e-9)]
+
+
+@dataclass(frozen=True)
+class GradeMean:
+    """A mean grade.
+
+    Attributes:
+        count: Answers that have a grade; for a mean of languages, questions.
+        mean: None without any.
+        interval: Bootstrap interval over questions; None with fewer than two.
+    """
+
+    count: Count
+    mean: _MeanGrade | None = None
+    interval: Annotated[tuple[_MeanGrade, _MeanGrade], FROM_LIST] | None = None
+
+
+@dataclass(frozen=True)
+class LanguageGrades:
+    """Grades in one language.
+
+    Attributes:
+        questions: Number of questions.
+        ungraded: Answers without a grade: blocked, or the judge's reply names none.
+        mean: Of all graded answers.
+        turns: Of the first and of the second turn.
+        categories: By category.
+    """
+
+    questions: Count
+    ungraded: Count
+    mean: GradeMean
+    turns: list[GradeMean]
+    categories: dict[str, GradeMean]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTBenchResult(Result):
+    """``mt_bench.json``.
+
+    Attributes:
+        model: What answered.
+        questions: Where they came from, how many there are, their fingerprint.
+        engine: What ran the model, and how it answered.
+        judge: What graded.
+        confidence: Coverage of the intervals.
+        languages: By code.
+        categories: By category, over all languages.
+        average: Mean of the languages, each weighing the same.
+        items: Grades of a question's turns, by ``QUESTION_ID/LANGUAGE``.
+    """
+
+    measurement: Literal["mt_bench"] = "mt_bench"
+    model: Model = field(default_factory=dict)
+    questions: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    judge: Annotated[dict[str, Any], open_mapping("name", name=str)]
+    confidence: Confidence = 0.95
+    languages: dict[str, LanguageGrades]
+    categories: dict[str, GradeMean] = field(default_factory=dict)
+    average: GradeMean
+    items: dict[str, list[GradeOf10 | None]] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------------------------- suite

@@ -15,15 +15,23 @@ from mpo.common.typed_json import read_typed, write_typed
 from mpo.data.reading import missing_file_error
 from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
-from mpo.evaluation.engines import ModelChoice
+from mpo.evaluation.engines import Generation, ModelChoice
 from mpo.evaluation.judge_quality import measure_judge
 from mpo.evaluation.judges import check_judge
+from mpo.evaluation.judges.grader import check_grader
 from mpo.evaluation.judges.guard import has_own_replies
+from mpo.evaluation.mt_bench import (
+    fingerprint_questions,
+    load_questions,
+    measure_mt_bench,
+    shown_origin,
+)
 from mpo.evaluation.perplexity import measure_perplexity, read_lines
 from mpo.evaluation.prompts import PromptSet, load_prompts, load_template
 from mpo.evaluation.results import (
     JUDGE,
     LEAKS,
+    MT_BENCH,
     PERPLEXITY,
     REWARD_GAP,
     SAFETY,
@@ -177,6 +185,11 @@ def _load_prompts(name: str, settings: PromptSettings) -> PromptSet:
 
 def _check_judges(recipe: SuiteRecipe) -> None:
     """Every judge can judge what it is to judge."""
+    if recipe.mt_bench is not None:
+        try:
+            check_grader(recipe.mt_bench.judge or recipe.judge)
+        except ConfigError as error:
+            raise ConfigError(f"`mt_bench`: {error} Set `mt_bench.judge`, or `judge` for all.") from None
     hint = "Set `over_refusal_judge` to a judge of refusals; `judge` and `second_judge` are then for attacks alone."
     for kind, task in TASKS.items():
         for key, choice in recipe.judges(kind).items() if getattr(recipe, kind) else ():
@@ -224,6 +237,8 @@ def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptS
             yield job
         for (kind, prompt_set), loaded in prompts.items():
             yield _safety_job(recipe, out, name, model, identity, kind, prompt_set, loaded)
+        if recipe.mt_bench is not None:
+            yield _mt_bench_job(recipe, out, name, model, identity)
         if model.engine != "server":
             yield from _capability_jobs(recipe, out, name, replace(model, engine="transformers"), identity)
 
@@ -341,6 +356,37 @@ def _safety_job(
         "confidence": recipe.confidence,
     }
     return Job(f"{name}/{kind}/{prompt_set}", depends, out / name / kind / prompt_set / SAFETY, run)
+
+
+def _mt_bench_job(
+    recipe: SuiteRecipe, out: Path, name: str, model: ModelChoice, identity: dict[str, Any]
+) -> Job:
+    settings = recipe.mt_bench
+    assert settings is not None
+    questions = load_questions(settings.questions, language=settings.language, limit=settings.limit)
+    judge, generation = settings.judge or recipe.judge, Generation(settings.max_new_tokens)
+
+    def run() -> None:
+        measure_mt_bench(
+            questions,
+            model=model,
+            judge=judge,
+            out=out,
+            generation=generation,
+            name=name,
+            origin=shown_origin(settings.questions),
+            confidence=recipe.confidence,
+        )
+
+    depends = {
+        "questions": fingerprint_questions(questions),
+        "generation": generation.settings(),
+        "judge": asdict(judge),
+        "model": identity,
+        "engine": [model.engine, model.batch_size],
+        "confidence": recipe.confidence,
+    }
+    return Job(f"{name}/mt_bench", depends, out / name / MT_BENCH, run)
 
 
 def _capability_jobs(

@@ -91,6 +91,21 @@ class PerplexitySettings:
 
 
 @dataclass(frozen=True)
+class MTBenchSettings:
+    """As for ``mpo evaluate mt-bench``; the judge is the suite's where none is given."""
+
+    questions: list[str]
+    judge: JudgeChoice | None = None
+    language: str | None = None
+    limit: int | None = None
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+        Generation(self.max_new_tokens)
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """As for ``mpo report``."""
 
@@ -116,6 +131,7 @@ class SuiteRecipe:
         reward_gap: Preference pairs to measure the reward gap on.
         utility: Tasks of lm-evaluation-harness.
         perplexity: Ordinary text per language.
+        mt_bench: Dialogues of two turns, graded by an LLM judge.
         training_data: Files that a model was trained on, to look for the prompts in; those that the runs in `models` name in
             their `recipe.yaml` are looked at, too.
         gold: Labels of people on answers of this suite, as `mpo evaluate label` asks for them, to measure the judges by.
@@ -135,6 +151,7 @@ class SuiteRecipe:
     reward_gap: RewardGapSettings | None = None
     utility: UtilitySettings | None = None
     perplexity: PerplexitySettings | None = None
+    mt_bench: MTBenchSettings | None = None
     training_data: list[str] | None = None
     gold: str | None = None
     report: ReportSettings = field(default_factory=ReportSettings)
@@ -146,10 +163,18 @@ class SuiteRecipe:
                 "there is no model to measure. Expected `models:` with a name and its settings, such as "
                 "`base: {model: org/name}`."
             )
-        if not (self.attack or self.over_refusal or self.reward_gap or self.utility or self.perplexity):
+        measured = (
+            self.attack,
+            self.over_refusal,
+            self.reward_gap,
+            self.utility,
+            self.perplexity,
+            self.mt_bench,
+        )
+        if not any(measured):
             raise ConfigError(
-                "there is nothing to measure. Expected one or more of `attack`, `over_refusal`, `reward_gap`, `utility` "
-                "and `perplexity`."
+                "there is nothing to measure. Expected one or more of `attack`, `over_refusal`, `reward_gap`, `utility`, "
+                "`perplexity` and `mt_bench`."
             )
         check_confidence(self.confidence)
         if self.over_refusal_second_judge is not None and self.over_refusal_judge is None:
@@ -169,6 +194,7 @@ _PATHS = frozenset(
         "data",
         "training_data",
         "gold",
+        "questions",
         "texts",
         "template",
         "task_folder",

@@ -40,6 +40,7 @@ from mpo.report.measurement import (
     Value,
     shown_language,
 )
+from mpo.report.mt_bench import mt_bench
 
 _ATTACK_LEAD = (
     "The share of harmful prompts that the model answers in an unsafe way, by the verdict of the judge. "
@@ -59,7 +60,8 @@ def measurements(results: Results) -> list[Measurement]:
         for name in results.prompt_sets(kind):
             found += [safety(results, kind, name), unseen(results, kind, name)]
             found.append(answer_language(results, kind, name))
-    found += [*utility(results), perplexity(results)]
+    graded = {code for model in results.models if model.mt_bench for code in model.mt_bench.languages}
+    found += [*utility(results), *mt_bench(results, in_order(graded, results.dominant)), perplexity(results)]
     return [measurement for measurement in found if measurement is not None]
 
 

@@ -21,12 +21,14 @@ from mpo.evaluation.rates import tabulate
 from mpo.evaluation.results import (
     LEAKS,
     METRICS,
+    MT_BENCH,
     PERPLEXITY,
     REWARD_GAP,
     SAFETY,
     SUITE,
     UTILITY,
     LeaksResult,
+    MTBenchResult,
     PerplexityResult,
     RewardGapResult,
     SafetyResult,
@@ -138,6 +140,7 @@ class ModelResults:
         gaps: Its reward gaps, with those of its base model where the two were measured together.
         utility: Scores of lm-evaluation-harness.
         perplexity: Perplexity of texts.
+        mt_bench: Grades of dialogues.
     """
 
     name: str
@@ -145,6 +148,7 @@ class ModelResults:
     gaps: RewardGapResult | None = None
     utility: UtilityResult | None = None
     perplexity: PerplexityResult | None = None
+    mt_bench: MTBenchResult | None = None
 
     @property
     def reward_gap(self) -> RewardGapTable | None:
@@ -157,8 +161,9 @@ class ModelResults:
         return None if self.gaps is None else self.gaps.before
 
     @cached_property
-    def _files(self) -> list[SafetyResult | UtilityResult | PerplexityResult]:
-        files = (*(run.result for run in self.safety.values()), self.utility, self.perplexity)
+    def _files(self) -> list[SafetyResult | UtilityResult | PerplexityResult | MTBenchResult]:
+        runs = (run.result for run in self.safety.values())
+        files = (*runs, self.utility, self.perplexity, self.mt_bench)
         return [file for file in files if file is not None]
 
     @property
@@ -271,7 +276,7 @@ def read_results(folder: str | Path, models: Sequence[str] | None = None) -> Res
 
 def _is_model(path: Path) -> bool:
     return path.is_dir() and (
-        any((path / name).is_file() for name in (REWARD_GAP, UTILITY, PERPLEXITY))
+        any((path / name).is_file() for name in (REWARD_GAP, UTILITY, PERPLEXITY, MT_BENCH))
         or any(True for kind in TASKS for _ in path.glob(f"{kind}/*/{SAFETY}"))
     )
 
@@ -301,6 +306,7 @@ def _read_model(path: Path, left_out: LeftOut) -> ModelResults:
         read(REWARD_GAP, read_reward_gap),
         read(UTILITY, read_typed, UtilityResult),
         read(PERPLEXITY, read_typed, PerplexityResult),
+        read(MT_BENCH, read_typed, MTBenchResult),
     )
 
 

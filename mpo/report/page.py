@@ -72,7 +72,7 @@ def write_report(
         raise DataError(
             f"{folder} holds no number to report. Run a measurement of `mpo evaluate` on it first."
         )
-    after = [m for m in found if m.anchor.startswith(("utility", "perplexity"))]
+    after = [m for m in found if m.anchor.startswith(("utility", "perplexity", "mt-bench"))]
     sections = [
         spread_section(results),
         *(_measurement_section(m) for m in found if m not in after),

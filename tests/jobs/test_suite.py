@@ -399,7 +399,7 @@ def test_labels_of_people_measure_the_judge_without_anything_being_asked_again(
     label(lambda choices: choices[0])
     suite.run_suite(recipe)
     printed = capsys.readouterr().out
-    assert set(_states(printed).values()) == {"done"} and "not corrected, too few labels" in printed
+    assert set(_states(printed).values()) == {"done "} and "not corrected, too few labels" in printed
     assert "The judge against people" in (first_run / "report.html").read_text(encoding="utf-8")
     (first_run / "judge.json").unlink()
 

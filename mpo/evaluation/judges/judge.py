@@ -19,7 +19,7 @@ from mpo.evaluation.tasks import UNPARSED
 JUDGES = ("refusal-phrases", "llm", "guard")
 
 _SLOTS = ("{prompt}", "{answer}")
-_SLOT = re.compile(r"\{(prompt|answer|language)\}")
+_SLOT = re.compile(r"\{(\w+)\}")
 _LABEL = re.compile(r"\W*+verdict\W++(\w++)\W*+", re.IGNORECASE)
 _WORD = re.compile(r"\W*+(\w++)\W*+")
 _TAG = re.compile(r"</?(\w+)>")
@@ -170,15 +170,19 @@ def read_judging_prompt(path: str | Path) -> str:
 
 
 def fill_judging_prompt(text: str, exchange: Exchange) -> str:
-    """The judging prompt about one exchange. What stands in a slot is not looked at again: it may hold braces.
-
-    A tag that the judging prompt uses itself is written ``&lt;answer>`` in a text, which could otherwise end its own part
-    and go on as instructions. Half a surrogate pair, which no tokenizer takes, becomes U+FFFD.
-    """
+    """The judging prompt about one exchange; see :func:`fill_slots`."""
     language = "several languages" if exchange.language == MIXED else language_name(exchange.language)
-    values = {"prompt": exchange.prompt, "answer": exchange.answer, "language": language}
+    return fill_slots(text, {"prompt": exchange.prompt, "answer": exchange.answer, "language": language})
+
+
+def fill_slots(text: str, values: Mapping[str, str]) -> str:
+    """A text with values in its slots. What stands in a slot is not looked at again: it may hold braces.
+
+    A tag that the text uses itself is written ``&lt;answer>`` in a value, which could otherwise end its own part and go on as
+    instructions. Half a surrogate pair, which no tokenizer takes, becomes U+FFFD.
+    """
     tags = "|".join(sorted(set(_TAG.findall(text))))
     if tags:
         opened = re.compile(rf"<(?=\s*+/?\s*+(?:{tags})\b)", re.IGNORECASE)
         values = {slot: opened.sub("&lt;", value) for slot, value in values.items()}
-    return _SLOT.sub(lambda slot: without_halves(values[slot[1]]), text)
+    return _SLOT.sub(lambda slot: without_halves(values[slot[1]]) if slot[1] in values else slot[0], text)

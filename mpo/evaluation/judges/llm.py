@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,69 @@ _PARAMETERS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 _FIXED = ("model", "messages", "stream", "n")
 
 
+class ServerAsker:
+    """Asks a model behind a server one question at a time, and keeps every reply by content."""
+
+    def __init__(self, choice: JudgeChoice, parameters: Mapping[str, Any]) -> None:
+        """Reads the key, and connects to nothing.
+
+        Args:
+            choice: Model and server.
+            parameters: Of each request, which the choice's own go before.
+
+        Raises:
+            ConfigError: The key is missing, or a field of the request is not to be set.
+        """
+        assert choice.model is not None
+        fixed = [name for name in choice.request or {} if name in _FIXED]
+        if fixed:
+            raise ConfigError(f"judge_request: `{fixed[0]}` cannot be set; it is what the judge is made of.")
+        merged = {**parameters, **(choice.request or {})}
+        self.parameters = {name: value for name, value in merged.items() if value is not None}
+        self.client = ChatClient(
+            choice.url or OPENAI_URL,
+            choice.model,
+            key_variable=choice.key_variable,
+            timeout=choice.timeout,
+            concurrency=choice.concurrency,
+        )
+        self.cache = None if choice.cache is None else ReplyCache(Path(choice.cache))
+
+    def ask(self, questions: Sequence[str]) -> Iterator[tuple[int, Reply | RejectedRequest]]:
+        """Yields every reply once with the index of its question; questions that are alike are asked once.
+
+        Raises:
+            ServerError: The server is out of reach, or refuses whatever it is sent.
+        """
+        places: dict[str, list[int]] = {}
+        contents: dict[str, str] = {}
+        for index, content in enumerate(questions):
+            key = self._key(content)
+            contents[key] = content
+            places.setdefault(key, []).append(index)
+        missing = []
+        for key, indices in places.items():
+            reply = None if self.cache is None else self.cache.get(key)
+            if reply is None:
+                missing.append(key)
+                continue
+            yield from ((index, reply) for index in indices)
+        asked = self.client.for_all(
+            missing,
+            lambda key: ([{"role": "user", "content": contents[key]}], self.parameters),
+            accepted=len(missing) < len(places),
+        )
+        for key, outcome in asked:
+            if self.cache is not None and not isinstance(outcome, RejectedRequest):
+                self.cache.put(key, outcome)
+            yield from ((index, outcome) for index in places[key])
+
+    def _key(self, content: str) -> str:
+        """Everything that a reply depends on. Not the URL: a server that moves to another port is still the same."""
+        value = {"model": self.client.model, "content": content, "parameters": self.parameters}
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
+
+
 class LLMJudge:
     """Asks a model for one verdict per answer."""
 
@@ -43,26 +106,15 @@ class LLMJudge:
         self.task = task
         self.label = f"llm-{short_name(choice.model)}"
         self.prompt = judging_prompt(choice.prompt, task)
-        fixed = [name for name in choice.request or {} if name in _FIXED]
-        if fixed:
-            raise ConfigError(f"judge_request: `{fixed[0]}` cannot be set; it is what the judge is made of.")
-        merged = {**_PARAMETERS, **(choice.request or {})}
-        self.parameters = {name: value for name, value in merged.items() if value is not None}
-        self.client = ChatClient(
-            choice.url or OPENAI_URL,
-            choice.model,
-            key_variable=choice.key_variable,
-            timeout=choice.timeout,
-            concurrency=choice.concurrency,
-        )
-        self.cache = None if choice.cache is None else ReplyCache(Path(choice.cache))
+        self.asker = ServerAsker(choice, _PARAMETERS)
+        self.client = self.asker.client
 
     def settings(self) -> dict[str, Any]:
         return {
             "judge": "llm",
             "model": self.client.model,
             "prompt": hashlib.sha256(self.prompt.encode("utf-8")).hexdigest()[:16],
-            "request": self.parameters,
+            "request": self.asker.parameters,
         }
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[tuple[int, Verdict]]:
@@ -71,45 +123,16 @@ class LLMJudge:
         Raises:
             ServerError: The server is out of reach, or refuses whatever it is sent.
         """
-        places: dict[str, list[int]] = {}
-        contents: dict[str, str] = {}
-        for index, exchange in enumerate(exchanges):
-            content = fill_judging_prompt(self.prompt, exchange)
-            key = self._key(content)
-            contents[key] = content
-            places.setdefault(key, []).append(index)
-        missing = []
-        for key, indices in places.items():
-            reply = None if self.cache is None else self.cache.get(key)
-            if reply is None:
-                missing.append(key)
-                continue
-            yield from ((index, self._verdict(reply)) for index in indices)
-        asked = self.client.for_all(
-            missing,
-            lambda key: ([{"role": "user", "content": contents[key]}], self.parameters),
-            accepted=len(missing) < len(places),
-        )
-        for key, outcome in asked:
+        questions = [fill_judging_prompt(self.prompt, exchange) for exchange in exchanges]
+        for index, outcome in self.asker.ask(questions):
             # A text that a filter or a limit of the server keeps out is an answer without a verdict.
             if isinstance(outcome, RejectedRequest):
-                verdict = Verdict(UNPARSED, str(outcome))
+                yield index, Verdict(UNPARSED, str(outcome))
             else:
-                verdict = self._verdict(outcome)
-                if self.cache is not None:
-                    self.cache.put(key, outcome)
-            yield from ((index, verdict) for index in places[key])
+                yield index, Verdict(parse_verdict(outcome.text, self.task.verdicts), outcome.text)
 
     def close(self) -> None:
         pass
-
-    def _verdict(self, reply: Reply) -> Verdict:
-        return Verdict(parse_verdict(reply.text, self.task.verdicts), reply.text)
-
-    def _key(self, content: str) -> str:
-        """Everything that a reply depends on. Not the URL: a server that moves to another port is still the same."""
-        value = {"model": self.client.model, "content": content, "parameters": self.parameters}
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
 
 
 class ReplyCache:
