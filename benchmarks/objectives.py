@@ -17,7 +17,8 @@ objectives that TRL lacks; the table says so.
 the result, and a column counts them in, for one epoch over the groups of the run. On a CPU the process here keeps freed
 memory, as ``mpo train`` has it; ``--keep_memory`` lets TRL's do so as well.
 
-**Counted operations** are those of :mod:`benchmarks.flops`, over all groups of the data, on the shapes of ``--shapes``.
+**Counted operations** are those of :mod:`benchmarks.flops`, over all groups of the data, on the shapes of ``--shapes``; an
+objective's own arithmetic counts nothing. ``--steps 0`` counts only.
 """
 
 from __future__ import annotations

@@ -41,6 +41,9 @@ def torch_kernel() -> Kernel | None:
     ) -> Tensor:
         seen = (-1 if window is None else window - 1, 0)
         shares = query.shape[1] != key.shape[1]
+        if torch.is_autocast_enabled(query.device.type):  # which does not know the kernel
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (part.to(dtype) for part in (query, key, value))
         output: Tensor = varlen_attn(
             query, key, value, ends, ends, longest, longest, scale=scale, window_size=seen, enable_gqa=shares
         )
