@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test test-gpu lint format smoke docs clean
+.PHONY: help setup demo test test-gpu gpu lint format smoke docs clean
 
 help: ## this list
 	@echo "make TARGET [NAME=value ...]"
@@ -42,6 +42,9 @@ test: $(READY) ## run the tests on two processes  [MPO_TEST_DATA=FOLDER ARGS="-k
 
 test-gpu: $(READY) ## run the tests that need a CUDA device  [PY=python3 for an environment of your own]
 	@$(PY) -m pytest -q -m gpu $(ARGS)
+
+gpu: $(READY) ## measure all that needs a GPU, in nine minutes  [LENGTHS=token_lengths.csv OUT=FOLDER PY=python3 ARGS="--only numerics"]
+	@$(PY) -m benchmarks.gpu $(if $(LENGTHS),--lengths $(LENGTHS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: $(READY) ## check style and types
 	@$(PY) -m ruff check --quiet .

@@ -20,7 +20,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def write(path: str, result: Mapping[str, Any], **provenance: Any) -> None:
+    """Write a result as JSON, with the hardware and all versions."""
+    write_json(path, {**result, "provenance": collect(**provenance)})
+
+
 def save(path: str, result: Mapping[str, Any], **provenance: Any) -> None:
     """Write a result as JSON, with the hardware and all versions, and say where."""
-    write_json(path, {**result, "provenance": collect(**provenance)})
+    write(path, result, **provenance)
     print(f"written to {path}")

@@ -41,7 +41,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -76,9 +76,16 @@ def _in_place_addmm(target: Sequence[int], left: Sequence[int], right: Sequence[
 _FORMULAS = {torch.ops.aten.addmm_: _in_place_addmm}
 
 
-def count(function: Callable[[], Any]) -> int:
-    """Floating-point operations of a function, with its attention written out so that the counter sees it."""
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Count floating-point operations, with attention written out so that the counter sees it."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        yield counter
+
+
+def count(function: Callable[[], Any]) -> int:
+    """Floating-point operations of a function."""
+    with counting() as counter:
         function()
     total: int = counter.get_total_flops()
     return total
@@ -105,6 +112,7 @@ class Costs:
     Attributes:
         train: backbone of the policy, forward and backward.
         reference: backbone of the reference, forward.
+        policy: backbone of the policy, forward.
         logits: a token's logits, forward.
         logits_train: a token's logits, forward and backward.
         kernel_train: a token's log-likelihood in TRL's kernel, forward and backward; forward alone is as ``logits``.
@@ -114,6 +122,7 @@ class Costs:
 
     train: Backbone
     reference: Backbone
+    policy: Backbone
     logits: int
     logits_train: int
     kernel_train: int
@@ -138,7 +147,8 @@ def measure(config: PretrainedConfig, lora: int = 16) -> Costs:
     options = {"head_trained": not lora}
     return Costs(
         train=_backbone(model, trained=True),
-        reference=_backbone(model, trained=False),
+        reference=_backbone(model, trained=False, adapter=False),
+        policy=_backbone(model, trained=False),
         logits=_head(head, _logits, trained=False, **options),
         logits_train=_head(head, _logits, trained=True, **options),
         kernel_train=_head(head, _kernel, trained=True, **options),
@@ -147,7 +157,7 @@ def measure(config: PretrainedConfig, lora: int = 16) -> Costs:
     )
 
 
-def _backbone(model: Any, trained: bool) -> Backbone:
+def _backbone(model: Any, trained: bool, adapter: bool = True) -> Backbone:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
 
@@ -163,7 +173,7 @@ def _backbone(model: Any, trained: bool) -> Backbone:
             if trained:
                 hidden.sum().backward()
 
-        off = model.disable_adapter() if not trained and base is not model else nullcontext()
+        off = model.disable_adapter() if not adapter and base is not model else nullcontext()
         with torch.set_grad_enabled(trained), off:
             return count(run)
 
@@ -254,8 +264,8 @@ def visible_scores(pair: PairLengths) -> int:
     return sum(_triangle(branch) for branch in pair.branches) - prompt
 
 
-def _padded(part: str, pairs: Sequence[PairLengths], multiple: int = 1, **head: Any) -> Call:
-    """Two rows for each pair, all as long as the longest."""
+def padded(part: str, pairs: Sequence[PairLengths], multiple: int = 1, **head: Any) -> Call:
+    """A call on two rows for each pair, all as long as the longest."""
     length = -(-max(max(pair.branches) for pair in pairs) // multiple) * multiple
     rows = 2 * len(pairs)
     visible = sum(_triangle(branch) for pair in pairs for branch in pair.branches)
@@ -268,12 +278,12 @@ def _official(pairs: Sequence[PairLengths], sources: Sequence[PairLengths]) -> I
         ("train", pairs, "logits_train"),
         ("reference", sources, "logits"),
     ):
-        call = _padded(part, batch, multiple=8)
+        call = padded(part, batch, multiple=8)
         yield call._replace(head=head, head_tokens=call.tokens)
 
 
-def _trees(part: str, trees: Sequence[PairLengths], row_tokens: int | None = None, **head: Any) -> Call:
-    """Trees in rows of at most ``row_tokens`` under a mask, or in one row attended branch by branch."""
+def trees(part: str, trees: Sequence[PairLengths], row_tokens: int | None = None, **head: Any) -> Call:
+    """A call on trees in rows of at most ``row_tokens`` under a mask, or in one row attended branch by branch."""
     visible = sum(map(visible_scores, trees))
     if row_tokens is None:
         scores = sum(branch**2 for tree in trees for branch in tree.branches)
@@ -300,18 +310,18 @@ def calls(formulation: str, group: GroupLengths, row_tokens: int = 2048) -> list
         return list(_official(group.targets, [group.source] * len(group.targets)))
     if formulation == "TRL DPO":
         return [
-            _padded("train", group.targets, head="kernel_train", head_tokens=responses),
-            _padded("reference", group.targets, head="logits", head_tokens=responses),
+            padded("train", group.targets, head="kernel_train", head_tokens=responses),
+            padded("reference", group.targets, head="logits", head_tokens=responses),
         ]
     own = {"head": "own_train", "head_tokens": responses}
     if formulation == "padded":
-        return [_padded("train", group.trees, **own)]
+        return [padded("train", group.trees, **own)]
     if formulation == "trees, masked rows":
-        return [_trees("train", group.trees, row_tokens, **own)]
+        return [trees("train", group.trees, row_tokens, **own)]
     if formulation == "trees":
-        return [_trees("train", group.trees, **own)]
+        return [trees("train", group.trees, **own)]
     if formulation == REFERENCE:
-        return [_trees("reference", [group.source], head="logits", head_tokens=group.source.responses)]
+        return [trees("reference", [group.source], head="logits", head_tokens=group.source.responses)]
     raise ConfigError(f"there is no formulation {formulation!r}; expected one of {', '.join(FORMULATIONS)}.")
 
 
@@ -333,7 +343,8 @@ def epoch(
 
 
 @lru_cache
-def _costs(shape: str, lora: int) -> Costs:
+def costs_of(shape: str, lora: int) -> Costs:
+    """What the parts of a known shape cost."""
     return measure(shape_config(shape), lora)
 
 
@@ -353,7 +364,7 @@ def report(
         rows: list[tuple[str, ...]] = []
         rules = set()
         for shape in shapes:
-            costs = _costs(shape, lora)
+            costs = costs_of(shape, lora)
             totals = epoch(costs, groups, row_tokens, visible_only)
             rules.add(len(rows))
             official, ours = totals["official"], totals["trees"]

@@ -19,7 +19,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from benchmarks import varlen
 from mpo.data.contract import PARTS
+from mpo.errors import ConfigError
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.layout import CALL_TOKENS, batch_shape, call_on_trees
 from mpo.modeling.loss import mpo_loss, reward_gap
@@ -354,16 +356,24 @@ NAMES = (
     "trees (sdpa)",
     "trees (eager)",
     "trees (flex_attention)",
+    "trees (varlen)",
 )
 
 
 def available(config: PretrainedConfig, device: torch.device) -> list[str]:
-    """The formulations that a model and a device can run: no soft-cap in ``sdpa``, no ``flex_attention`` training on CPU."""
+    """
+    The formulations that a model and a device can run.
+
+    ``sdpa`` and the kernel for sequences of any length have no soft-cap; ``flex_attention`` does not train on a CPU. On a
+    CPU that kernel's stand-in runs where it is asked for by name.
+    """
     names = list(NAMES)
     if plain_attention(config) == "eager":
         names.remove("trees (sdpa)")
     if device.type == "cpu":
         names.remove("trees (flex_attention)")
+    if plain_attention(config) == "eager" or device.type == "cpu" or varlen.torch_kernel() is None:
+        names.remove("trees (varlen)")
     return names
 
 
@@ -388,6 +398,14 @@ def prepare(
     """
     plain = plain_attention(setting.policy.config)
     attention = name.partition("(")[2].rstrip(")") or plain
+    kernel = None
+    if attention == "varlen":
+        attention = TREE
+        kernel = varlen.plain_kernel if setting.device.type == "cpu" else varlen.torch_kernel()
+        if kernel is None:
+            raise ConfigError(
+                "this torch has no `varlen_attn`; leave `trees (varlen)` out of `--formulations`."
+            )
     if name.startswith("official"):
         batched = name != "official"
         step: Callable[[Sequence[Group]], Tensor] = lambda chosen: official(setting, chosen, batched=batched)  # noqa: E731
@@ -396,12 +414,14 @@ def prepare(
     else:
         layout = "padded" if name == "padded" else "tree"
         limit = row_tokens if layout == "tree" and attention != TREE else None
-        step = Own(
-            setting, groups, layout=layout, attention=attention, row_tokens=limit, call_tokens=call_tokens
-        )
+        with varlen.in_place_of_trees(kernel):
+            step = Own(
+                setting, groups, layout=layout, attention=attention, row_tokens=limit, call_tokens=call_tokens
+            )
 
     def run(chosen: Sequence[Group]) -> Tensor:
         setting.attend_with(attention)
-        return step(chosen)
+        with varlen.in_place_of_trees(kernel):
+            return step(chosen)
 
     return run

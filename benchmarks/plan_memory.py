@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mpo.common.tables import TextTable
@@ -28,6 +29,7 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.trees import Tree, build_batch
 from mpo.planning.activations import LiveMemory
 from mpo.planning.memory import SHARDINGS, Memory, describe, memory
+from mpo.training.sampling import to_device
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def lora(case: Case) -> LoraConfig | None:
     )
 
 
-def counted(model_config: LlamaConfig, case: Case) -> Memory:
-    """What the plan says."""
+def counted(model_config: PretrainedConfig, case: Case, *, head: bool = True) -> Memory:
+    """What the plan says; with ``head`` the LM head's part is what it takes on a CPU."""
     adapter = lora(case)
     training = describe(
         model_config,
@@ -99,10 +101,10 @@ def counted(model_config: LlamaConfig, case: Case) -> Memory:
         reference_tokens=1,
     )
     plan = memory(training, SHARDINGS[0], 1, case.tokens, case.row, adapter)
-    return replace(plan, lm_head=head_peak(model_config, case))
+    return replace(plan, lm_head=head_peak(model_config, case)) if head else plan
 
 
-def head_peak(model_config: LlamaConfig, case: Case) -> int:
+def head_peak(model_config: PretrainedConfig, case: Case) -> int:
     """Peak bytes of the LM head in a step: those of a model without layers, beside its weights."""
     layerless = copy.deepcopy(model_config)
     layerless.num_hidden_layers = 0
@@ -115,12 +117,13 @@ def head_peak(model_config: LlamaConfig, case: Case) -> int:
     return counter.peak
 
 
-def measured(model_config: LlamaConfig, case: Case) -> int:
-    """Peak bytes of the live tensors of the second of two real training steps."""
-    inputs = batch(model_config, case)
+def measured(model_config: PretrainedConfig, case: Case, device: str = "cpu") -> int:
+    """Peak bytes of the second of two real training steps: of all live tensors, on CUDA what torch had allocated."""
+    cuda = torch.device(device).type == "cuda"
+    inputs = to_device(batch(model_config, case), torch.device(device))
     counter = LiveMemory()
-    with counter:
-        model = build(model_config, case)
+    with nullcontext() if cuda else counter:
+        model = build(model_config, case, device)
         adapter = lora(case)
         if adapter is not None:
             model = get_peft_model(model, adapter)
@@ -134,13 +137,15 @@ def measured(model_config: LlamaConfig, case: Case) -> int:
         )
         for _ in range(2):
             counter.peak = counter.current
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
             backward(model, inputs, case)
             optimizer.step()
             optimizer.zero_grad()
-    return counter.peak
+    return torch.cuda.max_memory_allocated() if cuda else counter.peak
 
 
-def batch(model_config: LlamaConfig, case: Case) -> dict[str, Any]:
+def batch(model_config: PretrainedConfig, case: Case) -> dict[str, Any]:
     """Trees of random tokens."""
     rng = random.Random(0)
     response = (case.length - case.length // 8) // 2  # prompts are short, as in real data
@@ -156,20 +161,21 @@ def batch(model_config: LlamaConfig, case: Case) -> dict[str, Any]:
     return build_batch(trees, layout="tree", max_tokens_per_row=case.row, pad_token_id=0, pooling="mean")
 
 
-def build(model_config: LlamaConfig, case: Case) -> Any:
+def build(model_config: PretrainedConfig, case: Case, device: str = "cpu") -> Any:
     """A random model with the reward-gap head."""
-    model: Any = AutoModelForCausalLM.from_config(
-        model_config,
-        attn_implementation=case.attention,
-        dtype=torch.bfloat16 if case.half and case.adapter else torch.float32,
-    )
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            model_config,
+            attn_implementation=case.attention,
+            dtype=torch.bfloat16 if case.half and case.adapter else torch.float32,
+        )
     attach_reward_gap_head(model)
     return model
 
 
 def backward(model: Any, inputs: dict[str, Any], case: Case) -> None:
     """Forward and backward pass of a loss on the gaps."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.half):
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=case.half):
         logps = model(reward_gap_head=True, **inputs).response_logps
     (logps[:, 0] - logps[:, 1]).square().mean().backward()
 

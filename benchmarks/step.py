@@ -8,6 +8,8 @@ On a CPU, a small shape and few groups:
 
     python -m benchmarks.step --shape gemma-3-270m --lengths token_lengths.csv --file gemma --groups 2
 
+With ``--loss_type`` objectives are compared with TRL's trainers instead, see :mod:`benchmarks.objectives`.
+
 **What is timed.** One optimizer step on one group: forward, backward, ``AdamW``. All formulations work on one model in
 one process and take turns, step by step, so that what else the machine does hits them alike; a column of ratios
 compares medians. On a machine that others use too, the ratio of the processor's time tells more than that of the
@@ -48,7 +50,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, flops, formulations, lengths
+from benchmarks import command, flops, formulations, lengths, objectives
 from benchmarks.formulations import Group, Setting
 from benchmarks.lengths import GroupLengths
 from mpo.common.tables import TextTable
@@ -361,7 +363,11 @@ def main() -> None:
     parser.add_argument("--targets", type=int, help="at most so many targets of a group")
     parser.add_argument("--formulations", nargs="+", choices=formulations.NAMES, help="all that can run")
     parser.add_argument(
-        "--lora", type=int, default=16, help="rank of the adapter; 0 is full fine-tuning (16)"
+        "--lora",
+        type=int,
+        nargs="+",
+        default=[16],
+        help="rank of the adapter; 0 is full fine-tuning (16); several with --loss_type",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="bfloat16 on CUDA, float32 on a CPU")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
@@ -382,6 +388,7 @@ def main() -> None:
         "--profile", action="store_true", help="show where the time goes instead of measuring it"
     )
     parser.add_argument("--threads", type=int, help="threads of a CPU")
+    objectives.add_options(parser)
     parser.add_argument("--out", default="runs/benchmarks/step.json")
     options = parser.parse_args()
 
@@ -399,9 +406,25 @@ def main() -> None:
         raise ConfigError(
             f"`--quantiles` are {options.quantiles}; expected numbers from 0 to 1, and a group at least."
         )
-    chosen = spread(lengths.from_options(options), quantiles)
+    if options.data and not options.tokenizer:
+        options.tokenizer = options.model
+    everything = lengths.from_options(options)
+    chosen = spread(everything, quantiles)
     if options.targets:
         chosen = [GroupLengths(group.source, group.targets[: options.targets]) for group in chosen]
+    if options.loss_type:
+        objectives.compare(
+            options,
+            config=config,
+            device=device,
+            half=dtype is torch.bfloat16,
+            chosen=chosen,
+            groups=everything,
+        )
+        return
+    if len(options.lora) > 1:
+        raise ConfigError("`--lora` takes several ranks with `--loss_type` only; expected one.")
+    (lora,) = options.lora
     names = options.formulations or formulations.available(config, device)
     mixed = dtype if dtype is not torch.float32 else None
 
@@ -410,7 +433,7 @@ def main() -> None:
         config if options.shape else options.model,
         device=device,
         dtype=dtype,
-        lora=options.lora,
+        lora=lora,
         beta=options.beta,
         autocast=mixed,
         checkpointing=options.gradient_checkpointing,
@@ -428,7 +451,7 @@ def main() -> None:
                     call_tokens=options.call_tokens,
                 ).show()
         return
-    costs = flops.measure(config, options.lora)
+    costs = flops.measure(config, lora)
     rate = matmul_rate(device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(
@@ -453,7 +476,7 @@ def main() -> None:
         rate=rate,
         counted=counted,
         title=(
-            f"{name}, {precision}, {'LoRA ' + str(options.lora) if options.lora else 'full'}: {len(chosen)} groups of "
+            f"{name}, {precision}, {'LoRA ' + str(lora) if lora else 'full'}: {len(chosen)} groups of "
             f"{options.file or 'the file'}, {sum(len(g.targets) for g in chosen)} pairs, {options.rounds} rounds"
         ),
         note=f"matrix product: {rate / 1e12:.3g} TFLOP/s; needed per step: {needed / 1e12:.3g} TFLOP",
@@ -464,7 +487,7 @@ def main() -> None:
         {
             "model": name,
             "random_weights": bool(options.shape),
-            "lora": options.lora,
+            "lora": lora,
             "device": str(device),
             "threads": torch.get_num_threads(),
             "rounds": options.rounds,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import varlen
 from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.loss import mpo_loss, retention_loss, reward_gap
 from mpo.modeling.trees import Tree, build_batch
@@ -60,12 +61,13 @@ def reference_of(items: list[Tree], hidden_size: int) -> tuple[Tensor, Tensor]:
 
 
 def finished(loss: Tensor, logps: Tensor, pooled: Tensor, model: Any) -> Step:
-    """The step on the CPU in float64, with the gradients of all weights as one vector if there are any."""
+    """The step on the CPU in float64, with the gradients of all trained weights as one vector if there are any."""
     gradient = None
     if loss.requires_grad:
         model.zero_grad()
         loss.backward()
-        gradient = torch.cat([p.grad.detach().double().cpu().flatten() for p in model.parameters()])
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradient = torch.cat([p.grad.detach().double().cpu().flatten() for p in trained])
     return Step(*(value.detach().double().cpu() for value in (loss, logps, pooled)), gradient)
 
 
@@ -81,9 +83,10 @@ def step(model: Any, items: list[Tree], layout: str, *, row: int = 128, backward
     return finished(loss, output.response_logps, output.pooled, model)
 
 
-def exact_step(model: Any, items: list[Tree]) -> Step:
+def exact_step(model: Any, items: list[Tree], *, frozen_head: bool = False) -> Step:
     """The same with the same weights in float64 on the CPU, one sequence after another, written plainly."""
     plain = plain_model(copy.deepcopy(model).cpu())
+    plain.get_output_embeddings().weight.requires_grad_(not frozen_head)
     gaps, hidden = reference_of(items, model.config.hidden_size)
     scored = [score_pair(plain, Ids(tree.prompt, tree.chosen, tree.rejected)) for tree in items]
     logps = torch.stack([pair.logps for pair in scored])
@@ -156,3 +159,35 @@ def test_packed_trees_give_what_padded_sequences_give(
         assert (packed.logps - plain.logps).abs().max() <= of_logps
         assert packed.gradient is not None and plain.gradient is not None
         assert error(packed.gradient, plain.gradient) <= 2 * of_gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_frozen_head_whose_logits_are_built_once_gives_the_gradient_of_float64(
+    device: torch.device, family: str, dtype: torch.dtype
+) -> None:
+    model = built(family, "tree", device, dtype)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    items = trees(4)
+    found, expected = step(model, items, "tree"), exact_step(model, items, frozen_head=True)
+    of_gradient, of_logps = TOLERANCES[dtype]
+    assert (found.logps - expected.logps).abs().max() <= of_logps
+    assert found.gradient is not None and expected.gradient is not None
+    assert error(found.gradient, expected.gradient) <= of_gradient
+
+
+def test_one_kernel_a_layer_gives_what_a_kernel_a_branch_gives(device: torch.device) -> None:
+    on_cpu = device.type == "cpu"
+    kernel = varlen.plain_kernel if on_cpu else varlen.torch_kernel()
+    if kernel is None:
+        pytest.skip("this torch has no `varlen_attn`")
+    dtype = torch.float32 if on_cpu else torch.bfloat16  # the kernel is for half precision
+    model = built("llama", "tree", device, dtype)
+    items = trees(5)
+    expected = step(copy.deepcopy(model), items, "tree", row=1 << 20)
+    with varlen.in_place_of_trees(kernel):
+        found = step(model, items, "tree", row=1 << 20)
+    of_gradient, of_logps = TOLERANCES[dtype]
+    assert (found.logps - expected.logps).abs().max() <= of_logps
+    assert found.gradient is not None and expected.gradient is not None
+    assert error(found.gradient, expected.gradient) <= of_gradient
