@@ -36,7 +36,10 @@ def _tensors(model: Path, draw: random.Random, change: Callable[[dict[str, Any],
 
 
 def _missing(model: Path, draw: random.Random) -> None:
-    _tensors(model, draw, lambda tensors, name: tensors.pop(name) and None)
+    def change(tensors: dict[str, Any], name: str) -> None:
+        del tensors[name]
+
+    _tensors(model, draw, change)
 
 
 def _renamed(model: Path, draw: random.Random) -> None:
