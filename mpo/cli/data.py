@@ -156,8 +156,11 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from mpo.common.files import refuse_input
     from mpo.common.progress import quiet_libraries
 
+    if arguments.json:
+        refuse_input(arguments.json, arguments.data, setting="--json")
     quiet_libraries()
     from mpo.data import check_data
 
@@ -222,6 +225,7 @@ def _inputs(arguments: argparse.Namespace) -> list[str] | dict[str, str]:
 
 
 def _leak(arguments: argparse.Namespace) -> int:
+    from mpo.common.files import refuse_input
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
@@ -230,6 +234,7 @@ def _leak(arguments: argparse.Namespace) -> int:
 
     if arguments.output:
         check_output(arguments.output)
+        refuse_input(arguments.output, [*arguments.train, *arguments.against], setting="--output")
     leaks = measure_leaks(
         arguments.train,
         arguments.against,

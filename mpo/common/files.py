@@ -13,14 +13,14 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mpo.common.characters import without_halves
 from mpo.common.redaction import redact
-from mpo.common.words import nearest
-from mpo.errors import MPOError, StorageError
+from mpo.common.words import nearest, show_name
+from mpo.errors import ConfigError, MPOError, StorageError
 
 PART = ".part"
 """Ending of what is being written."""
@@ -121,6 +121,17 @@ def did_you_mean(path: str | Path) -> str:
     except OSError:
         return ""
     return f" Did you mean {path.with_name(near)}?" if near else ""
+
+
+def refuse_input(output: str | Path, inputs: Iterable[str | Path], *, setting: str = "output") -> None:
+    """Refuses a file to write that is one of those that are read, which would be lost.
+
+    Raises:
+        ConfigError: It is one of them, under whatever name.
+    """
+    target = Path(output).expanduser().resolve()
+    if any(Path(name).expanduser().resolve() == target for name in inputs):
+        raise ConfigError(f"{setting}: {show_name(str(output))!r} is an input. Choose another name.")
 
 
 def write_text(path: str | Path, text: str) -> Path:

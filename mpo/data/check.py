@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,16 @@ from typing import Any
 
 from mpo.common.characters import printable
 from mpo.common.words import counted, shortened
-from mpo.data.contract import HARMLESS, PARTS, is_blank, is_untranslated, messages_identity, messages_text
+from mpo.data import spilling
+from mpo.data.contract import (
+    HARMLESS,
+    PARTS,
+    answers_read,
+    is_blank,
+    is_same_text,
+    messages_text,
+    pair_digest,
+)
 from mpo.data.detection import detect_all, expect
 from mpo.data.faults import BadRow, grouped_faults
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
@@ -65,6 +74,10 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "dialog in a text",
         "A text holds turns of a dialog (Human: ... Assistant:) or marks of a chat template. Prompts with several turns "
         "are lists of messages, and a response is the answer alone.",
+    ),
+    "no_answer": (
+        "no answer",
+        "A response ends within its reasoning, so that nothing is said to the user. It was cut off when it was written.",
     ),
     "empty_prompt": ("empty prompt", "The prompt holds no visible text, so the responses answer nothing."),
     "undetermined": ("no language", "No label was given and the texts hold no letters to detect one by."),
@@ -119,7 +132,7 @@ _FINDING_PART = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FlaggedRow:
     """One pair that a finding names: its file, its 0-based row, and the text where texts were asked for."""
 
@@ -183,6 +196,8 @@ class DataReport:
         bad_rows: Rows that break the data contract.
         notes: Sentences about the data as a whole.
         kinds: Number of groups of each kind, where some are harmless.
+        reasoning: Number of responses that hold a model's reasoning before their answer; those of a source are counted
+            once. Languages, refusals and dialogs are read in the answers, lengths in all that is trained on.
     """
 
     origin: str
@@ -195,6 +210,7 @@ class DataReport:
     bad_rows: list[BadRow]
     notes: list[str] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
+    reasoning: int = 0
 
     def count(self, finding: str) -> int:
         """Number of pairs that a finding names, over all languages."""
@@ -208,6 +224,7 @@ class DataReport:
             "groups": self.groups,
             "pairs": self.pairs,
             **({"kinds": self.kinds} if self.kinds else {}),
+            "reasoning": self.reasoning,
             "length_unit": self.length_unit,
             "max_length": self.max_length,
             "languages": [asdict(language) for language in self.languages],
@@ -228,6 +245,13 @@ class DataReport:
         if self.kinds:
             lines.insert(
                 2, f"Kinds     {', '.join(f'{number} {kind}' for kind, number in self.kinds.items())}"
+            )
+        if self.reasoning:
+            responses = 2 * sum(language.pairs for language in self.languages)
+            lines += _wrapped(
+                f"Reasoning {self.reasoning} of {responses} responses hold it. Languages, refusals and dialogs are read in "
+                "the answers behind it, lengths in the whole.",
+                "",
             )
         for note in self.notes:
             lines += ["", *_wrapped(note, "")]
@@ -348,10 +372,10 @@ def check_data(
         groups = table.to_pylist()
         expect(
             [
-                messages_text(pair[part])
+                text
                 for g in groups
                 for pair in (g["source"], *g["targets"])
-                for part in PARTS
+                for text in answers_read(pair).values()
             ]
         )
         for group in groups:
@@ -360,6 +384,7 @@ def check_data(
             for target in group["targets"]:
                 survey.add(target, group["source"], group["origin"], harmless)
                 pairs += 1
+        spilling.release()
     kinds = count_kinds(loaded.groups)
     return DataReport(
         origin=loaded.origin,
@@ -372,6 +397,7 @@ def check_data(
         bad_rows=loaded.dropped,
         notes=notes,
         kinds=kinds if kinds[HARMLESS] else {},
+        reasoning=survey.reasoning,
     )
 
 
@@ -405,7 +431,8 @@ class _Survey:
             else "tokens of the texts alone"
         )
         self._reports: dict[tuple[bool, str], LanguageReport] = {}
-        self._lengths: dict[tuple[bool, str], dict[str, list[int]]] = {}
+        self._lengths: dict[tuple[bool, str], dict[str, array[int]]] = {}
+        self.reasoning = 0
         self._targets_seen: set[bytes] = set()
         self._in_source: set[bytes] = set()
         self._prompts_seen: set[bytes] = set()
@@ -424,9 +451,11 @@ class _Survey:
                 language_checked=language == UNDETERMINED or language in known_to_detection([language]),
                 refusals_checked=language in refusal_languages(),
             )
-            self._lengths[key] = {part: [] for part in PARTS}
+            self._lengths[key] = {part: array("q") for part in PARTS}
         report.pairs += 1
         texts = {part: messages_text(pair[part]) for part in PARTS}
+        read = answers_read(pair, texts)
+        self.reasoning += sum(read[part] is not texts[part] for part in PARTS[1:])
 
         def flag(finding: str) -> None:
             shown = (
@@ -435,21 +464,23 @@ class _Survey:
             report.flagged.setdefault(finding, []).append(FlaggedRow(origin, pair["row"], shown))
 
         self._add_lengths(pair, texts, self._lengths[key], flag)
-        self._add_languages(pair, texts, report, flag)
-        self._add_refusals(pair, texts, source, report, flag, harmless)
+        self._add_languages(pair, read, report, flag)
+        self._add_refusals(pair, read, source, report, flag, harmless)
         self._add_repetitions(pair, source, flag)
         if is_blank(texts["prompt"]):
             flag("empty_prompt")
         if any("\ufffd" in text for text in texts.values()):
             flag("broken_characters")
-        if any(map(_holds_dialog, texts.values())):
+        if any(map(_holds_dialog, read.values())):
             flag("dialog")
+        if not (read["chosen"] and read["rejected"]):
+            flag("no_answer")
         for part in PARTS:
-            if source is not None and is_untranslated(pair, source, part):
+            if source is not None and is_same_text(texts[part], messages_text(source[part])):
                 flag(f"untranslated_{part}")
 
     def _add_lengths(
-        self, pair: Mapping[str, Any], texts: Mapping[str, str], lengths: dict[str, list[int]], flag: Any
+        self, pair: Mapping[str, Any], texts: Mapping[str, str], lengths: dict[str, array[int]], flag: Any
     ) -> None:
         measured = self._measure(pair, texts)
         if measured is None:
@@ -536,14 +567,14 @@ class _Survey:
             flag("rejected_refusal")
 
     def _add_repetitions(self, pair: Mapping[str, Any], source: Mapping[str, Any] | None, flag: Any) -> None:
-        whole = _identity(pair, PARTS)
+        whole = pair_digest(pair)
         if source is None:
-            prompt = _identity(pair, ("prompt",))
+            prompt = pair_digest(pair, ("prompt",))
             if prompt in self._prompts_seen:
                 flag("same_prompt")
             self._prompts_seen.add(prompt)
             return
-        of_source = _identity(source, PARTS, pair["language"])
+        of_source = pair_digest(source, PARTS, pair["language"])
         if whole in self._targets_seen:
             flag("same_target")
         elif of_source in self._in_source:
@@ -566,12 +597,6 @@ class _Survey:
 def _holds_dialog(text: str) -> bool:
     # The pattern looks at every line's beginning, so it is asked only where there may be something.
     return (":" in text or "<" in text or "[" in text) and _DIALOG.search(text) is not None
-
-
-def _identity(pair: Mapping[str, Any], parts: Iterable[str], *more: str) -> bytes:
-    """A hash that pairs of one language share whose parts have the same messages; texts of all pairs would fill memory."""
-    whole = (pair["language"], *(messages_identity(pair[part]) for part in parts), *more)
-    return hashlib.blake2b(repr(whole).encode("utf-8"), digest_size=16).digest()
 
 
 def _percentiles(values: Sequence[int]) -> Percentiles:

@@ -18,6 +18,7 @@ response), and ``{"from": "human", "value": ...}`` for ``{"role": "user", "conte
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ from mpo.data.languages import (
     normalize_language,
     same_language,
 )
+from mpo.data.reasoning import split_reasoning
 from mpo.errors import DataError
 
 Pair = dict[str, Any]
@@ -253,7 +255,19 @@ def _messages(value: object, place: _Place, *, role: str, may_be_blank: bool = F
 
 def messages_text(messages: Iterable[Mapping[str, str]]) -> str:
     """The contents of messages, one after another."""
-    return "\n".join(message["content"] for message in messages)
+    contents = [message["content"] for message in messages]
+    return contents[0] if len(contents) == 1 else "\n".join(contents)
+
+
+def answers_read(pair: Mapping[str, Any], texts: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What is read of a pair's three parts: the prompt, and the responses without a model's reasoning.
+
+    Args:
+        pair: The pair.
+        texts: Its texts, where they are known. Those without reasoning come back as the same objects.
+    """
+    texts = texts or {part: messages_text(pair[part]) for part in PARTS}
+    return {part: text if part == "prompt" else split_reasoning(text).answer for part, text in texts.items()}
 
 
 def _label(value: object, place: _Place) -> str | None:
@@ -331,7 +345,7 @@ class SourceLanguageError(RowError):
 
 
 def _require_source_language(source: Pair, place: _Place) -> None:
-    prompt, chosen, rejected = (messages_text(source[part]) for part in PARTS)
+    prompt, chosen, rejected = answers_read(source).values()
     found = detect_pair_language(prompt, chosen, rejected, source_language=UNDETERMINED)
     if found != UNDETERMINED and not same_language(found, source["language"]):
         raise SourceLanguageError(found, source["language"], place)
@@ -347,7 +361,7 @@ def _target_language(pair: Pair, label: str | None, source: Pair, place: _Place)
                 "not in that language, set source_language."
             )
         return label
-    prompt, chosen, rejected = (messages_text(pair[part]) for part in PARTS)
+    prompt, chosen, rejected = answers_read(pair).values()
     language = detect_pair_language(prompt, chosen, rejected, dominant)
     if language == dominant and language != UNDETERMINED:
         _require_source_language(source, place)
@@ -454,8 +468,17 @@ def parse_row(row: object, *, file: str, index: int, source_language: str = "en"
 
 def is_untranslated(target: Mapping[str, Any], source: Mapping[str, Any], part: str) -> bool:
     """True where a target's text is its source's, but for blanks, and has letters."""
-    text, original = (normal_form(messages_text(pair[part])).split() for pair in (target, source))
-    return text == original and any(any(map(str.isalpha, word)) for word in text)
+    return is_same_text(messages_text(target[part]), messages_text(source[part]))
+
+
+def is_same_text(text: str, original: str) -> bool:
+    """True where two texts are the same, but for blanks, and have letters."""
+    # Nearly all pairs of texts differ in their first word already, which needs no normal form of the whole.
+    first = [normal_form(word) for whole in (text, original) for word in whole.split(maxsplit=1)[:1]]
+    if len(first) < 2 or first[0] != first[1]:
+        return False
+    words = normal_form(text).split()
+    return words == normal_form(original).split() and any(any(map(str.isalpha, word)) for word in words)
 
 
 def texts_to_detect(row: object) -> list[str]:
@@ -473,7 +496,7 @@ def texts_to_detect(row: object) -> list[str]:
         return []
     else:
         values = [row.get(f"target_{part}") for part in (*PARTS, "conversations")]
-    return [text for value in values if (text := _raw_text(value)) is not None]
+    return [split_reasoning(text).answer for value in values if (text := _raw_text(value)) is not None]
 
 
 def _raw_text(value: object) -> str | None:
@@ -489,6 +512,21 @@ def messages_identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str,
     return tuple((message["role"], normal_form(message["content"])) for message in messages)
 
 
-def source_identity(source: Pair) -> tuple[Any, ...]:
-    """What makes two sources the same: their language and the identities of all their messages."""
-    return (source["language"], *(messages_identity(source[part]) for part in PARTS))
+def pair_digest(pair: Mapping[str, Any], parts: Iterable[str] = PARTS, *more: str) -> bytes:
+    """A hash that pairs of one language share whose parts have the same messages; texts of all pairs would fill memory."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(text: str) -> None:
+        data = text.encode("utf-8")
+        # The length before each text keeps "ab", "c" apart from "a", "bc".
+        digest.update(b"%d:" % len(data) + data)
+
+    add(pair["language"])
+    for part in parts:
+        digest.update(b"%d;" % len(pair[part]))
+        for message in pair[part]:
+            add(message["role"])
+            add(normal_form(message["content"]))
+    for text in more:
+        add(text)
+    return digest.digest()

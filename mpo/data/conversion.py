@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.common.characters import half_character, printable
-from mpo.common.files import whole_file
+from mpo.common.files import refuse_input, whole_file
 from mpo.common.words import counted
 from mpo.data.contract import PARTS, RowError, _columns, _label, _Place, normal_form
 from mpo.data.faults import BadRow, grouped_faults
@@ -126,8 +126,7 @@ def convert(
     target = Path(output).expanduser()
     if target.suffix.lower() != ".jsonl":
         raise ConfigError(f"output: expected a .jsonl file, got {show_path(str(output))!r}.")
-    if any(Path(name).expanduser().resolve() == target.resolve() for name, _ in named):
-        raise ConfigError(f"output: {show_path(str(output))!r} is an input. Choose another name.")
+    refuse_input(target, (name for name, _ in named))
     if key is None and any(code is not None for _, code in named):
         raise ConfigError(
             "key: files by language are joined by a column that translations share. Name it (`--key id`), or say `--key row` "

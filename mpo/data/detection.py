@@ -184,6 +184,8 @@ def _features(texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any],
     places, owners = np.nonzero(found >= 0)
     size = len(feature) + 1
     keys = np.asarray(order, dtype=np.int64)[owners] * size + found[places, owners]
+    if len(texts) * size < 1 << 31:
+        keys = keys.astype(np.int32)  # sorted in half the time
     keys.sort()
     first = np.flatnonzero(np.diff(keys, prepend=-1))
     unique = keys[first]

@@ -10,7 +10,7 @@ from dataclasses import field as with_default
 from mpo.common.words import shortened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadRow:
     """A row, or one target pair of a row, that was left out.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpo.common.words import show_name
+from mpo.data import spilling
 from mpo.data.contract import (
     HARMFUL,
     HARMLESS,
@@ -25,8 +26,8 @@ from mpo.data.contract import (
     is_untranslated,
     messages_identity,
     messages_text,
+    pair_digest,
     parse_row,
-    source_identity,
     texts_to_detect,
     two_kinds,
 )
@@ -381,12 +382,15 @@ def _load(
     if blank:
         shown = ", ".join(blank[:5]) + (", ..." if len(blank) > 5 else "")
         _LOG.warning("Empty target prompts, kept: %d (%s).", len(blank), shown)
-    table = store.finish(max_targets_per_group)
-    fingerprint = _hash_groups(table.slice(start, _CHUNK) for start in range(0, len(table), _CHUNK))
+    table, fingerprint = store.finish(max_targets_per_group)
     # Left to itself, a dataset pickles its whole table to hash it.
     where = hashlib.sha256(fingerprint.encode())
-    for column in (table["origin"], table["source"].combine_chunks().field("row")):
-        where.update(repr(column.to_pylist()).encode("utf-8"))
+    for chunks in (table["origin"].chunks, [chunk.field("row") for chunk in table["source"].chunks]):
+        # The digest of the whole column's list as it is written, without that list.
+        where.update(b"[")
+        for number, chunk in enumerate(chunks):
+            where.update((", " if number else "").encode() + repr(chunk.to_pylist())[1:-1].encode("utf-8"))
+        where.update(b"]")
     groups = Dataset(InMemoryTable(table), fingerprint=where.hexdigest()[:16])
     loaded = LoadedGroups(groups, dropped, fingerprint, ", ".join(origins))
     return loaded, list(found)
@@ -466,23 +470,26 @@ def show_path(name: str) -> str:
 class _GroupStore:
     """Pairs on their way into groups.
 
-    They are kept as compact Arrow chunks and not as Python objects, and the groups are put together from
-    slices of these chunks, so that a file needs about twice its own size in memory.
+    They are kept as compact Arrow chunks and not as Python objects, and the groups are put together from slices of
+    these chunks. Of a source, memory holds a hash and a few numbers; what is more than a part of the texts is in files.
     """
 
     group_by_source: bool
     limit: int | None
     _known: dict[bytes, int] = field(default_factory=dict)  # hash of a source -> its first group
-    _origins: list[dict[str, None]] = field(default_factory=list)
+    _origins: list[tuple[str, ...]] = field(default_factory=list)  # of each group, in the order of its pairs
     _kinds: list[str] = field(default_factory=list)  # of each group
     _source_of: array[int] = field(default_factory=lambda: array("q"))  # group -> index in _sources
     _group_of: array[int] = field(default_factory=lambda: array("q"))  # target -> group
     _sources: _Chunks = field(default_factory=lambda: _Chunks())
     _targets: _Chunks = field(default_factory=lambda: _Chunks())
+    _shared: dict[tuple[str, ...], tuple[str, ...]] = field(
+        default_factory=dict
+    )  # one object for equal origins
 
     def add(self, source: Pair, targets: list[Pair], origin: str, kind: str) -> bool:
         """Add a row's pairs; False where its source is there as one of another kind."""
-        key = hashlib.sha256(repr(source_identity(source)).encode("utf-8")).digest()
+        key = pair_digest(source)
         group = self._known.get(key)
         if group is None:
             if self.limit is not None and len(self._known) >= self.limit:
@@ -498,39 +505,52 @@ class _GroupStore:
                 # Sources repeat then, each with the row it came from.
                 group = self._new_group(self._sources.append(source), kind)
             fresh = False
-            self._origins[group][origin] = None
+            origins = self._origins[group]
+            if origin not in origins:
+                more = (*origins, origin)
+                self._origins[group] = self._shared.setdefault(more, more)
             self._group_of.append(group)
             self._targets.append(target)
         return True
 
     def _new_group(self, source: int, kind: str) -> int:
         self._source_of.append(source)
-        self._kinds.append(kind)
-        self._origins.append({})
+        self._kinds.append(HARMFUL if kind == HARMFUL else HARMLESS)
+        self._origins.append(())
         return len(self._source_of) - 1
 
-    def finish(self, max_targets: int | None) -> Any:
-        """The Arrow table of all groups."""
+    def finish(self, max_targets: int | None) -> tuple[Any, str]:
+        """The Arrow table of all groups, and its :func:`fingerprint_groups`; the store is empty then."""
+        import pyarrow as pa
+
+        self._known.clear()
+        parts: list[Any] = []  # of the table, those but the last few on disk
+        pending: list[Any] = []
+        schema = group_features(kinds=HARMLESS in self._kinds).arrow_schema
+
+        def written() -> Iterator[Any]:
+            for table in self._tables(schema, max_targets):
+                yield table
+                pending.append(table)
+                if sum(each.nbytes for each in pending) >= spilling.SPILL_BYTES:
+                    parts.append(spilling.to_disk(pa.concat_tables(pending)))
+                    pending.clear()
+                    spilling.release()
+
+        fingerprint = _hash_groups(written())
+        self._sources, self._targets = _Chunks(), _Chunks()
+        tables = [*parts, *pending]
+        return pa.concat_tables(tables) if tables else schema.empty_table(), fingerprint
+
+    def _tables(self, schema: Any, max_targets: int | None) -> Iterator[Any]:
+        """The groups in their order, so many at a time."""
         import numpy as np
         import pyarrow as pa
 
-        features = group_features(kinds=HARMLESS in self._kinds)
-        order = np.argsort(np.asarray(self._group_of, dtype=np.int64), kind="stable")
-        counts = np.bincount(np.asarray(self._group_of, dtype=np.int64), minlength=len(self._source_of))
-        # (group, first target, one past the last target), in positions of `order`
-        pieces: list[tuple[int, int, int]] = []
-        start = 0
-        for group, count in enumerate(counts.tolist()):
-            step = max_targets or count
-            pieces.extend(
-                (group, at, min(at + step, start + count)) for at in range(start, start + count, step)
-            )
-            start += count
-
-        schema = features.arrow_schema
-        tables = []
-        for first in range(0, len(pieces), _CHUNK):
-            part = pieces[first : first + _CHUNK]
+        group_of = np.asarray(self._group_of, dtype=np.int64)
+        order = np.argsort(group_of, kind="stable")
+        counts = np.bincount(group_of, minlength=len(self._source_of))
+        for part in _batches(_pieces(counts, max_targets), _CHUNK):
             offsets = np.cumsum([0] + [stop - at for _, at, stop in part]).astype(np.int32)
             targets = self._targets.take(order[part[0][1] : part[-1][2]].tolist())
             columns = [
@@ -538,19 +558,35 @@ class _GroupStore:
                 pa.ListArray.from_arrays(pa.array(offsets), targets),
                 pa.array([", ".join(self._origins[group]) for group, _, _ in part], pa.string()),
             ]
-            if "kind" in features:
+            if "kind" in schema.names:
                 columns.append(pa.array([self._kinds[group] for group, _, _ in part], pa.string()))
-            tables.append(pa.Table.from_arrays(columns, names=schema.names).cast(schema))
-        table = pa.concat_tables(tables) if tables else schema.empty_table()
-        return table
+            yield pa.Table.from_arrays(columns, names=schema.names).cast(schema)
+
+
+def _pieces(counts: Any, max_targets: int | None) -> Iterator[tuple[int, int, int]]:
+    """Group, first target and one past the last, for every group that comes of so many targets of each source."""
+    start = 0
+    for group, count in enumerate(counts):
+        count = int(count)
+        step = max_targets or count
+        for at in range(start, start + count, step):
+            yield group, at, min(at + step, start + count)
+        start += count
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while part := list(islice(items, size)):
+        yield part
 
 
 class _Chunks:
-    """An append-only list of pairs, stored as Arrow."""
+    """An append-only list of pairs, stored as Arrow: in memory, and on disk what is more than a part."""
 
     def __init__(self) -> None:
         self._buffer: list[Pair] = []
         self._chunks: list[Any] = []
+        self._spilled = 0  # of the chunks
+        self._bytes = 0  # of those in memory
 
     def append(self, pair: Pair) -> int:
         self._buffer.append(pair)
@@ -562,8 +598,14 @@ class _Chunks:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        self._chunks.append(pa.array(self._buffer, type=group_features().arrow_schema.field("source").type))
+        chunk = pa.array(self._buffer, type=group_features().arrow_schema.field("source").type)
+        self._chunks.append(chunk)
         self._buffer = []
+        self._bytes += chunk.nbytes
+        if self._bytes >= spilling.SPILL_BYTES:
+            in_memory = pa.table({"pair": pa.chunked_array(self._chunks[self._spilled :])})
+            self._chunks[self._spilled :] = spilling.to_disk(in_memory)["pair"].chunks
+            self._spilled, self._bytes = len(self._chunks), 0
 
     def take(self, indices: list[int]) -> Any:
         import pyarrow as pa

@@ -34,6 +34,7 @@ _OPENING_OF = {closing.lower(): re.compile(re.escape(opening), re.I) for opening
 _ANY_OPENING = "|".join(re.escape(opening) for opening, _ in _BLOCKS)
 _OPENED = re.compile(rf"\s*+({_ANY_OPENING})", re.I)
 _CLOSED = re.compile("|".join(re.escape(closing) for _, closing in _BLOCKS), re.I)
+_MARK = re.compile("[<[\u25c1]")  # how delimiters begin: texts without one are looked at no further
 _LEFT_OPEN = re.compile(rf"(?:{_ANY_OPENING})\s*+\Z", re.I)
 
 _IN_CHANNELS = re.compile(r"\s*+(?:<\|start\|>\s*+assistant\s*+)?<\|channel\|>", re.I)
@@ -61,6 +62,8 @@ class Parts:
 
 def split_reasoning(text: str) -> Parts:
     """Reasoning and answer. A text without reasoning is all answer and comes back unchanged."""
+    if _MARK.search(text) is None and _BARE_CHANNELS.match(text) is None:
+        return Parts("", text)
     end = 0
     while opened := _OPENED.match(text, end):
         closing = _CLOSING_OF[opened[1].lower()].search(text, opened.end())

@@ -56,4 +56,8 @@ def phrases_fingerprint() -> str:
 def opens_with_refusal(text: str, *languages: str) -> bool:
     """True if a phrase of one of these languages stands in the first 240 characters of ``text``."""
     opening = _normalize(text[: 2 * _OPENING])[:_OPENING]
-    return any(phrase in opening for language in languages for phrase in _phrases().get(language, ()))
+    for language in languages:  # without generators: this is asked of every response of the data
+        for phrase in _phrases().get(language, ()):
+            if phrase in opening:
+                return True
+    return False

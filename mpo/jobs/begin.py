@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpo.common.characters import printable
 from mpo.common.files import write_text
 from mpo.common.recipe_files import PackagedRecipe, packaged_recipe, packaged_recipes
 from mpo.common.words import listed, show_name
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 _FAMILIES = {"gemma": "gemma", "qwen": "qwen", "llama": "llama"}
 _WIDTH, _RATE = 4096, 2.0e-5  # hidden size and learning rate of the recipes for LoRA
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
     out = Path(wanted.out or f"{name}.yaml")
     if out.suffix not in (".yaml", ".yml"):
         out = out.with_name(out.name + ".yaml")
+    if _CONTROL.search(str(out)):
+        raise ConfigError(
+            f"--out: {show_name(str(out))} holds a line break or another control character. Choose another name."
+        )
     if out.exists() and not wanted.force:
         raise StorageError(
             f"{out} is there already, and is kept. Choose another name with --out, or replace it with --force."
@@ -122,7 +130,7 @@ def filled(
     if opening is not None:
         recipe = re.sub(r"\A(#.*\n)+", lambda _: opening, recipe)
     for key, value in values.items():
-        written = value if re.fullmatch(r"[\w./+-]+", value) else "'" + value.replace("'", "''") + "'"
+        written = _quoted(value)
         setting = f"{key}: {written}"
         found = re.search(
             rf"^(?:# )?{key}:[^#\n]*?(?P<said>[ \t]+#.*(?:\n[ \t]+#.*)*)?$", recipe, re.MULTILINE
@@ -138,6 +146,13 @@ def filled(
         line = f"{setting.ljust(column - 2)}  {said}" if said else setting  # where the comment was
         recipe = recipe[: found.start()] + line + recipe[found.end() :]
     return recipe
+
+
+def _quoted(value: str) -> str:
+    """A text as YAML reads it back."""
+    if _CONTROL.search(value):
+        return json.dumps(value)
+    return value if re.fullmatch(r"[\w./+-]+", value) else "'" + value.replace("'", "''") + "'"
 
 
 # ----------------------------------------------------------------------------------------------------------- what is asked
@@ -174,7 +189,7 @@ def _answers(wanted: Beginning, ask: Callable[[str], str] | None) -> tuple[str, 
             except MPOError as error:
                 if given is not None:
                     raise
-                print(error)
+                print(printable(str(error)))
     return found[0], found[1]
 
 
@@ -268,8 +283,6 @@ def _source_language(data: str) -> str:
 
 def _learning_rate(model: str) -> dict[str, str]:
     """For a model in a folder that is narrower than those of the recipes: their rate, scaled by its width."""
-    import json
-
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         width = int((config.get("text_config") or config)["hidden_size"])

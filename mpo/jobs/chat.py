@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpo.common.characters import printable
+from mpo.common.characters import printable, without_halves
 from mpo.common.words import counted
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, ModelError, MPOError
@@ -256,6 +256,7 @@ class _Talk:
         Raises:
             KeyboardInterrupt: Ctrl-C, after the answer has ended. What is written of it stays in the conversation.
         """
+        question = without_halves(question)  # of bytes that are no UTF-8; no tokenizer takes them
         beside = len(self.sides) > 1 and self.stdout.isatty() and self.console.width >= _SIDE_BY_SIDE
         answers: dict[str, str] = {}
         for side, with_adapter in self.sides.items():

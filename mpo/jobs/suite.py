@@ -17,7 +17,7 @@ from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
 from mpo.evaluation.engines import Generation, ModelChoice
 from mpo.evaluation.judge_quality import measure_judge
-from mpo.evaluation.judges import check_judge
+from mpo.evaluation.judges import check_judge, make_judge
 from mpo.evaluation.judges.grader import check_grader
 from mpo.evaluation.judges.guard import has_own_replies
 from mpo.evaluation.mt_bench import (
@@ -224,6 +224,7 @@ def _check_files(recipe: SuiteRecipe) -> None:
 
 def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptSet]) -> Iterator[Job]:
     gaps: list[Job] = []
+    guards = {kind: _guards(recipe, kind) for kind in dict.fromkeys(kind for kind, _ in prompts)}
     for name, model in recipe.models.items():
         identity = _identity(model)
         if model.engine == "server":
@@ -236,7 +237,7 @@ def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptS
             gaps.append(job)
             yield job
         for (kind, prompt_set), loaded in prompts.items():
-            yield _safety_job(recipe, out, name, model, identity, kind, prompt_set, loaded)
+            yield _safety_job(recipe, out, name, model, identity, kind, prompt_set, loaded, guards[kind])
         if recipe.mt_bench is not None:
             yield _mt_bench_job(recipe, out, name, model, identity)
         if model.engine != "server":
@@ -253,6 +254,12 @@ def _identity(model: ModelChoice) -> dict[str, Any]:
         }
     loaded = {"device": model.device, "attention": model.attn_implementation}
     return {**model.open().identity().to_dict(), **loaded}
+
+
+def _guards(recipe: SuiteRecipe, kind: str) -> list[dict[str, Any]]:
+    """What tells the guards that judge this kind from others, by the content of their weights; nothing is loaded."""
+    guards = [choice for choice in recipe.judges(kind).values() if choice.name == "guard"]
+    return [make_judge(choice, TASKS[kind]).settings() for choice in guards]
 
 
 def _reward_gap_job(
@@ -323,6 +330,7 @@ def _safety_job(
     kind: str,
     prompt_set: str,
     prompts: PromptSet,
+    guards: list[dict[str, Any]],
 ) -> Job:
     settings: PromptSettings = getattr(recipe, kind)[prompt_set]
     template = None if settings.template is None else load_template(settings.template)
@@ -351,6 +359,7 @@ def _safety_job(
         "generation": recipe.generation.settings(),
         "judges": [asdict(judge) for judge in judges],
         "files": _contents([judge.prompt for judge in judges if judge.prompt is not None]),
+        **({"guards": guards} if guards else {}),
         "model": identity,
         "engine": [model.engine, model.batch_size],
         "confidence": recipe.confidence,

@@ -363,3 +363,34 @@ def test_responses_that_the_cut_makes_equal_are_found() -> None:
         assert rows_of(report, "same_after_cut") == {"bn": [0]}, limits
         with pytest.raises(DataError, match="after the cut"):
             tokenize_group(load_groups(rows[:1]).groups[0], tokenizer, **limits)
+
+
+def _thought(
+    answer: str, thought: str = "The user asks for help. I can't help with that would be a refusal."
+) -> str:
+    return f"<think>\n{thought}\n</think>\n\n{answer}"
+
+
+def test_reasoning_is_counted_and_the_answer_behind_it_is_read() -> None:
+    plain = [flat(number=0), flat(number=1)]
+    parts = [f"{side}_{part}" for side in ("source", "target") for part in ("chosen", "rejected")]
+    thinking = [{**row, **{part: _thought(row[part]) for part in parts}} for row in plain]
+    expected, found = check_data(plain), check_data(thinking)
+    assert expected.reasoning == 0 and found.reasoning == 8
+    assert "Reasoning 8 of 8 responses hold it" in " ".join(found.to_text().split())
+    assert "Reasoning" not in expected.to_text()
+    for name in FINDINGS:
+        assert found.count(name) == expected.count(name), name
+    by_language = {report.language: report for report in found.languages}
+    # Lengths are of all that is trained on.
+    assert by_language["bn"].lengths["chosen"].max > 80
+    unlabelled = [{**row, "target_language": None} for row in thinking]
+    assert [report.language for report in check_data(unlabelled).languages] == ["en", "bn"]
+
+
+def test_an_answer_that_ends_within_its_reasoning_is_a_finding() -> None:
+    rows = [flat(number=0), flat(number=1, target_chosen="<think>\nThe user asks"), flat(number=2)]
+    report = check_data(rows)
+    assert report.count("no_answer") == 1 and report.reasoning == 1
+    (language,) = [each for each in report.languages if not each.is_source]
+    assert [row.row for row in language.flagged["no_answer"]] == [1]

@@ -5,6 +5,8 @@ The same code runs in the test's own process and in those that ``accelerate laun
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from mpo.errors import TrainingError
+from mpo.errors import ConfigError, StoppedBySignal, TrainingError
 from mpo.evaluation.probe.watch import ProbeWatch
 from mpo.modeling.loading import ModelSource, load_adapter, load_model, load_tokenizer
 from mpo.modeling.pairs import PairTensors
@@ -324,6 +326,51 @@ def run_poisoned(poison: str, folder: Path, shared: Path, ranks: int) -> dict[st
     except TrainingError as error:
         return {"error": str(error), "checkpoints": [path.name for path in checkpoints(folder)]}
     return {"error": None}
+
+
+class SignalOneRank(TrainerCallback):
+    """Sends a signal to the last rank alone, before its step ``step``."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (
+            state.global_step + 1 == self.step
+            and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        ):
+            os.kill(os.getpid(), self.number)
+
+
+def run_signalled(name: str, out: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """A run that SIGTERM ends on one rank, what a resume of it refuses, and the resumed one beside an unbroken one."""
+    folder, kept = out / "signalled", {"save_strategy": "steps", "save_steps": 100}
+    whole = build(name, out / "whole", shared, ranks)
+    whole.train()
+    whole.save_model(str(out / "whole" / "saved"))
+    stopped = build(name, folder, shared, ranks, **kept)
+    stopped.add_callback(SignalOneRank(2, signal.SIGTERM))
+    code = None
+    try:
+        stopped.train()
+    except StoppedBySignal as stop:
+        code = stop.exit_code
+    found = [path.name for path in checkpoints(folder)]
+    refused = None
+    try:
+        build(name, folder, shared, ranks, **kept, learning_rate=0.5).train(resume_from_checkpoint=True)
+    except ConfigError as error:
+        refused = str(error)
+    resumed = build(name, folder, shared, ranks, **kept)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.save_model(str(folder / "saved"))
+    return {
+        "code": code,
+        "checkpoints": found,
+        "refused": refused,
+        "stopped at": stopped.state.global_step,
+        "steps": [log["step"] for log in resumed.state.log_history if "loss" in log],
+    }
 
 
 __all__ = ["SCENARIOS", "build", "build_model", "build_tokenizer", "run", "run_poisoned", "save_models"]

@@ -68,6 +68,8 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
             return scenarios.run_probed(name, out, shared, ranks)
         case "poison":
             return scenarios.run_poisoned(name, out / f"poison-{name}", shared, ranks)
+        case "signal":
+            return scenarios.run_signalled(name, out, shared, ranks)
         case "killed":
             trainer = scenarios.build(
                 name, out / "killed", shared, ranks, save_strategy="steps", save_steps=1

@@ -165,3 +165,30 @@ def test_values_are_put_where_they_belong_and_comments_stay() -> None:
     assert done == ("# other\n\na: x/y  # says\n       # more of it\nb: 9        # b's\nc: 'it''s'\nd: new\n")
     assert yaml.safe_load(done) == {"a": "x/y", "b": 9, "c": "it's", "d": "new"}
     assert filled("a: 1  # old\n      # old too\nb: 2\n", {"a": "2"}, {"a": "new"}) == "a: 2  # new\nb: 2\n"
+
+
+@pytest.mark.parametrize("value", ["it's", "a: b # c", "two\nlines", "\x1b[31mred", "a\u2028b"])
+def test_a_name_is_read_back_as_it_is(value: str) -> None:
+    text = filled("# top\nmodel: x  # said\nother: 1\n", {"model": value})
+    assert yaml.safe_load(text) == {"model": value, "other": 1}
+
+
+def test_a_line_break_in_the_name_of_the_recipe_is_refused(model: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="line break"):
+        begin(Beginning(str(model), "demo", out="a\nlearning_rate: 1.yaml", yes=True))
+    assert list(folder.glob("*.yaml")) == []
+
+
+def test_an_error_while_asking_acts_on_no_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = iter(["model", "\x1b[31mnone.jsonl"])
+
+    def ask(question: str) -> str:
+        try:
+            return next(given)
+        except StopIteration:
+            raise EOFError from None
+
+    with pytest.raises(ConfigError):
+        begin(Beginning(), ask=ask)
+    said = capsys.readouterr().out
+    assert "no such file" in said and "\x1b" not in said

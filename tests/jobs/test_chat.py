@@ -250,3 +250,13 @@ def test_an_adapter_brings_its_base_model(model: Path, adapter: Path, tmp_path: 
         with pytest.raises(ModelError) as caught:
             on_its_base(ModelChoice(str(lost)))
         assert said in str(caught.value) and f"mpo chat BASE_MODEL --adapter {lost}" in str(caught.value)
+
+
+def test_a_question_that_is_no_utf_8_is_asked_all_the_same(model: Path) -> None:
+    said = io.StringIO()
+    chat(
+        ChatSettings(ModelChoice(str(model), device="cpu"), Generation(2)),
+        stdin=io.StringIO("caf\udce9?"),
+        stdout=said,
+    )
+    assert said.getvalue().endswith("\n")

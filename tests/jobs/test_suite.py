@@ -364,6 +364,27 @@ def test_over_refusal_is_judged_by_its_own_judges(place: Path, tmp_path: Path) -
     assert over_refusal["judge"]["name"] == "refusal-phrases" and "second_judge" not in over_refusal
 
 
+def test_a_guard_whose_weights_changed_judges_anew(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guard = tmp_path / "guard"
+    shutil.copytree(place / "model", guard)
+    changes = {"reward_gap": None, "perplexity": None, "models": {"base": _models()["base"]}}
+    judges = {"judge": _GUARD | {"model": str(guard)}, "over_refusal_judge": {}}
+    recipe = _recipe(place, out=str(tmp_path / "out"), **changes, **judges)
+    assert main(["evaluate", "suite", recipe]) == 0
+    capsys.readouterr()
+    seen = []
+    for content in (b"", b"\x00\x00\x00\x3f"):
+        weights = guard / "model.safetensors"
+        if content:
+            weights.write_bytes(weights.read_bytes()[: -len(content)] + content)
+        assert main(["evaluate", "suite", recipe, "--dry_run"]) == 0
+        states = _states(capsys.readouterr().out)
+        seen.append({name for name, state in states.items() if state == "to do"})
+    assert seen == [set(), {"base/attack/unsafe"}]
+
+
 def test_a_changed_task_file_is_noticed(
     place: Path, first_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

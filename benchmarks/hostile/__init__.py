@@ -1,0 +1,1 @@
+"""Hostile inputs by the hundred, drawn from a seed: see :mod:`benchmarks.faults`."""
