@@ -11,9 +11,10 @@ from pydantic import Field
 
 from mpo.common.provenance import Result
 from mpo.common.tables import TextTable, interval, printable_name, signed
-from mpo.common.typed_json import Confidence, named_by_key, read_typed
+from mpo.common.typed_json import NO_KEY_IF_EMPTY, Confidence, named_by_key, read_typed
 from mpo.data.languages import language_name
 from mpo.hidden_space.compare import LanguageResult, LayerResult
+from mpo.hidden_space.language_silhouette import Silhouettes
 
 FILE = "hidden_space.json"
 MEASUREMENT = "hidden_space"
@@ -50,6 +51,7 @@ class ModelResult:
         adapter: the adapter.
         shown_layer: the layer of tables and pictures.
         layers: estimates by layer.
+        silhouettes: by layer and state, of all languages together; empty with one language and in older files.
     """
 
     name: Annotated[str, Field(exclude=True)]
@@ -58,6 +60,7 @@ class ModelResult:
     adapter: str | None
     shown_layer: str
     layers: dict[str, LayerResult] = field(default_factory=dict)
+    silhouettes: Annotated[dict[str, dict[str, Silhouettes]], NO_KEY_IF_EMPTY] = field(default_factory=dict)
 
     @property
     def is_comparison(self) -> bool:

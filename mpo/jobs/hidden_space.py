@@ -16,6 +16,7 @@ from mpo.common.words import duration
 from mpo.errors import ConfigError, DependencyError
 from mpo.hidden_space.compare import AFTER, BEFORE, check_texts, measure_layer
 from mpo.hidden_space.embed import Embedder
+from mpo.hidden_space.language_silhouette import silhouette_picture, silhouette_table, silhouettes
 from mpo.hidden_space.recipe import AnalysisRecipe, ModelEntry
 from mpo.hidden_space.resampling import Array
 from mpo.hidden_space.results import FILE, MEASUREMENT, HiddenSpace, ModelResult
@@ -67,12 +68,16 @@ def run_analysis(recipe: AnalysisRecipe) -> Path:
         if not is_main:
             break
         result.models[entry.name] = _measure(entry, recipe, stores, texts)
-        table = result.models[entry.name].text_table(recipe.confidence)
-        print()
-        table.show()
+        model = result.models[entry.name]
+        tables = [model.text_table(recipe.confidence)]
+        if model.silhouettes:
+            tables.append(silhouette_table(model.name, model.silhouettes))
+        for table in tables:
+            print()
+            table.show()
         written = [
             write_typed(folder / FILE, result),
-            write_text(folder / f"{entry.name}.txt", table.plain() + "\n"),
+            write_text(folder / f"{entry.name}.txt", "\n\n".join(t.plain() for t in tables) + "\n"),
             *_draw(result, entry.name, stores, texts, recipe, folder),
         ]
         print(f"\nWritten: {', '.join(str(path) for path in written)}", flush=True)
@@ -151,6 +156,15 @@ def _measure(
             recipe,
             states=tuple(stores),
         )
+        by_language = texts.by_language()
+        if len(by_language) > 1:
+            result.silhouettes[layer] = {
+                state: silhouettes(
+                    {code: _cloud(store, recipe.pooling, layer, texts, code) for code in by_language},
+                    {code: rows.harmful for code, rows in by_language.items()},
+                )
+                for state, store in stores.items()
+            }
         passed = time.monotonic() - started
         left = passed / number * (len(layers) - number)
         more = f", {duration(left)} left" if number < len(layers) else ""
@@ -182,7 +196,10 @@ def _draw(
         return _cloud(stores[state], recipe.pooling, shown, texts, language)
 
     try:
-        return draw_all(result, name, texts.by_language(), load, folder)
+        written = draw_all(result, name, texts.by_language(), load, folder)
+        if scores := result.models[name].silhouettes:
+            written.append(silhouette_picture(name, scores, folder / f"{name}.silhouettes.png"))
+        return written
     except DependencyError as error:
         print(f"No pictures: {error}")
         return []

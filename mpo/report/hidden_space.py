@@ -19,6 +19,7 @@ PICTURES = {
     "measures": "Measures of separation per language, with their change",
     "directions": "Cosines between the languages' harm directions",
     "layers": "Separation by layer",
+    "silhouettes": "Whether texts lie by harm or by language, by layer",
 }
 """Endings of the picture files, in the order of the page, and what they show."""
 

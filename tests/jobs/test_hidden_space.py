@@ -82,7 +82,7 @@ def test_a_recipe_leaves_numbers_tables_and_pictures(analysed: Path) -> None:
     pictures = {
         f"{name}.{kind}.png"
         for name in ("tiny", "alone")
-        for kind in ("clusters", "measures", "directions", "layers")
+        for kind in ("clusters", "measures", "directions", "layers", "silhouettes")
     }
     assert names == {"hidden_space.json", "tiny.txt", "alone.txt", "embeddings", *pictures}
     result = HiddenSpace.read(analysed)
@@ -98,6 +98,9 @@ def test_a_recipe_leaves_numbers_tables_and_pictures(analysed: Path) -> None:
     assert embeddings.after["probe_auroc"].value == 0.5
     assert not result.models["alone"].shown.languages["ar"].change
     text = (analysed / "tiny.txt").read_text(encoding="utf-8")
+    scores = result.models["tiny"].silhouettes["norm"]
+    assert list(scores) == ["before", "after"] and "Silhouette scores of tiny by layer" in text
+    assert all(-1 <= value <= 1 for one in scores.values() for value in (one.semantic, one.language))
     assert "Arabic" in text and max(map(len, text.splitlines())) <= 120
 
 
@@ -158,7 +161,7 @@ def test_results_survive_json(analysed: Path, tmp_path: Path) -> None:
 def test_the_report_has_a_section_with_pictures_and_escaped_names(analysed: Path, tmp_path: Path) -> None:
     section = hidden_space_section(analysed.parent)
     assert section is not None and section.anchor == "hidden-space"
-    assert section.html.count("data:image/png;base64,") == 8
+    assert section.html.count("data:image/png;base64,") == 10
     assert "Arabic" in section.html and "| Arabic |" in section.markdown
     assert hidden_space_section(tmp_path) is None
     values = json.loads((analysed / "hidden_space.json").read_text(encoding="utf-8"))
