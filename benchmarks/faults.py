@@ -19,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.hostile import data_files, kills, models, recipes, results
 from benchmarks.hostile.cases import Tally, try_all
+from mpo.common.progress import quiet_libraries
 
 NUMBERS = {
     "data": 200,
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="inputs of each kind that runs in this process")
     parser.add_argument("--kills", type=int, help="kills of each kind of run")
     arguments = parser.parse_args()
+    quiet_libraries()
     wrong = 0
     print(f"{'kind':<10}{'tried':>7}{'clear errors':>15}{'wrong':>7}")
     for kind in arguments.only:

@@ -7,8 +7,9 @@ import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from types import FrameType
 from typing import Any
 
@@ -64,7 +65,7 @@ def try_all(cases: Iterable[Case], seconds: int = 60) -> Tally:
         tally.by_name[case.name] += 1
         said = None
         try:
-            with _limit(seconds):
+            with _limit(seconds), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 said = case.run()
             if case.expected == REFUSED and said is None:
                 said = "accepted in silence"
