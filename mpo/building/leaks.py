@@ -39,7 +39,8 @@ def without_leaks(
             for number, row in enumerate(read())
             if isinstance(row, PromptRow) and row.id not in found
         )
-        numbers = {leak.row: leak for leak in leaks.find_leaks(training, evaluation).pairs}
+        pairs = sorted(leaks.find_leaks(training, evaluation).pairs, key=lambda leak: leak.score)
+        numbers = {leak.row: leak for leak in pairs}  # the nearest of each row
         new = {
             row.id: numbers[number]
             for number, row in enumerate(read())

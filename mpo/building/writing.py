@@ -258,7 +258,7 @@ def write_page(folder: Path, recipe: BuildRecipe, counts: Counts, output: Output
         findings=[],
         answers_page=None,
     )
-    return write_text(folder / PAGE, text + "\n")
+    return write_text(folder / PAGE, text)
 
 
 def _examples(recipe: BuildRecipe, output: Output) -> str:

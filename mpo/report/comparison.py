@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import statistics
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import mpo
 from mpo.common.files import write_text
 from mpo.common.tables import TextTable, escape_markdown, printable_name
 from mpo.common.words import counted, duration, listed, number, size
@@ -35,7 +30,7 @@ from mpo.report import plane
 from mpo.report.measurement import GAP as GAP_UNIT
 from mpo.report.measurement import NONE, SHARE, Unit, p_text, shown_language
 from mpo.report.measurement import PERPLEXITY as PERPLEXITY_UNIT
-from mpo.report.rendering import Section, html
+from mpo.report.rendering import Section, html, page
 from mpo.report.tables import Shown, bare
 
 PAGE, TABLE = "index.html", "compare.md"
@@ -99,23 +94,18 @@ def write_comparison(
             html("comparison_reading.html", several=_seeds(comparison) > 1),
         ),
     ]
-    style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8")
-    page = html(
+    shown = page(
         "comparison.html",
-        title=comparison.title,
-        style=style,
-        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+        comparison.title,
         base=comparison.base,
         summary=_summary(comparison),
         failed=[(run.name, run.error) for run in comparison.runs if run.state == "failed"],
         findings=_findings(comparison),
         sections=[section for section in sections if section is not None],
         details=None if details is None else os.path.relpath(details, folder),
-        made=datetime.now(UTC).strftime("%Y-%m-%d"),
-        version=mpo.__version__,
     )
     return (
-        write_text(folder / PAGE, page + "\n"),
+        write_text(folder / PAGE, shown),
         write_text(folder / TABLE, f"# {escape_markdown(comparison.title)}\n\n{_markdown(comparison)}\n"),
     )
 

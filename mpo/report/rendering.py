@@ -59,15 +59,14 @@ def page(template: str, title: str, *, rules: str = "", **values: Any) -> str:
         **values: What the template needs.
     """
     style = resources.files("mpo.report").joinpath("page.css").read_text(encoding="utf-8") + rules
-    return html(
-        template,
-        title=title,
-        style=style,
-        digest=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
-        made=datetime.now(UTC).strftime("%Y-%m-%d"),
-        version=mpo.__version__,
-        **values,
-    )
+    values |= {
+        "title": title,
+        "style": style,
+        "digest": base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "version": mpo.__version__,
+    }
+    return html(template, **values) + "\n"
 
 
 def fence(text: str, least: int = 1) -> str:

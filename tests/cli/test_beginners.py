@@ -93,7 +93,7 @@ MISTAKES = [
     # Data
     ("train recipe.yaml --dataset pair.jsonl", "Did you mean pairs.jsonl? Set `dataset`."),
     ("train recipe.yaml --dataset model", "model: is a folder; expected a file."),
-    ("train recipe.yaml --dataset prompts.csv", "row 0, field `source_prompt`: missing. The fields found are `id`, `en`"),
+    ("train recipe.yaml --dataset prompts.csv", "holds prompts alone, with a column per language"),
     ("train recipe.yaml --dataset recipe.yaml", "unsupported suffix '.yaml'. Supported: .json, .jsonl, .csv, .parquet."),
     ("data check pears.jsonl", "Did you mean 'pairs.jsonl'?"),
     ("evaluate attack --model model --prompts promts.csv --out new", "Did you mean 'prompts.csv'?"),
@@ -111,7 +111,7 @@ MISTAKES = [
     ("merge adapter", "the following arguments are required: --out"),
     ("merge adapter --out model", "model is not empty. Choose a folder that does not exist yet."),
     ("report results", "holds no measurement of a model. Expected results/MODEL/reward_gap.json"),
-    ("report nowhere", "Pass the folder that `mpo evaluate ... --out` wrote to."),
+    ("report nowhere", "Pass the folder that `mpo evaluate ... --out` or `mpo train` wrote to."),
     ("cache nowhere", "expected one with results of `mpo evaluate`."),
     ("recipes copy llama recipe.yaml", "recipe.yaml is there already, and is kept."),
     ("init", "Nobody can be asked here: give --model and --data."),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from mpo.data.refusals import refusal_languages
 from mpo.evaluation.answers import AnswerRow
-from mpo.evaluation.probe import probe_rows
+from mpo.evaluation.probe import behavior, probe_rows
 from mpo.evaluation.probe.behavior import Answered, choose_prompts
 from mpo.evaluation.rates import tabulate
 from mpo.evaluation.tasks import ATTACK
@@ -105,7 +106,10 @@ def test_the_verdicts_are_those_of_the_evaluation(tmp_path) -> None:
     assert tabulate(ATTACK, answered.harmful, verdicts) == answered.behavior.harmful_answered
 
 
-def test_refusals_in_english_are_no_share_of_a_language_without_phrases() -> None:
+def test_refusals_in_english_are_no_share_of_a_language_without_phrases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(behavior, "refusal_languages", lambda: refusal_languages() - {"hi"})
     answered = ask(lambda p: REFUSAL["en"] if p.prompt_id.endswith("1") else TEXT["en"], ("en", "hi"))
     metrics = answered.metrics()
     assert "probe/harmless_refused/hi" not in metrics and "probe/harmless_refused/en" in metrics
