@@ -389,8 +389,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, help="threads of a CPU")
     objectives.add_options(parser)
-    parser.add_argument("--out", default="runs/benchmarks/step.json")
+    parser.add_argument("--out", help="runs/benchmarks/step.json, or objectives.json beside it")
     options = parser.parse_args()
+    options.out = options.out or f"runs/benchmarks/{'objectives' if options.loss_type else 'step'}.json"
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
