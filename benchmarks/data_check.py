@@ -181,6 +181,8 @@ def _memory() -> tuple[float, float]:
 
 def _measure_check(path: Path) -> None:
     """Prints processor seconds and peaks of memory, looked at ten times a second."""
+    import datasets  # noqa: F401, so that the libraries are there already
+
     from mpo.data import check_data
     from mpo.data.detection import detect_all
 
@@ -217,12 +219,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         write_rows(path, arguments.rows)
-        print(
-            f"{arguments.rows:,} rows, {path.stat().st_size / 1e6:.0f} MB\n\n{'stage':<26}{'seconds':>10}{'rows/s':>12}"
-        )
         if arguments.check_only:
             _measure_check(path)
             return
+        print(
+            f"{arguments.rows:,} rows, {path.stat().st_size / 1e6:.0f} MB\n\n{'stage':<26}{'seconds':>10}{'rows/s':>12}"
+        )
         for name, seconds in measure(path, arguments.rows).items():
             print(f"{name:<26}{seconds:>10.2f}{arguments.rows / seconds:>12,.0f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
