@@ -12,6 +12,7 @@ import json
 import random
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,14 +172,56 @@ def measure(path: Path, rows: int) -> dict[str, float]:
     return seconds
 
 
+def _memory() -> tuple[float, float]:
+    """MiB of this process: its own, and with the pages of mapped files."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in status.splitlines() if "kB" in line}
+    return found["RssAnon"], found["VmRSS"]
+
+
+def _measure_check(path: Path) -> None:
+    """Prints processor seconds and peaks of memory, looked at ten times a second."""
+    import datasets  # noqa: F401, so that the libraries are there already
+
+    from mpo.data import check_data
+    from mpo.data.detection import detect_all
+
+    detect_all(["one text to load the classifier with"])
+    before = peak = _memory()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.1):
+            own, whole = _memory()
+            peak = max(peak[0], own), max(peak[1], whole)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.process_time()
+    check_data(path)
+    seconds = time.process_time() - start
+    ended.set()
+    watcher.join()
+    print(f"checking, with loading: {seconds:.1f} s")
+    for name, at_first, most in zip(("of its own", "with mapped files"), before, peak, strict=True):
+        print(f"memory {name}: {most - at_first:,.0f} MiB beyond the {at_first:,.0f} before")
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument(
+        "--check_only", action="store_true", help="measure the memory of `mpo data check` alone"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         write_rows(path, arguments.rows)
+        if arguments.check_only:
+            _measure_check(path)
+            return
         print(
             f"{arguments.rows:,} rows, {path.stat().st_size / 1e6:.0f} MB\n\n{'stage':<26}{'seconds':>10}{'rows/s':>12}"
         )

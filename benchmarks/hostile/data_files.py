@@ -159,7 +159,7 @@ def _kinds(draw: random.Random) -> bytes:
 
 
 def _no_rows(draw: random.Random) -> bytes:
-    value = draw.choice([3, None, "text", [1, 2], True, [], [[]]])
+    value: Any = draw.choice([3, None, "text", [1, 2], True, [], [[]]])
     return (json.dumps(value) + "\n").encode() * draw.randint(1, 3)
 
 
