@@ -39,7 +39,9 @@ def without_leaks(
             for number, row in enumerate(read())
             if isinstance(row, PromptRow) and row.id not in found
         )
-        pairs = sorted(leaks.find_leaks(training, evaluation).pairs, key=lambda leak: leak.score)
+        pairs = sorted(
+            leaks.find_leaks(training, evaluation).pairs, key=lambda leak: (leak.score, leak.kind == "exact")
+        )
         numbers = {leak.row: leak for leak in pairs}  # the nearest of each row
         new = {
             row.id: numbers[number]
