@@ -460,7 +460,8 @@ def language_mean(
 
 def mt_bench_table(result: MTBenchResult, name: str) -> TextTable:
     """The table for people: a row per language, below it its categories."""
-    rows, rules = [], set()
+    rows: list[tuple[str, ...]] = []
+    rules: set[int] = set()
     for code, row in result.languages.items():
         if rows:
             rules.add(len(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 
 from mpo.common.bootstrap import grouped_mean_interval
@@ -14,6 +15,15 @@ from mpo.report.measurement import Cell, Change, Measurement, Row, Unit, Value, 
 
 GRADE = Unit("grade", digits=2, change_digits=2)
 _Entry = Callable[[MTBenchResult], GradeMean | None]
+
+
+def _mean_of(result: MTBenchResult, code: str) -> GradeMean | None:
+    return result.languages[code].mean if code in result.languages else None
+
+
+def _category_of(result: MTBenchResult, name: str) -> GradeMean | None:
+    return result.categories.get(name)
+
 
 _LEAD = (
     "Mean grade, from 1 to 10, that an LLM judge gives to the answers in MT-Bench's dialogues of two turns. Higher is better. It "
@@ -37,16 +47,15 @@ def mt_bench(results: Results, codes: Sequence[str]) -> list[Measurement]:
             shown_language(code),
             False,
             code,
-            lambda r, c=code: r.languages[c].mean if c in r.languages else None,
-        )  # type: ignore[misc]
+            partial(_mean_of, code=code),
+        )
         for code in codes
     ]
     if len(codes) > 1:
         by_language.append(("Mean of languages", True, None, lambda r: r.average))
     categories = list(dict.fromkeys(name for result in known for name in result.categories))
     by_category: list[tuple[str, bool, str | None, _Entry]] = [
-        (printable_name(name, 40), False, None, lambda r, c=name: r.categories.get(c))  # type: ignore[misc]
-        for name in categories
+        (printable_name(name, 40), False, None, partial(_category_of, name=name)) for name in categories
     ]
     notes = (
         f"Judge: {listed(sorted({printable_name(str(r.judge['name']), 60) for r in known}))}. Intervals resample questions with both "
@@ -118,4 +127,5 @@ def _change(base: MTBenchResult | None, result: MTBenchResult | None, code: str 
     names = sorted({question for own in pairs.values() for question, _ in own})
     rows = [(value, names.index(question)) for own in pairs.values() for question, value in own]
     ends = grouped_mean_interval([value for value, _ in rows], [group for _, group in rows])
-    return Change(change, *(ends or (None, None)), count=len(names))
+    low, high = ends or (None, None)
+    return Change(change, low, high, count=len(names))
