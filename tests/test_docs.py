@@ -525,7 +525,7 @@ def test_the_settings_named_beside_the_tables_are_keys() -> None:
         "all_targets",
         "retention_loss",
     }  # of metrics.json
-    others |= {"held_out_groups", "train_runtime", "flex_attention"}
+    others |= {"held_out_groups", "train_runtime", "peak_memory", "flex_attention"}
     assert words - others <= set(KEYS)
     assert "gradient_checkpointing" in words
 

@@ -16,7 +16,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from mpo.data.contract import HARMLESS
 from mpo.errors import ConfigError
 from mpo.modeling.pairs import PairTensors
 from mpo.training.objectives import MISMATCHED, RETENTION, STATES, TRAIN_ON, take_published
-
-if TYPE_CHECKING:
-    from mpo.training.config import MPOConfig
 
 HARMLESS_LOSS = "sigmoid"
 """The objective of harmless groups where none is set."""
@@ -174,8 +171,8 @@ def _at_least(least: float) -> Any:
     )
 
 
-def of_harmless(args: Any, neutral: Mapping[str, float]) -> MPOConfig:
-    """The settings as they are for harmless groups: objective, weight, temperature and trained pairs are theirs.
+def of_harmless(args: Any, neutral: Mapping[str, float]) -> Any:
+    """The settings, an ``MPOConfig``, as they are for harmless groups: objective, weight, temperature and trained pairs are theirs.
 
     Args:
         args: The run's settings.
@@ -193,8 +190,7 @@ def of_harmless(args: Any, neutral: Mapping[str, float]) -> MPOConfig:
         "targets" if any(objective.targets_only for objective in objectives) else "both"
     )
     take_published(view, neutral, "harmless_")
-    harmless: MPOConfig = view
-    return harmless
+    return view
 
 
 def harmless_groups(groups: Dataset) -> np.ndarray:
@@ -204,12 +200,12 @@ def harmless_groups(groups: Dataset) -> np.ndarray:
     return np.array([kind == HARMLESS for kind in groups.with_format(None)["kind"]], dtype=bool)
 
 
-def pair_losses(pairs: PairTensors, args: MPOConfig) -> Tensor:
+def pair_losses(pairs: PairTensors, args: Any) -> Tensor:
     """The loss of each pair, by the objectives of its kind.
 
     Args:
         pairs: T pairs.
-        args: The run's settings.
+        args: The run's ``MPOConfig``.
 
     Returns:
         ``[T]``.

@@ -218,7 +218,7 @@ def test_other_encodings_a_bom_and_a_missing_file(write, tmp_path: Path) -> None
         load_recipe(write(BASE.encode() + "run_name: é".encode("latin-1")))
     with pytest.raises(ConfigError, match="There is no recipe"):
         load_recipe(tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder; expected a recipe"):
         load_recipe(tmp_path)
 
 
