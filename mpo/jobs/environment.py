@@ -24,10 +24,14 @@ EXTRAS = {
     "vllm": ("vllm",),
     "quantization": ("bitsandbytes",),
     "eval": ("lm_eval",),
+    "build": ("sacrebleu",),
+    "embeddings": ("sentence_transformers",),
+    "search": ("optuna",),
     "plots": ("matplotlib", "PIL"),
     "analysis": ("matplotlib", "PIL", "sklearn"),
     "trackers": ("tensorboard", "trackio", "wandb"),
     "demo": ("gguf", "matplotlib"),
+    "docs": ("material", "mkdocs", "mkdocstrings"),
 }
 """The extras of the distribution that users install, each with the modules that it brings."""
 

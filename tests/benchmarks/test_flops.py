@@ -167,7 +167,7 @@ DATA = os.environ.get("MPO_TEST_DATA")
 @pytest.mark.skipif(not DATA, reason="MPO_TEST_DATA is not set")
 @pytest.mark.parametrize("shape", flops.DEFAULT_SHAPES)
 def test_trees_save_what_the_documentation_says_on_the_papers_lengths(shape: str) -> None:
-    costs = flops._costs(shape, 16)
+    costs = flops.costs_of(shape, 16)
     for file, least in (("llama", 1.65), ("gemma", 2.65)):
         groups = lengths.read_csv(Path(str(DATA)) / "mpo" / "token_lengths.csv", file, 15, 1024)
         for visible_only in (False, True):

@@ -126,7 +126,7 @@ def test_other_numbers_of_components_give_the_same_tables_and_pictures(
     text = (tmp_path / "hidden_space" / "tiny.txt").read_text(encoding="utf-8")
     assert "Ratio on 3 PCs" in text and "first 3 principal components" in text
     assert f"{one.before['between_class_ratio_3'].value:.3f} -> " in text
-    assert len(list((tmp_path / "hidden_space").glob("*.png"))) == 8
+    assert len(list((tmp_path / "hidden_space").glob("*.png"))) == 10
     section = hidden_space_section(tmp_path)
     assert section is not None and "on the 3 components that both models share" in section.html
 

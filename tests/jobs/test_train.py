@@ -710,7 +710,7 @@ def explained(plan: Plan, error: Exception) -> str:
 def test_a_line_break_in_the_output_folder_stays_in_the_comment(end: str, tmp_path: Path) -> None:
     folder = tmp_path / f"a{end}learning_rate: 9 #"
     training = SimpleNamespace(output_dir=str(folder))
-    plan: Any = SimpleNamespace(recipe=SimpleNamespace(training=training), dropped=[])
+    plan: Any = SimpleNamespace(recipe=SimpleNamespace(training=training), dropped=[], leaks=None)
     _write_start(plan, "beta: 1\n", {})
     assert yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == {"beta": 1}
 
