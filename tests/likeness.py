@@ -1,4 +1,4 @@
-"""How alike two texts are, whatever their language: shared sequences of letters."""
+"""What the prompts of a set are like, whatever their language: clean, and how alike by shared sequences of letters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def normalized(text: str) -> str:
     """Letters, marks and digits alone: what is left when spaces, punctuation, case and Unicode form are ignored."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(character for character in text if unicodedata.category(character)[0] in "LMN")
+
+
+def check_clean(text: str, language: str, name: str) -> None:
+    """One or two sentences of letters, marks, digits and ordinary punctuation: nothing invisible, no quoting, no slots."""
+    assert text == unicodedata.normalize("NFC", " ".join(text.split())), name
+    # Thai has no mark at the end of a sentence.
+    assert (text[-1] in "?？؟.。।") is (language != "th"), name
+    strange = {
+        c for c in text if unicodedata.category(c)[0] not in "LMN" and c not in " ?？؟.。।,，、،;；:：'!¿-"
+    }
+    assert not strange, (name, strange)
 
 
 def likeness(first: Sequence[str], second: Sequence[str], letters: int = 3) -> np.ndarray:

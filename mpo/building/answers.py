@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpo.building.filters import HARMFUL
 from mpo.building.prompts import PromptRow
 from mpo.building.recipe import AnswerSettings
 from mpo.building.refusals import Refusals
 from mpo.building.stages import Kept, Row
 from mpo.building.translation.segments import without_code
+from mpo.data.contract import HARMFUL
 from mpo.data.languages import detect, known_to_detection, same_language
 from mpo.data.reasoning import split_reasoning
 from mpo.data.refusals import opens_with_refusal

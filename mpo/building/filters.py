@@ -16,13 +16,10 @@ from functools import lru_cache
 from typing import Any
 
 from mpo.building.translation.segments import without_code
-from mpo.data.contract import normal_form
+from mpo.data.contract import HARMFUL, HARMLESS, normal_form
 from mpo.data.languages import Detection, dominant_script, known_to_detection, same_language
 from mpo.errors import ConfigError, DependencyError
 from mpo.evaluation.wording import repetition
-
-HARMFUL, HARMLESS = "harmful", "harmless"
-KINDS = (HARMFUL, HARMLESS)
 
 _GRAM = 4  # characters whose overlap says how near two texts are
 _READ = 2000  # characters that are compared

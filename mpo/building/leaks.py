@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from typing import Any
 
 from mpo.building.prompts import Dropped, PromptRow
-from mpo.errors import DependencyError
+from mpo.data.leaks import EvaluationText, Leak, find_leaks
+from mpo.data.prompt_texts import TrainingText
 from mpo.evaluation.prompts import load_prompts
 
 
@@ -22,25 +21,23 @@ def without_leaks(
         source_language: Code of the dominant language.
 
     Raises:
-        DependencyError: This installation cannot look for leaks.
         DataError: A prompt set cannot be read.
     """
-    leaks = _leaks_module()
     evaluation = [
-        leaks.EvaluationText(prompts.name, prompt.prompt_id, prompt.language, prompt.text)
+        EvaluationText(prompts.name, prompt.prompt_id, prompt.language, prompt.text)
         for prompts in map(load_prompts, against)
         for prompt in prompts.prompts
     ]
-    found: dict[str, Any] = {}
+    found: dict[str, Leak] = {}
     # Of each evaluation prompt only the nearest rows are named, so what is left is looked at again.
     while True:
         training = (
-            leaks.TrainingText("prompts", number, tuple(row.texts.values()))
+            TrainingText("prompts", number, tuple(row.texts.values()))
             for number, row in enumerate(read())
             if isinstance(row, PromptRow) and row.id not in found
         )
         pairs = sorted(
-            leaks.find_leaks(training, evaluation).pairs, key=lambda leak: (leak.score, leak.kind == "exact")
+            find_leaks(training, evaluation).pairs, key=lambda leak: (leak.score, leak.kind == "exact")
         )
         numbers = {leak.row: leak for leak in pairs}  # the nearest of each row
         new = {
@@ -59,12 +56,3 @@ def without_leaks(
             yield Dropped(row.id, "leaks", reason, source_language, "prompt", round(leak.score, 3), text=text)
         else:
             yield row
-
-
-def _leaks_module() -> Any:
-    try:
-        return import_module("mpo.data.leaks")
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            f"leaks: looking for prompts of an evaluation needs the package {error.name}. Install it, or leave `leaks` out."
-        ) from error

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mpo.building.answers import MODEL, REFUSALS, TRANSLATION, judge_texts
-from mpo.building.filters import HARMFUL, HARMLESS
 from mpo.building.prompts import PromptRow
 from mpo.building.similarity import similarities
 from mpo.building.stages import Kept, Row
-from mpo.data.contract import PARTS
+from mpo.data.contract import HARMFUL, HARMLESS, PARTS
 from mpo.evaluation.judges import Exchange, Judge
 
 

@@ -6,13 +6,14 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
-from mpo.building.filters import FILTERS, HARMFUL, HARMLESS, KINDS, require_packages, threshold
+from mpo.building.filters import FILTERS, require_packages, threshold
 from mpo.building.prompts import PromptRow
 from mpo.building.recipe import BuildRecipe
 from mpo.building.refusals import Refusals
 from mpo.building.translation import TranslationChoice, make_translator
 from mpo.common.redaction import portable_path
 from mpo.common.words import listed
+from mpo.data.contract import HARMFUL, HARMLESS, KINDS
 from mpo.errors import ConfigError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.judges import JudgeChoice, check_judge

@@ -6,19 +6,18 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mpo.building.filters import HARMFUL, HARMLESS, KINDS
 from mpo.building.recipe import PromptSource
+from mpo.building.starter import starter_rows
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
-from mpo.data.contract import RowError, normal_form
+from mpo.data.contract import HARMFUL, HARMLESS, KINDS, RowError, normal_form
 from mpo.data.languages import normalize_language
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
-from mpo.errors import DataError, DependencyError
+from mpo.errors import DataError
 
 STARTER, DEMO = "starter", "demo"
 _DEMO_ROWS = 8  # of each kind
@@ -131,25 +130,10 @@ def _open(name: str, split: str) -> Rows:
 
 def _starter(name: str) -> Rows:
     """The prompts that come with the package."""
-    rows = [asdict(row) for row in starter().starter_rows()]
+    rows = [asdict(row) for row in starter_rows()]
     if name == DEMO:
         rows = [row for kind in KINDS for row in islice((r for r in rows if r["kind"] == kind), _DEMO_ROWS)]
     return iter([*enumerate(rows)])
-
-
-def starter() -> Any:
-    """The package's own prompts and refusals.
-
-    Raises:
-        DependencyError: This installation does not have them.
-    """
-    try:
-        return import_module("mpo.building.starter")
-    except ModuleNotFoundError as error:
-        raise DependencyError(
-            "The prompts and refusals of the package are not part of this installation. Name a file of prompts with `prompts.data`, "
-            "and one of refusals with `answers.refusals`."
-        ) from error
 
 
 def _row(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpo.building.filters import KINDS, FilterSettings
+from mpo.building.filters import FilterSettings
 from mpo.building.translation.translator import TranslationChoice
 from mpo.common.checks import check_limit
 from mpo.common.typed_yaml import Document
+from mpo.data.contract import KINDS
 from mpo.data.languages import normalize_language_setting
 from mpo.errors import ConfigError
 from mpo.evaluation.engines import Generation, ModelChoice

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from mpo.building.prompts import starter
+from mpo.building.starter import starter_refusals
 from mpo.errors import ConfigError, DataError
 
 
@@ -29,11 +27,7 @@ class Refusals:
         self._found: dict[str, tuple[str, ...]] = {}
 
     def of(self, language: str) -> tuple[str, ...]:
-        """All refusals in a language; none where there are none.
-
-        Raises:
-            DependencyError: No file is given, and this installation has none.
-        """
+        """All refusals in a language; none where there are none."""
         if language not in self._found:
             self._found[language] = self._read(language)
         return self._found[language]
@@ -42,7 +36,7 @@ class Refusals:
         if self._given is not None:
             return tuple(self._given.get(language, ()))
         try:
-            return tuple(self._starter.starter_refusals(language))
+            return starter_refusals(language)
         except ConfigError:  # it has none in this language
             return ()
 
@@ -57,10 +51,6 @@ class Refusals:
         """Short hash of the refusals in these languages."""
         text = json.dumps({code: self.of(code) for code in languages}, sort_keys=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
-
-    @cached_property
-    def _starter(self) -> Any:
-        return starter()
 
 
 def _read(file: str) -> dict[str, list[str]]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpo.building.answers import TRANSLATION
-from mpo.building.filters import FILTERS, HARMFUL, Failure, FilterSettings, Text, failures
+from mpo.building.filters import FILTERS, Failure, FilterSettings, Text, failures
 from mpo.building.prompts import Dropped, PromptRow
 from mpo.building.stages import Row
 from mpo.building.translation.segments import without_code
-from mpo.data.contract import PARTS
+from mpo.data.contract import HARMFUL, PARTS
 from mpo.data.detection import detect_all
 
 FILTER_STAGE = "filters"

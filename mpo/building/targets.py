@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpo.building.answers import DATA, MODEL, REFUSALS, TRANSLATION, own_answer
-from mpo.building.filters import HARMFUL
 from mpo.building.prompts import PromptRow
 from mpo.building.refusals import Refusals
 from mpo.building.stages import Kept, Row
 from mpo.building.texts import translate_texts
 from mpo.building.translation import TranslationChoice, Translator
-from mpo.data.contract import PARTS
+from mpo.data.contract import HARMFUL, PARTS
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,14 @@ def add_engine_options(group: Any) -> None:
     add_loading_options(group, adapter_revision=True)
 
 
+def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`add_engine_options` lets be chosen, for :func:`~mpo.cli.options.chosen_model`."""
+    return {
+        "engine": arguments.engine or ("transformers" if arguments.url is None else "server"),
+        **{name: getattr(arguments, name) for name in ("url", "key_variable", "concurrency", "timeout")},
+    }
+
+
 def add_judge_options(group: Any, prefix: str, default: str | None) -> None:
     """Which judge, and how it is reached; `prefix` begins the options' names."""
     group.add_argument(
@@ -168,14 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
     measure_safety(
         TASKS[arguments.task],
         prompts,
-        model=chosen_model(
-            arguments,
-            engine=arguments.engine or ("transformers" if arguments.url is None else "server"),
-            url=arguments.url,
-            key_variable=arguments.key_variable,
-            concurrency=arguments.concurrency,
-            timeout=arguments.timeout,
-        ),
+        model=chosen_model(arguments, **engine_of(arguments)),
         out=Path(arguments.out),
         generation=Generation(
             arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed

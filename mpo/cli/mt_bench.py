@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.attack import add_engine_options, add_judge_options, judge_of
+from mpo.cli.attack import add_engine_options, add_judge_options, engine_of, judge_of
 from mpo.cli.options import chosen_model
 
 
@@ -60,14 +60,7 @@ def _run(arguments: argparse.Namespace) -> int:
     questions = load_questions(arguments.questions, language=arguments.language, limit=arguments.limit)
     measure_mt_bench(
         questions,
-        model=chosen_model(
-            arguments,
-            engine=arguments.engine or ("transformers" if arguments.url is None else "server"),
-            url=arguments.url,
-            key_variable=arguments.key_variable,
-            concurrency=arguments.concurrency,
-            timeout=arguments.timeout,
-        ),
+        model=chosen_model(arguments, **engine_of(arguments)),
         judge=judge,
         out=Path(arguments.out),
         generation=Generation(arguments.max_new_tokens),

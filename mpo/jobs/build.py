@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mpo.building.answers import MODEL, Gaps, PairMaker, judge_samples, sample
-from mpo.building.filters import HARMFUL, HARMLESS
 from mpo.building.leaks import without_leaks
 from mpo.building.meaning import compare_meanings, judge_pairs
 from mpo.building.plan import (
@@ -38,6 +37,7 @@ from mpo.common.files import PART, check_writable, write_json
 from mpo.common.locks import locked_folder
 from mpo.common.provenance import collect
 from mpo.common.tables import TextTable
+from mpo.data.contract import HARMFUL, HARMLESS
 from mpo.data.languages import language_name
 from mpo.errors import StorageError
 from mpo.evaluation.engines import Engine, ModelChoice, make_engine

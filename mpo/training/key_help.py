@@ -14,7 +14,7 @@ from mpo.common.typed_yaml import UNKNOWN
 from mpo.common.words import nearest, shortened, show_name
 from mpo.errors import ConfigError
 from mpo.training.foreign_keys import TRANSLATED
-from mpo.training.recipe_keys import OWNERS, choices_of, evaluated, source_of
+from mpo.training.recipe_keys import OWNERS, choices_of, constants_of, evaluated, source_of
 
 _GROUPS = {
     "DataSettings": "the data",
@@ -167,11 +167,7 @@ def _keys(owner: str) -> dict[str, KeyHelp]:
         LookupError: There is no source of it.
     """
     module, class_ = source_of(owner)
-    constants = {
-        statement.targets[0].id: evaluated(statement.value, {})
-        for statement in module.body
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-    }
+    constants = constants_of(module)
     keys: dict[str, KeyHelp] = {}
     for base in reversed(class_.bases):
         keys.update(_keys(ast.unparse(base).rpartition(".")[2]))

@@ -63,11 +63,7 @@ def _keys(owner: str) -> dict[str, Key]:
         LookupError: There is no source of it.
     """
     module, class_ = source_of(owner)
-    constants = {
-        statement.targets[0].id: evaluated(statement.value, {})
-        for statement in module.body
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-    }
+    constants = constants_of(module)
     keys: dict[str, Key] = {}
     for base in reversed(class_.bases):
         keys.update(_keys(ast.unparse(base).rpartition(".")[2]))
@@ -94,6 +90,15 @@ def source_of(name: str) -> tuple[ast.Module, ast.ClassDef]:
                 if isinstance(statement, ast.ClassDef) and statement.name == name:
                     return module, statement
     raise LookupError(name)
+
+
+def constants_of(module: ast.Module) -> dict[str, Any]:
+    """The names that a module gives values, by name; :data:`UNKNOWN` where a value is no literal."""
+    return {
+        statement.targets[0].id: evaluated(statement.value, {})
+        for statement in module.body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
 
 
 def _files() -> Iterator[Path]:

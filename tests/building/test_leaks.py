@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from mpo.building.leaks import without_leaks
 from mpo.building.prompts import Dropped, PromptRow, read_prompts
 from mpo.building.recipe import PromptSource
 from tests.building.test_build import harmful, write_rows
-
-pytest.importorskip("mpo.data.leaks", reason="this installation cannot look for leaks")
 
 
 def test_prompts_of_an_evaluation_are_left_out_in_whatever_language_they_are_found(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,9 +107,8 @@ def test_the_packages_own_prompts_and_refusals_are_taken_by_name(monkeypatch: py
             raise ConfigError("none")
         return ("No.", "Never.")
 
-    own = SimpleNamespace(starter_rows=lambda: tuple(rows), starter_refusals=refusals)
-    monkeypatch.setattr(prompts_module, "import_module", lambda name: own)
-    monkeypatch.setattr("mpo.building.refusals.starter", lambda: own)
+    monkeypatch.setattr(prompts_module, "starter_rows", lambda: tuple(rows))
+    monkeypatch.setattr("mpo.building.refusals.starter_refusals", refusals)
     found = list(read_prompts(PromptSource(["starter"]), "en", ["sw"]))
     assert len(found) == 60 and {row.kind for row in found if isinstance(row, PromptRow)} == {
         "harmful",

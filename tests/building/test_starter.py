@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from mpo.errors import ConfigError
 from mpo.evaluation.contrast import KINDS
 from mpo.evaluation.probe import probe_rows
 from mpo.evaluation.prompts import load_prompts
-from tests.likeness import NEAR, likeness, normalized
+from tests.likeness import NEAR, check_clean, likeness, normalized
 
 FOLDER = Path(mpo.building.starter.__file__).parent
 EVALUATION = Path(__file__).parents[2] / "recipes" / "evaluation" / "demo"
@@ -116,15 +115,7 @@ def test_every_text_is_one_clean_sentence_or_two(language: str) -> None:
     for row in starter_rows():
         text = row.texts[language]
         assert len(text) >= 10 or language == "zh", row.id
-        assert text == unicodedata.normalize("NFC", " ".join(text.split())), row.id
-        # Thai has no mark at the end of a sentence.
-        assert (text[-1] in "?？؟.。।") is (language != "th"), row.id
-        strange = {
-            c
-            for c in text
-            if unicodedata.category(c)[0] not in "LMN" and c not in " ?？؟.。।,，、،;；:：'!¿-"
-        }
-        assert not strange, (row.id, strange)
+        check_clean(text, language, row.id)
 
 
 @pytest.mark.parametrize("language", STARTER_LANGUAGES)

@@ -158,11 +158,7 @@ def test_two_ranks_compute_what_one_process_does(
         with subtests.test("what an objective needs of a whole step is of all ranks"):
             first, second = found("objectives")
             one = scenarios.run_objectives(tmp_path / "objectives", shared, 1)
-            assert_same_tensors(first["gradients"], one["gradients"], 2e-5)
-            assert _comparable(first) == _comparable(second)
-            for actual, expected in zip(_comparable(first), _comparable(one), strict=True):
-                assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
-            assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4)
+            _check_ranks_are_one(first, second, one)
             assert {"kl", "loss/kto", "loss/sft", "rewards/margins", "reward_gap/en"} <= first["history"][
                 0
             ].keys()
@@ -170,11 +166,7 @@ def test_two_ranks_compute_what_one_process_does(
         with subtests.test("either kind's mean is over all ranks"):
             first, second = found("kinds")
             one = scenarios.run_kinds(tmp_path / "kinds", shared, 1)
-            assert_same_tensors(first["gradients"], one["gradients"], 2e-5)
-            assert _comparable(first) == _comparable(second)
-            for actual, expected in zip(_comparable(first), _comparable(one), strict=True):
-                assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
-            assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4)
+            _check_ranks_are_one(first, second, one)
             assert {"harmless/loss/retention", "harmless/reward_gap/en"} <= first["history"][0].keys()
     if jobs is not JOBS:
         return
@@ -223,6 +215,15 @@ def test_two_ranks_compute_what_one_process_does(
         else:
             with pytest.raises(ConfigError, match=f"{form} needs them, and this run is whole"):
                 trainer.resolve_checkpoint("auto")
+
+
+def _check_ranks_are_one(first: dict[str, Any], second: dict[str, Any], one: dict[str, Any]) -> None:
+    """Two ranks did what one process does."""
+    assert_same_tensors(first["gradients"], one["gradients"], 2e-5)
+    assert _comparable(first) == _comparable(second)
+    for actual, expected in zip(_comparable(first), _comparable(one), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert first["evaluated"] == second["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4)
 
 
 def _comparable(found: dict[str, Any]) -> list[dict[str, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,7 +20,7 @@ from mpo.data.languages import detect, dominant_script
 from mpo.errors import ConfigError
 from mpo.evaluation.probe import KINDS, PROBE_LANGUAGES, VERSION, ProbeRow, load_probe, probe_rows
 from mpo.evaluation.prompts import PromptSet, load_prompts
-from tests.likeness import NEAR, likeness, normalized
+from tests.likeness import NEAR, check_clean, likeness, normalized
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(mpo.evaluation.probe.__file__).with_name("prompts.jsonl")
@@ -114,16 +113,7 @@ def test_every_text_is_one_clean_sentence_or_two(language: str) -> None:
     for row in probe_rows():
         text = row.texts[language]
         assert len(text) >= 10, row.id
-        assert text == unicodedata.normalize("NFC", " ".join(text.split())), row.id
-        # Thai has no mark at the end of a sentence.
-        assert (text[-1] in "?？؟.。।") is (language != "th"), row.id
-        # Letters, marks and digits, and ordinary punctuation: nothing invisible, no quoting, no slots.
-        strange = {
-            c
-            for c in text
-            if unicodedata.category(c)[0] not in "LMN" and c not in " ?？؟.。।,，、،;；:：'!¿-"
-        }
-        assert not strange, (row.id, strange)
+        check_clean(text, language, row.id)
 
 
 @pytest.mark.parametrize("language", PROBE_LANGUAGES)

@@ -13,6 +13,7 @@ import yaml
 from mpo.common.files import write_json
 from mpo.jobs.compare import processes
 from mpo.jobs.compare.processes import Ended
+from mpo.jobs.compare.recipe import load_comparison
 from tests.report.result_folder import write_safety
 from tests.tiny import random_groups, save_tiny
 
@@ -67,6 +68,18 @@ def dump(path: Path, values: dict[str, Any]) -> str:
     """Writes a recipe; nothing in it is shared, which YAML would refer to."""
     path.write_text(yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False), encoding="utf-8")
     return str(path)
+
+
+def loader(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **usual: Any) -> Callable[..., Any]:
+    """Loads a recipe of a comparison that writes below the test's own folder; a change to None leaves its key out."""
+    monkeypatch.chdir(place)
+
+    def load(*words: str, **changes: Any) -> Any:
+        whole = {"base": "base.yaml", "suite": "suite.yaml", **usual, "out": str(tmp_path / "out"), **changes}
+        path = dump(tmp_path / "c.yaml", {key: value for key, value in whole.items() if value is not None})
+        return load_comparison(path, words)
+
+    return load
 
 
 def options(words: Sequence[str]) -> dict[str, str]:

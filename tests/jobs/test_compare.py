@@ -25,7 +25,7 @@ from mpo.jobs.compare.job import compare
 from mpo.jobs.compare.planning import plan_comparison, within_budget
 from mpo.jobs.compare.recipe import Budget, check_early, load_comparison, settings_of
 from mpo.training.workload import Seen
-from tests.jobs.comparing import BASE, SUITE, Stub, dump, prepare, stub
+from tests.jobs.comparing import BASE, SUITE, Stub, dump, loader, prepare, stub
 
 __all__ = ["stub"]
 
@@ -39,21 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A recipe of a comparison that writes below the test's own folder."""
-    monkeypatch.chdir(place)
-
-    def load(*words: str, **changes: Any) -> Any:
-        whole = {
-            "base": "base.yaml",
-            "suite": "suite.yaml",
-            "runs": RUNS,
-            "out": str(tmp_path / "out"),
-            **changes,
-        }
-        path = dump(tmp_path / "c.yaml", {key: value for key, value in whole.items() if value is not None})
-        return load_comparison(path, words)
-
-    return load
+    return loader(place, tmp_path, monkeypatch, runs=RUNS)
 
 
 def records(folder: Path) -> dict[str, RunRecord]:

@@ -15,8 +15,8 @@ from mpo.errors import ConfigError, DependencyError, MPOError, StoppedBySignal
 from mpo.evaluation.comparison import ComparisonResult
 from mpo.jobs.compare.job import compare
 from mpo.jobs.compare.planning import plan_comparison
-from mpo.jobs.compare.recipe import Parameter, check_early, load_comparison, searched, settings_of
-from tests.jobs.comparing import SUITE, Stub, dump, prepare, stub
+from mpo.jobs.compare.recipe import Parameter, check_early, searched, settings_of
+from tests.jobs.comparing import SUITE, Stub, dump, loader, prepare, stub
 
 __all__ = ["stub"]
 
@@ -41,21 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.chdir(place)
-
-    def load(*words: str, **changes: Any) -> Any:
-        whole = {
-            "base": "base.yaml",
-            "suite": "suite.yaml",
-            "validation_suite": "validation.yaml",
-            "runs": RUNS,
-            "search": SEARCH,
-            "out": str(tmp_path / "out"),
-            **changes,
-        }
-        return load_comparison(dump(tmp_path / "c.yaml", whole), words)
-
-    return load
+    usual = {"validation_suite": "validation.yaml", "runs": RUNS, "search": SEARCH}
+    return loader(place, tmp_path, monkeypatch, **usual)
 
 
 def rate_matters(given: dict[str, str]) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,17 +81,6 @@ def test_one_model_alone_has_nothing_to_compare(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    reason = browser.missing()
-    if reason:
-        pytest.skip(reason)
-    with browser.start(tmp_path_factory.mktemp("profile")) as started:
-        started.call("/url", {"url": "about:blank"})
-        started.console(), started.requests()
-        yield started
 
 
 def _choose(chromium: browser.Browser, label: str) -> None:

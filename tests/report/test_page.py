@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -698,17 +697,6 @@ def test_the_command_writes_where_it_is_told(
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    reason = browser.missing()
-    if reason:
-        pytest.skip(reason)
-    with browser.start(tmp_path_factory.mktemp("profile")) as started:
-        started.call("/url", {"url": "about:blank"})
-        started.console(), started.requests()
-        yield started
 
 
 def test_the_page_is_quiet_asks_for_nothing_and_fits_every_width(

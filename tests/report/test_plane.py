@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -227,15 +226,6 @@ def test_the_legend_names_the_groups_in_their_colours_and_the_kinds_that_occur()
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Browser]:
-    reason = browser.missing()
-    if reason:
-        pytest.skip(reason)
-    with browser.start(tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 def test_in_a_browser_labels_stay_within_the_boxes_that_were_planned_for_them(
