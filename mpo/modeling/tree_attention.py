@@ -115,6 +115,10 @@ def tree_attention(
             )
         return output[0].transpose(0, 1)
 
+    dtype = query.dtype
+    if query.is_cpu and kernel_shares_heads is None and dtype in (torch.bfloat16, torch.float16):
+        # torch's kernel for CPUs: its backward pass takes three times as long in half precision as in float32.
+        query, key, value = query.float(), key.float(), value.float()
     # One split and one concatenation: a slice's gradient would be a whole row for every branch.
     parts = [
         states.transpose(1, 2).flatten(0, 1).split(list(tree_spans), dim=0) for states in (query, key, value)
@@ -127,7 +131,7 @@ def tree_attention(
             outputs.append(output if branch == chosen else output[tree_spans[prompt] :])
         if tree_spans[padding]:
             outputs.append(outputs[-1].new_zeros(tree_spans[padding], heads, value.shape[3]))
-    return torch.cat(outputs).unflatten(0, (rows, length)), None
+    return torch.cat(outputs).to(dtype).unflatten(0, (rows, length)), None
 
 
 def layer_window(config: Any, layer: int) -> int | None:

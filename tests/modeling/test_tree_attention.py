@@ -88,6 +88,29 @@ def test_outputs_and_gradients_are_those_under_the_dense_mask(
         torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+def test_half_precision_is_attended_in_float32_on_a_cpu(dtype: torch.dtype, softcap: float | None) -> None:
+    batch = draw_batch(3)
+    rows, length = batch["input_ids"].shape
+    torch.manual_seed(3)
+    states = [torch.randn(rows, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
+    seen = []
+
+    def kernel(*parts: Tensor, **kwargs: Any) -> Tensor:
+        seen.extend(part.dtype for part in parts)
+        return torch.nn.functional.scaled_dot_product_attention(*parts, **kwargs)
+
+    call = {"tree_spans": batch["tree_spans"], "softcap": softcap}
+    found, _ = tree_attention(layer(), *states, None, kernel=kernel, **call)
+    exact, _ = tree_attention(layer(), *(part.double() for part in states), None, **call)
+    assert found.dtype == dtype
+    assert set(seen) == (set() if softcap else {torch.float32})
+    torch.testing.assert_close(found, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    gradients = torch.autograd.grad(found.sum(), states)
+    assert {gradient.dtype for gradient in gradients} == {dtype}
+
+
 @pytest.mark.parametrize("softcap", [None, 0.8])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_call_without_trees_is_plain_causal_attention(softcap: float | None, padded: bool) -> None:
