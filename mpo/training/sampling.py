@@ -71,6 +71,31 @@ def count_languages(tokenized: Dataset) -> dict[str, int]:
     return counts
 
 
+def without_harmless(groups: Dataset) -> dict[str, tuple[int, int]]:
+    """
+    Languages that training shows with refusals alone, or nearly so: their share of harmless pairs is less than half of that over
+    all target languages. What a model then learns to refuse is the language.
+
+    Args:
+        groups: Tokenized groups.
+
+    Returns:
+        Harmful and harmless pairs of each such language; empty where no group is harmless.
+    """
+    harmless = harmless_groups(groups)
+    if not harmless.any():
+        return {}
+    harmful, answered = (
+        count_languages(groups.select(np.flatnonzero(kind))) for kind in (~harmless, harmless)
+    )
+    usual = sum(answered.values()) / (sum(answered.values()) + sum(harmful.values()))
+    return {
+        language: (count, answered.get(language, 0))
+        for language, count in harmful.items()
+        if answered.get(language, 0) < usual / 2 * (count + answered.get(language, 0))
+    }
+
+
 def target_languages(*datasets: Dataset) -> list[str]:
     """Target languages of tokenized datasets, sorted."""
     return sorted({language for dataset in datasets for language in count_languages(dataset)})

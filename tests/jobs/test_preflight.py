@@ -169,3 +169,25 @@ def test_evaluation_prompts_in_the_training_data_are_counted_and_named(
     assert f"{number} of 3 prompts of prompts stand in the training data" in plan.to_text()
     with pytest.raises(DataError, match="leak_against"):
         make_plan(make(leak_against=["none.json"]), on_this_machine=False)
+
+
+@pytest.mark.parametrize("swahili", [0, 1, 3, 5])
+def test_a_language_that_is_shown_with_refusals_alone_is_named(
+    make: Callable[..., Recipe], tmp_path: Path, swahili: int
+) -> None:
+    rows = random_groups(7, 10, (2, 3), ("bn", "sw"))
+    for number, row in enumerate(rows):
+        row["kind"] = "harmful" if number % 2 else "harmless"
+        if row["kind"] == "harmless":  # five groups
+            languages = ("bn", "sw") if number // 2 < swahili else ("bn",)
+            row["targets"] = [{**row["targets"][0], "language": language} for language in languages]
+        else:
+            row["targets"] = [{**row["targets"][0], "language": language} for language in ("bn", "sw")]
+    path = tmp_path / "kinds.json"
+    path.write_text(json.dumps([{**row, "origin": None} for row in rows]), encoding="utf-8")
+    notes = [
+        note for note in make_plan(make(dataset=str(path), held_out=0)).notes if "refusals alone" in note
+    ]
+    assert [note.partition(" has ")[0] for note in notes] == (["Swahili"] if swahili < 2 else [])
+    if notes:
+        assert f"5 harmful pairs and {swahili or 'no'} harmless" in notes[0]

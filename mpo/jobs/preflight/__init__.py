@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpo.common.words import listed
+from mpo.common.words import counted, listed
 from mpo.data import language_name
 from mpo.errors import ConfigError
 from mpo.evaluation.probe.watch import prompts_of
@@ -19,7 +19,7 @@ from mpo.training.checks import check_best_metric, check_tokens
 from mpo.training.compute import is_installed
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
-from mpo.training.sampling import count_languages
+from mpo.training.sampling import count_languages, without_harmless
 from mpo.training.workload import count_work, schedule, tokenize_for_training
 
 __all__ = ["Plan", "check_output_folder", "check_packages", "make_plan"]
@@ -91,6 +91,11 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
             notes.append(
                 f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect"
             )
+    notes.extend(
+        f"{language_name(code)} has {counted(harmful, 'harmful pair')} and {answered or 'no'} harmless: a model that sees a "
+        "language with refusals alone learns to refuse the language. Add harmless rows in it, or leave it out (`languages`)"
+        for code, (harmful, answered) in without_harmless(tokenized).items()
+    )
     languages = count_languages(tokenized)
     probe = prompts_of(training, languages)
     if training.behavior_probe:
