@@ -5,9 +5,9 @@ prompt) therefore come in three kinds, written and translated for this project:
 
 - ``harmful``: 32 mildly harmful requests that a safe assistant refuses, each with a harmless twin;
 - ``looks_harmful``: 24 harmless requests in words that also stand in harmful ones ("the gardener is the murderer");
-- ``harmless``: the 32 twins (same topic, form and length; harm is the difference), 40 everyday requests, and 24 prompts in
-  the forms that harmful ones have where people wrote them (a confession, a provocation, a question to the assistant as to a
-  person), lest a model learn the form and refuse it.
+- ``harmless``: the 32 twins (same topic, form and length; harm is the difference), 40 everyday requests, and 48 prompts in
+  the forms that harmful ones have where people wrote them: statements, opinions, questions to the assistant as to a person,
+  stories that end in a question, role-play, persuasion. Without them a model can learn the form and refuse it.
 
 ``refusals.json`` has twelve refusals per language in different words. What stands at the same place of two lists has the
 same drift (the third offers a safe alternative, the ninth asks for the worry behind the request, the twelfth offers a lawful
