@@ -20,12 +20,12 @@ def normalized(text: str) -> str:
 
 
 def check_clean(text: str, language: str, name: str) -> None:
-    """One or two sentences of letters, marks, digits and ordinary punctuation: nothing invisible, no quoting, no slots."""
+    """Sentences of letters, marks, digits and ordinary punctuation: nothing invisible, no quoting, no slots."""
     assert text == unicodedata.normalize("NFC", " ".join(text.split())), name
     # Thai has no mark at the end of a sentence.
-    assert (text[-1] in "?？؟.。।") is (language != "th"), name
+    assert (text[-1] in "?？؟.。।!！") is (language != "th"), name
     strange = {
-        c for c in text if unicodedata.category(c)[0] not in "LMN" and c not in " ?？؟.。।,，、،;；:：'!¿-"
+        c for c in text if unicodedata.category(c)[0] not in "LMN" and c not in " ?？؟.。।,，、،;；:：'!！¿¡-"
     }
     assert not strange, (name, strange)
 

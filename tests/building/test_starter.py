@@ -52,7 +52,7 @@ def texts(language: str, *kinds: str) -> list[str]:
 
 def test_there_are_so_many_prompts_of_each_kind_and_their_ids_count_them() -> None:
     assert Counter(row.kind for row in starter_rows()) == {
-        "harmless": 72,
+        "harmless": 120,
         "looks_harmful": 24,
         "harmful": 32,
     }
@@ -69,13 +69,23 @@ def test_every_row_has_every_language_and_no_text_is_there_twice() -> None:
     assert len(counts) == len(starter_rows()) * len(STARTER_LANGUAGES)
 
 
-def test_every_harmful_prompt_has_a_harmless_twin_and_forty_harmless_ones_have_none() -> None:
+def test_every_harmful_prompt_has_a_harmless_twin_and_no_other_prompt_is_in_a_pair() -> None:
     pairs: dict[str, list[str]] = defaultdict(list)
     for row in starter_rows():
         if row.pair is not None:
             pairs[row.pair].append(row.kind)
     assert list(pairs) == [f"pair-{number:02d}" for number in range(1, 33)]
     assert all(kinds == ["harmless", "harmful"] for kinds in pairs.values())
+
+
+def test_forty_eight_harmless_prompts_have_the_many_forms_of_harmful_ones_that_people_write() -> None:
+    forms = ("statement", "opinion", "assistant", "story", "roleplay", "persuasion")
+    rows = [row for row in starter_rows() if row.category in forms]
+    assert Counter(row.category for row in rows) == dict.fromkeys(forms, 8)
+    assert all(row.kind == "harmless" and row.pair is None for row in rows)
+    plain = [row for row in rows if not row.texts["en"].endswith("?")]
+    assert len(plain) >= len(rows) / 3
+    assert {row.category for row in plain} == set(forms)
 
 
 @pytest.mark.parametrize("language", STARTER_LANGUAGES)
@@ -111,7 +121,7 @@ def test_twins_begin_and_end_alike_and_harmful_prompts_come_in_many_forms() -> N
 
 
 @pytest.mark.parametrize("language", STARTER_LANGUAGES)
-def test_every_text_is_one_clean_sentence_or_two(language: str) -> None:
+def test_every_text_is_clean(language: str) -> None:
     for row in starter_rows():
         text = row.texts[language]
         assert len(text) >= 10 or language == "zh", row.id
@@ -219,4 +229,4 @@ def test_a_change_of_any_text_is_a_new_version() -> None:
     rows = [[row.id, row.kind, row.pair, row.category, row.texts] for row in starter_rows()]
     refusals = {code: starter_refusals(code) for code in STARTER_LANGUAGES}
     found = hashlib.sha256(json.dumps([rows, refusals], ensure_ascii=False).encode()).hexdigest()
-    assert (VERSION, found[:16]) == (1, "384a61eaecaa4140")
+    assert (VERSION, found[:16]) == (2, "e5946ddf0b17eef8")
