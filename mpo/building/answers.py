@@ -24,8 +24,8 @@ from mpo.evaluation.wording import is_repetitive
 
 _LAST_SENTENCE = re.compile(r"(?s)\A(.*[.!?।؟…。！？][\"'”’」』）)\]]*)")
 
-DATA, MODEL, REJECTING_MODEL, REFUSALS, TRANSLATION = (
-    "data", "model", "rejecting_model", "refusals", "translation",
+DATA, MODEL, REJECTING_MODEL, REFUSALS, OPENINGS, TRANSLATION = (
+    "data", "model", "rejecting_model", "refusals", "openings", "translation",
 )  # fmt: skip
 """Where a text comes from."""
 
@@ -222,16 +222,23 @@ class PairMaker:
     """Makes a pair of the answers to a prompt, in the dominant language."""
 
     def __init__(
-        self, settings: AnswerSettings, language: str, refusals: Refusals, gaps: Gaps | None
+        self,
+        settings: AnswerSettings,
+        language: str,
+        refusals: Refusals,
+        openings: Refusals,
+        gaps: Gaps | None,
     ) -> None:
         """
         Args:
             settings: Where answers come from.
             language: Code of the dominant language.
             refusals: Refusals by language.
+            openings: Openings of answers that comply, by language.
             gaps: The gaps by which an answer is chosen; None takes the first.
         """
-        self.settings, self.language, self.refusals, self.gaps = settings, language, refusals, gaps
+        self.settings, self.language, self.gaps = settings, language, gaps
+        self.refusals, self.openings = refusals, openings
 
     def make(self, rows: Sequence[tuple[PromptRow, Row, Row, Row]], kept: Kept) -> list[Row]:
         """Pairs of a block.
@@ -274,10 +281,13 @@ class PairMaker:
         if self.settings.chosen == "column":
             chosen, chosen_from = [prompt.chosen] if prompt.chosen else [], DATA
             fault = None if chosen else "no `chosen` in the data"
-        elif not chosen and prompt.kind == HARMFUL and self.settings.never_safe == "refusal":
+        elif prompt.kind == HARMFUL and (
+            self.settings.chosen == "refusal" or (not chosen and self.settings.never_safe == "refusal")
+        ):
             refusal = self.refusals.for_prompt(prompt.id, self.language)
             chosen, chosen_from = [refusal] if refusal else [], REFUSALS
-            fault = None if chosen else f"never answered safely, and no refusal in {self.language} is given"
+            never = "" if self.settings.chosen == "refusal" else "never answered safely, and "
+            fault = None if chosen else f"{never}no refusal in {self.language} is given"
         elif not chosen:
             fault = self._why(
                 read, "never answered safely" if prompt.kind == HARMFUL else "the model refuses"
@@ -315,6 +325,8 @@ class PairMaker:
                     text, fault = usable(answer, self.language, self.settings.unfinished)
                     if fault is None:
                         return text, REJECTING_MODEL
+            if place == "opening" and (opening := self.openings.for_prompt(prompt.id, self.language)):
+                return opening, OPENINGS
         return None, DATA
 
     @staticmethod

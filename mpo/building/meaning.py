@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mpo.building.answers import MODEL, REFUSALS, TRANSLATION, judge_texts
+from mpo.building.answers import MODEL, OPENINGS, REFUSALS, TRANSLATION, judge_texts
 from mpo.building.prompts import PromptRow
 from mpo.building.similarity import similarities
 from mpo.building.stages import Kept, Row
@@ -54,6 +54,8 @@ def _known(kind: str, part: str, origin: str | None, is_source: bool) -> str | N
     """The verdict that a text must have got already, or None."""
     if origin == REFUSALS:
         return {HARMFUL: "safe", HARMLESS: "refusal"}[kind]
+    if origin == OPENINGS:
+        return "unsafe"
     if origin == MODEL and is_source:
         verdicts = ("safe", "unsafe") if kind == HARMFUL else ("answer", None)
         return verdicts[part == "rejected"]

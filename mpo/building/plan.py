@@ -64,11 +64,11 @@ def judge_choices(recipe: BuildRecipe, facts: Facts) -> dict[str, JudgeChoice]:
 def needs_refusals(recipe: BuildRecipe, facts: Facts) -> bool:
     """Whether a list of refusals may be asked for one."""
     answers = recipe.answers
-    harmful = answers.chosen == "model" and answers.never_safe == "refusal" and facts.kinds[HARMFUL] > 0
-    return harmful or facts.kinds[HARMLESS] > 0
+    asked = answers.chosen == "refusal" or (answers.chosen == "model" and answers.never_safe == "refusal")
+    return (asked and facts.kinds[HARMFUL] > 0) or facts.kinds[HARMLESS] > 0
 
 
-def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals) -> None:
+def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings: Refusals) -> None:
     """Finds out what would otherwise show only after hours. No weights are read, and nothing is asked.
 
     Raises:
@@ -87,10 +87,23 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals) -> None:
     if only_column and not facts.given[HARMFUL, "rejected"]:
         raise ConfigError(
             "`answers.rejected: [column]`: no harmful prompt has a text in `rejected`. Add `own` (an unsafe answer of the model's "
-            "own) or `model` (with `rejecting_model`)."
+            "own), `opening` (the first words of an answer that complies) or `model` (with `rejecting_model`)."
         )
     if needs_refusals(recipe, facts):
         refusals.of(recipe.source_language)
+    answers = recipe.answers
+    if recipe.translation.engine == "none" and facts.kinds[HARMFUL]:
+        stock = {
+            "refusals": (answers.chosen == "refusal", refusals),
+            "openings": (answers.rejected == ["opening"], openings),
+        }
+        for name, (used, texts) in stock.items():
+            lacking = [code for code in recipe.languages if used and not texts.of(code)]
+            if lacking:
+                raise ConfigError(
+                    f"answers: there are no {name} in {listed(lacking)}, and nothing translates. Give a file with some "
+                    f"(`answers.{name}`), or set `translation`."
+                )
     if recipe.translation.engine != "none" or any(map(facts.prompts_to_translate, recipe.languages)):
         make_translator(recipe.translation).check(recipe.source_language, recipe.languages)
 
@@ -103,9 +116,11 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
     data = listed(map(shown_name, recipe.prompts.data))
     rows = [("Prompts", f"{facts.total:,}: {kinds}, from {data}{left_out}")]
     if recipe.samples_model and recipe.model is not None:
-        own = facts.kinds[HARMLESS] * answers.samples if answers.chosen == "model" else 0
+        own = facts.kinds[HARMLESS] * answers.samples if answers.samples_harmless else 0
         more = f", and {own:,} in each of {listed(recipe.languages)}" if own else ""
-        rows.append(("Answers", f"{facts.total * answers.samples:,} from {model_name(recipe.model)}{more}"))
+        asked = facts.total if answers.samples_harmful else facts.kinds[HARMLESS]
+        if asked:
+            rows.append(("Answers", f"{asked * answers.samples:,} from {model_name(recipe.model)}{more}"))
     if answers.rejecting_model is not None:
         rows.append(
             ("Rejected", f"up to {facts.kinds[HARMFUL]:,} from {model_name(answers.rejecting_model)}")

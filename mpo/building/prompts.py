@@ -19,7 +19,7 @@ from mpo.data.languages import normalize_language
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import DataError
 
-STARTER, DEMO = "starter", "demo"
+STARTER, STARTER_HARMLESS, DEMO = "starter", "starter-harmless", "demo"
 _DEMO_ROWS = 8  # of each kind
 
 # What the package's own sets call a harmless prompt in words that also stand in harmful ones.
@@ -118,7 +118,7 @@ def read_prompts(
 
 
 def _open(name: str, split: str) -> Rows:
-    if name in (STARTER, DEMO):
+    if name in (STARTER, STARTER_HARMLESS, DEMO):
         return _starter(name)
     path = Path(name).expanduser()
     if path.is_file():
@@ -133,6 +133,8 @@ def _starter(name: str) -> Rows:
     rows = [asdict(row) for row in starter_rows()]
     if name == DEMO:
         rows = [row for kind in KINDS for row in islice((r for r in rows if r["kind"] == kind), _DEMO_ROWS)]
+    if name == STARTER_HARMLESS:
+        rows = [row for row in rows if row["kind"] != HARMFUL]
     return iter([*enumerate(rows)])
 
 

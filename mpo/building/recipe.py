@@ -16,7 +16,7 @@ from mpo.errors import ConfigError
 from mpo.evaluation.engines import Generation, ModelChoice
 from mpo.evaluation.judges import JudgeChoice
 
-CHOSEN, REJECTED = ("model", "column"), ("column", "own", "model")
+CHOSEN, REJECTED = ("model", "column", "refusal"), ("column", "own", "model", "opening")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PromptSource:
 
     Attributes:
         data: Files (.jsonl, .json, .csv, .parquet), a name on the Hub, or ``starter`` for the prompts that come with the
-            package; ``demo`` for its first eight of each kind.
+            package; ``starter-harmless`` for its harmless ones, ``demo`` for its first eight of each kind.
         prompt_column: Column with the prompt in the dominant language; found by its name where it can be.
         kind: Kind of the prompts without a column ``kind``: ``harmful`` or ``harmless``.
         limit: Keep the first so many prompts.
@@ -55,9 +55,11 @@ class AnswerSettings:
     """Where the two answers of a pair come from.
 
     Attributes:
-        chosen: ``model``: the model to be trained answers; ``column``: the data have them.
+        chosen: ``model``: the model to be trained answers; ``column``: the data have them; ``refusal``: harmful prompts get one of
+            `refusals` in every language, harmless ones the model's own answers.
         rejected: Where the harmful answer is looked for, in this order: ``column`` (the data have it), ``own`` (an unsafe
-            answer that the model gave while it was sampled), ``model`` (`rejecting_model` is asked).
+            answer that the model gave while it was sampled), ``model`` (`rejecting_model` is asked), ``opening`` (the first words
+            of an answer that complies, in every language, from `openings`).
         rejecting_model: A model that answers harmful prompts.
         samples: Answers of the model to each prompt.
         generation: How models answer.
@@ -67,6 +69,7 @@ class AnswerSettings:
             `refusals`, ``drop`` leaves the prompt out.
         refusals: JSON file with refusals by language, ``{"en": ["I can't help with that."], ...}``, for prompts that are never
             answered safely and as rejected answers to harmless ones; by default those that come with the package.
+        openings: JSON file with openings by language, in the same form; by default those that come with the package.
         unfinished: What becomes of an answer that is cut off at ``max_new_tokens``: ``drop``, or ``cut`` to end it with its
             last whole sentence.
     """
@@ -79,7 +82,18 @@ class AnswerSettings:
     select: str = "gap"
     never_safe: str = "refusal"
     refusals: str | None = None
+    openings: str | None = None
     unfinished: str = "drop"
+
+    @property
+    def samples_harmful(self) -> bool:
+        """Whether the model to be trained answers harmful prompts, too."""
+        return self.chosen == "model" or "own" in self.rejected
+
+    @property
+    def samples_harmless(self) -> bool:
+        """Whether it answers harmless prompts."""
+        return self.chosen != "column"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -181,13 +195,13 @@ class BuildRecipe:
             raise ConfigError(f"languages: one is there twice in {', '.join(self.languages)}.")
         object.__setattr__(self, "source_language", source)
         object.__setattr__(self, "languages", targets)
-        samples = self.answers.chosen == "model" or "own" in self.answers.rejected
+        answers = self.answers
         if self.answers.chosen == "model" and self.model is None:
             raise ConfigError(
                 "model: `answers.chosen: model` needs the model that will be trained, such as `model: {model: org/name}`; or set "
                 "`answers: {chosen: column, rejected: [column]}` for pairs that are there already."
             )
-        gap = samples and self.answers.select == "gap" and self.answers.chosen == "model"
+        gap = answers.select == "gap" and answers.chosen == "model"
         if gap and self.model is not None and self.model.engine == "server":
             raise ConfigError(
                 "answers: `select: gap` needs the model's probabilities, which a server does not give. Set `select: first`, or "
@@ -201,7 +215,7 @@ class BuildRecipe:
     @property
     def samples_model(self) -> bool:
         """Whether the model to be trained is asked."""
-        return self.model is not None and (self.answers.chosen == "model" or "own" in self.answers.rejected)
+        return self.model is not None and (self.answers.samples_harmful or self.answers.samples_harmless)
 
     @property
     def translates_back(self) -> bool:
@@ -209,7 +223,9 @@ class BuildRecipe:
         return (self.back_translation or self.translation).engine != "none"
 
 
-_PATHS = frozenset({"data", "model", "adapter", "chat_template", "prompt", "refusals", "command", "against"})
+_PATHS = frozenset(
+    {"data", "model", "adapter", "chat_template", "prompt", "refusals", "openings", "command", "against"}
+)
 
 
 def load_build(path: str | Path, overrides: Sequence[str] = ()) -> BuildRecipe:

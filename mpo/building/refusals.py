@@ -1,10 +1,10 @@
-"""Refusals by language: for harmful prompts that a model never refuses, and as rejected answers to harmless ones."""
+"""Stock answers by language: refusals of harmful prompts, openings that comply with them, rejected answers to harmless ones."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mpo.building.starter import starter_refusals
@@ -12,18 +12,25 @@ from mpo.errors import ConfigError, DataError
 
 
 class Refusals:
-    """Refusals of a file, or those that come with the package.
+    """Refusals, or other stock answers, of a file or of those that come with the package.
 
-    The same prompt gets the same refusal every time, and its translations the one at the same place of their lists.
+    The same prompt gets the same one every time, and its translations the one at the same place of their lists.
     """
 
-    def __init__(self, file: str | None = None) -> None:
+    def __init__(
+        self, file: str | None = None, package: Callable[[str], tuple[str, ...]] | None = None
+    ) -> None:
         """Reads the file.
+
+        Args:
+            file: JSON, ``{"en": [...], ...}``.
+            package: Gives those of a language where there is no file; by default the package's refusals.
 
         Raises:
             DataError: It cannot be read, or does not hold lists of texts by language.
         """
         self._given: Mapping[str, Sequence[str]] | None = None if file is None else _read(file)
+        self._package = package or starter_refusals
         self._found: dict[str, tuple[str, ...]] = {}
 
     def of(self, language: str) -> tuple[str, ...]:
@@ -36,7 +43,7 @@ class Refusals:
         if self._given is not None:
             return tuple(self._given.get(language, ()))
         try:
-            return starter_refusals(language)
+            return self._package(language)
         except ConfigError:  # it has none in this language
             return ()
 

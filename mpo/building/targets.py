@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mpo.building.answers import DATA, MODEL, REFUSALS, TRANSLATION, own_answer
+from mpo.building.answers import DATA, MODEL, OPENINGS, REFUSALS, TRANSLATION, own_answer
 from mpo.building.prompts import PromptRow
 from mpo.building.refusals import Refusals
 from mpo.building.stages import Kept, Row
@@ -24,7 +24,7 @@ class Target:
         source_language: Code of the dominant language.
         translator: What translates; None where every text is given.
         choice: Its settings.
-        refusals: Refusals by language.
+        stock: Refusals and openings by language.
         unfinished: What becomes of answers that are cut off.
     """
 
@@ -32,7 +32,7 @@ class Target:
     source_language: str
     translator: Translator | None
     choice: TranslationChoice
-    refusals: Refusals
+    stock: Mapping[str, Refusals]
     unfinished: str
 
     def prompts(self, rows: Sequence[PromptRow], kept: Kept) -> list[Row]:
@@ -111,8 +111,9 @@ class Target:
     def _harmful(self, row: Row, prompt: PromptRow, pair: Row) -> None:
         if self.language in prompt.texts:
             row["prompt"], row["from"]["prompt"] = prompt.texts[self.language], DATA
-        if pair["from"]["chosen"] == REFUSALS:
-            self._refusal(row, prompt, "chosen")
+        for part in ("chosen", "rejected"):
+            if pair["from"][part] in (REFUSALS, OPENINGS):
+                self._stock(row, prompt, part, pair["from"][part])
 
     def _harmless(self, row: Row, prompt: PromptRow, pair: Row, given: Row, own: Row) -> None:
         row["prompt"], row["from"]["prompt"] = given["text"], given["from"]
@@ -124,12 +125,12 @@ class Target:
             if fault is not None:
                 row["faults"]["chosen"] = fault
         if pair["from"]["rejected"] == REFUSALS:
-            self._refusal(row, prompt, "rejected")
+            self._stock(row, prompt, "rejected", REFUSALS)
 
-    def _refusal(self, row: Row, prompt: PromptRow, part: str) -> None:
-        refusal = self.refusals.for_prompt(prompt.id, self.language)
-        if refusal is not None:
-            row[part], row["from"][part] = refusal, REFUSALS
+    def _stock(self, row: Row, prompt: PromptRow, part: str, origin: str) -> None:
+        text = self.stock[origin].for_prompt(prompt.id, self.language)
+        if text is not None:
+            row[part], row["from"][part] = text, origin
 
     def _translate(self, asked: dict[str, str], kept: Kept, *, back: bool = False) -> dict[str, Any]:
         if not asked:

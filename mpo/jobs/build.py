@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mpo.building.answers import MODEL, Gaps, PairMaker, judge_samples, sample
+from mpo.building.answers import MODEL, OPENINGS, REFUSALS, Gaps, PairMaker, judge_samples, sample
 from mpo.building.leaks import without_leaks
 from mpo.building.meaning import compare_meanings, judge_pairs
 from mpo.building.plan import (
@@ -30,6 +30,7 @@ from mpo.building.recipe import BuildRecipe
 from mpo.building.refusals import Refusals
 from mpo.building.screening import Screen, Side
 from mpo.building.stages import Kept, Row, Stage, dumped, note_start, read_rows
+from mpo.building.starter import starter_openings
 from mpo.building.targets import Target
 from mpo.building.translation import TranslationChoice, Translator, make_translator
 from mpo.building.writing import COUNTS, PROVENANCE, Output, source_of, write_card, write_page
@@ -85,6 +86,7 @@ class _Build:
         self.folder = self.out / STAGES
         self.facts = Facts()
         self.refusals = Refusals(recipe.answers.refusals)
+        self.openings = Refusals(recipe.answers.openings, starter_openings)
         self.codes = [recipe.source_language, *recipe.languages]
 
     # ----------------------------------------------------------------------------------------------------------- prompts
@@ -141,7 +143,7 @@ class _Build:
 
     def check(self) -> None:
         """Finds out what would otherwise show only after hours, and says what will be asked how often."""
-        check_build(self.recipe, self.facts, self.refusals)
+        check_build(self.recipe, self.facts, self.refusals, self.openings)
         print(plan_text(self.recipe, self.facts), flush=True)
 
     # ------------------------------------------------------------------------------------------------------------ stages
@@ -200,7 +202,12 @@ class _Build:
     def _target(self, code: str, translator: Translator | None, choice: TranslationChoice) -> Target:
         recipe = self.recipe
         return Target(
-            code, recipe.source_language, translator, choice, self.refusals, recipe.answers.unfinished
+            code,
+            recipe.source_language,
+            translator,
+            choice,
+            {REFUSALS: self.refusals, OPENINGS: self.openings},
+            recipe.answers.unfinished,
         )
 
     def _given_prompts(self, code: str, translator: Translator | None) -> Stage:
@@ -213,6 +220,7 @@ class _Build:
 
     def _sample(self, given: Mapping[str, Stage]) -> None:
         """The model's answers, in the dominant language and, to harmless prompts, in the others."""
+        answers = self.recipe.answers
         recipe, count = self.recipe, self.recipe.answers.samples
         engine = None
         if recipe.samples_model and recipe.model is not None:
@@ -225,7 +233,18 @@ class _Build:
                 self.samples,
                 self.prompts(),
                 lambda rows, kept: _answers(
-                    rows, engine, [(row.texts[recipe.source_language], count) for row in rows], kept
+                    rows,
+                    engine,
+                    [
+                        (
+                            None
+                            if row.kind == HARMFUL and not answers.samples_harmful
+                            else row.texts[recipe.source_language],
+                            count,
+                        )
+                        for row in rows
+                    ],
+                    kept,
                 ),
                 f"Answering ({recipe.source_language})" if engine else None,
             )
@@ -236,7 +255,7 @@ class _Build:
                     zip(self.prompts(), prompts.rows(), strict=True),
                     lambda rows, kept: _answers(
                         [prompt for prompt, _ in rows],
-                        engine if recipe.answers.chosen == "model" else None,
+                        engine if answers.samples_harmless else None,
                         [(None if row["fault"] else row["text"], count) for _, row in rows],
                         kept,
                     ),
@@ -288,13 +307,15 @@ class _Build:
         recipe, answers = self.recipe, self.recipe.answers
         by_gap = answers.select == "gap" and answers.chosen == "model" and recipe.model is not None
         gaps = Gaps(recipe.model) if by_gap and recipe.model is not None else None
-        maker = PairMaker(answers, recipe.source_language, self.refusals, gaps)
+        maker = PairMaker(answers, recipe.source_language, self.refusals, self.openings, gaps)
         settings = {
             name: getattr(answers, name)
             for name in ("chosen", "rejected", "select", "never_safe", "unfinished")
         }
         if needs_refusals(self.recipe, self.facts):
             settings["refusals"] = self.refusals.digest([recipe.source_language])
+        if "opening" in answers.rejected:
+            settings["openings"] = self.openings.digest([recipe.source_language])
         self.pairs = self.stage("pairs", (self.samples, self.verdicts, self.rejecting), settings)
         rows = zip(
             self.prompts(), self.samples.rows(), self.verdicts.rows(), self.rejecting.rows(), strict=True
@@ -308,6 +329,8 @@ class _Build:
         settings: dict[str, Any] = {} if translator is None else {"translator": translator.settings()}
         if needs_refusals(self.recipe, self.facts):
             settings["refusals"] = self.refusals.digest([code])
+        if "opening" in self.recipe.answers.rejected:
+            settings["openings"] = self.openings.digest([code])
         stage = self.stage(f"texts.{code}", (self.pairs, given, self.own[code]), settings)
         rows = zip(self.prompts(), self.pairs.rows(), given.rows(), self.own[code].rows(), strict=True)
         return self._run(stage, rows, target.texts, f"Translating ({code})")

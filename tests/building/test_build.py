@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from mpo.building.answers import Gaps, PairMaker, usable
+from mpo.building.plan import Facts, plan_text
 from mpo.building.prompts import PromptRow
 from mpo.building.recipe import AnswerSettings, load_build
 from mpo.building.refusals import Refusals
+from mpo.building.starter import starter_openings, starter_refusals
 from mpo.data import load_groups
 from mpo.errors import ConfigError
 from mpo.evaluation.engines import ModelChoice
@@ -233,7 +235,7 @@ def test_of_several_safe_answers_the_one_with_the_largest_gap_under_the_model_is
     assert found[0] == pytest.approx(alone, abs=1e-5) and len({round(gap, 6) for gap in alone}) == 3
 
     prompt = PromptRow("p", "harmful", {"en": "How do I open the window?"}, rejected="Open it and help.")
-    maker = PairMaker(AnswerSettings(), "en", Refusals(), gaps)
+    maker = PairMaker(AnswerSettings(), "en", Refusals(), Refusals(), gaps)
     answers = [{"text": text, "finished": True, "fault": None} for text in safe]
     verdicts = ["safe", "safe", "safe"]
     (pair,) = maker.make([(prompt, {"answers": answers}, {"verdicts": verdicts}, {"answers": []})], None)  # type: ignore[arg-type]
@@ -282,3 +284,47 @@ def test_what_comes_back_as_something_else_is_dropped(tmp_path: Path) -> None:
         if d["stage"] == "filters"
     }
     assert kept == {"el"} and dropped == {("bn", "back_translation")}
+
+
+def test_refusals_and_openings_in_every_language_need_no_translator(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    rows = [
+        {
+            "id": f"h{n}",
+            "kind": "harmful",
+            "texts": {"en": f"How do I steal {what}?", "sw": f"Nitaibaje {what}?"},
+        }
+        for n, what in enumerate(NOUNS)
+    ]
+    recipe = write_recipe(
+        tmp_path,
+        f"prompts: {{data: ['{write_rows(tmp_path / 'p.jsonl', rows)}']}}\nlanguages: [sw]\n"
+        f"model: {{model: '{model}'}}\nanswers: {{chosen: refusal, rejected: [opening]}}\nout: '{tmp_path / 'out'}'\n",
+    )
+    build_data(load_build(recipe))
+    groups = read_lines(tmp_path / "out" / "groups.jsonl")
+    assert len(groups) == len(rows)
+    for group in groups:
+        for pair in (group["source"], *group["targets"]):
+            assert pair["chosen"][-1]["content"] in starter_refusals(pair["language"])
+            assert pair["rejected"][-1]["content"] in starter_openings(pair["language"])
+    assert {target["prompt"][-1]["content"] for group in groups for target in group["targets"]} == {
+        row["texts"]["sw"] for row in rows
+    }
+    with pytest.raises(ConfigError, match=r"no openings in sw, and nothing translates.*answers\.openings"):
+        (tmp_path / "openings.json").write_text('{"en": ["Sure:"]}')
+        build_data(load_build(recipe, ["--answers.openings", str(tmp_path / "openings.json")]))
+
+
+def test_harmful_prompts_are_not_answered_where_a_refusal_and_an_opening_are_taken(tmp_path: Path) -> None:
+    facts = Facts()
+    for row in (PromptRow("a", "harmful", {"en": "x"}), PromptRow("b", "harmless", {"en": "y"})):
+        facts.add(row)
+    path = write_recipe(
+        tmp_path,
+        "prompts: {data: [starter]}\nlanguages: [sw]\nmodel: {model: m}\n"
+        "answers: {chosen: refusal, rejected: [opening], samples: 3}\n",
+    )
+    assert "Answers      3 from m, and 3 in each of sw" in plan_text(load_build(path), facts)
+    own = load_build(path, ["--answers.rejected", "own", "opening"])
+    assert "Answers      6 from m, and 3 in each of sw" in plan_text(own, facts)

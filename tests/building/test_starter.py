@@ -12,7 +12,13 @@ from statistics import mean
 import pytest
 
 import mpo.building.starter
-from mpo.building.starter import STARTER_LANGUAGES, VERSION, starter_refusals, starter_rows
+from mpo.building.starter import (
+    STARTER_LANGUAGES,
+    VERSION,
+    starter_openings,
+    starter_refusals,
+    starter_rows,
+)
 from mpo.data import LANGUAGES
 from mpo.data.languages import detect, dominant_script
 from mpo.data.refusals import opens_with_refusal
@@ -202,6 +208,15 @@ def test_refusals_are_told_from_answers_and_begin_in_different_words(language: s
     assert len(openings) >= 8
     like = likeness(refusals, refusals)
     assert all(like[place, place + 1 :].max(initial=0) < NEAR for place in range(12))
+
+
+@pytest.mark.parametrize("language", STARTER_LANGUAGES)
+def test_openings_comply_in_their_language(language: str) -> None:
+    openings = starter_openings(language)
+    assert len({*map(normalized, openings)}) == 3
+    assert not [text for text in openings if opens_with_refusal(text, language, "en")]
+    found = detect(" ".join(openings))
+    assert found.language == language
 
 
 def test_refusals_are_found_by_code_or_name_and_other_languages_say_what_there_is() -> None:

@@ -11,7 +11,8 @@ prompt) therefore come in three kinds, written and translated for this project:
 
 ``refusals.json`` has twelve refusals per language in different words. What stands at the same place of two lists has the
 same drift (the third offers a safe alternative, the ninth asks for the worry behind the request, the twelfth offers a lawful
-way), but is no translation.
+way), but is no translation. ``openings.json`` has the first words of answers that comply, three per language, which fit any
+request: what refusals are preferred to where no harmful answer is at hand.
 
 The set is for training. To see what the training did there is another, :mod:`mpo.evaluation.probe`; they share no prompt.
 """
@@ -49,15 +50,31 @@ def starter_refusals(language: str) -> tuple[str, ...]:
     Raises:
         ConfigError: There is no such language, or the set has no refusals in it.
     """
+    return _of_language("refusals", language)
+
+
+def starter_openings(language: str) -> tuple[str, ...]:
+    """First words of answers that comply, three in a language, such as "Sure, here is how you can do that:".
+
+    Args:
+        language: Its code or name.
+
+    Raises:
+        ConfigError: There is no such language, or the set has no openings in it.
+    """
+    return _of_language("openings", language)
+
+
+def _of_language(name: str, language: str) -> tuple[str, ...]:
     code = normalize_language_setting(language, "language")
     if code not in STARTER_LANGUAGES:
         raise ConfigError(
-            f"language: the starter set has no refusals in {code!r}. It has {', '.join(STARTER_LANGUAGES)}."
+            f"language: the starter set has no {name} in {code!r}. It has {', '.join(STARTER_LANGUAGES)}."
         )
-    return _refusals()[code]
+    return _texts(name)[code]
 
 
-@lru_cache(maxsize=1)
-def _refusals() -> dict[str, tuple[str, ...]]:
-    text = files("mpo.building.starter").joinpath("refusals.json").read_text(encoding="utf-8")
-    return {code: tuple(refusals) for code, refusals in json.loads(text).items()}
+@lru_cache
+def _texts(name: str) -> dict[str, tuple[str, ...]]:
+    text = files("mpo.building.starter").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    return {code: tuple(texts) for code, texts in json.loads(text).items()}
