@@ -1,0 +1,193 @@
+"""What safety training costs: from public red-team prompts to a page of attack success against harmless prompts refused.
+
+    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --dry_run
+    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --seeds 0 1 2
+    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --paper gemma_mpo_data.json --part tune
+
+MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: the first 70 are trained on, those
+from 70 to 100 are for choosing settings (``--part tune``), and of those from 100 on, 48 are measured (``--part test``). Harmless
+prompts are trained on from the package's starter set and measured on its probe set, 14 of whose prompts are for choosing and the
+others for measuring; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts.
+
+1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
+2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
+   on the published pairs (``mpo``), once with each seed, and measures the model before and after.
+
+What is done is skipped by the same command; ``OUT/compare/index.html`` is the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import command
+from mpo.building.recipe import BuildRecipe, load_build
+from mpo.common.files import write_text
+from mpo.errors import DataError
+from mpo.evaluation.contrast import ContrastRow
+from mpo.evaluation.probe import probe_rows
+from mpo.jobs.build import build_data
+from mpo.jobs.compare.job import compare
+from mpo.jobs.compare.recipe import load_comparison
+
+LANGUAGES = ("en", "zh", "ko", "ar", "bn", "sw")
+UNTRAINED = ("de", "fr", "es")
+TRAINED_ON, CHOSEN_WITH, MEASURED = slice(0, 70), slice(70, 100), slice(100, None)
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "refuse_or_answer.yaml"
+BUILD = ROOT / "recipes" / "data" / "refuse_or_answer.yaml"
+PAPER = {
+    "loss_type": "mpo",
+    "beta": 1.0,
+    "retain_weight": 1.0,
+    "train_on": "targets",
+    "min_source_gap": 0.0,
+    "max_response_length": 64,
+    "bad_rows": "drop",
+    "learning_rate": 2.0e-4,
+    "harmless_loss_type": None,
+    "harmless_share": None,
+}
+"""What the published objective changes in the recipe."""
+
+
+def write_table(path: Path, rows: Iterable[Mapping[str, str]], languages: Iterable[str]) -> Path:
+    """A CSV file of prompts, a column for each language."""
+    names = ["id", *languages]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, names, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def read_multijail(path: Path) -> list[dict[str, str]]:
+    """Its rows, in their order.
+
+    Raises:
+        DataError: It cannot be read, or lacks a language.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error}).", file=str(path)) from None
+    lacking = [code for code in LANGUAGES if not rows or code not in rows[0]]
+    if lacking or len(rows) <= 100:
+        raise DataError(
+            f"has {len(rows)} rows{' and no column ' + ', '.join(lacking) if lacking else ''}. Expected MultiJail.csv, with a column "
+            "for each language.",
+            file=str(path),
+        )
+    return rows
+
+
+def spread(rows: list[Any], count: int) -> list[Any]:
+    """So many of the rows, evenly over all of them."""
+    step = max(1, len(rows) // count)
+    return rows[::step][:count]
+
+
+def probe_part(part: str) -> list[ContrastRow]:
+    """The harmless prompts of the probe set that settings are chosen with, or the others."""
+    rows = [row for row in probe_rows() if row.kind != "harmful"]
+    everyday = [row for row in rows if row.kind == "harmless"]
+    alike = [row for row in rows if row.kind == "looks_harmful"]
+    chosen = {row.id for row in [*spread(everyday, 8), *spread(alike, 6)]}
+    return [row for row in rows if (row.id in chosen) == (part == "tune")]
+
+
+def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
+    """Writes the prompts and the recipes; returns that of the build, and where that of the comparison is."""
+    out = Path(options.out)
+    rows = read_multijail(Path(options.multijail))
+    train = write_table(out / "prompts" / "train.csv", rows[TRAINED_ON], LANGUAGES)
+    attacked = rows[CHOSEN_WITH] if options.part == "tune" else spread(rows[MEASURED], 48)
+    attack = write_table(out / "prompts" / f"attack-{options.part}.csv", attacked, LANGUAGES)
+    asked = [*LANGUAGES, *UNTRAINED]
+    harmless = {}
+    texts = {}
+    for kind in ("harmless", "looks_harmful"):
+        found = [row for row in probe_part(options.part) if row.kind == kind]
+        name = kind.replace("_", "-")
+        path = out / "prompts" / f"{name}-{options.part}.csv"
+        harmless[name] = {
+            "prompts": [str(write_table(path, ({"id": r.id, **r.texts} for r in found), asked))]
+        }
+    for code in asked:
+        path = out / "prompts" / f"text-{options.part}-{code}.txt"
+        write_text(path, "".join(f"{row.texts[code]}\n" for row in probe_part(options.part)))
+        texts[code] = str(path)
+    for each in options.harmless:
+        name, _, file = each.partition("=")
+        harmless[name] = {"prompts": [file], "limit": 48}
+    model = {"model": options.model, "dtype": "bfloat16", "batch_size": options.batch_size}
+    written = {
+        f"suite-{options.part}": {
+            "models": {"base": model},
+            "attack": {"multijail": {"prompts": [str(attack)]}},
+            "over_refusal": harmless,
+            "generation": {"max_new_tokens": 64},
+            "judge": {"name": "refusal-phrases"},
+            "perplexity": {"texts": texts},
+        },
+        f"compare-{options.part}": {
+            "base": str(RECIPE),
+            "suite": str(out / f"suite-{options.part}.yaml"),
+            "shared": {
+                "model_name_or_path": options.model,
+                "dataset": str(out / "data" / "groups.jsonl"),
+                **({"use_cpu": True} if options.cpu else {}),
+            },
+            "runs": [
+                {"name": "refuse-or-answer"},
+                *([{"name": "mpo", "dataset": options.paper, **PAPER}] if options.paper else []),
+            ],
+            "seeds": options.seeds,
+            "out": str(out / f"compare-{options.part}"),
+            "title": "Attack success and its price",
+        },
+    }
+    for name, recipe in written.items():
+        write_text(out / f"{name}.yaml", yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
+    data = ["--prompts.data", str(train), "starter-harmless", "--out", str(out / "data")]
+    choice = [word for name, value in model.items() for word in (f"--model.{name}", str(value))]
+    build = load_build(BUILD, [*data, *choice, "--leaks.against", str(attack)])
+    return build, out / f"compare-{options.part}.yaml"
+
+
+def main() -> None:
+    """Builds, trains, measures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="a chat model, by name or folder")
+    parser.add_argument("--multijail", required=True, help="MultiJail.csv as published")
+    parser.add_argument(
+        "--paper", help="the published MPO pairs, to train the published objective on them beside it"
+    )
+    parser.add_argument(
+        "--harmless", nargs="+", default=[], metavar="NAME=FILE", help="more harmless prompts to measure"
+    )
+    parser.add_argument("--part", choices=["tune", "test"], default="test")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU")
+    parser.add_argument("--out", default="runs/side_effects")
+    parser.add_argument("--dry_run", action="store_true", help="check everything and stop")
+    options = parser.parse_args()
+    build, comparison = prepare(options)
+    groups = Path(options.out) / "data" / "groups.jsonl"
+    if not options.dry_run or not groups.is_file():
+        build_data(build, dry_run=options.dry_run)
+    if groups.is_file():
+        compare(load_comparison(comparison), dry_run=options.dry_run)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,77 @@
+"""The way from public prompts to the page of a comparison: nothing is in two parts, and all recipes hold."""
+
+from __future__ import annotations
+
+import csv
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import side_effects
+from mpo.building.starter import starter_rows
+from mpo.errors import DataError
+from mpo.jobs.compare.recipe import load_comparison
+from tests.tiny import save_tiny
+
+
+@pytest.fixture
+def multijail(tmp_path: Path) -> Path:
+    draw = random.Random(0)
+
+    def words() -> str:
+        return " ".join("".join(draw.choices("abcdefghijklmnopqrst", k=7)) for _ in range(8))
+
+    rows = [{"id": str(n), **{code: words() for code in side_effects.LANGUAGES}} for n in range(315)]
+    return side_effects.write_table(tmp_path / "MultiJail.csv", rows, side_effects.LANGUAGES)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["side_effects", *words])
+    side_effects.main()
+
+
+def read(path: Path) -> set[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["en"] for row in csv.DictReader(file)}
+
+
+def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
+    multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    out = tmp_path / "out"
+    words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
+    for part in ("tune", "test"):
+        run(monkeypatch, *words, "--part", part)
+        load_comparison(out / f"compare-{part}.yaml")
+        suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
+        assert set(suite["over_refusal"]) == {"harmless", "looks-harmful"}
+    printed = capsys.readouterr().out
+    assert "70 harmful and 144 harmless" in printed
+    prompts = out / "prompts"
+    attacked = {part: read(prompts / f"attack-{part}.csv") for part in ("tune", "test")}
+    assert [len(attacked[part]) for part in ("tune", "test")] == [30, 48]
+    trained = read(prompts / "train.csv") | {row.texts["en"] for row in starter_rows()}
+    harmless = {
+        part: read(prompts / f"harmless-{part}.csv") | read(prompts / f"looks-harmful-{part}.csv")
+        for part in ("tune", "test")
+    }
+    assert [len(harmless[part]) for part in ("tune", "test")] == [14, 46]
+    parts = [trained, *attacked.values(), *harmless.values()]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+
+
+def test_another_table_than_multijail_is_refused(
+    multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = multijail.read_text(encoding="utf-8").splitlines()
+    multijail.write_text("\n".join(lines[:60]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"has 59 rows.*Expected MultiJail"):
+        run(monkeypatch, "--model", "m", "--multijail", str(multijail), "--out", str(tmp_path / "o"))
+    with pytest.raises(DataError, match="cannot be read"):
+        run(
+            monkeypatch, "--model", "m", "--multijail", str(tmp_path / "no.csv"), "--out", str(tmp_path / "o")
+        )
