@@ -954,7 +954,7 @@ def test_a_command_that_is_told_to_end_says_how_to_go_on(
         assert process.is_alive(), log.read_text()
         time.sleep(0.05)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 128 + number, log.read_text()
     text = log.read_text()
     assert said in text and "Traceback" not in text
