@@ -38,7 +38,7 @@ demo: $(READY) ## align a real model on the CPU, show before and after  [DATA=FI
 		$(if $(DATA),$(DATA_OPTIONS)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 
 test: $(READY) ## run the tests on two processes  [MPO_TEST_DATA=FOLDER ARGS="-k name"]
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 test-gpu: $(READY) ## run the tests that need a CUDA device  [PY=python3 for an environment of your own]
 	@$(PY) -m pytest -q -m gpu $(ARGS)

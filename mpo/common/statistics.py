@@ -12,8 +12,9 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -25,12 +26,14 @@ from mpo.common.checks import check_confidence
 from mpo.errors import DataError
 
 Interval = tuple[float, float]
+Draw = Callable[[np.random.Generator, int, int], NDArray[Any]]
 
 EXACT_BELOW = 25
 """McNemar's test is exact with fewer prompts than this on which the two models differ, asymptotic from there on."""
 
 _ALL_ORDERS_UP_TO = 8  # 8! = 40,320 orders can all be tried
 _WEIGHTS_AT_ONCE = 2**21  # 16 MB of float64
+_KEPT = 2**22  # 8 MB of uint16: 10,000 resamples of 419 prompts
 
 
 # ------------------------------------------------------------------------------------------------------------ one share
@@ -361,18 +364,51 @@ def _resampled_mean_of_columns(
         return None
     known = (~np.isnan(table)).astype(np.float64)
     filled = np.nan_to_num(table)
-    random = np.random.default_rng(seed)
     means = np.empty(resamples)
-    step = max(1, _WEIGHTS_AT_ONCE // prompts)
-    for start in range(0, resamples, step):
-        draws = min(step, resamples - start)
-        weights = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=draws).astype(np.float64)
+    start = 0
+    for drawn in _of_all_resamples(_draw_weights, prompts, resamples, seed):
+        weights = drawn.astype(np.float64)
         with np.errstate(invalid="ignore"):  # a draw may leave a language that has few prompts without any
             by_language = (weights @ filled) / (weights @ known)
-        means[start : start + draws] = np.nanmean(by_language, axis=1)
+        means[start : start + len(weights)] = np.nanmean(by_language, axis=1)
+        start += len(weights)
     tail = expanded_tail(prompts, confidence)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _draw_weights(random: np.random.Generator, prompts: int, draws: int) -> NDArray[np.uint16 | np.int64]:
+    """How often each prompt is drawn, [draws, prompts]."""
+    drawn = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
+    return drawn.astype(np.uint16) if prompts < 2**16 else drawn
+
+
+def _draw_signs(random: np.random.Generator, prompts: int, draws: int) -> NDArray[np.int8]:
+    """1 or -1 for each prompt, [draws, prompts]."""
+    return random.choice([-1.0, 1.0], size=(draws, prompts)).astype(np.int8)
+
+
+def _of_all_resamples(draw: Draw, prompts: int, resamples: int, seed: int) -> Iterator[NDArray[Any]]:
+    """What is drawn for all resamples, [draws, prompts] at a time, as many as fit in the memory meant for it.
+
+    The draws depend on no outcome, and a report asks for the same ones for every model and prompt set: some are kept.
+    """
+    if resamples * prompts <= _KEPT:
+        yield from _kept(draw, prompts, resamples, seed)
+    else:
+        yield from _drawn(draw, prompts, resamples, seed)
+
+
+def _drawn(draw: Draw, prompts: int, resamples: int, seed: int) -> Iterator[NDArray[Any]]:
+    random = np.random.default_rng(seed)
+    step = max(1, _WEIGHTS_AT_ONCE // prompts)
+    for start in range(0, resamples, step):
+        yield draw(random, prompts, min(step, resamples - start))
+
+
+@lru_cache(maxsize=8)
+def _kept(draw: Draw, prompts: int, resamples: int, seed: int) -> list[NDArray[Any]]:
+    return list(_drawn(draw, prompts, resamples, seed))
 
 
 def _exchange_test(change: NDArray[np.float64], resamples: int, seed: int) -> float:
@@ -380,11 +416,9 @@ def _exchange_test(change: NDArray[np.float64], resamples: int, seed: int) -> fl
     per_prompt = (np.nan_to_num(change) / (~np.isnan(change)).sum(axis=0)).sum(axis=1)
     if not per_prompt.any():
         return 1.0
-    random = np.random.default_rng(seed)
     seen, extreme = abs(per_prompt.sum()), 0
-    step = max(1, _WEIGHTS_AT_ONCE // len(per_prompt))
-    for start in range(0, resamples, step):
-        signs = random.choice([-1.0, 1.0], size=(min(step, resamples - start), len(per_prompt)))
+    for drawn in _of_all_resamples(_draw_signs, len(per_prompt), resamples, seed):
+        signs = drawn.astype(np.float64)
         extreme += int((np.abs(signs @ per_prompt) >= seen - 1e-12).sum())
     return (extreme + 1) / (resamples + 1)  # the order that was seen is one of them
 

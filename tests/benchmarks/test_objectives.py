@@ -14,6 +14,7 @@ from benchmarks import flops, lengths, objectives, race, step
 from benchmarks.lengths import GroupLengths, PairLengths
 from benchmarks.race import BASELINES, SIDES, STAND_IN, Case
 from mpo.errors import ConfigError
+from tests import processes
 from tests.tiny import build_model, save_tiny
 
 LENGTHS = [
@@ -92,7 +93,8 @@ def test_both_trainers_take_the_same_steps_at_the_cost_that_is_counted(
             assert found["here"][place]["loss"] == pytest.approx(found["TRL"][place]["loss"], rel=1e-4)
 
 
-def test_a_race_measures_each_process_and_says_what_failed_in_one() -> None:
+def test_a_race_measures_each_process_and_says_what_failed_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race.multiprocessing, "get_context", lambda _: processes.context())
     of = case("sigmoid", order=[0, 0, 1])
     found = race.race(of)
     result = objectives.record(of, found, warmup=1)

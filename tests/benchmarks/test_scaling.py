@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import scaling
 from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.training.unique_pairs import unique_sources
 from mpo.training.workload import group_tokens
-
-ROOT = Path(__file__).parents[2]
+from tests import processes
 
 
 def test_groups_on_disk_have_the_columns_and_types_of_tokenized_groups(tmp_path: Path) -> None:
@@ -39,28 +39,23 @@ def test_groups_on_disk_have_the_columns_and_types_of_tokenized_groups(tmp_path:
     assert len(unique_sources(groups)[1]) == 25
 
 
-# In a process of its own: what earlier tests held may be given back while the block runs.
-MEMORY = """
-import json
-import numpy as np
-from benchmarks import scaling
-
-records = []
-with scaling.watched(records, "taken"):
-    held = np.ones(40 << 20, dtype=np.uint8)
-with scaling.watched(records, "nothing"):
-    pass
-print(json.dumps([record["grown_bytes"] for record in records]))
-"""
+def take_memory(out: Path) -> None:
+    records: list[dict[str, Any]] = []
+    with scaling.watched(records, "taken"):
+        held = np.ones(40 << 20, dtype=np.uint8)
+    with scaling.watched(records, "nothing"):
+        assert held[-1] == 1
+    out.write_text(json.dumps([record["grown_bytes"] for record in records]))
 
 
-def test_memory_that_is_taken_in_a_block_is_seen() -> None:
+def test_memory_that_is_taken_in_a_block_is_seen(tmp_path: Path) -> None:
     if scaling.anonymous_bytes() is None:
         pytest.skip("memory is read from Linux's /proc")
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    taken, nothing = json.loads(done.stdout)
+    # In a process of its own: what earlier tests held may be given back while the block runs.
+    process = processes.start(take_memory, tmp_path / "grown.json", output=tmp_path / "log")
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    taken, nothing = json.loads((tmp_path / "grown.json").read_text())
     assert 39 << 20 <= taken < 60 << 20
     assert nothing < 10 << 20
 

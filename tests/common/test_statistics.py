@@ -266,6 +266,26 @@ def test_only_prompts_that_both_models_answered_are_compared() -> None:
         average_change({"en": {1: 1.0}}, {"en": {2: 1.0}})
 
 
+def test_what_is_drawn_does_not_depend_on_whether_it_is_kept_or_how_much_fits_into_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(4)
+    before, after = (
+        {"sw": dict(enumerate((random.random(37) < share).astype(float)))} for share in (0.3, 0.6)
+    )
+    other = {"sw": dict(list(before["sw"].items())[:20])}
+
+    def found() -> list[Any]:
+        return [
+            (language_average(each), average_change(each, after)) for each in (before, other, before, other)
+        ]
+
+    kept = found()
+    monkeypatch.setattr("mpo.common.statistics._KEPT", 0)
+    monkeypatch.setattr("mpo.common.statistics._WEIGHTS_AT_ONCE", 37 * 99)
+    assert found() == kept
+
+
 def test_no_change_at_all_has_an_interval_on_both_sides_of_zero() -> None:
     values = _outcomes(np.random.default_rng(0), 50)
     got = average_change(values, values)

@@ -5,6 +5,7 @@ accelerate launch ... tests/distributed/worker.py OUT SHARED JOB...
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -17,10 +18,11 @@ os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_P
 import torch
 
 from mpo.jobs.train import is_lost_process, process_lost
-from tests.distributed import scenarios
+from tests.distributed import fsdp_cases, scenarios
 from tests.distributed.launching import end_after_limit
 
 torch.set_num_threads(1)
+gc.freeze()  # every training collects garbage, and need not look through all that the libraries hold
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
@@ -66,6 +68,8 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
             return scenarios.run_kinds(out / "kinds", shared, ranks)
         case "probe":
             return scenarios.run_probed(name, out, shared, ranks)
+        case "heads":
+            return fsdp_cases.run_heads(torch.distributed.get_rank())
         case "poison":
             return scenarios.run_poisoned(name, out / f"poison-{name}", shared, ranks)
         case "signal":

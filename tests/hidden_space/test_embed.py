@@ -7,11 +7,8 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,7 @@ from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
 from mpo.modeling import opening
 from mpo.modeling.loading import ModelSource
+from tests import processes
 from tests.tiny import build_model, build_tokenizer, random_text, save_tiny
 
 FAMILIES = ("llama", "gemma2", "qwen2")
@@ -439,36 +437,30 @@ def test_an_interrupted_pass_goes_on_where_it_was_with_any_number_of_ranks(
     assert everything(resumed) == pytest.approx(everything(whole), abs=1e-5)
 
 
-_KILLED = """
-import sys, time
-from mpo.hidden_space import embed
-from tests.hidden_space.test_embed import *
-run = embed.pooled_states
-embed._COMMIT_EVERY = 0.0
-def slow(*args):
-    time.sleep(0.05)
-    print("batch", flush=True)
-    return run(*args)
-embed.pooled_states = slow
-Embedder(ModelSource(sys.argv[1]), dataclasses.replace(EVERYTHING, tokens_per_batch=40), ranks=alone()).embed(texts_of(40), sys.argv[2])
-"""
+def embed_slowly(model: Path, store: Path, begun: Path) -> None:
+    run = module.pooled_states
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.05)
+        with open(begun, "ab") as file:
+            file.write(b".")
+        return run(*args)
+
+    module.pooled_states, module._COMMIT_EVERY = slow, 0.0
+    settings_ = dataclasses.replace(EVERYTHING, tokens_per_batch=40)
+    Embedder(ModelSource(str(model)), settings_, ranks=alone()).embed(texts_of(40), store)
 
 
 def test_a_killed_process_leaves_what_the_next_one_finishes(
     adapted: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(_KILLED), str(adapted[0]), str(tmp_path / "store")],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TQDM_DISABLE": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    for _ in range(4):
-        assert process.stdout.readline() == "batch\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    begun, log = tmp_path / "begun", tmp_path / "log"
+    process = processes.start(embed_slowly, adapted[0], tmp_path / "store", begun, output=log)
+    while not begun.exists() or begun.stat().st_size < 4:
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
     partial = tmp_path / "store.partial"
     assert partial.is_dir() and not (tmp_path / "store").exists()
     on_disk = sum(len(journal.read_bytes()) // 8 for journal in partial.glob("done.*"))

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -19,8 +17,9 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from mpo.cli import app as cli
 from mpo.data import load_groups
 from mpo.errors import (
     ConfigError,
@@ -40,6 +39,7 @@ from mpo.modeling.identity import fingerprint_folder
 from mpo.training.checkpoints import mark_complete
 from mpo.training.recipe import Recipe, load_recipe
 from mpo.training.trainer import MPOTrainer
+from tests import processes
 from tests.tiny import build_tokenizer, random_groups, save_tiny
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3}
@@ -905,6 +905,29 @@ def test_two_runs_at_once_never_share_a_folder(make, tmp_path: Path, monkeypatch
 # ------------------------------------------------------------------------------------------------------ told to end
 
 
+class TellSteps(TrainerCallback):
+    """Makes a file when two steps have been taken."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            self.file.touch()
+
+
+def train_and_tell(begun: Path, words: list[str]) -> int:
+    """The command itself, in a process of its own, whose steps can be waited for."""
+    original = MPOTrainer.train
+
+    def train_(self: MPOTrainer, *arguments: Any, **kwargs: Any) -> Any:
+        self.add_callback(TellSteps(begun))
+        return original(self, *arguments, **kwargs)
+
+    MPOTrainer.train = train_  # type: ignore[method-assign]
+    return cli.main(words)
+
+
 @pytest.mark.parametrize(
     ("number", "settings", "said"),
     [
@@ -914,20 +937,25 @@ def test_two_runs_at_once_never_share_a_folder(make, tmp_path: Path, monkeypatch
     ],
 )
 def test_a_command_that_is_told_to_end_says_how_to_go_on(
-    make, tmp_path: Path, number: int, settings: list[str], said: str
+    make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    settings: list[str],
+    said: str,
 ) -> None:
     make(max_steps=3000, **LORA)
-    command = [sys.executable, "-m", "mpo.cli", "train", str(tmp_path / "r.yaml"), *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPO_DEBUG": ""}
-    log = tmp_path / "log"
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    deadline = time.monotonic() + 120
-    while b"Training for" not in log.read_bytes() and time.monotonic() < deadline and process.poll() is None:
+    monkeypatch.setenv("MPO_DEBUG", "")
+    log, begun = tmp_path / "log", tmp_path / "begun"
+    process = processes.start(
+        train_and_tell, begun, ["train", str(tmp_path / "r.yaml"), *settings], output=log
+    )
+    while not begun.exists():
+        assert process.is_alive(), log.read_text()
         time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number, log.read_text()
+    os.kill(process.pid, number)
+    process.join(300)
+    assert process.exitcode == 128 + number, log.read_text()
     text = log.read_text()
     assert said in text and "Traceback" not in text
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

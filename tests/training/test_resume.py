@@ -7,16 +7,14 @@ both count. Seven groups in micro-batches of one and accumulation of two give fo
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from mpo.training.checkpoints import MARKER, is_complete, last_complete_checkpoi
 from mpo.training.resume import check_resumable
 from mpo.training.stopping import SIGNALS, StopSignals
 from mpo.training.trainer import MPOTrainer
-from tests import runs
+from tests import processes, runs
 from tests.tiny import build_model, random_groups, save_tiny
 
 KINDS = ("lora", "full")
@@ -220,21 +218,6 @@ def test_the_groups_of_two_epochs_come_in_two_orders(
 # ---- Killed ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ForkServerContext]:
-    """Processes that are forked from one that has imported everything and done nothing."""
-    context = multiprocessing.get_context("forkserver")
-    root = str(Path(__file__).parents[2])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, before]))
-    context.set_forkserver_preload(["tests.training.test_resume"])
-    yield context
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -261,7 +244,6 @@ def _kill_in_file(module: Any, name: str, position: int, wanted: str = "") -> No
 
 def run_and_die(model: Path, folder: Path, kind: str, where: str, settings: dict[str, Any]) -> None:
     """The run of this file, in a process of its own, killed from inside while it saves its third checkpoint."""
-    torch.set_num_threads(1)
     import peft.peft_model
     import transformers.modeling_utils
 
@@ -303,12 +285,6 @@ def run_and_die(model: Path, folder: Path, kind: str, where: str, settings: dict
     trainer(model, folder, kind, **settings).train()
 
 
-def start(context: ForkServerContext, *arguments: Any) -> Any:
-    process = context.Process(target=run_and_die, args=arguments)
-    process.start()
-    return process
-
-
 # Where the run dies, and the last checkpoint it leaves.
 DEATHS = {
     "the model file": 2,
@@ -328,13 +304,12 @@ DEATHS = {
 def test_a_run_killed_while_it_writes_resumes_and_ends_with_the_same_weights(
     model: Path,
     unbroken: dict[str, Unbroken],
-    processes: ForkServerContext,
     tmp_path: Path,
     kind: str,
     where: str,
 ) -> None:
     settings = {"save_total_limit": 1}
-    process = start(processes, model, tmp_path, kind, where, settings)
+    process = processes.start(run_and_die, model, tmp_path, kind, where, settings)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     left, out = DEATHS[where], tmp_path / "out"
@@ -352,10 +327,10 @@ def test_a_run_killed_while_it_writes_resumes_and_ends_with_the_same_weights(
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_a_run_killed_at_any_moment_resumes_and_ends_with_the_same_weights(
-    model: Path, unbroken: dict[str, Unbroken], processes: ForkServerContext, tmp_path: Path, attempt: int
+    model: Path, unbroken: dict[str, Unbroken], tmp_path: Path, attempt: int
 ) -> None:
     shutil.copytree(unbroken["lora"].folder / "reference", tmp_path / "reference")
-    process = start(processes, model, tmp_path, "lora", "from outside", {"save_total_limit": 2})
+    process = processes.start(run_and_die, model, tmp_path, "lora", "from outside", {"save_total_limit": 2})
     out = tmp_path / "out"
     deadline = time.monotonic() + 120
     while not (out / "checkpoint-1" / MARKER).exists() and time.monotonic() < deadline:
