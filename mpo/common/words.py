@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from enum import Enum
 
@@ -75,6 +76,11 @@ def plain(value: object) -> str:
 def shortened(text: str, longest: int = 80) -> str:
     """The text, cut with ``...`` where it is longer."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def shown_value(value: object, longest: int = 80) -> str:
+    """A setting as JSON, shortened."""
+    return shortened(json.dumps(value, ensure_ascii=False), longest)
 
 
 def show_name(name: object) -> str:
