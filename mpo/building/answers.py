@@ -224,12 +224,11 @@ class PairMaker:
     def __init__(
         self, settings: AnswerSettings, language: str, refusals: Refusals, gaps: Gaps | None
     ) -> None:
-        """
-        Args:
-            settings: Where answers come from.
-            language: Code of the dominant language.
-            refusals: Refusals by language.
-            gaps: The gaps by which an answer is chosen; None takes the first.
+        """Args:
+        settings: Where answers come from.
+        language: Code of the dominant language.
+        refusals: Refusals by language.
+        gaps: The gaps by which an answer is chosen; None takes the first.
         """
         self.settings, self.language, self.refusals, self.gaps = settings, language, refusals, gaps
 

@@ -37,10 +37,9 @@ class Kept:
     """What the block under way has got, by name; kept as soon as it is there."""
 
     def __init__(self, journal: Journal, title: str = "") -> None:
-        """
-        Args:
-            journal: Where it is kept.
-            title: What is under way; a block that takes long says so now and then.
+        """Args:
+        journal: Where it is kept.
+        title: What is under way; a block that takes long says so now and then.
         """
         self._journal, self._title, self._spoken = journal, title, time.monotonic()
 

@@ -57,10 +57,9 @@ class Output:
     """The files of groups and dropped texts, written while they come and named when all are there."""
 
     def __init__(self, folder: Path, examples: int) -> None:
-        """
-        Args:
-            folder: Where they go.
-            examples: Dropped texts to keep per filter and language, for the page.
+        """Args:
+        folder: Where they go.
+        examples: Dropped texts to keep per filter and language, for the page.
         """
         self.folder, self._examples = folder, examples
         self.examples: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))

@@ -30,11 +30,10 @@ def has_hidden_space(folder: Path) -> bool:
 
 
 def hidden_space_section(folder: Path) -> Section | None:
-    """
-    The section of a result folder, or None where there was no such analysis.
+    """The section of a result folder, or None where there was no such analysis.
 
     Raises:
-        StorageError: the analysis is damaged.
+        StorageError: The analysis is damaged.
     """
     if not has_hidden_space(folder):
         return None
