@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from mpo.errors import ConfigError
 
@@ -57,6 +57,11 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(r"\w[\w.+@-]*", name):
         raise ConfigError(f"name: expected letters, digits, '.', '_' or '-', got {name!r}.")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _at_least(least: int, value: Any) -> bool:

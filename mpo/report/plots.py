@@ -6,11 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpo.common import figures as style
+from mpo.common.checks import is_number
 from mpo.common.tables import printable_name
 from mpo.common.words import ARROW, MINUS, counted, number
 from mpo.data.languages import language_name
@@ -218,7 +219,7 @@ def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     found = {
         entry["step"]: (100 * entry[names[0]], 100 * entry[names[1]])
         for entry in log_history
-        if entry.get("step") and all(_is_finite(entry.get(name)) for name in names)
+        if entry.get("step") and all(is_number(entry.get(name)) for name in names)
     }
     return [found[step] for step in sorted(found)]
 
@@ -337,13 +338,9 @@ def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> _Series:
     points: dict[float, float] = {}
     for n, entry in enumerate(log_history):
         value, step = entry.get(key), entry.get("step", n)
-        if _is_finite(value) and _is_finite(step):
+        if is_number(value) and is_number(step):
             points[step] = value
     return sorted(points.items())
-
-
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _smooth(series: _Series) -> _Series:
@@ -379,7 +376,7 @@ def _implied_source_gap(log_history: Sequence[Mapping[str, Any]], languages: Seq
         entry[f"reward_gap/{code}"] - entry[f"gap_to_source/{code}"]
         for entry in log_history
         for code in languages
-        if _is_finite(entry.get(f"reward_gap/{code}")) and _is_finite(entry.get(f"gap_to_source/{code}"))
+        if is_number(entry.get(f"reward_gap/{code}")) and is_number(entry.get(f"gap_to_source/{code}"))
     ]
     return math.fsum(found) / len(found) if found else None
 

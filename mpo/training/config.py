@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,6 +13,7 @@ import torch
 from transformers import SchedulerType
 from trl import DPOConfig
 
+from mpo.common.checks import is_number
 from mpo.common.redaction import is_secret_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError
@@ -87,8 +87,7 @@ _MEANINGLESS = {
 
 @dataclass
 class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
-    r"""
-    Settings of :class:`~mpo.training.trainer.MPOTrainer`.
+    r"""Settings of :class:`~mpo.training.trainer.MPOTrainer`.
 
     Only what MPO adds or sets differently is described here, and in
     :class:`~mpo.training.harmless.HarmlessSettings` what is for harmless groups; every other field is that of
@@ -102,7 +101,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         L2 = ||h_source - h_reference_source||^2 / hidden_size
         L  = mean over target pairs of (L1 + retain_weight * L2)
 
-    Parameters:
+    Args:
         > Parameters that control the objective
 
         loss_type (`list[str]`, *optional*, defaults to `["mpo"]`):
@@ -383,7 +382,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         if not (isinstance(names, list) and names and len({*names}) == len(names)):
             raise ConfigError(f"`loss_type` is {names!r}; expected one or more objectives, each once.")
         if weights is not None and not (
-            isinstance(weights, list) and len(weights) == len(names) and all(map(_is_number, weights))
+            isinstance(weights, list) and len(weights) == len(names) and all(map(is_number, weights))
         ):
             raise ConfigError(
                 f"`loss_weights` is {weights!r}; expected as many numbers as `loss_type` names objectives, {len(names)}."
@@ -464,7 +463,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         least = 1e-12 if "exo_pair" in self.loss_type else 0
         require(
             "label_smoothing",
-            lambda value: _is_number(value) and least <= value < 0.5,
+            lambda value: is_number(value) and least <= value < 0.5,
             f"a probability {'above' if least else 'of at least'} 0 and below 0.5",
         )
         require(
@@ -475,7 +474,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         require(
             "f_divergence_type", lambda value: value in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}"
         )
-        require("f_alpha_divergence_coef", _is_number, "a number")
+        require("f_alpha_divergence_coef", is_number, "a number")
         require("discopop_tau mlc_temperature", _is_positive, "a number above 0")
         require(
             "simpo_gamma cpo_alpha rdpo_alpha desirable_weight undesirable_weight retain_weight",
@@ -487,7 +486,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         require("bad_rows", lambda value: value in ("error", "drop"), "'error' or 'drop'")
         require(
             "min_source_gap",
-            lambda value: value is None or _is_number(value),
+            lambda value: value is None or is_number(value),
             "a number in nats per token, or nothing",
         )
         require(
@@ -647,16 +646,12 @@ def _without_tokens(settings: Any, mark: str | None) -> Any:
     }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+    return is_number(value) and value > 0
 
 
 def _is_at_least_0(value: Any) -> bool:
-    return _is_number(value) and value >= 0
+    return is_number(value) and value >= 0
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -13,7 +13,6 @@ prompt and chosen response of the pair itself, in the dominant and in the target
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from mpo.common.checks import is_number
 from mpo.common.words import listed
 from mpo.data.contract import HARMLESS
 from mpo.errors import ConfigError
@@ -38,11 +38,10 @@ _PER_STEP = {MISMATCHED: "other pairs' responses", STATES: "a prompt in all its 
 
 @dataclass
 class HarmlessSettings:
-    r"""
-    The settings of :class:`~mpo.training.config.MPOConfig` for groups whose `kind` is harmless. Data without such groups
+    r"""The settings of :class:`~mpo.training.config.MPOConfig` for groups whose `kind` is harmless. Data without such groups
     read none of them.
 
-    Parameters:
+    Args:
         harmless_loss_type (`list[str]`, *optional*):
             Their objective, or several, each weighing the same: a name of `loss_type`, or `"none"`, which leaves them to
             `harmless_retention`. Unset: `"sigmoid"` (DPO).
@@ -166,9 +165,7 @@ class HarmlessSettings:
 
 
 def _at_least(least: float) -> Any:
-    return lambda v: (
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= least
-    )
+    return lambda value: is_number(value) and value >= least
 
 
 def of_harmless(args: Any, neutral: Mapping[str, float]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpo.common.checks import is_number
 from mpo.common.words import nearest
 from mpo.errors import ConfigError
 
@@ -20,10 +21,9 @@ _BEST_PER_LANGUAGE = ("reward_gap", "gap_to_source", "positive", "logps/chosen",
 
 @dataclass
 class ProbeSettings:
-    r"""
-    What a run asks its model before, while and after it is trained; see `mpo.evaluation.probe`.
+    r"""What a run asks its model before, while and after it is trained; see `mpo.evaluation.probe`.
 
-    Parameters:
+    Args:
         behavior_probe (`int`, *optional*, defaults to `8`):
             Probe prompts per language and kind (harmful, harmless, harmless that looks harmful) that are answered before and
             after training. 0 asks nothing.
@@ -76,12 +76,12 @@ class ProbeSettings:
                 raise ConfigError(f"`{name}` is {value!r}; expected {expected}.")
         every, rise = self.probe_steps, self.stop_on_over_refusal
         if every is not None and not (
-            _is_number(every) and (0 < every < 1 or (every >= 1 and every % 1 == 0))
+            is_number(every) and (0 < every < 1 or (every >= 1 and every % 1 == 0))
         ):
             raise ConfigError(
                 f"`probe_steps` is {every!r}; expected a whole number of steps, a share of them below 1, or null."
             )
-        if rise is not None and not (_is_number(rise) and 0 < rise <= 100):
+        if rise is not None and not (is_number(rise) and 0 < rise <= 100):
             raise ConfigError(
                 f"`stop_on_over_refusal` is {rise!r}; expected percentage points from above 0 to 100, or null."
             )
@@ -153,7 +153,3 @@ def metric_is_loss(metric: str) -> bool:
         + (f"; did you mean {near!r}?" if near else ".")
         + f" Known are {', '.join(known)} (with a target language for `bn`)."
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
