@@ -225,7 +225,6 @@ def _plane_section(comparison: ComparisonResult) -> Section | None:
     drawn = plane.draw(
         points,
         title="Attack success against refusals of harmless prompts, a point per run",
-        sums=True,
         frontier=True,
     )
     lead = (
