@@ -205,7 +205,10 @@ def fingerprint_folder(folder: Path) -> str:
     """
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise ModelError(f"'{folder}' has no *.safetensors file; weights in other formats are not read.")
+        raise ModelError(
+            f"'{folder}' has no *.safetensors file; weights in other formats are not read. Save the model again with "
+            "`save_pretrained`."
+        )
     digest = xxhash.xxh3_128()
     for shard in shards:
         status = shard.stat()

@@ -116,7 +116,10 @@ class Weights:
 
     def __post_init__(self) -> None:
         if self.harmful < 0 or self.harmless < 0 or not self.harmful + self.harmless:
-            raise ConfigError("expected weights of at least 0, not both of them 0.")
+            raise ConfigError(
+                f"`harmful` is {self.harmful:g} and `harmless` {self.harmless:g}; expected weights of at least 0, not both of "
+                "them 0."
+            )
 
 
 OBJECTIVES = ("balanced",)
