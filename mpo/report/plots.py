@@ -241,7 +241,7 @@ def _draw_gaps(
     airy = [n and (rows[n - 1].is_source or row.language == ALL_TARGETS) for n, row in enumerate(rows)]
     positions = np.arange(len(rows)) + 0.45 * np.cumsum(airy)
     span = positions[-1] + 1
-    height = _HEAD + _FOOT + _ROW * span + (0 if math.isclose(table.beta, 1.0) else _HEAD_LINE)
+    height = _HEAD + _FOOT + _ROW * span + _HEAD_LINE * (len(table.reference_lines) - 1)
     with style.project_style():
         figure = style.new_figure(style.WIDTH, height)
         width = style.WIDTH - _NAME_COLUMN - _VALUE_COLUMN
@@ -303,14 +303,12 @@ def _draw_marks(axes: Axes, series: Mapping[str, Sequence[RewardGapRow]], y: np.
 
 def _draw_reference(axes: Axes, table: RewardGapTable) -> None:
     """The source's reference gap and, where beta is not 1, the gap that training aims at instead."""
-    reference = f"{table.source_label} reference {number(table.reference_gap, 2, signed=True)}"
-    goal = f"goal (reference / \N{GREEK SMALL LETTER BETA}) {number(table.goal, 2, signed=True)}"
-    lines = [(table.reference_gap, reference, (5, 2), "bold"), (table.goal, goal, (1.5, 1.5), "normal")]
-    lines = lines[:1] if math.isclose(table.beta, 1.0) else lines
-    for value, _, dashes, _ in lines:
+    looks = (((5, 2), "bold"), ((1.5, 1.5), "normal"))
+    lines = list(zip(table.reference_lines, looks, strict=False))
+    for (value, _), (dashes, _) in lines:
         axes.axvline(value, color=style.REFERENCE, linewidth=1.5, dashes=dashes, zorder=1.5)
     low, high = axes.get_xlim()
-    for n, (value, label, _, weight) in enumerate(reversed(lines)):
+    for n, ((value, label), (_, weight)) in enumerate(reversed(lines)):
         share = (value - low) / (high - low)
         axes.annotate(
             label,
