@@ -40,6 +40,7 @@ from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
 from mpo.modeling.loading import ModelSource, pick_device
 from mpo.modeling.opening import open_model
+from mpo.modeling.padding import padded
 from mpo.training.ranks import Ranks
 
 _COMMIT_EVERY = 10.0  # seconds of work that a kill may cost
@@ -128,7 +129,7 @@ def pooled_states(
     Args:
         decoder: From :func:`decoder_of`.
         input_ids: ``[b, t]``.
-        mask: ``[b, t]`` booleans, True for tokens of the text.
+        mask: ``[b, t]``, 1 or True for tokens of the text.
         layers: From :func:`resolve_layers`.
         poolings: Of ``last`` and ``mean``.
 
@@ -136,6 +137,7 @@ def pooled_states(
         ``[layers, poolings, b, hidden]`` float32.
     """
     found: dict[str, Tensor] = {}
+    mask = mask.bool()
     with _watching(decoder, layers, lambda name, states: found.update({name: pool(states, mask, poolings)})):
         output = decoder(
             input_ids=input_ids,
@@ -427,24 +429,10 @@ class Embedder:
             )
             for batch in bar:
                 rows = [left[place] for place in batch]
-                input_ids, mask = pad([tokens[row] for row in rows], self.device)
+                input_ids, mask = padded([tokens[row] for row in rows], self.device)
                 found = pooled_states(decoder, input_ids, mask, layers, poolings)
                 writer.write(rows, {name: found[:, place] for place, name in enumerate(poolings)})
                 if time.monotonic() - last_commit > _COMMIT_EVERY:
                     writer.commit()
                     last_commit = time.monotonic()
             writer.commit()
-
-
-def pad(
-    tokens: Sequence[Sequence[int]], device: torch.device, *, side: str = "right"
-) -> tuple[Tensor, Tensor]:
-    """``[b, t]`` token ids and ``[b, t]`` mask of texts of different lengths."""
-    width = max(len(ids) for ids in tokens)
-    input_ids = torch.zeros((len(tokens), width), dtype=torch.long)
-    mask = torch.zeros((len(tokens), width), dtype=torch.bool)
-    for row, ids in enumerate(tokens):
-        place = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
-        input_ids[row, place] = torch.tensor(ids)
-        mask[row, place] = True
-    return input_ids.to(device), mask.to(device)
