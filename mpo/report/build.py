@@ -94,7 +94,10 @@ def reward_gap(results: Results) -> Measurement | None:
         ]
         found = [(table, row) for table in known if (row := _gap_row(table, key)) is not None]
         if found:
-            label, size = printable_name(found[0][0].label(found[0][1])), max(row.pairs for _, row in found)
+            label, size = (
+                printable_name(found[0][0].label(found[0][1]), 33),
+                max(row.pairs for _, row in found),
+            )
             rows.append(Row(label, tuple(cells), size, is_average=key[0] == ALL_TARGETS, is_source=key[1]))
     return Measurement(
         anchor="reward-gap",
