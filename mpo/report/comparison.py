@@ -272,7 +272,7 @@ def _measures_section(
         return None
     percent = f"[{100 * comparison.confidence:g}\N{NO-BREAK SPACE}%]"
     several = _seeds(comparison) > 1
-    head = []
+    head: list[str] = []
     for measure in measures:
         head += [f"{TITLES[measure]} {percent}", f"Change {percent}", *(["Over seeds"] if several else [])]
     rows = []
@@ -290,7 +290,7 @@ def _glance_section(comparison: ComparisonResult) -> Section | None:
         return None
     rows = []
     for row in comparison.rows:
-        cells = [
+        cells: list[Shown | str] = [
             Shown(_value(found, measure), verdict="" if found.change is None else verdict(found, measure))
             if (found := row.measures.get(measure)) is not None
             else NONE
