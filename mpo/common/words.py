@@ -26,6 +26,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def with_arrows(text: str) -> str:
+    """A text for a terminal as a page has it: a true arrow for each ``->``."""
+    return text.replace(" -> ", f" {ARROW} ")
+
+
 def listed(names: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *first, last = [*names] or [""]
