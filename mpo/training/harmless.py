@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from mpo.common.checks import is_number
+from mpo.common.checks import is_at_least_0, is_positive, require
 from mpo.common.words import listed
 from mpo.data.contract import HARMLESS
 from mpo.errors import ConfigError
@@ -112,23 +112,23 @@ class HarmlessSettings:
             raise ConfigError(
                 f"`harmless_loss_type` is {names!r}; expected one or more objectives, each once, or 'none' alone."
             )
-        self._require_harmless(
-            "harmless_loss_weight harmless_retain_weight", _at_least(0), "a number of at least 0"
-        )
-        self._require_harmless(
+        require(self, "harmless_loss_weight harmless_retain_weight", is_at_least_0, "a number of at least 0")
+        require(
+            self,
             "harmless_beta",
-            lambda v: v is None or (_at_least(0)(v) and v > 0),
+            lambda v: v is None or is_positive(v),
             "a number above 0, or nothing",
         )
-        self._require_harmless(
+        require(
+            self,
             "harmless_share",
-            lambda v: v is None or (_at_least(0)(v) and 0 < v < 1),
+            lambda v: v is None or (is_positive(v) and v < 1),
             "a share above 0 and below 1, or nothing for that of the data",
         )
-        self._require_harmless(
-            "harmless_train_on", lambda v: v is None or v in TRAIN_ON, "'targets', 'source' or 'both'"
+        require(
+            self, "harmless_train_on", lambda v: v is None or v in TRAIN_ON, "'targets', 'source' or 'both'"
         )
-        self._require_harmless("harmless_retention", lambda v: v in RETENTIONS, "'none' or 'hidden'")
+        require(self, "harmless_retention", lambda v: v in RETENTIONS, "'none' or 'hidden'")
         view = self.harmless
         objectives = view.objectives
         for name, objective in objectives.by_name.items():
@@ -157,15 +157,6 @@ class HarmlessSettings:
                 "`harmless_share` counts groups and `max_tokens_per_batch` tokens, so a step cannot have both. Remove one of "
                 "them; `per_device_train_batch_size` sets the number of groups."
             )
-
-    def _require_harmless(self, names: str, accepts: Any, expected: str) -> None:
-        for name in names.split():
-            if not accepts(getattr(self, name)):
-                raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
-
-
-def _at_least(least: float) -> Any:
-    return lambda value: is_number(value) and value >= least
 
 
 def of_harmless(args: Any, neutral: Mapping[str, float]) -> Any:
