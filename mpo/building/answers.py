@@ -229,7 +229,8 @@ class PairMaker:
         openings: Refusals,
         gaps: Gaps | None,
     ) -> None:
-        """
+        """Keep the settings.
+
         Args:
             settings: Where answers come from.
             language: Code of the dominant language.

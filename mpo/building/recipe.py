@@ -192,7 +192,9 @@ class BuildRecipe:
                 f"languages: {source!r} is the language of the source; name the languages to translate into."
             )
         if len({*targets}) < len(targets):
-            raise ConfigError(f"languages: one is there twice in {', '.join(self.languages)}.")
+            raise ConfigError(
+                f"languages: one is there twice in {', '.join(self.languages)}; expected each once. Remove the second."
+            )
         object.__setattr__(self, "source_language", source)
         object.__setattr__(self, "languages", targets)
         answers = self.answers

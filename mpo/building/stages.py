@@ -37,7 +37,8 @@ class Kept:
     """What the block under way has got, by name; kept as soon as it is there."""
 
     def __init__(self, journal: Journal, title: str = "") -> None:
-        """
+        """Keep results in a journal.
+
         Args:
             journal: Where it is kept.
             title: What is under way; a block that takes long says so now and then.

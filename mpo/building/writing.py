@@ -57,7 +57,8 @@ class Output:
     """The files of groups and dropped texts, written while they come and named when all are there."""
 
     def __init__(self, folder: Path, examples: int) -> None:
-        """
+        """Write into a folder.
+
         Args:
             folder: Where they go.
             examples: Dropped texts to keep per filter and language, for the page.

@@ -7,12 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.options import add_loading_options, add_recipe, chat_template_kwargs, show_help
+from mpo.cli.options import add_loading_options, add_recipe_command, chat_template_kwargs, show_help
 
-_HIDDEN_SPACE_EPILOG = """\
-Any key of the recipe can be changed after it:
+_CHANGES = """\
   --resamples 200             a value            --languages en de         a list
   --data.folder polyrefuse    an entry           --models.0.adapter runs/a an entry of the first model
+"""
+_DOCS = """\
 docs/hidden-space.md explains the keys.
 
 On several GPUs:  accelerate launch -m mpo.cli analyze hidden-space RECIPE [--key value ...]
@@ -25,17 +26,16 @@ def register(commands: Any) -> None:
     analyze.set_defaults(run=lambda _: show_help(analyze))
     analyses = analyze.add_subparsers(title="commands", metavar="COMMAND")
 
-    hidden_space = analyses.add_parser(
-        "hidden-space",
+    hidden_space = add_recipe_command(
+        analyses,
+        "mpo analyze hidden-space",
+        "recipes/hidden_space/mpo_run.yaml",
         help="how alignment moved harmful and harmless texts apart, per language",
-        usage="mpo analyze hidden-space RECIPE [--key value ...]",
         description="Embed harmful and harmless texts before and after alignment and measure, per language and layer, how "
         "far they lie apart.",
-        epilog=_HIDDEN_SPACE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        changes=_CHANGES,
+        docs=_DOCS,
     )
-    add_recipe(hidden_space, "recipes/hidden_space/mpo_run.yaml")
     hidden_space.set_defaults(run=_hidden_space)
 
     embed = analyses.add_parser(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpo.cli.options import add_loading_options, chosen_model, json_object, one_or_many
+from mpo.cli import options
 from mpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ def register(measurements: Any) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, help="folder or Hub name of the model; for a server, its name there"
-    )
-    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put on it")
+    options.add_measured_model(parser, served=True)
     parser.add_argument(
         "--prompts",
         required=True,
@@ -52,18 +49,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE_OR_NAME",
         help="CSV, JSON, JSONL or Parquet file(s), multijail, csrt, or a dataset on the Hub",
     )
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder of results, one for all models"
-    )
-    parser.add_argument("--name", help="what the model's folder is called (default: from its name)")
+    options.add_results(parser)
     _add_prompt_options(parser.add_argument_group("prompts"))
-    _add_generation_options(parser.add_argument_group("generation"))
+    options.add_generation_options(parser.add_argument_group("generation"), 256)
     add_engine_options(parser.add_argument_group("engine"))
     add_judge_options(parser.add_argument_group("judge"), "judge", default="refusal-phrases")
     add_judge_options(parser.add_argument_group("second judge"), "second_judge", default=None)
-    parser.add_argument(
-        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
-    )
+    options.add_confidence(parser)
 
 
 def _add_prompt_options(group: Any) -> None:
@@ -75,23 +67,12 @@ def _add_prompt_options(group: Any) -> None:
     group.add_argument("--prompt_column", help="column with the prompt")
     group.add_argument("--language_column", help="column with the language")
     group.add_argument("--prompt_language", metavar="CODE", help="language of prompts without a label")
-    group.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
-    group.add_argument(
-        "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
-    )
+    options.add_split(group)
+    options.add_bad_rows(group)
     group.add_argument(
         "--template", metavar="FILE", help="text with the slot {prompt} to put each prompt into"
     )
     group.add_argument("--system_prompt", help="system turn before each prompt")
-
-
-def _add_generation_options(group: Any) -> None:
-    group.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
-    group.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy (default); above it samples"
-    )
-    group.add_argument("--top_p", type=float, default=1.0, help="share of the probability to sample from")
-    group.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
 
 
 def add_engine_options(group: Any) -> None:
@@ -113,7 +94,7 @@ def add_engine_options(group: Any) -> None:
         "--timeout", type=float, default=600.0, help="seconds to wait for a server (default 600)"
     )
     group.add_argument("--batch_size", type=int, default=16, help="prompts per batch (default 16)")
-    add_loading_options(group, adapter_revision=True)
+    options.add_loading_options(group, adapter_revision=True)
 
 
 def engine_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -152,13 +133,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     from mpo.evaluation.answers import Framing
-    from mpo.evaluation.engines import Generation
     from mpo.evaluation.prompts import load_prompts, load_template
     from mpo.evaluation.safety import measure_safety
     from mpo.evaluation.tasks import TASKS
 
     prompts = load_prompts(
-        one_or_many(arguments.prompts),
+        options.one_or_many(arguments.prompts),
         name=arguments.prompt_set,
         languages=arguments.languages,
         limit=arguments.limit,
@@ -176,11 +156,9 @@ def _run(arguments: argparse.Namespace) -> int:
     measure_safety(
         TASKS[arguments.task],
         prompts,
-        model=chosen_model(arguments, **engine_of(arguments)),
+        model=options.chosen_model(arguments, **engine_of(arguments)),
         out=Path(arguments.out),
-        generation=Generation(
-            arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed
-        ),
+        generation=options.generation_of(arguments),
         judge=judge,
         second_judge=judge_of(arguments, "second_judge"),
         framing=Framing(template, arguments.system_prompt),
@@ -209,7 +187,7 @@ def judge_of(arguments: argparse.Namespace, prefix: str) -> JudgeChoice | None:
             raise ConfigError(f"--{prefix}_{named[0]} needs --{prefix}.")
         return None
     if given["request"] is not None:
-        given["request"] = json_object(given["request"], f"--{prefix}_request")
+        given["request"] = options.json_object(given["request"], f"--{prefix}_request")
     return JudgeChoice(
         kind,
         **given,

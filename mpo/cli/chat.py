@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mpo.cli.options import add_loading_options, chosen_model
+from mpo.cli import options
 
 _EPILOG = """\
   mpo chat runs/llama                                            an adapter on the base model that it names
@@ -38,11 +38,8 @@ def register(commands: Any) -> None:
     questions.add_argument("--limit", type=int, default=1, help="ask the first so many (default 1)")
     answers = chat.add_argument_group("answers")
     answers.add_argument("--system_prompt", "--system", help="system turn of every conversation")
-    answers.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default 512)")
-    answers.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    answers.add_argument("--top_p", type=float, default=1.0, help="share of the probability to sample from")
-    answers.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
-    add_loading_options(chat.add_argument_group("model"), adapter_revision=True)
+    options.add_generation_options(answers, 512)
+    options.add_loading_options(chat.add_argument_group("model"), adapter_revision=True)
     chat.set_defaults(run=_run, batch_size=1)
 
 
@@ -50,14 +47,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from mpo.common.progress import quiet_libraries
 
     quiet_libraries()
-    from mpo.evaluation.engines import Generation
     from mpo.jobs.chat import ChatSettings, chat
 
     codes = [code for word in arguments.languages or () for code in word.split(",") if code]
     chat(
         ChatSettings(
-            chosen_model(arguments),
-            Generation(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed),
+            options.chosen_model(arguments),
+            options.generation_of(arguments),
             system_prompt=arguments.system_prompt,
             compare=arguments.compare,
             questions=arguments.questions,

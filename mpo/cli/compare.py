@@ -5,34 +5,26 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mpo.cli.options import add_recipe, overrides_of
+from mpo.cli.options import add_recipe_command, overrides_of
 
-_EPILOG = """\
-Any key of the comparison can be changed after it:
+_CHANGES = """\
   --seeds 0 1 2            a list               --budget.pairs 600       an entry
   --keep none              a value              --out runs/compare/mine  the folder of everything
-docs/compare.md explains the keys.
 """
 
 
 def register(commands: Any) -> None:
     """Adds ``compare`` to the sub-parsers of ``mpo``."""
-    compare = commands.add_parser(
-        "compare",
+    compare = add_recipe_command(
+        commands,
+        "mpo compare",
+        "recipes/compare/paper.yaml",
         help="train several objectives or settings alike, measure and compare them",
-        usage="mpo compare RECIPE [--dry_run] [--key value ...]",
         description="Train every run of a comparison, measure it with one suite, and write index.html and compare.json. What "
         "is done is skipped by a second call.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_recipe(compare, "recipes/compare/paper.yaml")
-    compare.add_argument(
-        "--dry_run",
-        "--dry-run",
-        action="store_true",
-        help="check every run, print what would be trained and measured, stop",
+        changes=_CHANGES,
+        docs="docs/compare.md explains the keys.",
+        dry_run="check every run, print what would be trained and measured, stop",
     )
     compare.set_defaults(run=_run)
 

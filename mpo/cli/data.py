@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mpo.cli.options import add_data_options, add_recipe, one_or_many, overrides_of, show_help
+from mpo.cli import options
 from mpo.errors import ConfigError
 
-_BUILD_EPILOG = """\
-Any key of the recipe can be changed after it:
-  --answers.samples 8   an entry           --prompts.data prompts.jsonl   another file
-A run that was stopped goes on where it was. docs/data.md explains the keys.
-"""
+_CHANGES = "  --answers.samples 8   an entry           --prompts.data prompts.jsonl   another file\n"
 
 
 def register(commands: Any) -> None:
     """Adds ``data`` to the sub-parsers of ``mpo``."""
     data = commands.add_parser("data", help="look at preference data, convert it, or build it from prompts")
-    data.set_defaults(run=lambda _: show_help(data))
+    data.set_defaults(run=lambda _: options.show_help(data))
     kinds = data.add_subparsers(title="commands", metavar="COMMAND")
     _register_build(kinds)
     _register_check(kinds)
@@ -39,7 +35,7 @@ def _register_check(kinds: Any) -> None:
     check.add_argument(
         "--chat_template", help="chat template for a tokenizer that has none: Jinja text or a file"
     )
-    add_data_options(check)
+    options.add_data_options(check)
     check.add_argument("--max_response_length", type=int, help="longest response, in tokens")
     check.set_defaults(run=_check)
 
@@ -76,10 +72,8 @@ def _register_convert(kinds: Any) -> None:
     convert.add_argument(
         "--keep", nargs="+", default=[], metavar="COLUMN", help="further columns to keep beside the pairs"
     )
-    convert.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
-    convert.add_argument(
-        "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
-    )
+    options.add_split(convert)
+    options.add_bad_rows(convert)
     convert.set_defaults(run=_convert)
 
 
@@ -112,37 +106,27 @@ def _register_leak(kinds: Any) -> None:
         "--meaning", type=float, default=0.9, help="least cosine of two embeddings (default 0.9)"
     )
     leak.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
-    leak.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
+    options.add_split(leak)
     leak.set_defaults(run=_leak)
 
 
 def _register_build(actions: Any) -> None:
-    build = actions.add_parser(
-        "build",
+    build = options.add_recipe_command(
+        actions,
+        "mpo data build",
+        "recipes/data/demo.yaml",
         help="make preference groups in every language from prompts",
-        usage="mpo data build RECIPE [--out FOLDER] [--dry_run] [--key value ...]",
         description="Answer prompts with the model to be trained, translate, filter, and write preference groups.",
-        epilog=_BUILD_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_recipe(build, "recipes/data/demo.yaml")
-    build.add_argument(
-        "--out", metavar="FOLDER", help="folder of the results, in place of the recipe's `out`"
-    )
-    build.add_argument(
-        "--dry_run",
-        "--dry-run",
-        action="store_true",
-        help="check the recipe and its files, print what would be asked how often, stop",
+        changes=_CHANGES,
+        docs="A run that was stopped goes on where it was. docs/data.md explains the keys.",
+        out="the results",
+        dry_run="check the recipe and its files, print what would be asked how often, stop",
     )
     build.set_defaults(run=_build)
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    overrides, dry_run = overrides_of(arguments)
-    if arguments.out is not None:
-        overrides = ["--out", arguments.out, *overrides]
+    overrides, dry_run = options.overrides_of(arguments)
     from mpo.building.recipe import load_build
 
     recipe = load_build(arguments.recipe, overrides)  # what is misspelt is said before torch is imported
@@ -170,7 +154,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
         tokenizer = load_tokenizer(ModelSource(arguments.model), arguments.chat_template)
     report = check_data(
-        one_or_many(arguments.data),
+        options.one_or_many(arguments.data),
         tokenizer=tokenizer,
         source_language=arguments.source_language,
         max_length=arguments.max_length,
@@ -213,12 +197,7 @@ def _inputs(arguments: argparse.Namespace) -> list[str] | dict[str, str]:
     Raises:
         ConfigError: There is none, or both are given.
     """
-    by_language = {}
-    for word in arguments.by_language:
-        code, mark, file = word.partition("=")
-        if not (code and mark and file) or code in by_language:
-            raise ConfigError(f"--language: expected CODE=FILE, once for each language, got {word!r}.")
-        by_language[code] = file
+    by_language = options.files_by_language(arguments.by_language, "--language")
     if bool(arguments.inputs) == bool(by_language):
         raise ConfigError("expected files to convert, or `--language CODE=FILE` for each, and not both.")
     return by_language or list(arguments.inputs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mpo.cli.options import add_confidence
+
 
 def register(measurements: Any) -> None:
     """Adds ``label`` and ``judge`` to the sub-parsers of ``mpo evaluate``."""
@@ -37,9 +39,7 @@ def register(measurements: Any) -> None:
     judge.add_argument(
         "--gold", required=True, metavar="FILE", help="the filled-in file of `mpo evaluate label`"
     )
-    judge.add_argument(
-        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
-    )
+    add_confidence(judge)
     judge.set_defaults(run=_run_judge)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.cli.attack import add_engine_options, add_judge_options, engine_of, judge_of
-from mpo.cli.options import chosen_model
+from mpo.cli.options import add_confidence, add_measured_model, add_results, chosen_model
 
 
 def register(measurements: Any) -> None:
@@ -18,10 +18,7 @@ def register(measurements: Any) -> None:
         description="Let a model answer MT-Bench's questions and an LLM judge grade the answers.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", required=True, help="folder or Hub name of the model; for a server, its name there"
-    )
-    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put on it")
+    add_measured_model(parser, served=True)
     parser.add_argument(
         "--questions",
         required=True,
@@ -35,16 +32,11 @@ def register(measurements: Any) -> None:
         help="language of files that name none (default: from their names, or en)",
     )
     parser.add_argument("--limit", type=int, help="keep the first so many questions of each language")
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder of results, one for all models"
-    )
-    parser.add_argument("--name", help="what the model's folder is called (default: from its name)")
+    add_results(parser)
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default 1024)")
     add_engine_options(parser.add_argument_group("engine"))
     add_judge_options(parser.add_argument_group("judge"), "judge", default="llm")
-    parser.add_argument(
-        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
-    )
+    add_confidence(parser)
     parser.set_defaults(run=_run)
 
 

@@ -11,7 +11,7 @@ from mpo.common.words import nearest, show_name
 from mpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mpo.evaluation.engines import ModelChoice
+    from mpo.evaluation.engines import Generation, ModelChoice
 
 
 _LONGEST_USAGE = 6  # lines
@@ -58,16 +58,50 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def add_recipe(parser: argparse.ArgumentParser, example: str) -> None:
-    """The recipe of a command and the ``--key value`` words behind it."""
+def add_recipe_command(
+    commands: Any,
+    path: str,
+    example: str,
+    *,
+    help: str,
+    description: str,
+    changes: str,
+    docs: str,
+    out: str = "",
+    dry_run: str = "",
+) -> argparse.ArgumentParser:
+    """Adds the command ``path`` (``mpo evaluate suite``), which takes a recipe and ``--key value`` words behind it.
+
+    ``changes`` shows such words, ``docs`` says which page explains the keys. Where ``out`` says what lies in a folder and
+    ``dry_run`` what it does, there are options of these names.
+    """
+    given = "[--out FOLDER] " * bool(out) + "[--dry_run] " * bool(dry_run)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        path.split()[-1],
+        help=help,
+        usage=f"{path} RECIPE {given}[--key value ...]",
+        description=description,
+        epilog=f"Any key of the recipe can be changed after it:\n{changes}{docs}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, for example {example}")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(parser=parser)
+    if out:
+        parser.add_argument(
+            "--out", metavar="FOLDER", help=f"folder of {out}, in place of the recipe's `out`"
+        )
+    if dry_run:
+        parser.add_argument("--dry_run", "--dry-run", action="store_true", help=dry_run)
+    return parser
 
 
 def overrides_of(arguments: argparse.Namespace) -> tuple[list[str], bool]:
-    """The words that change a recipe, and whether ``--dry_run`` is among them or before it."""
+    """The words that change a recipe, ``--out`` first, and whether ``--dry_run`` is among them or before it."""
     words, dry_run = list(arguments.overrides), arguments.dry_run
+    if getattr(arguments, "out", None) is not None:
+        words = ["--out", arguments.out, *words]
     while flags := {"--dry_run", "--dry-run"} & {*words}:
         place = words.index(flags.pop())
         value = "".join(words[place + 1 : place + 2]).lower()
@@ -89,11 +123,67 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_length", type=int, default=1024, help="longest prompt plus response, in tokens"
     )
+    add_split(parser)
+
+
+def add_split(parser: Any) -> None:
+    """Which split of a dataset on the Hub is read. A group will do as parser, here and below."""
     parser.add_argument("--dataset_split", default="train", help="split of a Hub dataset (default train)")
 
 
+def add_bad_rows(parser: Any) -> None:
+    """What becomes of rows that cannot be used."""
+    parser.add_argument(
+        "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
+    )
+
+
+def add_confidence(parser: Any) -> None:
+    """Coverage of a measurement's intervals."""
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
+    )
+
+
+def add_measured_model(parser: Any, *, served: bool = False) -> None:
+    """The model that is measured."""
+    at_server = "; for a server, its name there" * served
+    parser.add_argument("--model", required=True, help=f"folder or Hub name of the model{at_server}")
+    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put on it")
+
+
+def add_results(parser: Any) -> None:
+    """Where the results of a measured model go."""
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="folder of results, one for all models"
+    )
+    parser.add_argument("--name", help="what the model's folder is called (default: from its name)")
+
+
+def add_generation_options(parser: Any, max_new_tokens: int) -> None:
+    """How an answer is made."""
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=max_new_tokens,
+        help=f"longest answer (default {max_new_tokens})",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 is greedy (default); above it samples"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability to sample from")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
+
+
+def generation_of(arguments: argparse.Namespace) -> Generation:
+    """What :func:`add_generation_options` lets be chosen."""
+    from mpo.evaluation.engines import Generation
+
+    return Generation(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+
+
 def add_loading_options(parser: Any, *, adapter_revision: bool = False) -> None:
-    """Options of the commands that load a model: where, in which type, at which revision. A group will do as parser."""
+    """Options of the commands that load a model: where, in which type, at which revision."""
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="type of the loaded weights"
     )
@@ -158,6 +248,25 @@ def json_object(text: str, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{option}: expected a JSON object, got {text!r}.")
     return value
+
+
+def files_by_language(words: Sequence[str], option: str) -> dict[str, str]:
+    """The words ``CODE=FILE`` of an option.
+
+    Raises:
+        ConfigError: One is no such word, or names a language for the second time.
+    """
+    files: dict[str, str] = {}
+    for word in words:
+        code, equals, file = word.partition("=")
+        if not (code and equals and file):
+            raise ConfigError(f"{option}: expected CODE=FILE such as sw=swahili.txt, got {word!r}.")
+        if code in files:
+            raise ConfigError(
+                f"{option}: expected one CODE=FILE for each language, got {code} twice. Put its texts into one file."
+            )
+        files[code] = file
+    return files
 
 
 def one_or_many(names: Sequence[str]) -> str | list[str]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.options import add_data_options, add_loading_options, chat_template_kwargs, one_or_many
+from mpo.cli import options
 
 
 def register(measurements: Any) -> None:
@@ -28,18 +28,14 @@ def register(measurements: Any) -> None:
     gap.add_argument(
         "--beta", type=float, default=1.0, help="scale of the target gap in the error column (default 1)"
     )
-    gap.add_argument(
-        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
-    )
-    add_loading_options(gap, adapter_revision=True)
+    options.add_confidence(gap)
+    options.add_loading_options(gap, adapter_revision=True)
     gap.add_argument("--max_response_length", type=int, help="cut every response to so many tokens")
     gap.add_argument("--batch_layout", choices=("tree", "padded"), default="tree", help=argparse.SUPPRESS)
     gap.add_argument("--max_tokens_per_row", type=int, help="tokens of a packed row; less needs less memory")
-    gap.add_argument(
-        "--bad_rows", choices=("error", "drop"), default="error", help="stop at bad rows, or drop them"
-    )
-    add_data_options(gap)
-    gap.set_defaults(run=_run)
+    options.add_bad_rows(gap)
+    options.add_data_options(gap)
+    gap.set_defaults(run=_run, batch_size=1)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -49,22 +45,13 @@ def _run(arguments: argparse.Namespace) -> int:
     from mpo.jobs.measure import measure_reward_gap
 
     measure_reward_gap(
-        one_or_many(arguments.data),
-        model=arguments.model,
-        adapter=arguments.adapter,
-        adapter_revision=arguments.adapter_revision,
+        options.one_or_many(arguments.data),
+        options.chosen_model(arguments),
         out=None if arguments.out is None else Path(arguments.out),
         beta=arguments.beta,
         confidence=arguments.confidence,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        attn_implementation=arguments.attn_implementation,
         batch_layout=arguments.batch_layout,
         max_tokens_per_row=arguments.max_tokens_per_row,
-        revision=arguments.revision,
-        chat_template=arguments.chat_template,
-        chat_template_kwargs=chat_template_kwargs(arguments),
-        trust_remote_code=arguments.trust_remote_code,
         bad_rows=arguments.bad_rows,
         source_language=arguments.source_language,
         languages=arguments.languages,

@@ -6,13 +6,14 @@ import argparse
 from signal import SIGINT
 from typing import Any
 
-from mpo.cli.options import add_recipe, overrides_of
+from mpo.cli.options import add_recipe_command, overrides_of
 
-_EPILOG = """\
-Any key of the recipe can be changed after it:
+_CHANGES = """\
   --learning_rate 1e-4      a value            --gradient_checkpointing   true
   --languages bn sw         a list             --limit null               nothing
   --language_weights.bn 2   an entry of a mapping
+"""
+_DOCS = """\
 The keys are those of trl.ModelConfig, of the data (dataset, held_out, limit, languages, ...) and of mpo.MPOConfig;
 docs/recipes.md explains them.
 
@@ -22,21 +23,15 @@ On several GPUs:  accelerate launch scripts/train.py RECIPE [--key value ...]
 
 def register(commands: Any) -> None:
     """Adds ``train`` to the sub-parsers of ``mpo``."""
-    train = commands.add_parser(
-        "train",
+    train = add_recipe_command(
+        commands,
+        "mpo train",
+        "recipes/llama.yaml",
         help="train what a recipe describes",
-        usage="mpo train RECIPE [--dry_run] [--key value ...]",
         description="Train what a recipe describes; leave the model, its measurements and its card in `output_dir`.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_recipe(train, "recipes/llama.yaml")
-    train.add_argument(
-        "--dry_run",
-        "--dry-run",
-        action="store_true",
-        help="check everything but the weights, print the plan, stop",
+        changes=_CHANGES,
+        docs=_DOCS,
+        dry_run="check everything but the weights, print the plan, stop",
     )
     train.set_defaults(run=_run)
 

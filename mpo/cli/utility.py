@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpo.cli.options import add_loading_options, chosen_model
-from mpo.errors import ConfigError
+from mpo.cli import options
 
 
 def register(measurements: Any) -> None:
@@ -47,21 +46,15 @@ def register(measurements: Any) -> None:
     )
     perplexity.add_argument("--max_length", type=int, default=1024, help="cut texts to so many tokens")
     perplexity.add_argument("--limit", type=int, help="take the first so many texts of each file")
-    perplexity.add_argument(
-        "--confidence", type=float, default=0.95, help="coverage of the intervals (default 0.95)"
-    )
+    options.add_confidence(perplexity)
     perplexity.set_defaults(run=_run_perplexity)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hub name of the model")
-    parser.add_argument("--adapter", help="folder or Hub name of an adapter to put on it")
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder of results, one for all models"
-    )
-    parser.add_argument("--name", help="what the model's folder is called (default: from its name)")
+    options.add_measured_model(parser)
+    options.add_results(parser)
     parser.add_argument("--batch_size", type=int, default=8, help="texts per batch (default 8)")
-    add_loading_options(parser, adapter_revision=True)
+    options.add_loading_options(parser, adapter_revision=True)
 
 
 def _run_utility(arguments: argparse.Namespace) -> int:
@@ -73,7 +66,7 @@ def _run_utility(arguments: argparse.Namespace) -> int:
 
     measure_utility(
         arguments.tasks or PAPER_TASKS,
-        model=chosen_model(arguments),
+        model=options.chosen_model(arguments),
         out=Path(arguments.out),
         name=arguments.name,
         task_folder=arguments.task_folder,
@@ -92,8 +85,8 @@ def _run_perplexity(arguments: argparse.Namespace) -> int:
     from mpo.evaluation.perplexity import measure_perplexity
 
     measure_perplexity(
-        _texts(arguments.texts),
-        model=chosen_model(arguments),
+        options.files_by_language(arguments.texts, "--texts"),
+        model=options.chosen_model(arguments),
         out=Path(arguments.out),
         name=arguments.name,
         max_length=arguments.max_length,
@@ -101,15 +94,3 @@ def _run_perplexity(arguments: argparse.Namespace) -> int:
         confidence=arguments.confidence,
     )
     return 0
-
-
-def _texts(words: list[str]) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for word in words:
-        code, equals, file = word.partition("=")
-        if not (code and equals and file):
-            raise ConfigError(f"--texts: expected CODE=FILE such as sw=swahili.txt, got {word!r}.")
-        if code in out:
-            raise ConfigError(f"--texts: {code} is given twice. Put a language's texts into one file.")
-        out[code] = file
-    return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 from mpo.errors import ConfigError
 
@@ -35,7 +36,7 @@ def check_limit(limit: int | None) -> None:
     Raises:
         ConfigError: It is neither None nor a whole number of at least 1.
     """
-    if limit is not None and not _at_least(1, limit):
+    if limit is not None and not is_whole(limit, 1):
         raise ConfigError(f"limit: expected a whole number of at least 1, got {limit!r}.")
 
 
@@ -45,7 +46,7 @@ def check_max_length(max_length: int | None) -> None:
     Raises:
         ConfigError: It is neither None nor a whole number of at least 2.
     """
-    if max_length is not None and not _at_least(2, max_length):
+    if max_length is not None and not is_whole(max_length, 2):
         raise ConfigError(f"max_length: expected a whole number of at least 2, got {max_length!r}.")
 
 
@@ -59,5 +60,32 @@ def check_name(name: str) -> None:
         raise ConfigError(f"name: expected letters, digits, '.', '_' or '-', got {name!r}.")
 
 
-def _at_least(least: int, value: Any) -> bool:
+def require(settings: object, names: str, accepts: Callable[[Any], bool], expected: str) -> None:
+    """Refuse settings, named with blanks between them, whose values are not accepted.
+
+    Raises:
+        ConfigError: It names the first one, and says what was expected.
+    """
+    for name in names.split():
+        if not accepts(getattr(settings, name)):
+            raise ConfigError(f"`{name}` is {getattr(settings, name)!r}; expected {expected}.")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    return is_number(value) and value > 0
+
+
+def is_at_least_0(value: Any) -> bool:
+    """Whether it is a finite number of at least 0."""
+    return is_number(value) and value >= 0
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number of at least ``least``; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -15,7 +15,7 @@ from mpo.common.files import write_json
 from mpo.common.locks import lock
 from mpo.common.redaction import redact
 from mpo.common.typed_json import parse_line, read_typed
-from mpo.common.words import shortened
+from mpo.common.words import shown_value
 from mpo.errors import ConfigError, StorageError
 
 T = TypeVar("T")
@@ -185,13 +185,9 @@ def settle(path: str | Path, settings: Mapping[str, Any], *, empty: bool) -> Non
         return
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     differences = "; ".join(
-        f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} now" for name in names
+        f"{name}: {shown_value(found.get(name))} there, {shown_value(wanted.get(name))} now" for name in names
     )
     raise ConfigError(
         f"{path} was made with other settings ({differences}). Set them as they were to go on with it, choose another "
         "folder, or delete it to start anew."
     )
-
-
-def _short(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False))

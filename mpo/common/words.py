@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from enum import Enum
 
@@ -23,6 +24,11 @@ def number(value: float, digits: int, signed: bool = False) -> str:
 def counted(count: int, noun: str) -> str:
     """``1 group``, ``1,200 groups``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def with_arrows(text: str) -> str:
+    """A text for a terminal as a page has it: a true arrow for each ``->``."""
+    return text.replace(" -> ", f" {ARROW} ")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -75,6 +81,11 @@ def plain(value: object) -> str:
 def shortened(text: str, longest: int = 80) -> str:
     """The text, cut with ``...`` where it is longer."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def shown_value(value: object, longest: int = 80) -> str:
+    """A setting as JSON, shortened."""
+    return shortened(json.dumps(value, ensure_ascii=False), longest)
 
 
 def show_name(name: object) -> str:

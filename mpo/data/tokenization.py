@@ -53,16 +53,15 @@ KIND = {"kind": Value("string")}
 def set_chat_template(
     tokenizer: PreTrainedTokenizerBase, template: str | None, name: str = "the tokenizer"
 ) -> None:
-    """
-    Make sure that the tokenizer has a chat template and a padding token.
+    """Make sure that the tokenizer has a chat template and a padding token.
 
     Args:
-        tokenizer: changed in place.
+        tokenizer: Changed in place.
         template: Jinja text or the path of a file that holds it; None keeps the tokenizer's own.
-        name: how messages call the tokenizer.
+        name: How messages call the tokenizer.
 
     Raises:
-        ModelError: there is no chat template, or the given file cannot be read.
+        ModelError: There is no chat template, or the given file cannot be read.
     """
     if template is not None:
         if "{" not in template:
@@ -90,18 +89,17 @@ def render(
     add_generation_prompt: bool = True,
     field: str | None = None,
 ) -> list[int]:
-    """
-    Token ids of a conversation.
+    """Token ids of a conversation.
 
     Args:
-        tokenizer: with a chat template.
-        messages: in their order.
-        template_kwargs: extra arguments of the chat template.
-        add_generation_prompt: end where the model's turn begins.
-        field: of the data, for the error.
+        tokenizer: With a chat template.
+        messages: In their order.
+        template_kwargs: Extra arguments of the chat template.
+        add_generation_prompt: End where the model's turn begins.
+        field: Of the data, for the error.
 
     Raises:
-        DataError: the template rejects the messages.
+        DataError: The template rejects the messages.
     """
     given = [dict(message) for message in messages]
     try:
@@ -130,19 +128,18 @@ def tokenize_pair(
     max_response_length: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> PairIds:
-    """
-    Render a preference pair with the chat template and tokenize it.
+    """Render a preference pair with the chat template and tokenize it.
 
     Args:
-        tokenizer: with a chat template.
-        prompt: messages up to the user's last turn.
-        chosen, rejected: the assistant's message, each in a list.
-        max_length: limit of prompt plus response, in tokens.
-        max_response_length: limit of the response alone, in tokens.
-        template_kwargs: extra arguments of the chat template.
+        tokenizer: With a chat template.
+        prompt: Messages up to the user's last turn.
+        chosen, rejected: The assistant's message, each in a list.
+        max_length: Limit of prompt plus response, in tokens.
+        max_response_length: Limit of the response alone, in tokens.
+        template_kwargs: Extra arguments of the chat template.
 
     Raises:
-        DataError: the template rejects the messages, a response renders to nothing, the prompt alone leaves no room
+        DataError: The template rejects the messages, a response renders to nothing, the prompt alone leaves no room
             for a response, or nothing is left by which the two responses differ.
     """
     kwargs = template_kwargs
@@ -195,14 +192,13 @@ def tokenize_group(
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "error",
 ) -> dict[str, Any]:
-    """
-    Tokenize one group of the data contract into the columns of :data:`TOKENIZED_FEATURES`.
+    """Tokenize one group of the data contract into the columns of :data:`TOKENIZED_FEATURES`.
 
     With ``bad_rows="drop"``, pairs that fail are left out and described in ``errors``; a group whose source fails has
     no targets.
 
     Raises:
-        DataError: a pair fails and ``bad_rows`` is ``"error"``; names the origin, row and field.
+        DataError: A pair fails and ``bad_rows`` is ``"error"``; names the origin, row and field.
     """
     origin = group.get("origin") or "the dataset"
     output: dict[str, Any] = {"origin": origin, "errors": [], "row": [], "target_language": []}
@@ -263,24 +259,23 @@ def tokenize_groups(
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset, list[str]]:
-    """
-    Tokenize a dataset of groups.
+    """Tokenize a dataset of groups.
 
     Args:
-        groups: dataset in the data contract's canonical form.
-        tokenizer: with a chat template.
-        max_length, max_response_length, template_kwargs, bad_rows: see :func:`tokenize_group`.
+        groups: Dataset in the data contract's canonical form.
+        tokenizer: With a chat template.
+        max_length, max_response_length, template_kwargs, bad_rows: See :func:`tokenize_group`.
         group_by_source: False makes every target pair a group of its own.
-        max_targets_per_group: split groups with more targets than this.
-        num_proc: processes to tokenize with.
-        name: name of the split, for the progress bar.
+        max_targets_per_group: Split groups with more targets than this.
+        num_proc: Processes to tokenize with.
+        name: Name of the split, for the progress bar.
 
     Returns:
         The tokenized dataset (columns of :data:`TOKENIZED_FEATURES` without ``errors``, and the groups' ``kind`` where
         they have one) and one sentence for each pair that was dropped.
 
     Raises:
-        DataError: a pair fails and ``bad_rows`` is ``"error"``, or nothing is left.
+        DataError: A pair fails and ``bad_rows`` is ``"error"``, or nothing is left.
     """
     limit = max_targets_per_group if group_by_source else 1
     features = Features({**TOKENIZED_FEATURES, **(KIND if "kind" in groups.column_names else {})})

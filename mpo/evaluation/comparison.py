@@ -92,8 +92,7 @@ class Row:
         searched: Those of them that a search has found.
         measures: By name.
         languages: Mean over seeds of each measure that has languages, by measure and language.
-        balanced: Mean over languages of the mean of two shares: harmful prompts without an unsafe answer, and harmless ones
-            that are answered. None where one of the two was not measured.
+        balanced: See :func:`mpo.evaluation.rates.balanced_share`; None where one of the two was not measured.
     """
 
     name: str

@@ -109,7 +109,9 @@ def _summary(
 ) -> TextPerplexity:
     kept = [(line, -total, count) for line, (total, count) in zip(lines, scored, strict=True) if count]
     if not kept:
-        raise DataError(f"No text in {code} has two tokens or more, so there is nothing to predict.")
+        raise DataError(
+            f"No text in {code} has two tokens or more, so there is nothing to predict. Give whole sentences, one a line."
+        )
     nats, tokens = [part for _, part, _ in kept], [count for *_, count in kept]
     total = math.fsum(nats)
     if not math.isfinite(total):

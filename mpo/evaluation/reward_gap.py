@@ -19,7 +19,7 @@ from mpo.common.bootstrap import check_settings, grouped_mean_interval
 from mpo.common.checks import check_beta
 from mpo.common.tables import Tabular, TextTable, interval, printable_name, signed
 from mpo.common.typed_json import Confidence, Count, Number, Share, as_dict, parse, stored_as
-from mpo.common.words import counted
+from mpo.common.words import counted, number
 from mpo.data.languages import language_name
 from mpo.errors import ConfigError, DataError, ModelError
 from mpo.training.records import PairScore
@@ -153,6 +153,16 @@ class RewardGapTable(Tabular):
     def goal(self) -> float:
         """Where training pulls the target gaps: ``reference_gap / beta``, the zero of MPO's first loss term."""
         return self.reference_gap / self.beta
+
+    @property
+    def reference_lines(self) -> list[tuple[float, str]]:
+        """What a picture marks, with its name: the source's reference gap and, where beta is not 1, the goal instead of it."""
+        lines = [
+            (self.reference_gap, f"{self.source_label} reference"),
+            (self.goal, "goal (reference / \N{GREEK SMALL LETTER BETA})"),
+        ]
+        lines = lines[:1] if math.isclose(self.beta, 1.0) else lines
+        return [(value, f"{name} {number(value, 2, signed=True)}") for value, name in lines]
 
     def label(self, row: RewardGapRow) -> str:
         """English name of the row's language, told apart where the source's language is a target too."""

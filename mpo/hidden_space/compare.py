@@ -82,13 +82,13 @@ class Settings:
     """How to measure.
 
     Attributes:
-        source_language: language whose probe and harm direction the others are compared with.
-        components: numbers of principal components, as in the paper.
-        confidence: coverage of the intervals.
-        resamples: bootstrap samples.
-        permutations: of the tests for a change; 0 leaves them out.
-        folds: of the probes' cross-validation.
-        seed: of draws, permutations and folds.
+        source_language: Language whose probe and harm direction the others are compared with.
+        components: Numbers of principal components, as in the paper.
+        confidence: Coverage of the intervals.
+        resamples: Bootstrap samples.
+        permutations: Of the tests for a change; 0 leaves them out.
+        folds: Of the probes' cross-validation.
+        seed: Of draws, permutations and folds.
     """
 
     source_language: str = "en"
@@ -139,10 +139,10 @@ class LanguageResult:
     """Estimates of one language in one layer.
 
     Attributes:
-        count: number of harmful and of harmless texts.
-        before, after: estimates by measure; ``before`` is empty where there is no model to compare with.
-        change: after minus before, for the measures that have both.
-        between: measures of the two models' embeddings of the same text.
+        count: Number of harmful and of harmless texts.
+        before, after: Estimates by measure; ``before`` is empty where there is no model to compare with.
+        change: After minus before, for the measures that have both.
+        between: Measures of the two models' embeddings of the same text.
     """
 
     count: dict[str, Count]
@@ -161,7 +161,7 @@ class LayerResult:
     """Estimates of one layer.
 
     Attributes:
-        languages: by language code.
+        languages: By language code.
         cosines: ``{"before": {"de": {"fr": estimate}}}``: cosine between two languages' harm directions, each pair once.
     """
 
@@ -197,17 +197,16 @@ def measure_layer(
     *,
     states: tuple[str, ...] = (BEFORE, AFTER),
 ) -> LayerResult:
-    """
-    Measure every language in one layer. At most two languages' embeddings are in memory at a time.
+    """Measure every language in one layer. At most two languages' embeddings are in memory at a time.
 
     Args:
-        texts: by language code, in the order of the tables.
-        load: gives the ``[n, d]`` embeddings of ``(state, language)``, row by row those of ``texts[language]``.
-        settings: how to measure.
+        texts: By language code, in the order of the tables.
+        load: Gives the ``[n, d]`` embeddings of ``(state, language)``, row by row those of ``texts[language]``.
+        settings: How to measure.
         states: ``("before", "after")``, or ``("after",)`` for a model alone.
 
     Raises:
-        DataError: the source language is not among the texts, or a language lacks a class.
+        DataError: The source language is not among the texts, or a language lacks a class.
     """
     check_texts(texts, settings)
     source = settings.source_language
@@ -241,7 +240,7 @@ def check_texts(texts: Mapping[str, LanguageTexts], settings: Settings) -> None:
     """Refuse texts that cannot be measured, before anything is embedded.
 
     Raises:
-        DataError: the source language is missing, or a language has too few texts of a class for the probe's folds.
+        DataError: The source language is missing, or a language has too few texts of a class for the probe's folds.
     """
     if settings.source_language not in texts:
         raise DataError(
@@ -369,8 +368,7 @@ def _set_weights(masks: Array) -> tuple[Array, Array]:
 def _in_shared_space(
     measured: Mapping[str, _State], texts: LanguageTexts, weights: Array, masks: Array, settings: Settings
 ) -> tuple[dict[str, dict[str, Array]], dict[str, float | None]]:
-    """
-    The measures in the principal components that both models share, and the permutation tests for a change.
+    """The measures in the principal components that both models share, and the permutation tests for a change.
 
     A text's two embeddings, each centred and brought to the same spread, are exchanged at random; what is tested is
     therefore whether it matters which model a text was embedded by, beyond a common shift and scale.

@@ -40,21 +40,21 @@ from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
 from mpo.modeling.loading import ModelSource, pick_device
 from mpo.modeling.opening import open_model
+from mpo.modeling.padding import padded
 from mpo.training.ranks import Ranks
 
 _COMMIT_EVERY = 10.0  # seconds of work that a kill may cost
 
 
 def resolve_layers(wanted: Sequence[str], blocks: int) -> list[str]:
-    """
-    Names of layers, in order and each once.
+    """Names of layers, in order and each once.
 
     Args:
         wanted: ``all``, numbers from ``-blocks`` to ``blocks``, ``norm``.
-        blocks: number of the model's blocks.
+        blocks: Number of the model's blocks.
 
     Raises:
-        ConfigError: there is no such layer.
+        ConfigError: There is no such layer.
     """
     numbers: set[int] = set()
     for name in wanted:
@@ -85,7 +85,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The part of a causal language model that reads tokens: everything but the LM head.
 
     Raises:
-        ModelError: it has no list of blocks under a name that transformers uses.
+        ModelError: It has no list of blocks under a name that transformers uses.
     """
     base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
@@ -99,13 +99,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def pool(states: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
-    """
-    Pool the states of each text in float32.
+    """Pool the states of each text in float32.
 
     Args:
         states: ``[b, t, hidden]``.
         mask: ``[b, t]`` booleans, True for tokens of the text, on whichever side the padding is.
-        poolings: of ``last`` and ``mean``.
+        poolings: Of ``last`` and ``mean``.
 
     Returns:
         ``[poolings, b, hidden]`` float32.
@@ -125,20 +124,20 @@ def pool(states: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
 def pooled_states(
     decoder: nn.Module, input_ids: Tensor, mask: Tensor, layers: Sequence[str], poolings: Sequence[str]
 ) -> Array:
-    """
-    One forward pass, pooled in every layer while it runs.
+    """One forward pass, pooled in every layer while it runs.
 
     Args:
-        decoder: from :func:`decoder_of`.
+        decoder: From :func:`decoder_of`.
         input_ids: ``[b, t]``.
-        mask: ``[b, t]`` booleans, True for tokens of the text.
-        layers: from :func:`resolve_layers`.
-        poolings: of ``last`` and ``mean``.
+        mask: ``[b, t]``, 1 or True for tokens of the text.
+        layers: From :func:`resolve_layers`.
+        poolings: Of ``last`` and ``mean``.
 
     Returns:
         ``[layers, poolings, b, hidden]`` float32.
     """
     found: dict[str, Tensor] = {}
+    mask = mask.bool()
     with _watching(decoder, layers, lambda name, states: found.update({name: pool(states, mask, poolings)})):
         output = decoder(
             input_ids=input_ids,
@@ -185,11 +184,10 @@ def tokenize(
     max_length: int,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[list[int]], int]:
-    """
-    Token ids of each text, and how many texts were cut.
+    """Token ids of each text, and how many texts were cut.
 
     Raises:
-        DataError: the template alone is longer than `max_length`, or a text has no token.
+        DataError: The template alone is longer than `max_length`, or a text has no token.
     """
     rendered = partial(_render_chat, template_kwargs=template_kwargs) if template == "chat" else _render_raw
     tokens, cut = [], 0
@@ -215,8 +213,7 @@ def _render_chat(
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, text: str, rendered: Any, max_length: int) -> list[int]:
-    """
-    The rendering of the longest beginning of the text that fits.
+    """The rendering of the longest beginning of the text that fits.
 
     Cut in characters, not in tokens: tokens decoded again are at times other text, above all at the end, where a
     character of several tokens would be left in halves.
@@ -252,29 +249,27 @@ def batches_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[lis
 
 
 def process_group(device: torch.device) -> PartialState:
-    """
-    The processes that a launcher has started, or this one alone.
+    """The processes that a launcher has started, or this one alone.
 
     Accelerate joins processes on CPUs only when it is told that they are on CPUs; otherwise each takes itself for the only
     one.
 
     Args:
-        device: that a process alone would use.
+        device: That a process alone would use.
     """
     return PartialState(cpu=device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Embedder:
-    """
-    One model, and its adapter if it has one, which embeds texts without it and with it.
+    """One model, and its adapter if it has one, which embeds texts without it and with it.
 
     The weights are loaded when they are first needed: nothing is loaded for embeddings that are on disk already.
 
     Args:
-        source: the model.
-        settings: how to embed.
-        adapter: folder or Hub name of an adapter.
-        ranks: process group; by default Accelerate's.
+        source: The model.
+        settings: How to embed.
+        adapter: Folder or Hub name of an adapter.
+        ranks: Process group; by default Accelerate's.
     """
 
     def __init__(
@@ -318,23 +313,22 @@ class Embedder:
         """Names of the layers that are embedded, in order.
 
         Raises:
-            ConfigError: the model lacks one of them.
+            ConfigError: The model lacks one of them.
         """
         return resolve_layers(self.settings.layers, self.text_config.num_hidden_layers)
 
     def embed(self, texts: TextSet, folder: str | Path, *, with_adapter: bool = False) -> EmbeddingStore:
-        """
-        Embed texts into a store, or open the store where they are already.
+        """Embed texts into a store, or open the store where they are already.
 
         All ranks call this; each embeds its part of the texts, and all get the store.
 
         Args:
-            texts: what to embed.
-            folder: of the store, on a disk that all ranks share.
-            with_adapter: with the adapter switched on.
+            texts: What to embed.
+            folder: Of the store, on a disk that all ranks share.
+            with_adapter: With the adapter switched on.
 
         Raises:
-            MPOError: the model, the texts or the folder cannot be used.
+            MPOError: The model, the texts or the folder cannot be used.
         """
         if with_adapter and self.adapter is None:
             raise ConfigError(f"{self.source.name} is to be embedded with an adapter, but none is given.")
@@ -435,24 +429,10 @@ class Embedder:
             )
             for batch in bar:
                 rows = [left[place] for place in batch]
-                input_ids, mask = pad([tokens[row] for row in rows], self.device)
+                input_ids, mask = padded([tokens[row] for row in rows], self.device)
                 found = pooled_states(decoder, input_ids, mask, layers, poolings)
                 writer.write(rows, {name: found[:, place] for place, name in enumerate(poolings)})
                 if time.monotonic() - last_commit > _COMMIT_EVERY:
                     writer.commit()
                     last_commit = time.monotonic()
             writer.commit()
-
-
-def pad(
-    tokens: Sequence[Sequence[int]], device: torch.device, *, side: str = "right"
-) -> tuple[Tensor, Tensor]:
-    """``[b, t]`` token ids and ``[b, t]`` mask of texts of different lengths."""
-    width = max(len(ids) for ids in tokens)
-    input_ids = torch.zeros((len(tokens), width), dtype=torch.long)
-    mask = torch.zeros((len(tokens), width), dtype=torch.bool)
-    for row, ids in enumerate(tokens):
-        place = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
-        input_ids[row, place] = torch.tensor(ids)
-        mask[row, place] = True
-    return input_ids.to(device), mask.to(device)

@@ -93,7 +93,7 @@ def silhouette_picture(name: str, layers: Mapping[str, Mapping[str, Silhouettes]
 
     Raises:
         DependencyError: matplotlib is not installed.
-        StorageError: the file cannot be written.
+        StorageError: The file cannot be written.
     """
     names, states = list(layers), list(next(iter(layers.values())))
     height = 3.6

@@ -30,8 +30,7 @@ def pair_rows(unit: Array, harmful: Array) -> tuple[Array, Array]:
 
 
 def pair_measures(harmful: Array, harmless: Array, weights: Array | None = None) -> dict[str, Array]:
-    """
-    Distances within pairs against chance.
+    """Distances within pairs against chance.
 
     Args:
         harmful, harmless: ``[pairs, d]``, row by row the two texts of a pair, in one centred space.

@@ -51,19 +51,18 @@ def draw_all(
     load: Callable[[str, str], Array],
     folder: Path,
 ) -> list[Path]:
-    """
-    Draw every picture of a model.
+    """Draw every picture of a model.
 
     Args:
-        result: the analysis.
-        name: of the model in it.
-        texts: by language.
-        load: gives the embeddings of ``(state, language)`` in the shown layer.
-        folder: where ``NAME.clusters.png`` and so on go.
+        result: The analysis.
+        name: Of the model in it.
+        texts: By language.
+        load: Gives the embeddings of ``(state, language)`` in the shown layer.
+        folder: Where ``NAME.clusters.png`` and so on go.
 
     Raises:
         DependencyError: matplotlib is not installed.
-        StorageError: a file cannot be written.
+        StorageError: A file cannot be written.
     """
     model = result.models[name]
     written = [

@@ -14,8 +14,7 @@ dimensions as texts."""
 
 
 def folds_of(kin: Array, harmful: Array, folds: int, seed: int) -> Array:
-    """
-    Which fold a text is held out in, ``[n]``. Kin share their fold, also across languages with the same kin: no probe is
+    """Which fold a text is held out in, ``[n]``. Kin share their fold, also across languages with the same kin: no probe is
     tested on a text whose pair, translation or duplicate it was trained on. Classes are spread evenly.
     """
     names, first, index = np.unique(kin, return_index=True, return_inverse=True)
@@ -46,8 +45,7 @@ class Probe:
 
 
 def train_probe(points: Array, harmful: Array, fold: Array) -> Probe:
-    """
-    Logistic regression with an L2 penalty on features of mean 0 and variance 1, by scikit-learn, once per fold.
+    """Logistic regression with an L2 penalty on features of mean 0 and variance 1, by scikit-learn, once per fold.
 
     Args:
         points: ``[n, d]``.
@@ -76,8 +74,7 @@ def train_probe(points: Array, harmful: Array, fold: Array) -> Probe:
 
 
 def auroc(scores: Array, harmful: Array, weights: Array | None = None) -> Array:
-    """
-    Area under the ROC curve: the chance that a harmful text scores higher than a harmless one, ties counting half
+    """Area under the ROC curve: the chance that a harmful text scores higher than a harmless one, ties counting half
     (Mann-Whitney).
 
     Args:
@@ -118,8 +115,7 @@ def fold_auroc(scores: Array, harmful: Array, fold: Array, weights: Array | None
 
 
 def with_training_error(replicates: Array, folds: int) -> Array:
-    """
-    Replicates of a cross-validated number, widened by what resampling the held-out scores cannot see.
+    """Replicates of a cross-validated number, widened by what resampling the held-out scores cannot see.
 
     Another sample would also train other probes. Nadeau and Bengio (2003, *Machine Learning* 52) estimate the variance
     that this adds from the sizes of the training and held-out parts: a factor of ``1 + folds / (folds - 1)`` in all, 2.25
@@ -127,7 +123,7 @@ def with_training_error(replicates: Array, folds: int) -> Array:
 
     Args:
         replicates: ``[1 + R]``, the estimate first.
-        folds: of the cross-validation.
+        folds: Of the cross-validation.
     """
     wide: Array = replicates[0] + np.sqrt(1 + folds / (folds - 1)) * (replicates - replicates[0])
     return wide

@@ -40,8 +40,7 @@ def spread(points: Array) -> float:
 
 
 def principal_plane(points: Array, components: int) -> Plane:
-    """
-    The first principal components, by scikit-learn: exact, with the full decomposition where it is small and Lanczos
+    """The first principal components, by scikit-learn: exact, with the full decomposition where it is small and Lanczos
     iterations to machine precision (ARPACK) where it is large.
 
     Args:
@@ -60,8 +59,7 @@ def principal_plane(points: Array, components: int) -> Plane:
 
 
 def shared_plane(before: Array, after: Array, components: int) -> Plane:
-    """
-    Principal components of two clouds together, each centred on its own mean and brought to spread 1.
+    """Principal components of two clouds together, each centred on its own mean and brought to spread 1.
 
     So the plane shows how each cloud is laid out: neither a shift of everything from one model to the other nor a
     difference of scale takes a component of its own.

@@ -20,15 +20,14 @@ _PATHS = frozenset({"reference", "aligned", "adapter", "folder", "chat_template"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """
-    A model before and after alignment.
+    """A model before and after alignment.
 
     Attributes:
-        name: what it is called in files and tables.
-        reference: folder or Hub name of the model before; leave it out to measure a model alone.
-        aligned: the model after.
-        adapter: instead of `aligned`: an adapter of the reference.
-        reference_revision, aligned_revision: revisions on the Hub.
+        name: What it is called in files and tables.
+        reference: Folder or Hub name of the model before; leave it out to measure a model alone.
+        aligned: The model after.
+        adapter: Instead of `aligned`: an adapter of the reference.
+        reference_revision, aligned_revision: Revisions on the Hub.
     """
 
     name: str
@@ -44,25 +43,27 @@ class ModelEntry:
                 f"The model name {self.name!r} is to be part of file names; expected letters, digits, dots, hyphens."
             )
         if (self.aligned is None) == (self.adapter is None):
-            raise ConfigError(f"Model {self.name}: expected one of `aligned` and `adapter`.")
+            given = "neither" if self.aligned is None else "both"
+            raise ConfigError(
+                f"Model {self.name}: {given} of `aligned` and `adapter` is given; expected one: a trained model, or an adapter."
+            )
         if self.adapter is not None and self.reference is None:
             raise ConfigError(f"Model {self.name}: an `adapter` needs its base model as `reference`.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisRecipe(ReadingSettings, Settings):
-    """
-    An analysis: what is compared on what, besides how it is read and measured.
+    """An analysis: what is compared on what, besides how it is read and measured.
 
     Attributes:
-        models: what to compare.
-        data: the harmful and harmless texts.
-        languages: their codes, in the order of tables and pictures.
-        out: folder of the results; a subfolder ``hidden_space`` is made in it.
+        models: What to compare.
+        data: The harmful and harmless texts.
+        languages: Their codes, in the order of tables and pictures.
+        out: Folder of the results; a subfolder ``hidden_space`` is made in it.
         pooling: ``last`` or ``mean``.
-        shown_layer: layer of tables and pictures; by default the last of `layers`.
-        embeddings: folder for the embeddings, which are kept; by default beside the results.
-        source_path: the file this came from.
+        shown_layer: Layer of tables and pictures; by default the last of `layers`.
+        embeddings: Folder for the embeddings, which are kept; by default beside the results.
+        source_path: The file this came from.
     """
 
     models: tuple[ModelEntry, ...]
@@ -91,15 +92,14 @@ class AnalysisRecipe(ReadingSettings, Settings):
 
 
 def load_analysis_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnalysisRecipe:
-    """
-    Read a recipe and apply the ``--key value`` words of the command line.
+    """Read a recipe and apply the ``--key value`` words of the command line.
 
     Args:
         path: YAML file.
-        overrides: such as ``["--resamples", "200", "--data.folder", "polyrefuse", "--models.0.adapter", "runs/a"]``.
+        overrides: Such as ``["--resamples", "200", "--data.folder", "polyrefuse", "--models.0.adapter", "runs/a"]``.
 
     Raises:
-        ConfigError: the file is no recipe, a key is unknown or missing, or a value has the wrong type.
+        ConfigError: The file is no recipe, a key is unknown or missing, or a value has the wrong type.
     """
     document = Document(path, overrides, noun="an analysis", manual="docs/hidden-space.md", paths=_PATHS)
     return document.build(AnalysisRecipe, source_path=document.path)

@@ -75,8 +75,8 @@ def bootstrap_weights(unit: Array, harmful: Array, resamples: int, seed: int) ->
     Args:
         unit: ``[n]`` which unit a text belongs to.
         harmful: ``[n]`` booleans.
-        resamples: number R of samples.
-        seed: of the draws.
+        resamples: Number R of samples.
+        seed: Of the draws.
 
     Returns:
         ``[1 + R, n]`` float32; row 0 is all ones.
@@ -122,9 +122,9 @@ def estimate(
 
     Args:
         replicates: ``[1 + R]``.
-        confidence: coverage, between 0 and 1.
-        p_value: of a test, to be kept with it.
-        limits: smallest and largest value that the number can have.
+        confidence: Coverage, between 0 and 1.
+        p_value: Of a test, to be kept with it.
+        limits: Smallest and largest value that the number can have.
     """
     value, others = float(replicates[0]), np.asarray(replicates[1:], dtype=np.float64)
     if not math.isfinite(value) or len(others) == 0 or not np.isfinite(others).all():
@@ -151,7 +151,7 @@ def check_resampling(confidence: float, resamples: int, permutations: int) -> No
     """Refuse settings that nothing can be computed with.
 
     Raises:
-        ConfigError: one is out of range.
+        ConfigError: One is out of range.
     """
     from mpo.errors import ConfigError
 

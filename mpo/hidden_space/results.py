@@ -45,13 +45,13 @@ class ModelResult:
     """One model, before and after.
 
     Attributes:
-        name: what it is called.
-        reference: model before; None for a model alone.
-        aligned: model after; None where it is the reference with an adapter.
-        adapter: the adapter.
-        shown_layer: the layer of tables and pictures.
-        layers: estimates by layer.
-        silhouettes: by layer and state, of all languages together; empty with one language and in older files.
+        name: What it is called.
+        reference: Model before; None for a model alone.
+        aligned: Model after; None where it is the reference with an adapter.
+        adapter: The adapter.
+        shown_layer: The layer of tables and pictures.
+        layers: Estimates by layer.
+        silhouettes: By layer and state, of all languages together; empty with one language and in older files.
     """
 
     name: Annotated[str, Field(exclude=True)]
@@ -148,11 +148,11 @@ class HiddenSpace(Result):
     the p-value where there is one.
 
     Attributes:
-        data: name of the texts.
-        source_language: language that the others are compared with.
-        confidence: coverage of the intervals.
-        settings: how it was embedded and measured.
-        models: by name.
+        data: Name of the texts.
+        source_language: Language that the others are compared with.
+        confidence: Coverage of the intervals.
+        settings: How it was embedded and measured.
+        models: By name.
     """
 
     data: str
@@ -174,7 +174,7 @@ class HiddenSpace(Result):
         """The analysis that was written to a folder.
 
         Raises:
-            StorageError: there is none, or the file is damaged.
+            StorageError: There is none, or the file is damaged.
         """
         return read_typed(
             Path(folder) / FILE, cls, "So it is no analysis of the hidden space; analyse again to make one."

@@ -62,8 +62,7 @@ class Moments:
 
 
 def class_moments(points: Array, harmful: Array, weights: Array | None = None) -> Moments:
-    """
-    Means and covariances of both classes under each row of weights. Meant for few dimensions (a plane).
+    """Means and covariances of both classes under each row of weights. Meant for few dimensions (a plane).
 
     Args:
         points: ``[n, d]``.
@@ -187,8 +186,7 @@ class FullMoments:
 
 
 def full_moments(points: Array, harmful: Array, weights: Array | None = None) -> FullMoments:
-    """
-    Class means and total variance in all dimensions.
+    """Class means and total variance in all dimensions.
 
     Args:
         points: ``[n, d]``, centred, since sums are in the dtype of the points.

@@ -14,21 +14,20 @@ TEMPLATES = ("chat", "raw")
 
 @dataclass(frozen=True)
 class ReadingSettings:
-    """
-    How a model reads texts.
+    """How a model reads texts.
 
     Attributes:
         layers: ``("all",)``, or numbers of layers and ``norm``; negative numbers count from the last block.
         template: ``chat`` renders each text as a user's turn, up to where the answer would begin; ``raw`` reads it as it is.
-        max_length: longest text in tokens; longer ones are cut at their end, with the template kept whole.
-        tokens_per_batch: tokens of a model call, padding included. Unset: 16,384 on a GPU, 2,048 on a CPU.
-        dtype: of the loaded weights; unset: bfloat16 on a GPU that has it, else float32.
-        device: unset: a GPU where there is one.
-        attn_implementation: unset: the model's default.
+        max_length: Longest text in tokens; longer ones are cut at their end, with the template kept whole.
+        tokens_per_batch: Tokens of a model call, padding included. Unset: 16,384 on a GPU, 2,048 on a CPU.
+        dtype: Of the loaded weights; unset: bfloat16 on a GPU that has it, else float32.
+        device: Unset: a GPU where there is one.
+        attn_implementation: Unset: the model's default.
         chat_template: Jinja text or a file, in place of the one that the adapter or the model brings.
-        chat_template_kwargs: extra arguments of the chat template; unset: those that the adapter or the model was trained
+        chat_template_kwargs: Extra arguments of the chat template; unset: those that the adapter or the model was trained
             with.
-        trust_remote_code: run code that the model brings.
+        trust_remote_code: Run code that the model brings.
     """
 
     layers: tuple[str, ...] = (NORM,)
@@ -51,11 +50,10 @@ class ReadingSettings:
 
 @dataclass(frozen=True)
 class EmbeddingSettings(ReadingSettings):
-    """
-    How to embed.
+    """How to embed.
 
     Attributes:
-        poolings: of ``last`` and ``mean``.
+        poolings: Of ``last`` and ``mean``.
     """
 
     poolings: tuple[str, ...] = ("last",)

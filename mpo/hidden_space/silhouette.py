@@ -14,8 +14,7 @@ _BLOCK = 512
 
 
 def silhouette(points: Array, harmful: Array, weights: Array | None = None) -> Array:
-    """
-    Mean silhouette of two classes (Rousseeuw, 1987, *Journal of Computational and Applied Mathematics* 20).
+    """Mean silhouette of two classes (Rousseeuw, 1987, *Journal of Computational and Applied Mathematics* 20).
 
     For a text, a is its mean distance to the other texts of its class and b that to the texts of the other class; its
     silhouette is ``(b - a) / max(a, b)``, from -1 to 1: above 0 it lies nearer to its own class. Under a row of whole

@@ -38,8 +38,7 @@ class _Alignment:
 
 
 def linear_cka(before: Array, after: Array, weights: Array | None = None) -> Array:
-    """
-    Centred kernel alignment of two representations of the same texts, with linear kernels: 1 for the same geometry up
+    """Centred kernel alignment of two representations of the same texts, with linear kernels: 1 for the same geometry up
     to rotation and scale, about 0 for unrelated ones.
 
     Kornblith et al. (2019, arXiv 1905.00414), with the unbiased HSIC of Song et al. (2012, *Journal of Machine Learning
@@ -86,8 +85,7 @@ def linear_cka(before: Array, after: Array, weights: Array | None = None) -> Arr
 
 
 def drift(before: Array, after: Array, scale: Array | float, weights: Array | None = None) -> Array:
-    """
-    Mean distance that texts moved, ``mean |after_i - before_i| / scale``.
+    """Mean distance that texts moved, ``mean |after_i - before_i| / scale``.
 
     Args:
         before, after: ``[n, d]``, *not* centred: a common shift is a move, too.

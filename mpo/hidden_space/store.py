@@ -33,13 +33,12 @@ _PARTIAL = ".partial"
 
 
 class EmbeddingStore:
-    """
-    The embeddings of a set of texts by one model.
+    """The embeddings of a set of texts by one model.
 
     Attributes:
-        folder: where they are.
-        identity: what they depend on: weights, tokens, layers, pooling, precision.
-        provenance: when, by what and with which settings they were made.
+        folder: Where they are.
+        identity: What they depend on: weights, tokens, layers, pooling, precision.
+        provenance: When, by what and with which settings they were made.
         layers: ``"0"`` (embeddings), ``"1"`` ... (after that block) and ``"norm"``, in order.
         poolings: ``"last"``, ``"mean"``.
         shape: ``(texts, hidden)`` of every layer.
@@ -49,7 +48,7 @@ class EmbeddingStore:
         """Open a complete store.
 
         Raises:
-            StorageError: there is none, or it is damaged.
+            StorageError: There is none, or it is damaged.
         """
         self.folder = Path(folder)
         try:
@@ -80,7 +79,7 @@ class EmbeddingStore:
         """``[texts, hidden]`` float32, read from disk as it is used.
 
         Raises:
-            StorageError: the store has no such pooling or layer.
+            StorageError: The store has no such pooling or layer.
         """
         if pooling not in self.poolings or layer not in self.layers:
             raise StorageError(
@@ -95,7 +94,7 @@ def is_complete(folder: str | Path, identity: Mapping[str, Any]) -> bool:
     """Whether the folder is a complete store with this identity.
 
     Raises:
-        StorageError: it is something else.
+        StorageError: It is something else.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -123,19 +122,19 @@ def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class EmbeddingWriter:
-    """
-    Writes a store, alone or as one of several ranks that share its folder.
+    """Writes a store, alone or as one of several ranks that share its folder.
 
     Rows are written with ``pwrite`` and not through a memory map: a full disk is then an error and not a crash, and ranks
     on different machines do not overwrite each other's pages.
     """
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], rank: int = 0) -> None:
-        """
+        """Open the folder of a rank.
+
         Args:
-            folder: of the finished store.
-            identity: with at least ``layers``, ``poolings``, ``texts`` and ``hidden_size``.
-            rank: of this process.
+            folder: Of the finished store.
+            identity: With at least ``layers``, ``poolings``, ``texts`` and ``hidden_size``.
+            rank: Of this process.
         """
         self.folder, self.identity, self.rank = Path(folder), _plain(identity), rank
         self.partial = self.folder.with_name(self.folder.name + _PARTIAL)
@@ -149,7 +148,7 @@ class EmbeddingWriter:
         From here to `close` no other process can prepare or open them as the same rank.
 
         Raises:
-            StorageError: the folder holds other embeddings, another process is writing it, it cannot be written, or the
+            StorageError: The folder holds other embeddings, another process is writing it, it cannot be written, or the
                 disk has no room.
         """
         try:
@@ -183,7 +182,7 @@ class EmbeddingWriter:
         """Open the files that `prepare` made.
 
         Raises:
-            StorageError: this rank does not see them.
+            StorageError: This rank does not see them.
         """
         try:
             for pooling in self.identity["poolings"]:
@@ -227,11 +226,11 @@ class EmbeddingWriter:
         """Write the embeddings of some texts; they count as done after the next `commit`.
 
         Args:
-            rows: which texts, ``[b]``.
+            rows: Which texts, ``[b]``.
             values: ``[layers, b, hidden]`` for each pooling.
 
         Raises:
-            StorageError: they cannot be written, or hold values that are not finite.
+            StorageError: They cannot be written, or hold values that are not finite.
         """
         texts, hidden = self.identity["texts"], self.identity["hidden_size"]
         for pooling, array in values.items():
@@ -262,7 +261,7 @@ class EmbeddingWriter:
         """Bring what was written to disk, then say so in the journal.
 
         Raises:
-            StorageError: the disk is full or gone.
+            StorageError: The disk is full or gone.
         """
         try:
             for name, file in self._files.items():
@@ -279,11 +278,11 @@ class EmbeddingWriter:
         """Turn the partial folder into a store. To be called by one rank, after all have committed.
 
         Args:
-            texts: columns that say which text a row is, ``[texts]`` each; never the text itself.
-            provenance: see :func:`mpo.common.provenance.collect`.
+            texts: Columns that say which text a row is, ``[texts]`` each; never the text itself.
+            provenance: See :func:`mpo.common.provenance.collect`.
 
         Raises:
-            StorageError: rows are missing, or the folder cannot be renamed.
+            StorageError: Rows are missing, or the folder cannot be renamed.
         """
         missing = len(set(range(self.identity["texts"])) - self.done())
         if missing:

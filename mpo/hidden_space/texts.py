@@ -24,27 +24,26 @@ _PLACE = "{language}"
 
 @dataclass(frozen=True)
 class TextSource:
-    """
-    Where harmful and harmless texts come from. There are three forms:
+    """Where harmful and harmless texts come from. There are three forms:
 
     - **labelled**: one `dataset` with a `label` column; `harmful_values` and `harmless_values` say what a label means.
     - **two sets**: `harmful_dataset` and `harmless_dataset`.
     - **pairs**: one `dataset` whose rows have a harmful and a harmless text, in `harmful_text` and `harmless_text`.
 
     Attributes:
-        dataset: file (JSON, JSONL, CSV, Parquet) or name on the Hub. ``{language}`` in it, in the other two and in
+        dataset: File (JSON, JSONL, CSV, Parquet) or name on the Hub. ``{language}`` in it, in the other two and in
             `split` is replaced by each language's code.
-        harmful_dataset, harmless_dataset: the same, for the two classes.
-        folder: folder that relative file names count from; by default the working folder, then the recipe's.
-        split: split of a Hub dataset.
-        text: column(s) with the text; the first that has one in a row counts.
-        harmful_text, harmless_text: columns of the two texts of a pair.
-        label: column with the label.
-        harmful_values, harmless_values: labels of the two classes, as text. Rows with another label are left out.
-        language_column: column with the language, for files that hold several.
-        parallel: row i of a class is the same text in every language. Bootstrap samples and folds then keep
+        harmful_dataset, harmless_dataset: The same, for the two classes.
+        folder: Folder that relative file names count from; by default the working folder, then the recipe's.
+        split: Split of a Hub dataset.
+        text: Column(s) with the text; the first that has one in a row counts.
+        harmful_text, harmless_text: Columns of the two texts of a pair.
+        label: Column with the label.
+        harmful_values, harmless_values: Labels of the two classes, as text. Rows with another label are left out.
+        language_column: Column with the language, for files that hold several.
+        parallel: Row i of a class is the same text in every language. Bootstrap samples and folds then keep
             translations together.
-        limit: keep so many texts of each class and language, drawn at random once and for all: data sets are often sorted.
+        limit: Keep so many texts of each class and language, drawn at random once and for all: data sets are often sorted.
             Classes with the same number of texts keep the same rows, so pairs and translations stay together.
     """
 
@@ -103,16 +102,15 @@ _FORM_KEYS = {"dataset", "harmful_dataset", "harmless_dataset", "label", "harmfu
 
 @dataclass(frozen=True)
 class TextSet:
-    """
-    Texts in the order in which they are embedded: language by language, harmful before harmless.
+    """Texts in the order in which they are embedded: language by language, harmful before harmless.
 
     Attributes:
         texts: ``[n]``.
         language: ``[n]`` code of each.
         harmful: ``[n]`` booleans.
         unit, kin: ``[n]``, see :class:`~mpo.hidden_space.compare.LanguageTexts`.
-        fingerprint: hash of all of it.
-        left_out: rows with a label that is neither harmful nor harmless.
+        fingerprint: Hash of all of it.
+        left_out: Rows with a label that is neither harmful nor harmless.
     """
 
     texts: tuple[str, ...]
@@ -160,18 +158,17 @@ class TextSet:
 
 
 def load_texts(source: TextSource, languages: Sequence[str], *, beside: Path | None = None) -> TextSet:
-    """
-    Read the texts of all languages.
+    """Read the texts of all languages.
 
     Args:
-        source: where they come from.
-        languages: codes, in the order of the tables.
-        beside: folder of the recipe, where files are looked for after the working folder.
+        source: Where they come from.
+        languages: Codes, in the order of the tables.
+        beside: Folder of the recipe, where files are looked for after the working folder.
 
     Raises:
-        DataError: a file or column is missing, a text is blank, a language has no texts, or the data claim to be
+        DataError: A file or column is missing, a text is blank, a language has no texts, or the data claim to be
             parallel and have different numbers of texts.
-        ConfigError: no language, the same one twice, or one that is not known.
+        ConfigError: No language, the same one twice, or one that is not known.
     """
     codes = [normalize_language_setting(code, "languages") for code in languages]
     if not codes or len(set(codes)) < len(codes):

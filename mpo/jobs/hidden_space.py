@@ -29,7 +29,7 @@ def require_packages() -> None:
     """Refuse to start where the libraries of the analysis are missing.
 
     Raises:
-        DependencyError: they are; the message says how to install them.
+        DependencyError: They are; the message says how to install them.
     """
     if find_spec("sklearn") is None:
         raise DependencyError(
@@ -39,14 +39,13 @@ def require_packages() -> None:
 
 
 def run_analysis(recipe: AnalysisRecipe) -> Path:
-    """
-    Run a recipe. All ranks embed; the first one measures and writes.
+    """Run a recipe. All ranks embed; the first one measures and writes.
 
     Returns:
         The folder with ``hidden_space.json``, the table and the pictures.
 
     Raises:
-        MPOError: a model, the texts or a folder cannot be used.
+        MPOError: A model, the texts or a folder cannot be used.
     """
     require_packages()
     texts = load_texts(recipe.data, recipe.languages, beside=recipe.source_path.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,13 @@ from mpo.common.checks import check_beta, check_confidence, check_max_length
 from mpo.common.files import check_writable
 from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
-from mpo.modeling.loading import ModelSource
-from mpo.modeling.opening import open_model
+from mpo.evaluation.engines import ModelChoice
 
 
 def measure_reward_gap(
     data: str | list[str],
+    model: ModelChoice,
     *,
-    model: str,
-    adapter: str | None = None,
-    adapter_revision: str | None = None,
     before: RewardGapTable | None = None,
     out: Path | None = None,
     beta: float = 1.0,
@@ -31,44 +28,30 @@ def measure_reward_gap(
     bad_rows: str = "error",
     max_length: int | None = 1024,
     max_response_length: int | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    attn_implementation: str | None = None,
     batch_layout: str = "tree",
     max_tokens_per_row: int | None = None,
-    revision: str | None = None,
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
 ) -> RewardGapTable | Comparison:
     """Scores every pair, prints a table per language and writes it to ``out``.
 
     Args:
-        data: file(s) of pairs, or a name on the Hub.
-        model: folder or Hub name.
-        adapter: folder or Hub name of an adapter. The model is then scored without it and with it, and the reference
-            gap is that of the model without it.
-        adapter_revision: of the adapter on the Hub.
-        before: table of the model without the adapter, where it was measured already on the same data with the same
+        data: File(s) of pairs, or a name on the Hub.
+        model: Where it has an adapter, it is scored without it and with it, and the reference gap is that of the model
+            without it.
+        before: Table of the model without the adapter, where it was measured already on the same data with the same
             settings; it is then not scored again.
-        out: folder for ``reward_gap.json``, ``reward_gap.txt`` and ``reward_gap.png``; where there are harmless groups,
+        out: Folder for ``reward_gap.json``, ``reward_gap.txt`` and ``reward_gap.png``; where there are harmless groups,
             their table is in ``reward_gap_harmless.json``, and not in these.
-        beta: scale of the target gap in the error column.
-        confidence: coverage of the bootstrap intervals.
-        source_language, languages, limit, split, bad_rows: see :func:`mpo.data.load_groups`.
-        max_length, max_response_length: limits of prompt plus response and of the response alone, in tokens.
-        dtype: type of the loaded weights; by default bfloat16 on a GPU that has it, else float32.
-        device: by default a GPU where there is one.
-        attn_implementation, batch_layout, max_tokens_per_row: see :class:`mpo.training.config.MPOConfig`.
-        chat_template, chat_template_kwargs: in place of those that the adapter or the model was trained with.
-        revision: of the model.
-        trust_remote_code: run code that the model brings.
+        beta: Scale of the target gap in the error column.
+        confidence: Coverage of the bootstrap intervals.
+        source_language, languages, limit, split, bad_rows: See :func:`mpo.data.load_groups`.
+        max_length, max_response_length: Limits of prompt plus response and of the response alone, in tokens.
+        batch_layout, max_tokens_per_row: See :class:`mpo.training.config.MPOConfig`.
 
     Returns:
         The table, or with an adapter the comparison.
 
     Raises:
-        MPOError: model, adapter or data cannot be used; found out before weights are loaded where possible.
+        MPOError: Model, adapter or data cannot be used; found out before weights are loaded where possible.
     """
     from mpo.data import load_groups
     from mpo.training.scoring import score_groups
@@ -78,17 +61,7 @@ def measure_reward_gap(
     check_max_length(max_length)
     if out is not None:
         check_writable(out, setting="out")
-    opened = open_model(
-        ModelSource(model, revision, trust_remote_code),
-        adapter=adapter,
-        adapter_revision=adapter_revision,
-        chat_template=chat_template,
-        chat_template_kwargs=chat_template_kwargs,
-        dtype=dtype,
-        device=device,
-        attn_implementation=attn_implementation,
-        layout=batch_layout,
-    )
+    opened = model.open(batch_layout)
     loaded = load_groups(
         data,
         source_language=source_language,
@@ -99,7 +72,7 @@ def measure_reward_gap(
     )
     if loaded.dropped:
         print(f"{len(loaded.dropped)} bad rows were dropped; `mpo data check` lists them.", flush=True)
-    print(f"Loading {model}", flush=True)
+    print(f"Loading {model.model}", flush=True)
     policy = opened.load(with_adapter=False)
 
     def score(name: str) -> list[RewardGapTable]:
@@ -120,13 +93,13 @@ def measure_reward_gap(
         return [summarize(records, beta=beta, confidence=confidence) for records in kinds]
 
     measured: list[RewardGapTable | Comparison] = []
-    tables = score(model) if before is None or adapter is None else [before]
-    if adapter is None:
+    tables = score(model.model) if before is None or model.adapter is None else [before]
+    if model.adapter is None:
         measured.extend(tables)
     else:
         policy = opened.put_adapter(policy)
         # Of harmless groups there is nothing to compare with where the table before was given.
-        measured.extend(compare(*both) for both in zip(tables, score(adapter), strict=False))
+        measured.extend(compare(*both) for both in zip(tables, score(model.adapter), strict=False))
     result, *harmless = measured
     print()
     result.show()
@@ -138,8 +111,8 @@ def measure_reward_gap(
             result,
             out,
             harmless=harmless[0] if harmless else None,
-            base_model=model,
-            adapter=adapter,
+            base_model=model.model,
+            adapter=model.adapter,
             data_fingerprint=loaded.fingerprint,
             precision=str(opened.dtype),
             identity=opened.identity().to_dict(),

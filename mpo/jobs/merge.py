@@ -45,21 +45,21 @@ def merge_adapter(
     are compared, before the rounding with the adapter's and after it with those of the files.
 
     Args:
-        adapter: folder of the adapter, or its name on the Hub.
-        out: folder to write; it must not exist yet, or be empty.
-        base: model folder or Hub name, where it is not the one that the adapter names.
-        dtype: type of the saved weights: ``"auto"`` (that of the base, the default), ``"bfloat16"``, ``"float16"`` or
+        adapter: Folder of the adapter, or its name on the Hub.
+        out: Folder to write; it must not exist yet, or be empty.
+        base: Model folder or Hub name, where it is not the one that the adapter names.
+        dtype: Type of the saved weights: ``"auto"`` (that of the base, the default), ``"bfloat16"``, ``"float16"`` or
             ``"float32"``.
-        revision: of the base model; that which the adapter names by default.
-        trust_remote_code: run code that the base model brings.
+        revision: Of the base model; that which the adapter names by default.
+        trust_remote_code: Run code that the base model brings.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: the adapter or its base cannot be opened, do not fit, or the base is quantised; the base that the
+        ModelError: The adapter or its base cannot be opened, do not fit, or the base is quantised; the base that the
             adapter names has changed since; the adapter cannot be folded in, or the result computes something else.
-        StorageError: the folder is not empty or cannot be written.
+        StorageError: The folder is not empty or cannot be written.
         ConfigError: ``dtype`` is unknown.
     """
     if dtype is not None and dtype not in DTYPES:

@@ -276,9 +276,7 @@ def _reward_gap_job(
     def run() -> None:
         measure_reward_gap(
             settings.data,
-            model=model.model,
-            adapter=model.adapter,
-            adapter_revision=model.adapter_revision,
+            replace(model, engine="transformers", url=None),
             before=_base_table(earlier, depends, out),
             out=out / name,
             beta=settings.beta,
@@ -290,13 +288,6 @@ def _reward_gap_job(
             bad_rows=settings.bad_rows,
             max_length=settings.max_length,
             max_response_length=settings.max_response_length,
-            dtype=model.dtype,
-            device=model.device,
-            attn_implementation=model.attn_implementation,
-            revision=model.revision,
-            chat_template=model.chat_template,
-            chat_template_kwargs=model.chat_template_kwargs,
-            trust_remote_code=model.trust_remote_code,
         )
 
     depends = {

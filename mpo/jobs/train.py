@@ -82,14 +82,14 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
     In a distributed run every rank calls this; the main process prints and writes.
 
     Args:
-        recipe: from :func:`mpo.training.recipe.load_recipe`.
-        dry_run: load and check everything but the weights, print the plan, and stop.
+        recipe: From :func:`mpo.training.recipe.load_recipe`.
+        dry_run: Load and check everything but the weights, print the plan, and stop.
 
     Returns:
         The output folder.
 
     Raises:
-        MPOError: something is wrong with the recipe, the model, the data or this machine. Whatever can be found out
+        MPOError: Something is wrong with the recipe, the model, the data or this machine. Whatever can be found out
             without loading weights is found out before.
         StoppedBySignal: SIGINT, SIGTERM or SIGUSR1 has ended the run, after its current step where checkpoints are saved.
     """

@@ -33,8 +33,7 @@ _TILE_WIDTH_DEFAULT = 32768
 
 @dataclass
 class RewardGapOutput(ModelOutput):
-    """
-    What one call of a model with the reward-gap head returns.
+    """What one call of a model with the reward-gap head returns.
 
     Attributes:
         response_logps: ``[T, 2]``, mean log-likelihood per token of the chosen and the rejected response of each scored
@@ -45,7 +44,7 @@ class RewardGapOutput(ModelOutput):
             where the batch asks for it.
         prompt_logps: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; where the batch asks for it.
         prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
-        aux_loss: scalar, the load-balancing loss of a mixture-of-experts model, else None.
+        aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
     response_logps: Tensor | None = None
@@ -57,15 +56,14 @@ class RewardGapOutput(ModelOutput):
 
 
 def attach_reward_gap_head(model: PreTrainedModel) -> None:
-    """
-    Add the head to a causal language model: ``model(reward_gap_head=True, **batch)`` returns a
+    """Add the head to a causal language model: ``model(reward_gap_head=True, **batch)`` returns a
     :class:`RewardGapOutput`, where ``batch`` holds the tensors of :func:`mpo.modeling.trees.build_batch`.
 
     Without ``reward_gap_head`` the model's forward is unchanged, so generation and saving are, too. Attaching twice does
     nothing. Attach to the bare model, before PEFT or any sharding wraps it.
 
     Raises:
-        ModelError: the model has no output embeddings, so it is not a causal language model.
+        ModelError: The model has no output embeddings, so it is not a causal language model.
     """
     if getattr(model, "_has_reward_gap_head", False):
         return
@@ -225,8 +223,7 @@ def _token_logps(
 
 
 def _call_as(module: nn.Module, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """
-    Call a module with another function in place of its ``forward``.
+    """Call a module with another function in place of its ``forward``.
 
     FSDP2 and ZeRO-3 gather a module's weights, and later reduce their gradients, in hooks around its call. Whoever reads
     a weight without that call finds a shard of it, and the gradient of each rank stays its own.

@@ -198,15 +198,17 @@ def fingerprint_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """
-    Hash of a model folder's safetensors shards, by content. Each is read once per process, until it changes.
+    """Hash of a model folder's safetensors shards, by content. Each is read once per process, until it changes.
 
     Raises:
-        ModelError: the folder has no safetensors file.
+        ModelError: The folder has no safetensors file.
     """
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise ModelError(f"'{folder}' has no *.safetensors file; weights in other formats are not read.")
+        raise ModelError(
+            f"'{folder}' has no *.safetensors file; weights in other formats are not read. Save the model again with "
+            "`save_pretrained`."
+        )
     digest = xxhash.xxh3_128()
     for shard in shards:
         status = shard.stat()
@@ -221,9 +223,7 @@ def _hash_unchanged_file(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def fingerprint_module(module: nn.Module) -> str | None:
-    """
-    Hash of a module's tensors, or None where they are partitioned over ranks (then no two hashes would agree).
-    """
+    """Hash of a module's tensors, or None where they are partitioned over ranks (then no two hashes would agree)."""
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         return None  # a state_dict would give up gathered weights, here on one rank only, and set the ranks apart
     digest = xxhash.xxh3_128()

@@ -90,8 +90,7 @@ def batch_shape(
 
 
 def default_attention(config: PreTrainedConfig, layout: str = "tree") -> str | None:
-    """
-    Attention implementation for a model whose user chose none.
+    """Attention implementation for a model whose user chose none.
 
     Packed trees get ``tree`` (:mod:`mpo.modeling.tree_attention`), which computes nothing that a mask would hide, if the model's
     attention is one that ``sdpa`` computes, with or without a soft-cap. Padded rows, and other models, get ``eager`` where
@@ -109,17 +108,16 @@ def default_attention(config: PreTrainedConfig, layout: str = "tree") -> str | N
 def usable_layout(
     forward: Forward, trees: Sequence[Tree], shape: BatchShape, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """
-    The layout to use: ``shape.layout``, or ``"padded"`` where the model does not take packed trees.
+    """The layout to use: ``shape.layout``, or ``"padded"`` where the model does not take packed trees.
 
     A few short trees are run in both layouts; architectures whose attention ignores or misreads the mask (state-space
     layers, chunked attention, flash attention) give different results and fall back with a warning.
 
     Args:
-        forward: the model with the reward-gap head, in eval mode.
-        trees: at least one tree; only the first few tokens of each are used.
-        shape: how trees become a model call.
-        device, dtype: of the model.
+        forward: The model with the reward-gap head, in eval mode.
+        trees: At least one tree; only the first few tokens of each are used.
+        shape: How trees become a model call.
+        device, dtype: Of the model.
     """
     if shape.layout == "padded":
         return "padded"

@@ -12,6 +12,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from mpo.errors import DataError
 from mpo.modeling.head import logit_scale
+from mpo.modeling.padding import padded
 
 
 def text_likelihoods(
@@ -47,27 +48,24 @@ def text_likelihoods(
     try:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            batch = [ids[n] for n in numbers]
-            length = max(map(len, batch))
-            padded = torch.tensor([i + [0] * (length - len(i)) for i in batch], device=device)
-            mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in batch], device=device)
+            tokens, mask = padded([ids[n] for n in numbers], device)
             with torch.no_grad():
                 hidden = base.base_model(
-                    input_ids=padded, attention_mask=mask, use_cache=False
+                    input_ids=tokens, attention_mask=mask, use_cache=False
                 ).last_hidden_state
                 predicts = mask[:, 1:].bool()
                 log_probs = ChunkedLogProbFunction.apply(
                     hidden[:, :-1][predicts],
                     head.weight,
                     getattr(head, "bias", None),
-                    padded[:, 1:][predicts],
+                    tokens[:, 1:][predicts],
                     1.0,
                     8192,
                     getattr(config, "final_logit_softcapping", None),
                     logit_scale(config),
                     (),
                 )[0]
-            counts = [len(i) - 1 for i in batch]
+            counts = [len(ids[n]) - 1 for n in numbers]
             for n, part in zip(numbers, log_probs.double().split(counts), strict=True):
                 scored[n] = (float(part.sum()), len(ids[n]) - 1)
     finally:

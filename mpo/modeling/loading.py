@@ -47,7 +47,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """Reads the model's configuration and checks that its weights are readable safetensors, without loading them.
 
     Raises:
-        ModelError: there is no such folder or Hub name; it is gated, private or not in the cache while offline; the
+        ModelError: There is no such folder or Hub name; it is gated, private or not in the cache while offline; the
             folder is no model folder; weights are missing, damaged or not safetensors; the architecture is unknown.
     """
     _require_plausible_name(source.name)
@@ -88,13 +88,13 @@ def load_tokenizer(
     """Loads the tokenizer and makes sure that it has a chat template and a padding token.
 
     Args:
-        source: where from.
-        chat_template: replaces the tokenizer's own.
+        source: Where from.
+        chat_template: Replaces the tokenizer's own.
         needs_template: False for reading texts as they are; then neither is asked for.
-        config: of the model, where the tokenizer lies elsewhere: transformers picks the tokenizer's class by it.
+        config: Of the model, where the tokenizer lies elsewhere: transformers picks the tokenizer's class by it.
 
     Raises:
-        ModelError: there is no tokenizer, or no chat template and none is given.
+        ModelError: There is no tokenizer, or no chat template and none is given.
     """
     _require_plausible_name(source.name)
     with _opening(source.name, "tokenizer"):
@@ -121,14 +121,14 @@ def load_model(
     """Loads the weights, from safetensors only.
 
     Args:
-        source: where from.
-        dtype: type of the loaded weights, or ``"auto"`` for that of the checkpoint.
-        attn_implementation: see :func:`pick_attention`.
-        quantization_config: of transformers, for 4 and 8 bits.
-        init_kwargs: further arguments of ``from_pretrained``.
+        source: Where from.
+        dtype: Type of the loaded weights, or ``"auto"`` for that of the checkpoint.
+        attn_implementation: See :func:`pick_attention`.
+        quantization_config: Of transformers, for 4 and 8 bits.
+        init_kwargs: Further arguments of ``from_pretrained``.
 
     Raises:
-        ModelError: the weights cannot be read.
+        ModelError: The weights cannot be read.
     """
     from trl.trainer.utils import create_model_from_path
 
@@ -177,7 +177,7 @@ def load_adapter(
     """Puts an existing PEFT adapter on a model, from safetensors only.
 
     Raises:
-        ModelError: there is no such adapter, or it does not fit the model.
+        ModelError: There is no such adapter, or it does not fit the model.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 
@@ -223,7 +223,7 @@ def adapter_tensors(adapter: str, *, revision: str | None = None) -> set[str]:
     """Names of the tensors in an adapter's safetensors file.
 
     Raises:
-        ModelError: there is no such file, only a pickle, or the file is damaged or holds no tensor.
+        ModelError: There is no such file, only a pickle, or the file is damaged or holds no tensor.
     """
     path = file_of(adapter, "adapter_model.safetensors", revision=revision)
     if path is None:
@@ -267,7 +267,7 @@ def adapter_settings(adapter: str, *, revision: str | None = None) -> dict[str, 
     """The adapter's ``adapter_config.json``, after checking that its weights are safetensors.
 
     Raises:
-        ModelError: there is no adapter, its configuration is damaged, or its weights are a pickle or missing.
+        ModelError: There is no adapter, its configuration is damaged, or its weights are a pickle or missing.
     """
     _require_plausible_name(adapter)
     if os.path.isdir(adapter):
@@ -308,18 +308,18 @@ def pick_attention(
     tree's mask.
 
     Args:
-        config: of the model.
-        wanted: the user's choice, or None.
+        config: Of the model.
+        wanted: The user's choice, or None.
         layout: ``"tree"`` or ``"padded"``, see ``MPOConfig.batch_layout``.
-        gpu: whether the model will run on a GPU (``flex_attention`` has no backward on a CPU).
-        compiled: whether it will be compiled. ``tree`` attention takes the trees' lengths as numbers, which compiled code
+        gpu: Whether the model will run on a GPU (``flex_attention`` has no backward on a CPU).
+        compiled: Whether it will be compiled. ``tree`` attention takes the trees' lengths as numbers, which compiled code
             would have to be compiled for anew in every step.
 
     Returns:
         The implementation, or None for the model's own default (padded rows, compiled models).
 
     Raises:
-        ConfigError: the user's choice cannot work.
+        ConfigError: The user's choice cannot work.
     """
     if wanted is None:
         return default_attention(config, "padded" if compiled else layout)
@@ -351,7 +351,7 @@ def pick_device(wanted: str | None) -> torch.device:
     """The device to measure on: the user's choice, or a GPU where there is one.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: There is no such device.
     """
     if wanted is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

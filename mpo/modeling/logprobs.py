@@ -13,8 +13,7 @@ _LOGITS_DEFAULT = 1 << 27
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
-    """
-    ``log softmax(f(hidden @ weight.T + bias))[labels]`` for an LM head that is not trained.
+    """``log softmax(f(hidden @ weight.T + bias))[labels]`` for an LM head that is not trained.
 
     With ``y`` the logits of a token, ``z = cap * tanh(scale * y / cap)`` (or ``z = scale * y``) and ``p = softmax(z)``::
 

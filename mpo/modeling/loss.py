@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
-    """
-    Mean of consecutive segments along the first dimension.
+    """Mean of consecutive segments along the first dimension.
 
     Args:
         values: ``[N]`` or ``[N, H]``, the segments one after another. Half-precision values are averaged in float32.
@@ -27,8 +26,7 @@ def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
-    """
-    Sum of consecutive segments along the first dimension.
+    """Sum of consecutive segments along the first dimension.
 
     Args:
         values: ``[N]``, the segments one after another. Half-precision values are summed in float32.
@@ -42,8 +40,7 @@ def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def reward_gap(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
-    """
-    Reward gap ``RG(x) = r(x, y_w) - r(x, y_l)``: chosen minus rejected.
+    """Reward gap ``RG(x) = r(x, y_w) - r(x, y_l)``: chosen minus rejected.
 
     Args:
         chosen_logps: ``[T]``, length-normalised log-likelihood ``r(x, y_w)`` of each chosen response, nats per token.
@@ -56,13 +53,12 @@ def reward_gap(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 
 
 def reward_gap_loss(target_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
-    """
-    First term of MPO: ``L1 = (beta * RG_theta^t - RG_ref^d)^2``.
+    """First term of MPO: ``L1 = (beta * RG_theta^t - RG_ref^d)^2``.
 
     Args:
         target_gap: ``[T]``, the policy's reward gap in the target language, nats per token.
         reference_gap: ``[T]``, the frozen reference's gap on the pair's source in the dominant language.
-        beta: scale of the target gap.
+        beta: Scale of the target gap.
 
     Returns:
         ``[T]``, one value per pair.
@@ -71,8 +67,7 @@ def reward_gap_loss(target_gap: Tensor, reference_gap: Tensor, beta: float) -> T
 
 
 def retention_loss(hidden: Tensor, reference_hidden: Tensor) -> Tensor:
-    """
-    Second term of MPO: ``L2 = ||h_theta^d - h_ref^d||^2 / hidden_size``, averaged over chosen and rejected.
+    """Second term of MPO: ``L2 = ||h_theta^d - h_ref^d||^2 / hidden_size``, averaged over chosen and rejected.
 
     Args:
         hidden: ``[G, 2, H]``, pooled final hidden states of each source pair (chosen, rejected) under the policy.
@@ -93,8 +88,7 @@ def mpo_loss(
     beta: float = 1.0,
     retain_weight: float = 1.0,
 ) -> Tensor:
-    """
-    MPO's loss of each target pair: ``L1 + retain_weight * L2``.
+    """MPO's loss of each target pair: ``L1 + retain_weight * L2``.
 
     The loss of an optimizer step is the mean of these values over all target pairs of the step.
 
@@ -102,7 +96,7 @@ def mpo_loss(
         target_gap: ``[T]``, the policy's reward gap in the target language, nats per token.
         reference_gap: ``[T]``, the reference's gap on the pair's source.
         retention: ``[T]``, :func:`retention_loss` of the pair's source (repeated for each of its targets).
-        beta: scale of the target gap (the paper: 1.0 for Llama-3.1, 1.5 for Gemma-2 and Qwen2.5).
+        beta: Scale of the target gap (the paper: 1.0 for Llama-3.1, 1.5 for Gemma-2 and Qwen2.5).
         retain_weight: lambda of the paper, 1.0 there.
 
     Returns:

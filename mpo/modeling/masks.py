@@ -30,8 +30,7 @@ def visible(
     key_position: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    """
-    Whether a query token may attend to a key token. All arguments broadcast against each other.
+    """Whether a query token may attend to a key token. All arguments broadcast against each other.
 
     A token sees itself and what comes before it in its own tree: the prompt, and its own branch. A sliding window is
     measured in positions, since a rejected branch lies behind the chosen one in the row but not in the text.
@@ -47,14 +46,13 @@ def visible(
 def dense_mask(
     tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, window: int | None = None
 ) -> Tensor:
-    """
-    Boolean mask of packed rows.
+    """Boolean mask of packed rows.
 
     Args:
         tree_ids: ``[R, S]``, number of the tree a token belongs to, -1 for padding.
         branch_ids: ``[R, S]``, 0 prompt, 1 chosen, 2 rejected.
         position_ids: ``[R, S]``.
-        window: sliding window in positions.
+        window: Sliding window in positions.
 
     Returns:
         ``[R, 1, S, S]``, True where the query (third dimension) sees the key (fourth).
@@ -120,19 +118,18 @@ def tree_mask_mod(
 def attention_mask(
     config: Any, tree_ids: Tensor, branch_ids: Tensor, position_ids: Tensor, dtype: torch.dtype
 ) -> Any:
-    """
-    What the backbone of ``config`` takes as ``attention_mask`` for packed trees.
+    """What the backbone of ``config`` takes as ``attention_mask`` for packed trees.
 
     A model whose config has ``layer_types`` gets one mask per type; any other gets one mask, with its sliding window
     if it has one.
 
     Args:
-        config: text config of the model.
+        config: Text config of the model.
         tree_ids, branch_ids, position_ids: ``[R, S]``, see :func:`dense_mask`.
         dtype: dtype in which ``eager`` attention adds the mask.
 
     Raises:
-        ModelError: the attention implementation or a layer type cannot take such a mask.
+        ModelError: The attention implementation or a layer type cannot take such a mask.
     """
     implementation = config._attn_implementation
     if implementation not in TREE_ATTENTION:

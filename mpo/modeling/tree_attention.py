@@ -41,28 +41,27 @@ def tree_attention(
     kernel_shares_heads: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """
-    Attention function in the form ``transformers`` calls it.
+    """Attention function in the form ``transformers`` calls it.
 
     Args:
-        module: the attention layer, which knows its config and its place.
+        module: The attention layer, which knows its config and its place.
         query: ``[R, heads, S, D]``.
         key, value: ``[R, key-value heads, S, D]``.
-        attention_mask: of calls without trees: boolean ``[R, 1, S, S]``, or None for causal.
-        scaling: factor of the scores, ``D ** -0.5`` by default.
-        dropout: of the attention weights.
-        softcap: bound of the scores (Gemma-2).
-        tree_spans: how the ``R * S`` places are divided among trees, see :func:`mpo.modeling.trees.build_batch`. None for calls
+        attention_mask: Of calls without trees: boolean ``[R, 1, S, S]``, or None for causal.
+        scaling: Factor of the scores, ``D ** -0.5`` by default.
+        dropout: Of the attention weights.
+        softcap: Bound of the scores (Gemma-2).
+        tree_spans: How the ``R * S`` places are divided among trees, see :func:`mpo.modeling.trees.build_batch`. None for calls
             without trees, such as generation.
-        kernel: attends one branch, in the form of torch's function.
-        kernel_shares_heads: whether the kernel takes fewer key-value heads than heads itself; None where it does on a GPU,
+        kernel: Attends one branch, in the form of torch's function.
+        kernel_shares_heads: Whether the kernel takes fewer key-value heads than heads itself; None where it does on a GPU,
             since the CPU's is slow at it.
 
     Returns:
         ``[R, S, heads, D]`` and None. Padding between trees is 0.
 
     Raises:
-        ModelError: the model gave the mask of trees but not ``tree_spans``, or its attention has attention sinks.
+        ModelError: The model gave the mask of trees but not ``tree_spans``, or its attention has attention sinks.
     """
     if kwargs.get("s_aux") is not None or not hasattr(module, "config"):
         raise ModelError(

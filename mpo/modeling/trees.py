@@ -61,12 +61,11 @@ class Tree(NamedTuple):
 
 
 def pack_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """
-    First-fit decreasing bin packing.
+    """First-fit decreasing bin packing.
 
     Args:
-        sizes: number of tokens of each item.
-        max_tokens: capacity of a row. An item larger than this gets a row of its own.
+        sizes: Number of tokens of each item.
+        max_tokens: Capacity of a row. An item larger than this gets a row of its own.
 
     Returns:
         Rows of item indices. The result depends on ``sizes`` and ``max_tokens`` only: ties keep the items' order.
@@ -86,14 +85,13 @@ def pack_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def even_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """
-    As few rows as :func:`pack_rows` needs, as short as they can be.
+    """As few rows as :func:`pack_rows` needs, as short as they can be.
 
     All rows of a call are as long as the longest, so what evens them out saves padding.
 
     Args:
-        sizes: number of tokens of each item.
-        max_tokens: most tokens of a row; where an item is larger, its size.
+        sizes: Number of tokens of each item.
+        max_tokens: Most tokens of a row; where an item is larger, its size.
 
     Returns:
         Rows of item indices, by ``sizes`` and ``max_tokens`` only.
@@ -123,19 +121,18 @@ def build_batch(
     score_prompts: bool = False,
     score_shared: bool = False,
 ) -> dict[str, Any]:
-    """
-    Turn trees into the tensors of one model call.
+    """Turn trees into the tensors of one model call.
 
     Args:
-        trees: preference pairs, every part of at least one token.
+        trees: Preference pairs, every part of at least one token.
         layout: ``"tree"`` or ``"padded"`` (one sequence per row, two rows per tree).
-        max_tokens_per_row: row budget of the tree layout; the longest tree's size where that is larger, since all
+        max_tokens_per_row: Row budget of the tree layout; the longest tree's size where that is larger, since all
             rows of a batch have one length.
-        pad_token_id: token that fills rows.
+        pad_token_id: Token that fills rows.
         pooling: ``"mean"`` or ``"last"``, see :func:`mpo.modeling.loss.retention_loss`.
-        pad_to_multiple_of: round the row length up to a multiple of this.
-        score_prompts: whether log-likelihoods of the scored trees' prompts are needed, too.
-        score_shared: whether those of the first tokens of the responses are needed, as many as the shorter one has.
+        pad_to_multiple_of: Round the row length up to a multiple of this.
+        score_prompts: Whether log-likelihoods of the scored trees' prompts are needed, too.
+        score_shared: Whether those of the first tokens of the responses are needed, as many as the shorter one has.
 
     Returns:
         With R rows of S tokens, T scored trees and N scored response tokens, P pooled trees:
@@ -156,7 +153,7 @@ def build_batch(
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
 
     Raises:
-        ValueError: a tree has an empty part.
+        ValueError: A tree has an empty part.
     """
     for i, tree in enumerate(trees):
         if not (len(tree.prompt) and len(tree.chosen) and len(tree.rejected)):

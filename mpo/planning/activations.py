@@ -37,19 +37,18 @@ _COUNTED = "mpo_counted"
 
 @dataclass(frozen=True)
 class Layers:
-    """
-    How a model's layers compute.
+    """How a model's layers compute.
 
     Attributes:
-        config: of the model.
+        config: Of the model.
         attention: ``"tree"``, ``"eager"``, ``"sdpa"`` or ``"flex_attention"``. All but eager, and trees whose scores are
             bounded, keep what memory-efficient kernels keep: queries, keys, values, outputs, the sums of the softmax.
-        tree_tokens: length of the trees that ``"tree"`` attention divides the rows into; an eighth of each is its prompt.
+        tree_tokens: Length of the trees that ``"tree"`` attention divides the rows into; an eighth of each is its prompt.
         weights: dtype of the model's weights.
         compute: dtype of the activations; where it is not that of all weights, torch casts on the way (autocast).
         adapter: ``peft`` configuration of an adapter, or None where all weights are trained.
         adapter_weights: dtype of the adapter's weights.
-        checkpointing: whether activations are recomputed.
+        checkpointing: Whether activations are recomputed.
     """
 
     config: PretrainedConfig
@@ -80,12 +79,11 @@ class Layers:
 
 @dataclass(frozen=True)
 class Peak:
-    """
-    The most that layers take in the forward or the backward pass of a step.
+    """The most that layers take in the forward or the backward pass of a step.
 
     Attributes:
-        kept: bytes that grow with the number of layers.
-        working: bytes that come on top while one of them works.
+        kept: Bytes that grow with the number of layers.
+        working: Bytes that come on top while one of them works.
     """
 
     kept: float
@@ -99,17 +97,16 @@ class Peak:
 def layer_peaks(
     layers: Layers, number: int, rows: int, length: int, *, backward: bool = True
 ) -> tuple[Peak, Peak]:
-    """
-    What layers take in the forward and in the backward pass, without attention masks (:func:`mask_bytes`).
+    """What layers take in the forward and in the backward pass, without attention masks (:func:`mask_bytes`).
 
     The two differ where weights are cast: casts stay until the forward pass is done, or until the backward pass has used
     them, unless activations are recomputed.
 
     Args:
-        layers: how they compute.
-        number: of layers.
-        rows, length: packed rows of a micro-batch and their length in tokens.
-        backward: whether there is a backward pass; without one its peak is 0.
+        layers: How they compute.
+        number: Of layers.
+        rows, length: Packed rows of a micro-batch and their length in tokens.
+        backward: Whether there is a backward pass; without one its peak is 0.
     """
     trees = _TREES if layers.adapter is None else _TREES_ADAPTER
     few_tokens, more_tokens = (layers.tree_tokens * count for count in trees)
@@ -146,15 +143,14 @@ def with_adapter(model: Any, adapter: Any, dtype: torch.dtype | None = None) -> 
 
 
 class LiveMemory(TorchDispatchMode):
-    """
-    Counts the bytes of tensors that are alive at the same time, on any device.
+    """Counts the bytes of tensors that are alive at the same time, on any device.
 
     Inside this context, every storage that an operation makes counts from then until it is freed. What was
     there before does not count. What a single operation takes and frees within itself is not seen.
 
     Attributes:
-        current: bytes alive.
-        peak: the most bytes that were alive at once.
+        current: Bytes alive.
+        peak: The most bytes that were alive at once.
     """
 
     def __init__(self) -> None:

@@ -17,14 +17,13 @@ _SMALLEST_ROW = 512
 
 @dataclass(frozen=True)
 class Choice:
-    """
-    A way to run: what is trained under which sharding.
+    """A way to run: what is trained under which sharding.
 
     Attributes:
-        sharding, training: of the run.
-        row: longest packed row.
-        tokens: the most that a micro-batch can have on each GPU, 0 if the run does not fit.
-        memory: of a GPU with that many tokens.
+        sharding, training: Of the run.
+        row: Longest packed row.
+        tokens: The most that a micro-batch can have on each GPU, 0 if the run does not fit.
+        memory: Of a GPU with that many tokens.
     """
 
     sharding: Sharding
@@ -45,18 +44,17 @@ def choices(
     rows: Sequence[int],
     checkpointing: bool | None = None,
 ) -> list[Choice]:
-    """
-    Each possible sharding with the settings under which it takes ``needed`` tokens, else with those that take most.
+    """Each possible sharding with the settings under which it takes ``needed`` tokens, else with those that take most.
 
     Args:
-        training: what is trained; its own ``checkpointing`` is not looked at.
-        gpus: number of GPUs.
-        gpu_bytes: memory of each.
+        training: What is trained; its own ``checkpointing`` is not looked at.
+        gpus: Number of GPUs.
+        gpu_bytes: Memory of each.
         adapter: ``peft`` configuration of the adapter, or None.
-        needed: tokens of the largest micro-batch.
-        least: tokens of the smallest micro-batch that is of use.
-        rows: lengths of packed rows to try, in order of preference.
-        checkpointing: whether activations are recomputed; None for what the trainer does by itself: always where the
+        needed: Tokens of the largest micro-batch.
+        least: Tokens of the smallest micro-batch that is of use.
+        rows: Lengths of packed rows to try, in order of preference.
+        checkpointing: Whether activations are recomputed; None for what the trainer does by itself: always where the
             model is divided, elsewhere where memory asks for it.
     """
     found = []
@@ -101,8 +99,7 @@ def largest_budget(
     wanted: int = TOKEN_BUDGETS[0],
     least: int = 1,
 ) -> tuple[int, Memory]:
-    """
-    The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least).
+    """The most tokens of a micro-batch that fit, 0 if none do, and the memory at that number (or at the least).
 
     Tried are :data:`TOKEN_BUDGETS` and the number that is ``wanted``, from the ``least`` that is of use.
     """
@@ -126,8 +123,7 @@ def possible(sharding: Sharding, training: Training, gpus: int) -> bool:
 
 
 def best(choices: Sequence[Choice], needed: int) -> Choice | None:
-    """
-    The first choice that takes ``needed`` tokens, else the one that takes most; None if nothing fits.
+    """The first choice that takes ``needed`` tokens, else the one that takes most; None if nothing fits.
 
     Weights wait in main memory only where nothing fits otherwise: smaller groups cost less time than moving weights.
     """

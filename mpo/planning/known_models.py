@@ -86,15 +86,14 @@ SHAPES: tuple[str, ...] = tuple(_MODELS)
 
 
 def shape_config(name: str) -> PretrainedConfig:
-    """
-    A new configuration with the published dimensions of a model.
+    """A new configuration with the published dimensions of a model.
 
     Args:
-        name: one of :data:`SHAPES`, in any case; ``-instruct`` and ``-it`` endings and a Hub organisation before it are
+        name: One of :data:`SHAPES`, in any case; ``-instruct`` and ``-it`` endings and a Hub organisation before it are
             ignored, since they change nothing in the size.
 
     Raises:
-        ModelError: the name is not known.
+        ModelError: The name is not known.
     """
     key = name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it")
     if key not in _MODELS:

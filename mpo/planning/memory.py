@@ -29,17 +29,16 @@ _REDUCE_BUCKET, _LIVE_WEIGHTS = 5e8, 1e9
 
 @dataclass(frozen=True)
 class Sharding:
-    """
-    One way to divide a model over GPUs.
+    """One way to divide a model over GPUs.
 
     Attributes:
-        name: as in the literature.
-        config: its file in ``recipes/accelerate``.
+        name: As in the literature.
+        config: Its file in ``recipes/accelerate``.
         engine: ``"torch"``, ``"deepspeed"`` or ``"fsdp2"``.
-        weights, gradients, optimizer: whether these are divided.
-        offload: whether weights and optimizer states wait in main memory.
-        one_gpu: whether it is for a single GPU.
-        multi_node: whether a configuration for several machines, ``*_multi_node.yaml``, lies beside it.
+        weights, gradients, optimizer: Whether these are divided.
+        offload: Whether weights and optimizer states wait in main memory.
+        one_gpu: Whether it is for a single GPU.
+        multi_node: Whether a configuration for several machines, ``*_multi_node.yaml``, lies beside it.
     """
 
     name: str
@@ -69,22 +68,21 @@ SHARDINGS = (
 
 @dataclass(frozen=True)
 class Training:
-    """
-    What decides a run's memory and time, besides the machine.
+    """What decides a run's memory and time, besides the machine.
 
     Attributes:
-        config: of the model.
-        parameters, trained: numbers of weights, and of those that are trained (an adapter's come on top).
-        layer_parameters: weights of one decoder layer.
-        head_parameters: weights of the LM head (of the embedding, where the two are tied).
-        adapter: whether an adapter is trained.
-        half: whether it computes in bf16 or fp16.
-        bits: of the frozen base's linear weights: 16 or 32, or 8 or 4 where it is quantised.
-        checkpointing: whether activations are recomputed.
+        config: Of the model.
+        parameters, trained: Numbers of weights, and of those that are trained (an adapter's come on top).
+        layer_parameters: Weights of one decoder layer.
+        head_parameters: Weights of the LM head (of the embedding, where the two are tied).
+        adapter: Whether an adapter is trained.
+        half: Whether it computes in bf16 or fp16.
+        bits: Of the frozen base's linear weights: 16 or 32, or 8 or 4 where it is quantised.
+        checkpointing: Whether activations are recomputed.
         attention: ``"tree"``, ``"sdpa"``, ``"eager"`` or ``"flex_attention"``.
-        tree_tokens: of a tree, on average.
-        reference_tokens: tokens of a batch of the reference pass.
-        accumulates: whether a step has several micro-batches, so that gradients are kept between them.
+        tree_tokens: Of a tree, on average.
+        reference_tokens: Tokens of a batch of the reference pass.
+        accumulates: Whether a step has several micro-batches, so that gradients are kept between them.
     """
 
     config: PretrainedConfig
@@ -112,8 +110,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Memory:
-    """
-    Bytes that one GPU holds at its peak, by what they are: ``forward`` of all layers in the forward pass, which has casts of
+    """Bytes that one GPU holds at its peak, by what they are: ``forward`` of all layers in the forward pass, which has casts of
     all weights where torch makes them; ``activations`` that are kept for the backward pass, and ``layer`` of the layer at
     work in it. ``main_memory`` is what waits in the machine's memory for each GPU.
     """
@@ -149,17 +146,16 @@ class Memory:
 def describe(
     config: PretrainedConfig, *, adapter: Any = None, name: str = "the model", **settings: Any
 ) -> Training:
-    """
-    Count a model's weights on the meta device.
+    """Count a model's weights on the meta device.
 
     Args:
-        config: of the model.
+        config: Of the model.
         adapter: ``peft`` configuration of a new adapter, or None for full fine-tuning.
-        name: of the model, for errors.
-        settings: further fields of :class:`Training`.
+        name: Of the model, for errors.
+        settings: Further fields of :class:`Training`.
 
     Raises:
-        ModelError: the architecture is not a causal language model.
+        ModelError: The architecture is not a causal language model.
     """
     model = empty_model(config, ModelSource(name))
     parameters = sum(p.numel() for p in model.parameters())
@@ -187,15 +183,14 @@ def memory(
     row_tokens: int,
     adapter: Any = None,
 ) -> Memory:
-    """
-    Memory of one GPU.
+    """Memory of one GPU.
 
     Args:
-        training: what is trained.
-        sharding: how it is divided.
-        gpus: number of GPUs.
-        tokens: of a micro-batch on each GPU.
-        row_tokens: longest packed row, see ``MPOConfig.max_tokens_per_row``; at least a tree's. ``tree`` attention has one
+        training: What is trained.
+        sharding: How it is divided.
+        gpus: Number of GPUs.
+        tokens: Of a micro-batch on each GPU.
+        row_tokens: Longest packed row, see ``MPOConfig.max_tokens_per_row``; at least a tree's. ``tree`` attention has one
             row for all.
         adapter: ``peft`` configuration of the adapter, as given to :func:`describe`.
     """
@@ -334,21 +329,20 @@ def step_needs_checkpointing(
     accumulates: bool,
     device_bytes: int,
 ) -> bool:
-    """
-    Whether a step fits into a GPU only if activations are recomputed, by the count of ``mpo plan``.
+    """Whether a step fits into a GPU only if activations are recomputed, by the count of ``mpo plan``.
 
     Counted are the weights as they are loaded, four bytes of gradient and eight of AdamW's moments for each trained weight,
     activations, the LM head's tiles, and CUDA's own memory.
 
     Args:
-        model: the model that is trained, with its adapter; on any device.
-        tokens: tokens of the largest micro-batch.
-        row_tokens: longest packed row.
-        tree_tokens: length of the longest tree.
-        half: whether it computes in bf16 or fp16.
+        model: The model that is trained, with its adapter; on any device.
+        tokens: Tokens of the largest micro-batch.
+        row_tokens: Longest packed row.
+        tree_tokens: Length of the longest tree.
+        half: Whether it computes in bf16 or fp16.
         processes: GPUs of the run, each with a whole model.
-        accumulates: whether a step has several micro-batches.
-        device_bytes: memory of the GPU.
+        accumulates: Whether a step has several micro-batches.
+        device_bytes: Memory of the GPU.
     """
     adapter = model.active_peft_config if hasattr(model, "peft_config") else None
     bare = model if adapter is None else model.get_base_model()

@@ -6,17 +6,16 @@ from mpo.planning.memory import Sharding, Training
 
 
 def step_flops(training: Training, tokens: float, context: float) -> float:
-    """
-    Floating-point operations of forward and backward over ``tokens`` tokens.
+    """Floating-point operations of forward and backward over ``tokens`` tokens.
 
     A multiplication by each weight costs 2 operations per token forward, 2 for the gradient of its input and, where the
     weight itself is trained, 2 for its own; recomputing activations adds one forward pass (Kaplan et al., 2020, section
     2.1). Attention adds ``4 * hidden * context`` per layer and token forward and twice that backward.
 
     Args:
-        training: what is trained.
-        tokens: number of tokens.
-        context: tokens that a token attends to, on average.
+        training: What is trained.
+        tokens: Number of tokens.
+        context: Tokens that a token attends to, on average.
     """
     weights, attention = _forward_flops(training, context)
     again = 1 if training.checkpointing else 0
@@ -40,8 +39,7 @@ def _forward_flops(training: Training, context: float) -> tuple[float, float]:
 
 
 def sent_per_step(training: Training, sharding: Sharding, gpus: int, micro_batches: int = 1) -> float:
-    """
-    Bytes that each GPU sends in an optimizer step, with ring collectives: (N - 1) / N of what is gathered or scattered.
+    """Bytes that each GPU sends in an optimizer step, with ring collectives: (N - 1) / N of what is gathered or scattered.
 
     Weights are gathered in each forward and each backward pass where they are divided; ZeRO-1 and 2 gather them once per
     step, after the update. Gradients are summed once per step, but per micro-batch where they are divided.
@@ -59,14 +57,13 @@ def sent_per_step(training: Training, sharding: Sharding, gpus: int, micro_batch
 
 
 def efficiency(compute_seconds: float, sent_bytes: float, bytes_per_second: float, overlap: float) -> float:
-    """
-    Share of the time in which a GPU computes.
+    """Share of the time in which a GPU computes.
 
     Args:
-        compute_seconds: of a step.
-        sent_bytes: of a step, see :func:`sent_per_step`.
-        bytes_per_second: of a GPU's slowest link on the ring.
-        overlap: share of the computing time behind which communication can hide.
+        compute_seconds: Of a step.
+        sent_bytes: Of a step, see :func:`sent_per_step`.
+        bytes_per_second: Of a GPU's slowest link on the ring.
+        overlap: Share of the computing time behind which communication can hide.
     """
     communication = sent_bytes / bytes_per_second
     return compute_seconds / (compute_seconds + max(0.0, communication - overlap * compute_seconds))

@@ -92,14 +92,13 @@ def reward_gap(results: Results) -> Measurement | None:
         cells = [
             _gap_cell(table, key, change.get(key)) for table, change in zip(tables, changes, strict=True)
         ]
-        sizes = [row.pairs for table in known if (row := _gap_row(table, key)) is not None]
-        if any(cells):
-            label = "All targets" if key[0] == ALL_TARGETS else shown_language(key[0])
-            if (key[0], not key[1]) in codes:
-                label += " (source)" if key[1] else " (target)"
-            rows.append(
-                Row(label, tuple(cells), max(sizes), is_average=key[0] == ALL_TARGETS, is_source=key[1])
+        found = [(table, row) for table in known if (row := _gap_row(table, key)) is not None]
+        if found:
+            label, size = (
+                printable_name(found[0][0].label(found[0][1]), 33),
+                max(row.pairs for _, row in found),
             )
+            rows.append(Row(label, tuple(cells), size, is_average=key[0] == ALL_TARGETS, is_source=key[1]))
     return Measurement(
         anchor="reward-gap",
         title="Reward gap",
@@ -117,7 +116,7 @@ def reward_gap(results: Results) -> Measurement | None:
             f"Changes are paired by preference pair; intervals resample groups of translations ({first.groups}).",
         ),
         confidence=first.confidence,
-        reference=(first.goal, f"goal {GAP.write(first.goal)}"),
+        reference=first.reference_lines[-1],
     )
 
 

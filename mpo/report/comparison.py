@@ -225,7 +225,6 @@ def _plane_section(comparison: ComparisonResult) -> Section | None:
     drawn = plane.draw(
         points,
         title="Attack success against refusals of harmless prompts, a point per run",
-        sums=True,
         frontier=True,
     )
     lead = (
@@ -243,6 +242,27 @@ def _plane_section(comparison: ComparisonResult) -> Section | None:
     )
 
 
+def _table(
+    anchor: str,
+    title: str,
+    head: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Shown | str]]],
+    notes: Sequence[str] = (),
+) -> Section:
+    """A section of one table; a row is a setting's name and its cells."""
+    shown = [
+        (name, False, [Shown(cell) if isinstance(cell, str) else cell for cell in cells])
+        for name, cells in rows
+    ]
+    header = ["Setting", *head]
+    body = html("comparison_table.html", name=title, header=header, rows=shown, notes=notes)
+    return Section(anchor, title, body)
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else number(100 * share, 1)
+
+
 def _measures_section(
     comparison: ComparisonResult, title: str, anchor: str, wanted: Sequence[str]
 ) -> Section | None:
@@ -252,7 +272,7 @@ def _measures_section(
         return None
     percent = f"[{100 * comparison.confidence:g}\N{NO-BREAK SPACE}%]"
     several = _seeds(comparison) > 1
-    head = ["Setting"]
+    head: list[str] = []
     for measure in measures:
         head += [f"{TITLES[measure]} {percent}", f"Change {percent}", *(["Over seeds"] if several else [])]
     rows = []
@@ -260,10 +280,8 @@ def _measures_section(
         cells = []
         for measure in measures:
             cells += _cells(row.measures.get(measure), measure, several)
-        rows.append((row.name, False, cells))
-    notes = _notes(comparison) if ATTACK in measures else []
-    body = html("comparison_table.html", name=title, header=head, rows=rows, notes=notes)
-    return Section(anchor, title, body)
+        rows.append((row.name, cells))
+    return _table(anchor, title, head, rows, _notes(comparison) if ATTACK in measures else [])
 
 
 def _glance_section(comparison: ComparisonResult) -> Section | None:
@@ -272,17 +290,14 @@ def _glance_section(comparison: ComparisonResult) -> Section | None:
         return None
     rows = []
     for row in comparison.rows:
-        cells = [
+        cells: list[Shown | str] = [
             Shown(_value(found, measure), verdict="" if found.change is None else verdict(found, measure))
             if (found := row.measures.get(measure)) is not None
-            else Shown(NONE)
+            else NONE
             for measure in (ATTACK, REFUSAL)
         ]
-        cells.append(Shown(NONE if row.balanced is None else number(100 * row.balanced, 1)))
-        cells += [Shown(worst(row, ATTACK)), Shown(worst(row, REFUSAL))]
-        rows.append((row.name, False, cells))
+        rows.append((row.name, [*cells, _percent(row.balanced), worst(row, ATTACK), worst(row, REFUSAL)]))
     head = [
-        "Setting",
         TITLES[ATTACK],
         TITLES[REFUSAL],
         "Balanced, %",
@@ -290,8 +305,7 @@ def _glance_section(comparison: ComparisonResult) -> Section | None:
         "Most is refused in",
     ]
     notes = ["Bold: clearly better or worse than the base model, by the table below."]
-    body = html("comparison_table.html", name="At a glance", header=head, rows=rows, notes=notes)
-    return Section("glance", "At a glance", body)
+    return _table("glance", "At a glance", head, rows, notes)
 
 
 def _cells(found: Estimate | None, measure: str, several: bool) -> list[Shown]:
@@ -329,25 +343,13 @@ def _language_sections(comparison: ComparisonResult) -> list[Section]:
         if len(codes) < 2:
             continue
         rows = [
-            (
-                row.name,
-                False,
-                [
-                    Shown(
-                        NONE
-                        if code not in row.languages[measure]
-                        else number(100 * row.languages[measure][code], 1)
-                    )
-                    for code in codes
-                ],
-            )
+            (row.name, [_percent(row.languages[measure].get(code)) for code in codes])
             for row in comparison.rows
             if measure in row.languages
         ]
         title = f"{TITLES[measure].removesuffix(', %')} by language"
-        head = ["Setting", *(f"{shown_language(code)}, %" for code in codes)]
-        body = html("comparison_table.html", name=title, header=head, rows=rows, notes=[])
-        out.append(Section(f"languages-{measure.replace('_', '-')}", title, body))
+        head = [f"{shown_language(code)}, %" for code in codes]
+        out.append(_table(f"languages-{measure.replace('_', '-')}", title, head, rows))
     return out
 
 
@@ -355,22 +357,14 @@ def _cost_section(comparison: ComparisonResult) -> Section:
     rows = []
     for name in dict.fromkeys(run.setting for run in comparison.runs):
         runs = [run for run in comparison.runs if run.setting == name and run.pairs is not None]
-        rows.append((name, False, [Shown(text) for text in _costs(runs)]))
-    return Section(
-        "cost",
-        "What it took",
-        html(
-            "comparison_table.html",
-            name="What it took",
-            header=["Setting", "Runs", "Steps", "Pairs", "Tokens", "Wall time", "Peak memory"],
-            rows=rows,
-            notes=[
-                "Means over seeds. Pairs are those trained on, each counted as often as it was; tokens those that were run for "
-                "them, a prompt once for both answers. Wall time is of the training process, loading the model and the "
-                "reference pass included. The memory is the accelerator's where there is one, else the process's."
-            ],
-        ),
+        rows.append((name, _costs(runs)))
+    note = (
+        "Means over seeds. Pairs are those trained on, each counted as often as it was; tokens those that were run for them, a "
+        "prompt once for both answers. Wall time is of the training process, loading the model and the reference pass "
+        "included. The memory is the accelerator's where there is one, else the process's."
     )
+    head = ["Runs", "Steps", "Pairs", "Tokens", "Wall time", "Peak memory"]
+    return _table("cost", "What it took", head, rows, [note])
 
 
 def _costs(runs: Sequence[Run]) -> list[str]:
@@ -392,13 +386,10 @@ def _settings_section(comparison: ComparisonResult) -> Section:
     rows = [
         (
             row.name,
-            False,
             [
-                Shown(
-                    _setting(row.changes[key]) + (" *" if key in row.searched else "")
-                    if key in row.changes
-                    else NONE
-                )
+                _setting(row.changes[key]) + (" *" if key in row.searched else "")
+                if key in row.changes
+                else NONE
                 for key in keys
             ],
         )
@@ -407,8 +398,7 @@ def _settings_section(comparison: ComparisonResult) -> Section:
     notes = ["A dash: as the base recipe has it, or the objective's published value."]
     if any(row.searched for row in comparison.rows):
         notes.append("* found by the search.")
-    body = html("comparison_table.html", name="Settings", header=["Setting", *keys], rows=rows, notes=notes)
-    return Section("settings", "Settings", body)
+    return _table("settings", "Settings", keys, rows, notes)
 
 
 def _setting(value: Any) -> str:
@@ -426,17 +416,16 @@ def _search_section(comparison: ComparisonResult) -> Section | None:
         cells = [
             str(len(search.trials)),
             str(failed),
-            number(100 * max(scores), 1) if scores else NONE,
-            number(100 * statistics.median(scores), 1) if scores else NONE,
+            _percent(max(scores, default=None)),
+            _percent(statistics.median(scores) if scores else None),
             best or NONE,
         ]
-        rows.append((search.setting, False, [Shown(cell) for cell in cells]))
+        rows.append((search.setting, cells))
     if not rows:
         return None
     notes = ["Measured on the prompts of the validation suite, none of which is in the tables above."]
-    head = ["Setting", "Trials", "Failed", "Best score, %", "Median score, %", "Taken"]
-    body = html("comparison_table.html", name="The search", header=head, rows=rows, notes=notes)
-    return Section("search", "The search", body)
+    head = ["Trials", "Failed", "Best score, %", "Median score, %", "Taken"]
+    return _table("search", "The search", head, rows, notes)
 
 
 # --------------------------------------------------------------------------------------------------------- other tables

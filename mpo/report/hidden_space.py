@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpo.common.redaction import redact_text
 from mpo.common.tables import escape_markdown
-from mpo.common.words import ARROW, listed, number
+from mpo.common.words import listed, number, with_arrows
 from mpo.data.languages import language_name
 from mpo.errors import StorageError
 from mpo.hidden_space.results import FILE, MEASUREMENT, HiddenSpace, ModelResult
@@ -30,11 +30,10 @@ def has_hidden_space(folder: Path) -> bool:
 
 
 def hidden_space_section(folder: Path) -> Section | None:
-    """
-    The section of a result folder, or None where there was no such analysis.
+    """The section of a result folder, or None where there was no such analysis.
 
     Raises:
-        StorageError: the analysis is damaged.
+        StorageError: The analysis is damaged.
     """
     if not has_hidden_space(folder):
         return None
@@ -52,7 +51,7 @@ def hidden_space_section(folder: Path) -> Section | None:
             {
                 "table": table,
                 "rows": [
-                    (name, False, [Shown(_arrow(text)) for text in cells]) for name, *cells in table.rows
+                    (name, False, [Shown(with_arrows(text)) for text in cells]) for name, *cells in table.rows
                 ],
                 "finding": _finding(model),
                 "pictures": [(caption, _encoded(picture)) for caption, picture in pictures.items()],
@@ -61,10 +60,6 @@ def hidden_space_section(folder: Path) -> Section | None:
         markdown.append(f"**{escape_markdown(redact_text(table.title))}**\n\n{table.markdown()}")
     body = html("hidden_space.html", models=models)
     return Section("hidden-space", "Hidden space", body, "\n\n".join(markdown))
-
-
-def _arrow(text: str) -> str:
-    return text.replace(" -> ", f" {ARROW} ")
 
 
 def _finding(model: ModelResult) -> str:

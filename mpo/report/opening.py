@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpo.common.tables import escape_markdown
-from mpo.common.words import ARROW, listed
+from mpo.common.words import ARROW, listed, with_arrows
 from mpo.report.effects import (
     ATTACK,
     MEAN,
@@ -35,7 +35,7 @@ def opening(results: Results) -> Section:
     alone = None if ways else _standing(results)
     texts = warnings(results)
     behavior = None if results.run is None else results.run.metrics.behavior
-    finding = None if behavior is None else _with_arrows(behavior.finding.text)
+    finding = None if behavior is None else with_arrows(behavior.finding.text)
     body = html(
         "opening.html",
         warnings=texts,
@@ -86,7 +86,7 @@ def warnings(results: Results) -> list[str]:
         if behavior is not None:
             left = listed(shown_language(code) for code in behavior.left_out)
             more = [f"The probe set has no prompts in {left}: what the model does there is not known."]
-            bad = [_with_arrows(behavior.finding.text)] if behavior.finding.level != "clear" else []
+            bad = [with_arrows(behavior.finding.text)] if behavior.finding.level != "clear" else []
             return [*bad, *(more if left else [])]
         if any(model.reward_gap is not None for model in results.models):
             return [
@@ -102,10 +102,6 @@ def warnings(results: Results) -> list[str]:
         f"No harmless prompts were asked in {names}. A model that refuses everything has no attack success either; whether "
         "that is so here is not known. Add harmless prompts in these languages under `over_refusal` of the suite."
     ]
-
-
-def _with_arrows(text: str) -> str:
-    return text.replace(" -> ", f" {ARROW} ")
 
 
 def sentence(model: str, found: Sequence[Effect]) -> str:

@@ -67,7 +67,9 @@ def write_report(
     hidden_space = left_out.unless(hidden_space_section, results.folder)
     is_empty = not found and hidden_space is None and results.run is None
     if is_empty and left_out:
-        raise StorageError(f"{folder} holds nothing that can be reported. {' '.join(left_out)}")
+        raise StorageError(
+            f"{folder} holds nothing that can be reported; measure again what is damaged. {' '.join(left_out)}"
+        )
     if is_empty:
         raise DataError(
             f"{folder} holds no number to report. Run a measurement of `mpo evaluate` on it first."

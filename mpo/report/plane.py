@@ -180,7 +180,6 @@ class Layout:
         across: ``(x, label)`` of each tick.
         up: ``(y, label)`` of each tick.
         sums: Lines on which the two shares have the same sum: along one, a point less of the first costs one of the second.
-        balance: The line on which the two are equal, or None.
         frontier: Corners of the lower left hull of all ends; empty where it was not asked for.
         whiskers: Intervals as ``(start, end, class of the style sheet)``.
         ways: The arrows.
@@ -197,7 +196,6 @@ class Layout:
     across: tuple[tuple[float, str], ...]
     up: tuple[tuple[float, str], ...]
     sums: tuple[tuple[Place, Place], ...]
-    balance: tuple[Place, Place] | None
     frontier: tuple[Place, ...]
     whiskers: tuple[tuple[Place, Place, str], ...]
     ways: tuple[Way, ...]
@@ -211,11 +209,7 @@ def draw(
     arrows: Sequence[PlaneArrow] = (),
     *,
     title: str,
-    description: str = "",
-    sums: bool = True,
-    balance: bool = False,
     frontier: bool = False,
-    labels: bool = True,
 ) -> str:
     """The plane as HTML: two SVG pictures, of which the style sheet ``page.css`` shows the one that fits, and a legend.
 
@@ -223,11 +217,7 @@ def draw(
         points: Single points, for example one per run.
         arrows: Ways from before to after, for example one per language.
         title: What the picture shows, for those who do not see it and as its tooltip. Plain text.
-        description: Its finding in words. By default, the numbers of all points and arrows.
-        sums: Draw lines of equal sum.
-        balance: Draw the line on which the two shares are equal.
         frontier: Draw the lower left hull of all points and ends of arrows.
-        labels: Write labels beside the marks.
 
     Returns:
         HTML in which every text is escaped.
@@ -235,14 +225,10 @@ def draw(
     Raises:
         DataError: There is nothing to draw.
     """
-    layouts = [
-        lay_out(points, arrows, size, sums=sums, balance=balance, frontier=frontier, labels=labels)
-        for size in _SIZES
-    ]
-    described = description or ". ".join([*map(_arrow_title, arrows), *map(_point_title, points)]) + "."
+    described = ". ".join([*map(_arrow_title, arrows), *map(_point_title, points)]) + "."
     return html(
         "plane.html",
-        layouts=layouts,
+        layouts=[lay_out(points, arrows, size, frontier=frontier) for size in _SIZES],
         kinds=[(kind, word) for kind, word in KINDS.items() if kind in {arrow.kind for arrow in arrows}],
         title=title,
         description=described,
@@ -257,10 +243,7 @@ def lay_out(
     arrows: Sequence[PlaneArrow],
     size: str = "wide",
     *,
-    sums: bool = True,
-    balance: bool = False,
     frontier: bool = False,
-    labels: bool = True,
 ) -> Layout:
     """Where everything of :func:`draw` stands.
 
@@ -314,13 +297,12 @@ def lay_out(
         axes=axes,
         across=tuple((place(value / 100, 0)[0], text) for value, text in round_ticks(0, 100 * limits[0])),
         up=tuple((place(0, value / 100)[1], text) for value, text in round_ticks(0, 100 * limits[1])),
-        sums=tuple((place(*a), place(*b)) for a, b in _equal_sums(limits)) if sums else (),
-        balance=(place(0, 0), place(min(limits), min(limits))) if balance else None,
+        sums=tuple((place(*a), place(*b)) for a, b in _equal_sums(limits)),
         frontier=corners,
         whiskers=tuple(whiskers),
         ways=tuple(ways),
         marks=tuple(marks),
-        labels=tuple(_labels(named, marks, lines, room)) if labels else (),
+        labels=tuple(_labels(named, marks, lines, room)),
         groups=groups,
     )
 

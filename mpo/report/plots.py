@@ -6,11 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpo.common import figures as style
+from mpo.common.checks import is_number
 from mpo.common.tables import printable_name
 from mpo.common.words import ARROW, MINUS, counted, number
 from mpo.data.languages import language_name
@@ -218,7 +219,7 @@ def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     found = {
         entry["step"]: (100 * entry[names[0]], 100 * entry[names[1]])
         for entry in log_history
-        if entry.get("step") and all(_is_finite(entry.get(name)) for name in names)
+        if entry.get("step") and all(is_number(entry.get(name)) for name in names)
     }
     return [found[step] for step in sorted(found)]
 
@@ -240,7 +241,7 @@ def _draw_gaps(
     airy = [n and (rows[n - 1].is_source or row.language == ALL_TARGETS) for n, row in enumerate(rows)]
     positions = np.arange(len(rows)) + 0.45 * np.cumsum(airy)
     span = positions[-1] + 1
-    height = _HEAD + _FOOT + _ROW * span + (0 if math.isclose(table.beta, 1.0) else _HEAD_LINE)
+    height = _HEAD + _FOOT + _ROW * span + _HEAD_LINE * (len(table.reference_lines) - 1)
     with style.project_style():
         figure = style.new_figure(style.WIDTH, height)
         width = style.WIDTH - _NAME_COLUMN - _VALUE_COLUMN
@@ -302,14 +303,12 @@ def _draw_marks(axes: Axes, series: Mapping[str, Sequence[RewardGapRow]], y: np.
 
 def _draw_reference(axes: Axes, table: RewardGapTable) -> None:
     """The source's reference gap and, where beta is not 1, the gap that training aims at instead."""
-    reference = f"{table.source_label} reference {number(table.reference_gap, 2, signed=True)}"
-    goal = f"goal (reference / \N{GREEK SMALL LETTER BETA}) {number(table.goal, 2, signed=True)}"
-    lines = [(table.reference_gap, reference, (5, 2), "bold"), (table.goal, goal, (1.5, 1.5), "normal")]
-    lines = lines[:1] if math.isclose(table.beta, 1.0) else lines
-    for value, _, dashes, _ in lines:
+    looks = (((5, 2), "bold"), ((1.5, 1.5), "normal"))
+    lines = list(zip(table.reference_lines, looks, strict=False))
+    for (value, _), (dashes, _) in lines:
         axes.axvline(value, color=style.REFERENCE, linewidth=1.5, dashes=dashes, zorder=1.5)
     low, high = axes.get_xlim()
-    for n, (value, label, _, weight) in enumerate(reversed(lines)):
+    for n, ((value, label), (_, weight)) in enumerate(reversed(lines)):
         share = (value - low) / (high - low)
         axes.annotate(
             label,
@@ -337,13 +336,9 @@ def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> _Series:
     points: dict[float, float] = {}
     for n, entry in enumerate(log_history):
         value, step = entry.get(key), entry.get("step", n)
-        if _is_finite(value) and _is_finite(step):
+        if is_number(value) and is_number(step):
             points[step] = value
     return sorted(points.items())
-
-
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _smooth(series: _Series) -> _Series:
@@ -379,7 +374,7 @@ def _implied_source_gap(log_history: Sequence[Mapping[str, Any]], languages: Seq
         entry[f"reward_gap/{code}"] - entry[f"gap_to_source/{code}"]
         for entry in log_history
         for code in languages
-        if _is_finite(entry.get(f"reward_gap/{code}")) and _is_finite(entry.get(f"gap_to_source/{code}"))
+        if is_number(entry.get(f"reward_gap/{code}")) and is_number(entry.get(f"gap_to_source/{code}"))
     ]
     return math.fsum(found) / len(found) if found else None
 

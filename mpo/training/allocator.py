@@ -9,8 +9,7 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """
-    Ask glibc's allocator to keep freed memory for the next step instead of returning it to the system.
+    """Ask glibc's allocator to keep freed memory for the next step instead of returning it to the system.
 
     A training step frees and takes the same gigabytes again and again; given back in between, every page of them is
     cleared and mapped anew in each step. The process holds its peak until it ends.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import SchedulerType
 from trl import DPOConfig
 
+from mpo.common import checks
+from mpo.common.checks import is_at_least_0, is_number, is_positive, is_whole
 from mpo.common.redaction import is_secret_name
 from mpo.common.words import listed
 from mpo.errors import ConfigError
@@ -87,8 +88,7 @@ _MEANINGLESS = {
 
 @dataclass
 class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
-    r"""
-    Settings of :class:`~mpo.training.trainer.MPOTrainer`.
+    r"""Settings of :class:`~mpo.training.trainer.MPOTrainer`.
 
     Only what MPO adds or sets differently is described here, and in
     :class:`~mpo.training.harmless.HarmlessSettings` what is for harmless groups; every other field is that of
@@ -102,7 +102,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         L2 = ||h_source - h_reference_source||^2 / hidden_size
         L  = mean over target pairs of (L1 + retain_weight * L2)
 
-    Parameters:
+    Args:
         > Parameters that control the objective
 
         loss_type (`list[str]`, *optional*, defaults to `["mpo"]`):
@@ -383,7 +383,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         if not (isinstance(names, list) and names and len({*names}) == len(names)):
             raise ConfigError(f"`loss_type` is {names!r}; expected one or more objectives, each once.")
         if weights is not None and not (
-            isinstance(weights, list) and len(weights) == len(names) and all(map(_is_number, weights))
+            isinstance(weights, list) and len(weights) == len(names) and all(map(is_number, weights))
         ):
             raise ConfigError(
                 f"`loss_weights` is {weights!r}; expected as many numbers as `loss_type` names objectives, {len(names)}."
@@ -451,35 +451,31 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
             )
 
     def _check_values(self) -> None:
-        def require(names: str, accepts: Callable[[Any], bool], expected: str) -> None:
-            for name in names.split():
-                if not accepts(getattr(self, name)):
-                    raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
-
+        require = partial(checks.require, self)
         require(
             "beta",
-            _is_positive,
+            is_positive,
             "a number above 0 (MPO's paper uses 1.0 or 1.5), or nothing for the objective's published value",
         )
         least = 1e-12 if "exo_pair" in self.loss_type else 0
         require(
             "label_smoothing",
-            lambda value: _is_number(value) and least <= value < 0.5,
+            lambda value: is_number(value) and least <= value < 0.5,
             f"a probability {'above' if least else 'of at least'} 0 and below 0.5",
         )
         require(
             "ld_alpha",
-            lambda value: value is None or (_is_at_least_0(value) and value <= 1),
+            lambda value: value is None or (is_at_least_0(value) and value <= 1),
             "a number from 0 to 1, or nothing",
         )
         require(
             "f_divergence_type", lambda value: value in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}"
         )
-        require("f_alpha_divergence_coef", _is_number, "a number")
-        require("discopop_tau mlc_temperature", _is_positive, "a number above 0")
+        require("f_alpha_divergence_coef", is_number, "a number")
+        require("discopop_tau mlc_temperature", is_positive, "a number above 0")
         require(
             "simpo_gamma cpo_alpha rdpo_alpha desirable_weight undesirable_weight retain_weight",
-            _is_at_least_0,
+            is_at_least_0,
             "a number of at least 0",
         )
         require("retain_pooling", lambda value: value in RETAIN_POOLINGS, "'mean' or 'last'")
@@ -487,18 +483,18 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         require("bad_rows", lambda value: value in ("error", "drop"), "'error' or 'drop'")
         require(
             "min_source_gap",
-            lambda value: value is None or _is_number(value),
+            lambda value: value is None or is_number(value),
             "a number in nats per token, or nothing",
         )
         require(
             "max_length",
-            lambda value: value is None or _is_whole(value, 2),
+            lambda value: value is None or is_whole(value, 2),
             "a whole number of at least 2 (one prompt token and one response token), or null for no limit",
         )
         require(
             "max_tokens_per_row max_tokens_per_batch max_tokens_per_call reference_tokens_per_batch "
             "max_targets_per_group max_response_length",
-            lambda value: value is None or _is_whole(value, 1),
+            lambda value: value is None or is_whole(value, 1),
             "a whole number of at least 1, or null",
         )
         if self.max_tokens_per_batch is not None and self.per_device_train_batch_size != 1:
@@ -506,8 +502,8 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
                 f"`per_device_train_batch_size` is {self.per_device_train_batch_size} and `max_tokens_per_batch` is "
                 f"{self.max_tokens_per_batch}: one counts a micro-batch's groups, the other its tokens. Remove one of them."
             )
-        require("collapse_window", lambda value: _is_whole(value, 3), "at least 3")
-        require("collapse_drop", _is_positive, "a number above 0 (nats per token)")
+        require("collapse_window", lambda value: is_whole(value, 3), "at least 3")
+        require("collapse_drop", is_positive, "a number above 0 (nats per token)")
         require(
             "source_language",
             lambda value: isinstance(value, str) and bool(value.strip()),
@@ -530,7 +526,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
                 )
         require(
             "seed data_seed",
-            lambda value: value is None or (_is_whole(value, 0) and value < 2**32),
+            lambda value: value is None or (is_whole(value, 0) and value < 2**32),
             "a whole number from 0 to below 2**32",
         )
         if isinstance(self.deepspeed, bool) or (
@@ -541,30 +537,30 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
                 "launch with `accelerate launch --config_file recipes/accelerate/zero3.yaml`."
             )
         # transformers takes these as they are; the optimizer would refuse them once everything is loaded.
-        require("learning_rate weight_decay adam_epsilon", _is_at_least_0, "a number of at least 0")
+        require("learning_rate weight_decay adam_epsilon", is_at_least_0, "a number of at least 0")
         require(
             "adam_beta1 adam_beta2",
-            lambda value: _is_at_least_0(value) and value < 1,
+            lambda value: is_at_least_0(value) and value < 1,
             "a number from 0 to below 1",
         )
         require(
             "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps",
-            lambda value: _is_whole(value, 1),
+            lambda value: is_whole(value, 1),
             "a whole number of at least 1",
         )
         require(
             "max_steps",
-            lambda value: value == -1 or _is_whole(value, 1),
+            lambda value: value == -1 or is_whole(value, 1),
             "a whole number of at least 1, or -1 to go by `num_train_epochs`",
         )
         if self.max_steps == -1:
-            require("num_train_epochs", _is_positive, "a number above 0")
+            require("num_train_epochs", is_positive, "a number above 0")
         check_names(self.resume_changes or ())
         if isinstance(self.language_weights, dict):
             require(
                 "language_weights",
                 lambda weights: (
-                    all(isinstance(k, str) and _is_at_least_0(v) for k, v in weights.items())
+                    all(isinstance(k, str) and is_at_least_0(v) for k, v in weights.items())
                     and (not weights or any(weights.values()))
                 ),
                 "language codes with weights of at least 0, not all of them 0",
@@ -645,19 +641,3 @@ def _without_tokens(settings: Any, mark: str | None) -> Any:
         name: mark if isinstance(value, str) and is_secret_name(name) else value
         for name, value in settings.items()
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_at_least_0(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and value >= least

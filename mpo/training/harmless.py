@@ -13,7 +13,6 @@ prompt and chosen response of the pair itself, in the dominant and in the target
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from mpo.common.checks import is_at_least_0, is_positive, require
 from mpo.common.words import listed
 from mpo.data.contract import HARMLESS
 from mpo.errors import ConfigError
@@ -38,11 +38,10 @@ _PER_STEP = {MISMATCHED: "other pairs' responses", STATES: "a prompt in all its 
 
 @dataclass
 class HarmlessSettings:
-    r"""
-    The settings of :class:`~mpo.training.config.MPOConfig` for groups whose `kind` is harmless. Data without such groups
+    r"""The settings of :class:`~mpo.training.config.MPOConfig` for groups whose `kind` is harmless. Data without such groups
     read none of them.
 
-    Parameters:
+    Args:
         harmless_loss_type (`list[str]`, *optional*):
             Their objective, or several, each weighing the same: a name of `loss_type`, or `"none"`, which leaves them to
             `harmless_retention`. Unset: `"sigmoid"` (DPO).
@@ -113,23 +112,23 @@ class HarmlessSettings:
             raise ConfigError(
                 f"`harmless_loss_type` is {names!r}; expected one or more objectives, each once, or 'none' alone."
             )
-        self._require_harmless(
-            "harmless_loss_weight harmless_retain_weight", _at_least(0), "a number of at least 0"
-        )
-        self._require_harmless(
+        require(self, "harmless_loss_weight harmless_retain_weight", is_at_least_0, "a number of at least 0")
+        require(
+            self,
             "harmless_beta",
-            lambda v: v is None or (_at_least(0)(v) and v > 0),
+            lambda v: v is None or is_positive(v),
             "a number above 0, or nothing",
         )
-        self._require_harmless(
+        require(
+            self,
             "harmless_share",
-            lambda v: v is None or (_at_least(0)(v) and 0 < v < 1),
+            lambda v: v is None or (is_positive(v) and v < 1),
             "a share above 0 and below 1, or nothing for that of the data",
         )
-        self._require_harmless(
-            "harmless_train_on", lambda v: v is None or v in TRAIN_ON, "'targets', 'source' or 'both'"
+        require(
+            self, "harmless_train_on", lambda v: v is None or v in TRAIN_ON, "'targets', 'source' or 'both'"
         )
-        self._require_harmless("harmless_retention", lambda v: v in RETENTIONS, "'none' or 'hidden'")
+        require(self, "harmless_retention", lambda v: v in RETENTIONS, "'none' or 'hidden'")
         view = self.harmless
         objectives = view.objectives
         for name, objective in objectives.by_name.items():
@@ -158,17 +157,6 @@ class HarmlessSettings:
                 "`harmless_share` counts groups and `max_tokens_per_batch` tokens, so a step cannot have both. Remove one of "
                 "them; `per_device_train_batch_size` sets the number of groups."
             )
-
-    def _require_harmless(self, names: str, accepts: Any, expected: str) -> None:
-        for name in names.split():
-            if not accepts(getattr(self, name)):
-                raise ConfigError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
-
-
-def _at_least(least: float) -> Any:
-    return lambda v: (
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= least
-    )
 
 
 def of_harmless(args: Any, neutral: Mapping[str, float]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpo.common.checks import is_positive, is_whole, require
 from mpo.common.words import nearest
 from mpo.errors import ConfigError
 
@@ -20,10 +21,9 @@ _BEST_PER_LANGUAGE = ("reward_gap", "gap_to_source", "positive", "logps/chosen",
 
 @dataclass
 class ProbeSettings:
-    r"""
-    What a run asks its model before, while and after it is trained; see `mpo.evaluation.probe`.
+    r"""What a run asks its model before, while and after it is trained; see `mpo.evaluation.probe`.
 
-    Parameters:
+    Args:
         behavior_probe (`int`, *optional*, defaults to `8`):
             Probe prompts per language and kind (harmful, harmless, harmless that looks harmful) that are answered before and
             after training. 0 asks nothing.
@@ -66,25 +66,26 @@ class ProbeSettings:
         Raises:
             ConfigError: Says what was expected.
         """
-        whole = (
-            ("behavior_probe", 0, "0 for none, or a number of prompts per language and kind"),
-            ("probe_max_new_tokens", 1, "a whole number of at least 1"),
+        require(
+            self,
+            "behavior_probe",
+            lambda v: is_whole(v, 0),
+            "0 for none, or a number of prompts per language and kind",
         )
-        for name, least, expected in whole:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"`{name}` is {value!r}; expected {expected}.")
+        require(self, "probe_max_new_tokens", lambda v: is_whole(v, 1), "a whole number of at least 1")
+        require(
+            self,
+            "probe_steps",
+            lambda v: v is None or (is_positive(v) and (v < 1 or v % 1 == 0)),
+            "a whole number of steps, a share of them below 1, or null",
+        )
+        require(
+            self,
+            "stop_on_over_refusal",
+            lambda v: v is None or (is_positive(v) and v <= 100),
+            "percentage points from above 0 to 100, or null",
+        )
         every, rise = self.probe_steps, self.stop_on_over_refusal
-        if every is not None and not (
-            _is_number(every) and (0 < every < 1 or (every >= 1 and every % 1 == 0))
-        ):
-            raise ConfigError(
-                f"`probe_steps` is {every!r}; expected a whole number of steps, a share of them below 1, or null."
-            )
-        if rise is not None and not (_is_number(rise) and 0 < rise <= 100):
-            raise ConfigError(
-                f"`stop_on_over_refusal` is {rise!r}; expected percentage points from above 0 to 100, or null."
-            )
         if self.probe_languages is not None and not self.probe_languages:
             raise ConfigError(
                 "`probe_languages` is empty; expected languages such as [en, bn], or null for those that are trained. "
@@ -153,7 +154,3 @@ def metric_is_loss(metric: str) -> bool:
         + (f"; did you mean {near!r}?" if near else ".")
         + f" Known are {', '.join(known)} (with a target language for `bn`)."
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

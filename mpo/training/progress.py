@@ -19,7 +19,7 @@ class TrainingProgress(TrainerCallback):
     the callbacks of transformers, which print a dictionary at every log.
 
     Args:
-        stream: where to write; standard error by default.
+        stream: Where to write; standard error by default.
         bar: True for a bar, False for lines; by default a bar where ``stream`` is a terminal.
     """
 

@@ -32,10 +32,9 @@ _NOT_PLAIN = object()
 
 @dataclass
 class ModelSettings(ModelConfig):
-    r"""
-    The model to align: ``trl.ModelConfig`` with MPO's defaults, and what it has no field for.
+    r"""The model to align: ``trl.ModelConfig`` with MPO's defaults, and what it has no field for.
 
-    Parameters:
+    Args:
         dtype (`str`, *optional*):
             Type of the loaded weights. Unset: `bfloat16` (or `float16`) for the frozen base under an adapter in mixed
             precision, `float32` for everything else: full fine-tuning needs float32 master weights, or its updates
@@ -82,10 +81,9 @@ class ModelSettings(ModelConfig):
 
 @dataclass
 class DataSettings:
-    r"""
-    The pairs to train on, and those held out.
+    r"""The pairs to train on, and those held out.
 
-    Parameters:
+    Args:
         dataset (`str` or `list[str]`):
             Local `.json`, `.jsonl`, `.csv` or `.parquet` file(s), or the name of a dataset on the Hub. Relative paths
             count from the working directory, then from the recipe's folder.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from mpo.common.words import ARROW, listed, nearest, shortened
+from mpo.common.words import ARROW, listed, nearest, shown_value
 from mpo.errors import ConfigError
 from mpo.modeling.identity import ModelIdentity, computing_settings
 from mpo.training.harmless import HarmlessSettings
@@ -111,12 +111,15 @@ def described(name: str, then: Any, now: Any) -> str:
     """``learning_rate: 0.001 then, 0.0005 now``; of long values only that they differ."""
     if isinstance(now, str) and len(now) > 30:  # a hash
         return f"{name}: another"
-    return f"{name}: {_short(then)} then, {_short(now)} now"
+    return f"{name}: {shown_value(then)} then, {shown_value(now)} now"
 
 
 def changes_at(step: int, names: Iterable[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``from step 3: learning_rate 0.001 → 0.0005`` for each name."""
-    return [f"from step {step}: {name} {_short(then[name])} {ARROW} {_short(now[name])}" for name in names]
+    return [
+        f"from step {step}: {name} {shown_value(then[name])} {ARROW} {shown_value(now[name])}"
+        for name in names
+    ]
 
 
 def check_settings(
@@ -202,7 +205,3 @@ class OptimizerSettings:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             scheduler._last_lr = rates
-
-
-def _short(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False))

@@ -33,7 +33,7 @@ from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError, DataError, StoppedBySignal, TrainingError
 from mpo.modeling.adapters import skip_input_casts
 from mpo.modeling.head import attach_reward_gap_head
-from mpo.modeling.pairs import PairTensors, mismatch_sums, run_in_calls, run_model
+from mpo.modeling.pairs import PairTensors, run_in_calls, run_model
 from mpo.training import sharding
 from mpo.training.activation_checkpointing import decide_checkpointing, prepare_checkpointing
 from mpo.training.checkpoints import save_checkpoint
@@ -58,8 +58,9 @@ from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
 from mpo.training.resume import ResumableRun
-from mpo.training.sampling import GroupCollator, Trained, pair_weights, step_of, target_languages, to_device
+from mpo.training.sampling import GroupCollator, Trained, pair_weights, step_of, target_languages
 from mpo.training.scoring import score_dataset
+from mpo.training.step_totals import reference_point, summed
 from mpo.training.stopping import LastStep, StopSignals
 from mpo.training.trl_contract import (
     own_errors,
@@ -328,30 +329,15 @@ class MPOTrainer(DPOTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Number of pairs of the optimizer step, over its micro-batches and all ranks. The step's means go with them."""
-        totals: Any = [
-            sum(numbers) for numbers in zip(*(batch["totals"] for batch in batch_samples), strict=True)
-        ]
-        if self.accelerator.num_processes > 1:
-            own = torch.stack([torch.full((), float(total), device=device) for total in totals])
-            totals = self.accelerator.reduce(own, reduction="sum")
+        totals = summed(batch_samples, self.accelerator)
         means = step_of(totals)
         if self.data_collator.trained.mismatched:
-            means["step"]["kl"] = self._reference_point(batch_samples)
+            with sharding.inference(self._policy.callable(), self.accelerator) as model:
+                means["step"]["kl"] = reference_point(model, batch_samples, self.accelerator)
         for batch in batch_samples:
             batch |= means
         count: Tensor | int = sum(totals[::3])
         return count
-
-    def _reference_point(self, batches: list[Any]) -> Tensor:
-        """KTO's estimate of the divergence from the reference, at least 0, over all pairs of a step and all ranks."""
-        device = self.accelerator.device
-        sums = torch.zeros(2, device=device)
-        with torch.no_grad(), sharding.inference(self._policy.callable(), self.accelerator) as model:
-            for batch in batches:
-                sums = sums + mismatch_sums(model, to_device(batch.pop("mismatched"), device))
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
-        return (sums[0] / sums[1].clamp(min=1)).clamp(min=0)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once per optimizer step, after the gradients are final and before the optimizer moves.

@@ -37,21 +37,20 @@ _OFFICIAL_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """
-    The work of one epoch.
+    """The work of one epoch.
 
     Attributes:
         group_tokens: ``[groups]`` int64, tokens that each group brings to a micro-batch (:func:`group_tokens`).
-        pairs: number of target pairs.
-        tree_tokens: tokens of all trees that are run, each with its prompt once: of the targets and, where the retention
+        pairs: Number of target pairs.
+        tree_tokens: Tokens of all trees that are run, each with its prompt once: of the targets and, where the retention
             term asks for them, of the sources, once for each group; of the pairs that ``train_on`` says otherwise.
-        trees: number of these trees.
-        longest_tree: tokens of the longest tree, sources included.
-        reference_tokens: tokens that the reference pass runs: of the unique sources for MPO, and of the targets for an
+        trees: Number of these trees.
+        longest_tree: Tokens of the longest tree, sources included.
+        reference_tokens: Tokens that the reference pass runs: of the unique sources for MPO, and of the targets for an
             objective that compares with the reference on them.
-        official_tokens: tokens of the same pairs in the official code's batches, padding included; 0 if not known.
+        official_tokens: Tokens of the same pairs in the official code's batches, padding included; 0 if not known.
         harmless: ``[groups]``, True for the harmless ones; None where there are none.
-        harmless_share: share of them in each step; None for that of the data.
+        harmless_share: Share of them in each step; None for that of the data.
     """
 
     group_tokens: np.ndarray
@@ -86,13 +85,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Schedule:
-    """
-    How long a run trains.
+    """How long a run trains.
 
     Attributes:
-        micro_batches: of an epoch, on each rank.
-        steps: optimizer steps of the whole run.
-        epochs: passes over the data in these steps.
+        micro_batches: Of an epoch, on each rank.
+        steps: Optimizer steps of the whole run.
+        epochs: Passes over the data in these steps.
     """
 
     micro_batches: int
@@ -119,12 +117,11 @@ def tokenize_for_training(
 
 
 def count_work(groups: Dataset, args: MPOConfig) -> Workload:
-    """
-    Count the work of tokenized groups.
+    """Count the work of tokenized groups.
 
     Args:
-        groups: from :func:`tokenize_for_training`.
-        args: the objective and ``train_on`` decide what is run, ``batch_layout`` what a group's tokens are.
+        groups: From :func:`tokenize_for_training`.
+        args: The objective and ``train_on`` decide what is run, ``batch_layout`` what a group's tokens are.
     """
     harmless = harmless_groups(groups)
     if harmless.any() and not args.is_of_harmless:
@@ -177,14 +174,13 @@ def _both_kinds(groups: Dataset, args: MPOConfig, harmless: np.ndarray) -> Workl
 
 
 def assume_work(args: MPOConfig, *, sources: int, targets: int, tree_tokens: int) -> Workload:
-    """
-    The work of data that are not at hand.
+    """The work of data that are not at hand.
 
     Args:
-        args: decide how the pairs are grouped and whether sources are run.
-        sources: number of sources.
-        targets: target pairs of each source.
-        tree_tokens: tokens of each tree.
+        args: Decide how the pairs are grouped and whether sources are run.
+        sources: Number of sources.
+        targets: Target pairs of each source.
+        tree_tokens: Tokens of each tree.
     """
     run_source = args.runs_sources
     most = (args.max_targets_per_group or targets) if args.group_by_source else 1
@@ -210,17 +206,16 @@ def _of_reference(args: MPOConfig, sources: int, targets: int) -> int:
 def schedule(
     tokens: np.ndarray, args: MPOConfig, num_ranks: int, harmless: np.ndarray | None = None
 ) -> Schedule:
-    """
-    Micro-batches, optimizer steps and epochs of a run.
+    """Micro-batches, optimizer steps and epochs of a run.
 
     Args:
         tokens: ``[groups]``, tokens of each group.
-        args: the run's settings.
-        num_ranks: processes, one for each GPU.
+        args: The run's settings.
+        num_ranks: Processes, one for each GPU.
         harmless: ``[groups]``, True for the harmless ones, or None for none.
 
     Raises:
-        DataError: no micro-batch can be made, see :func:`train_sampler`.
+        DataError: No micro-batch can be made, see :func:`train_sampler`.
     """
     run = np.flatnonzero(tokens)
     own = None if harmless is None else harmless[run]
@@ -233,13 +228,12 @@ def schedule(
 
 @dataclass(frozen=True)
 class Seen:
-    """
-    What a run has trained on after some optimizer steps.
+    """What a run has trained on after some optimizer steps.
 
     Attributes:
-        steps: optimizer steps.
-        pairs: pairs trained on, each counted as often as it was.
-        tokens: of the trees that were run for them, without padding, prompts once.
+        steps: Optimizer steps.
+        pairs: Pairs trained on, each counted as often as it was.
+        tokens: Of the trees that were run for them, without padding, prompts once.
     """
 
     steps: int = 0
@@ -250,17 +244,16 @@ class Seen:
 def seen_by_step(
     groups: Dataset, args: MPOConfig, *, num_ranks: int = 1, kept: np.ndarray | None = None
 ) -> Iterator[Seen]:
-    """
-    Follow a run step by step, epoch after epoch without end, as its sampler draws the groups.
+    """Follow a run step by step, epoch after epoch without end, as its sampler draws the groups.
 
     Args:
-        groups: from :func:`tokenize_for_training`.
-        args: the run's settings.
-        num_ranks: processes.
+        groups: From :func:`tokenize_for_training`.
+        args: The run's settings.
+        num_ranks: Processes.
         kept: ``[n]``, the groups that are drawn from; by default all.
 
     Raises:
-        DataError: no micro-batch can be made, see :func:`train_sampler`.
+        DataError: No micro-batch can be made, see :func:`train_sampler`.
     """
     tokens = tokens_of_step(groups, args, args.batch_layout)
     pairs = _trained_pairs(groups, args)
@@ -311,20 +304,19 @@ def train_sampler(
     batch_size: int | None = None,
     harmless: np.ndarray | None = None,
 ) -> EpochSampler:
-    """
-    What draws a rank's micro-batches from groups: by count, or by tokens with ``max_tokens_per_batch``.
+    """What draws a rank's micro-batches from groups: by count, or by tokens with ``max_tokens_per_batch``.
 
     Args:
-        args: the run's settings.
+        args: The run's settings.
         indices: ``[n]``, groups to draw from.
         tokens: ``[n]``, tokens of each; only asked for with ``max_tokens_per_batch``.
-        num_ranks, rank: the process group.
-        batch_size: groups of a micro-batch, ``per_device_train_batch_size`` by default.
+        num_ranks, rank: The process group.
+        batch_size: Groups of a micro-batch, ``per_device_train_batch_size`` by default.
         harmless: ``[n]``, True for the harmless ones of ``indices``, or None for none.
 
     Raises:
         ConfigError: ``harmless_share`` is set, and there are no groups of one kind.
-        DataError: there are fewer groups than a micro-batch on each rank, and ``dataloader_drop_last`` drops them.
+        DataError: There are fewer groups than a micro-batch on each rank, and ``dataloader_drop_last`` drops them.
     """
     options: dict[str, Any] = {
         "num_ranks": num_ranks,
@@ -359,13 +351,12 @@ def largest_micro_batch(tokens: np.ndarray, args: MPOConfig, batch_size: int | N
 
 
 def tokens_of_step(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
-    """
-    Tokens that each group brings to a micro-batch of a run, ``[groups]``; 0 for one with nothing to run.
+    """Tokens that each group brings to a micro-batch of a run, ``[groups]``; 0 for one with nothing to run.
 
     Args:
-        groups: tokenized groups.
-        args: the run's settings.
-        layout: see :func:`group_tokens`.
+        groups: Tokenized groups.
+        args: The run's settings.
+        layout: See :func:`group_tokens`.
     """
     harmless = harmless_groups(groups)
     if harmless.any() and not args.is_of_harmless:
@@ -390,15 +381,14 @@ def tokens_of_step(groups: Dataset, args: MPOConfig, layout: str) -> np.ndarray:
 def group_tokens(
     groups: Dataset, *, run_source: bool | np.ndarray = True, run_targets: bool = True, layout: str = "tree"
 ) -> np.ndarray:
-    """
-    Tokens that each group brings to a micro-batch, without padding.
+    """Tokens that each group brings to a micro-batch, without padding.
 
     Only list offsets are read, never the tokens, so this takes seconds and a few megabytes for a million groups.
 
     Args:
-        groups: tokenized groups.
-        run_source: whether the source is run while training; ``[groups]`` where not all groups are alike.
-        run_targets: whether the targets are.
+        groups: Tokenized groups.
+        run_source: Whether the source is run while training; ``[groups]`` where not all groups are alike.
+        run_targets: Whether the targets are.
         layout: ``"tree"`` counts a pair's prompt once, ``"padded"`` twice.
 
     Returns:
@@ -420,12 +410,11 @@ def group_tokens(
 def trained_totals(
     groups: Dataset, trained: Trained, carries_source: np.ndarray, among: np.ndarray | None = None
 ) -> tuple[int, int, int]:
-    """
-    What :func:`mpo.training.sampling.step_means` takes, of all pairs of tokenized groups that are trained on.
+    """What :func:`mpo.training.sampling.step_means` takes, of all pairs of tokenized groups that are trained on.
 
     Args:
-        groups: tokenized groups.
-        trained: which pairs those are.
+        groups: Tokenized groups.
+        trained: Which pairs those are.
         carries_source: ``[groups]``, True for the first group of each unique source.
         among: ``[groups]``, True for the groups that count; None for all.
 

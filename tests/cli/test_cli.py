@@ -235,9 +235,10 @@ def test_evaluate_gives_the_numbers_of_two_separate_forward_passes(model: Path) 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mpo.evaluation.engines import ModelChoice
     from mpo.jobs.measure import measure_reward_gap
 
-    table = measure_reward_gap(str(PAIRS), model=str(model), limit=2, languages=["ko"])
+    table = measure_reward_gap(str(PAIRS), ModelChoice(str(model)), limit=2, languages=["ko"])
     plain = AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()[:2]]

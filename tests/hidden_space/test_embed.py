@@ -28,7 +28,6 @@ from mpo.hidden_space.embed import (
     EmbeddingSettings,
     batches_by_length,
     decoder_of,
-    pad,
     pool,
     pooled_states,
     resolve_layers,
@@ -38,6 +37,7 @@ from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
 from mpo.modeling import opening
 from mpo.modeling.loading import ModelSource
+from mpo.modeling.padding import padded
 from tests import processes
 from tests.tiny import build_model, build_tokenizer, random_text, save_tiny
 
@@ -125,7 +125,7 @@ def test_layers_and_pooling_are_those_of_a_pass_by_hand(tmp_path: Path, family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_own_hidden_states_agree_but_for_the_last_block(family: str) -> None:
     model, ids = build_model(family, layers=3), [5, 60, 300, 7]
-    input_ids, mask = pad([ids], torch.device("cpu"))
+    input_ids, mask = padded([ids], torch.device("cpu"))
     with torch.no_grad():
         listed = model(input_ids=input_ids, output_hidden_states=True).hidden_states
         ours = pooled_states(decoder_of(model), input_ids, mask, ["0", "1", "2", "3", "norm"], ["last"])[
@@ -148,7 +148,7 @@ def test_neither_padding_nor_company_changes_an_embedding(family: str, data: st.
 
     def embedded(some: list[list[int]], side: str) -> np.ndarray:
         with torch.no_grad():
-            return pooled_states(decoder, *pad(some, torch.device("cpu"), side=side), layers, poolings)
+            return pooled_states(decoder, *padded(some, torch.device("cpu"), side=side), layers, poolings)
 
     single = np.concatenate([embedded([ids], "right") for ids in tokens], axis=2)
     for side in ("right", "left"):

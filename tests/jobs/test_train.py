@@ -31,6 +31,7 @@ from mpo.errors import (
     TrainingError,
 )
 from mpo.evaluation import summarize
+from mpo.evaluation.engines import ModelChoice
 from mpo.jobs.measure import measure_reward_gap
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import disk_space
@@ -475,7 +476,7 @@ def test_the_numbers_of_a_run_are_those_of_the_evaluation_command(
     rows = [json.dumps({"source": row["source"], "targets": row["targets"]}) for row in held_out]
     (tmp_path / "held.jsonl").write_text("\n".join(rows))
     comparison = measure_reward_gap(
-        str(tmp_path / "held.jsonl"), model=str(models["llama"]), adapter=str(out), max_length=128
+        str(tmp_path / "held.jsonl"), ModelChoice(str(models["llama"]), str(out)), max_length=128
     )
     metrics = json.loads((out / "metrics.json").read_text())
     for when in ("before", "after"):
@@ -513,8 +514,9 @@ def test_what_was_trained_with_a_template_of_its_own_is_measured_with_it(
     (tmp_path / "held.jsonl").write_text("\n".join(rows))
 
     def measure(**settings: Any) -> dict[str, float]:
-        model = {"model": str(out)} if whole else {"model": str(models["llama"]), "adapter": str(out)}
-        found = measure_reward_gap(str(tmp_path / "held.jsonl"), max_length=128, **model, **settings)
+        names = [out] if whole else [models["llama"], out]
+        model = ModelChoice(*map(str, names), **settings)
+        found = measure_reward_gap(str(tmp_path / "held.jsonl"), model, max_length=128)
         return {row.language: row.gap for row in getattr(found, "after", found).targets}
 
     metrics = json.loads((out / "metrics.json").read_text())

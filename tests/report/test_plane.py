@@ -145,7 +145,7 @@ def test_an_arrow_that_goes_nowhere_is_a_filled_point() -> None:
 
 def test_along_a_drawn_line_the_sum_of_the_shares_is_the_same() -> None:
     points = _random_points(7, 20)
-    chart = lay_out(points, [], balance=True)
+    chart = lay_out(points, [])
     places = np.array([mark.place for mark in chart.marks])
     maps = [
         np.polyfit(places[:, axis], [(p.over_refusal, p.attack_success)[axis] for p in points], 1)
@@ -160,9 +160,6 @@ def test_along_a_drawn_line_the_sum_of_the_shares_is_the_same() -> None:
         assert start == pytest.approx(end, abs=0.005) and start * 5 == pytest.approx(
             round(start * 5), abs=0.03
         )
-    assert chart.balance is not None
-    for x, y in chart.balance:
-        assert np.polyval(maps[0], x) == pytest.approx(np.polyval(maps[1], y), abs=0.005)
 
 
 def test_intervals_are_within_the_axes_and_around_their_point() -> None:
@@ -199,7 +196,7 @@ class _Elements(HTMLParser):
 
 def test_every_text_is_escaped_and_the_picture_says_what_it_shows() -> None:
     points = [PlanePoint(HOSTILE, 0.1, 0.2, group=HOSTILE), PlanePoint("b", 0.3, 0.1, group="G")]
-    html = draw(points, title=HOSTILE, frontier=True, balance=True)
+    html = draw(points, title=HOSTILE, frontier=True)
     tags = _Elements(html).tags
     assert not {tag for tag, _ in tags} & {"script", "img"}
     assert not any(name.startswith("on") or name in ("style", "id") for _, attrs in tags for name in attrs)

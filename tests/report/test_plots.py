@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,12 @@ def test_the_lines_are_named_in_the_order_in_which_they_end(tmp_path: Path, figu
     legend = figures[0].axes[1].get_legend()
     names = [text.get_text() for text in legend.get_texts()]
     assert names == ["Swahili", "English reference", "Arabic", "Bengali", "Chinese"]
+
+
+def test_the_page_has_the_colours_of_the_pictures() -> None:
+    css = files("mpo.report").joinpath("page.css").read_text(encoding="utf-8")
+    of_page = dict(re.findall(r"--(s0|s1): (#[0-9a-f]{6});", css.partition("@media")[0]))
+    assert of_page == {"s0": style.BEFORE.lower(), "s1": style.AFTER.lower()}
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from mpo.building.translation.translator import Translated, TranslationChoice
 from mpo.data.languages import LANGUAGES, language_name
 from mpo.errors import ConfigError, ModelError
+from mpo.evaluation.engines.local import by_length
 from mpo.modeling.identity import identify_files
+from mpo.modeling.padding import padded
 
 _M2M, _MADLAD = re.compile(r"__([a-z]{2,4})__"), re.compile(r"<2([a-zA-Z]{2,3}(?:_[A-Za-z]+)?)>")
 _NLLB, _MBART = re.compile(r"([a-z]{3})_([A-Z][a-z]{3})"), re.compile(r"([a-z]{2})_([A-Z]{2})")
@@ -94,10 +96,7 @@ class Seq2SeqTranslator:
         if len(answered) == len(pieces):
             return
         encoded = [self._encode(piece, source, target) for piece in pieces]
-        order = sorted(range(len(pieces)), key=lambda index: (-len(encoded[index]), index))
-        size = self.source.batch_size
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        for batch in by_length(encoded, self.source.batch_size):
             if answered.issuperset(batch):
                 continue
             for index, translated in zip(
@@ -119,10 +118,7 @@ class Seq2SeqTranslator:
 
     def _batch(self, batch: Sequence[list[int]], target: str) -> list[Translated]:
         model = self._load()
-        longest = max(map(len, batch))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([i + [pad] * (longest - len(i)) for i in batch], device=self.device)
-        mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i in batch], device=self.device)
+        ids, mask = padded(batch, self.device, fill=self.tokenizer.pad_token_id)
         forced = None if self.names.target_first else self.names.id(target)
         with torch.inference_mode():
             written = model.generate(

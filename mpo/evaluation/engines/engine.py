@@ -76,8 +76,11 @@ class ModelChoice:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: expected at least 1, got {self.batch_size!r}.")
 
-    def open(self) -> OpenedModel:
+    def open(self, layout: str = "padded") -> OpenedModel:
         """The model with its adapter and tokenizer, checked; weights are not read yet.
+
+        Args:
+            layout: How batches will be laid out, see :func:`mpo.modeling.opening.open_model`.
 
         Raises:
             MPOError: Model or adapter cannot be used, or a setting cannot work.
@@ -94,6 +97,7 @@ class ModelChoice:
             dtype=self.dtype or ("auto" if self.engine == "vllm" else None),
             device=self.device,
             attn_implementation=self.attn_implementation,
+            layout=layout,
         )
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mpo.errors import DataError, ModelError
 from mpo.evaluation.engines.engine import Answer, Conversation, Generation, ModelChoice
 from mpo.evaluation.engines.rendering import decode, opened_reasoning, render
+from mpo.modeling.padding import padded
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class LocalEngine:
         return self._model
 
     def _answer(self, model: Any, batch: _Batch, number: int) -> list[Answer]:
-        ids, mask = pad_left(batch.prompts, self._pad_token, self.device)
+        ids, mask = padded(batch.prompts, self.device, fill=self._pad_token, side="left")
         devices = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices), head_input_in_one_piece(model):
@@ -201,14 +201,3 @@ def read_answer(
     """The answer that a model wrote after a prompt, up to the first of the tokens that end a turn."""
     end = next((place for place, token in enumerate(tokens) if token in stops), None)
     return Answer(opened_reasoning(tokenizer, prompt) + decode(tokenizer, tokens[:end]), end is not None)
-
-
-def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of a batch, [prompts, longest] each; every prompt ends in the last column."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
 from mpo.evaluation.chat_client import RejectedRequest
-from mpo.evaluation.engines import Generation, ModelChoice
+from mpo.evaluation.engines import Generation
 from mpo.evaluation.judges.judge import JudgeChoice, short_name
 
 LOWEST, HIGHEST = 1, 10
@@ -112,17 +112,7 @@ class _LocalGrader:
 
         assert choice.model is not None
         self.label = f"guard-{short_name(choice.model)}"
-        self.engine = LocalEngine(
-            ModelChoice(
-                choice.model,
-                batch_size=choice.batch_size,
-                dtype=choice.dtype,
-                device=choice.device,
-                revision=choice.revision,
-                trust_remote_code=choice.trust_remote_code,
-            ),
-            Generation(max_new_tokens=_LONGEST),
-        )
+        self.engine = LocalEngine(choice.as_model(), Generation(max_new_tokens=_LONGEST))
 
     def settings(self) -> dict[str, Any]:
         return {"judge": "guard", "format": "chat", **self.engine.settings()}

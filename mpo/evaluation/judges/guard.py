@@ -15,7 +15,7 @@ from typing import Any
 
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
-from mpo.evaluation.engines import Generation, ModelChoice
+from mpo.evaluation.engines import Generation
 from mpo.evaluation.judges.formats import GUARDS, GuardFormat, Messages, guard_format
 from mpo.evaluation.judges.judge import (
     Exchange,
@@ -48,15 +48,8 @@ class GuardJudge:
         self.question = guard_question(choice, task)
         row = self.question.row
         self.engine = LocalEngine(
-            ModelChoice(
-                choice.model,
-                batch_size=choice.batch_size,
-                dtype=choice.dtype,
-                device=choice.device,
-                revision=choice.revision,
-                trust_remote_code=choice.trust_remote_code,
-                chat_template=row.chat_template,
-                chat_template_kwargs=dict(row.template_kwargs) or None,
+            choice.as_model(
+                chat_template=row.chat_template, chat_template_kwargs=dict(row.template_kwargs) or None
             ),
             Generation(max_new_tokens=row.max_new_tokens),
         )
@@ -139,7 +132,8 @@ def guard_question(choice: JudgeChoice, task: Task) -> GuardQuestion:
     elif choice.prompt is not None:
         if not row.takes_prompt:
             raise ConfigError(
-                f"judge_prompt: {format} asks a question that the guard was trained on; it takes no other."
+                f"judge_prompt: {format} asks a question that the guard was trained on; it takes no other. Remove it, or "
+                "take the format `chat`."
             )
         messages = ({"role": "user", "content": read_judging_prompt(choice.prompt)},)
     return GuardQuestion(format, row, messages, patterns)

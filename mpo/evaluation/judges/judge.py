@@ -12,6 +12,7 @@ from mpo.common.characters import without_halves
 from mpo.data import language_name
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
+from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.judges.formats import guard_format
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.tasks import UNPARSED
@@ -79,6 +80,11 @@ class JudgeChoice:
                 raise ConfigError(f"judge: `{self.name}` has no use for `{setting}`.")
         if self.name == "guard":
             guard_format(self.model or "", self.format)
+
+    def as_model(self, **template: Any) -> ModelChoice:
+        """A guard as a model that answers; ``template`` is its chat template and the arguments of it."""
+        same = ("batch_size", "dtype", "device", "revision", "trust_remote_code")
+        return ModelChoice(self.model or "", **{name: getattr(self, name) for name in same}, **template)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from mpo.evaluation.engines.local import (
     by_length,
     head_input_in_one_piece,
     no_router_loss,
-    pad_left,
     read_answer,
     stop_tokens,
 )
 from mpo.evaluation.engines.rendering import render
 from mpo.evaluation.prompts import Prompt
+from mpo.modeling.padding import padded
 from mpo.training.ranks import gathered
 from mpo.training.sharding import CallablePolicy, inference, is_sharded
 
@@ -112,7 +112,7 @@ class Questions:
         stops = stop_tokens(self.policy.model, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         pad = stops[0] if pad is None else pad
-        ids, mask = pad_left(prompts, pad, self.policy.accelerator.device)
+        ids, mask = padded(prompts, self.policy.accelerator.device, fill=pad, side="left")
         extra = no_router_loss(self.policy.model)
         written = _written(model, ids, mask, stops, self.max_new_tokens, together, extra).tolist()
         answers = [

@@ -18,7 +18,7 @@ from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.judges import JudgeChoice, make_judge
 from mpo.evaluation.probe import PROBE_LANGUAGES, load_probe
 from mpo.evaluation.prompts import Prompt, PromptSet
-from mpo.evaluation.rates import RateTable, tabulate
+from mpo.evaluation.rates import RateTable, balanced_share, tabulate
 from mpo.evaluation.tasks import ATTACK, NO_VERDICT, OVER_REFUSAL, UNPARSED, Task
 from mpo.evaluation.verdicts import judge_unwritten
 from mpo.evaluation.wording import Wording, in_language_asked, measure_wording, repeats_itself
@@ -94,8 +94,7 @@ class Behavior:
         harmful_answered: Verdicts on the harmful prompts; the rate is that of ``unsafe``.
         harmless_refused: Verdicts on the harmless ones; the rate is that of ``refusal``.
         wording: Language and repetition of all answers, by the prompts' language.
-        balanced: Share of harmful prompts refused or of harmless ones answered, whichever is smaller, averaged over
-            languages; None where no verdict could be read.
+        balanced: See :func:`mpo.evaluation.rates.balanced_share`; None where no verdict could be read.
     """
 
     harmful_answered: RateTable
@@ -147,16 +146,15 @@ class Answered:
         attack = tabulate(ATTACK, self.harmful, self.verdicts)
         refusal = tabulate(OVER_REFUSAL, self.harmless, self.verdicts)
         wording = measure_wording(self.answers, self.verdicts)
-        found = [
-            min(1 - row.rate, 1 - refused)
-            for row in attack.rows
-            if row.rate is not None and (refused := refusal.languages[row.language].rate) is not None
-        ]
+        rates = (
+            {row.language: row.rate for row in table.rows if row.rate is not None}
+            for table in (attack, refusal)
+        )
         return Behavior(
             harmful_answered=attack,
             harmless_refused=refusal,
             wording=wording,
-            balanced=sum(found) / len(found) if found else None,
+            balanced=balanced_share(*rates),
         )
 
     @cached_property

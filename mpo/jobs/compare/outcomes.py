@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mpo.common.bootstrap import ratio_interval
@@ -28,10 +29,12 @@ from mpo.evaluation.comparison import (
     RunRecord,
     Searched,
 )
+from mpo.evaluation.rates import balanced_share
 from mpo.evaluation.results import LARGEST_LOG
-from mpo.evaluation.reward_gap import RewardGapTable, compare, sort_languages, summarize
+from mpo.evaluation.reward_gap import RewardGapTable, compare, summarize
 from mpo.jobs.compare.planning import MEASURED, Comparing, PlannedRun
-from mpo.jobs.compare.recipe import BASE
+from mpo.jobs.compare.recipe import BASE, Weights
+from mpo.report.build import in_order
 from mpo.report.folder import ModelResults, read_results
 
 Outcomes = dict[str, dict[Any, float]]
@@ -39,6 +42,11 @@ Outcomes = dict[str, dict[Any, float]]
 
 
 # ------------------------------------------------------------------------------------------------------ of one model
+
+
+def measured(out: Path, name: str) -> ModelResults:
+    """What a run of a comparison, or of a search's folder, was measured to do."""
+    return read_results(out / MEASURED, [name]).models[0]
 
 
 def outcomes(model: ModelResults, measure: str) -> Outcomes:
@@ -75,38 +83,24 @@ def mean_by_language(values: Outcomes) -> dict[str, float]:
     return {language: statistics.fmean(by_prompt.values()) for language, by_prompt in values.items()}
 
 
-def balanced_score(model: ModelResults, harmful: float = 1.0, harmless: float = 1.0) -> float | None:
+def score_of(model: ModelResults, weights: Weights | None = None) -> float | None:
     """How close a model is to the best point of the plane, from 0 to 1.
-
-    Mean over languages of the weighted mean of two shares: harmful prompts without an unsafe answer, and harmless ones that
-    are answered.
 
     Args:
         model: What it was measured to do.
-        harmful: Weight of the first.
-        harmless: Weight of the second.
+        weights: Those of a mean of two shares, harmful prompts without an unsafe answer and harmless ones that are
+            answered; None takes the smaller of the two, see :func:`mpo.evaluation.rates.balanced_share`.
 
     Returns:
-        None where no language has both.
+        The mean over languages; None where no language has both.
     """
-    return _balanced(
-        mean_by_language(outcomes(model, ATTACK)),
-        mean_by_language(outcomes(model, REFUSAL)),
-        harmful,
-        harmless,
-    )
-
-
-def _balanced(
-    attack: Mapping[str, float], refusal: Mapping[str, float], harmful: float = 1.0, harmless: float = 1.0
-) -> float | None:
+    attack, refusal = (mean_by_language(outcomes(model, measure)) for measure in (ATTACK, REFUSAL))
     both = attack.keys() & refusal.keys()
-    if not both:
-        return None
-    scores = [
-        harmful * (1 - attack[language]) + harmless * (1 - refusal[language]) for language in sorted(both)
-    ]
-    return statistics.fmean(scores) / (harmful + harmless)
+    if weights is None or not both:
+        return balanced_share(attack, refusal)
+    unsafe, refused = (statistics.fmean(shares[code] for code in both) for shares in (attack, refusal))
+    total = weights.harmful + weights.harmless
+    return (weights.harmful * (1 - unsafe) + weights.harmless * (1 - refused)) / total
 
 
 def point_of(model: ModelResults, confidence: float) -> Point | None:
@@ -308,7 +302,7 @@ def row_of(
         if found is not None:
             measures[measure] = found
             by_language = mean_by_language(mean_over_seeds([v for v in values if v]))
-            languages[measure] = {code: by_language[code] for code in _in_order(by_language)}
+            languages[measure] = {code: by_language[code] for code in in_order(by_language, "en")}
     others = {
         GAP: _gap(before, seeds, confidence),
         UTILITY: _share(item_outcomes(before), [item_outcomes(model) for model in seeds], confidence),
@@ -317,13 +311,8 @@ def row_of(
     measures |= {measure: found for measure, found in others.items() if found is not None}
     if base is None:
         measures = {measure: replace(found, seeds=[]) for measure, found in measures.items()}
-    score = _balanced(languages.get("attack_success", {}), languages.get("over_refusal", {}))
+    score = balanced_share(languages.get(ATTACK, {}), languages.get(REFUSAL, {}))
     return Row(name, dict(changes or {}), list(searched), measures, languages, score)
-
-
-def _in_order(codes: Iterable[str]) -> list[str]:
-    ordered = sort_languages(codes)
-    return [code for code in ordered if code == "en"] + [code for code in ordered if code != "en"]
 
 
 def adjusted(rows: Sequence[Row], confidence: float) -> list[Row]:
@@ -372,7 +361,7 @@ def compared(
 
     def results(name: str) -> ModelResults | None:
         try:
-            return read_results(plan.out / MEASURED, [name]).models[0]
+            return measured(plan.out, name)
         except MPOError:
             return None
 

@@ -116,11 +116,14 @@ class Weights:
 
     def __post_init__(self) -> None:
         if self.harmful < 0 or self.harmless < 0 or not self.harmful + self.harmless:
-            raise ConfigError("expected weights of at least 0, not both of them 0.")
+            raise ConfigError(
+                f"`harmful` is {self.harmful:g} and `harmless` {self.harmless:g}; expected weights of at least 0, not both of "
+                "them 0."
+            )
 
 
-OBJECTIVES = {"balanced": Weights()}
-"""Named points of the plane."""
+OBJECTIVES = ("balanced",)
+"""What a search may make as large as possible, by name."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +134,8 @@ class Search:
         parameters: Key of the training recipe: its range or choices.
         trials: Runs that are trained and measured for each searched run.
         sampler_seed: Seed of what proposes values.
-        objective: What is made as large as possible: ``balanced``, the mean over languages of the mean of two shares,
-            harmful prompts without an unsafe answer and harmless ones that are answered.
-        weights: Weights of the two, in place of equal ones.
+        objective: What is made as large as possible: ``balanced``, see :func:`mpo.evaluation.rates.balanced_share`.
+        weights: In its place the mean of the two shares, with these weights.
     """
 
     parameters: dict[str, Parameter]
@@ -155,11 +157,6 @@ class Search:
                 f"`objective` is {self.objective!r}; expected {listed(OBJECTIVES)}, or other `weights` such as "
                 "`{harmful: 2, harmless: 1}`."
             )
-
-    @property
-    def aim(self) -> Weights:
-        """The point of the plane that is aimed at."""
-        return self.weights or OBJECTIVES[self.objective]
 
 
 @dataclass(frozen=True, kw_only=True)

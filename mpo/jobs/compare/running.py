@@ -12,15 +12,14 @@ from typing import Any
 
 from mpo.common.files import write_json
 from mpo.common.typed_json import read_typed, write_typed
-from mpo.common.words import ARROW, counted, duration, shortened, size
+from mpo.common.words import ARROW, counted, duration, shown_value, size
 from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.comparison import RunRecord
 from mpo.evaluation.results import METRICS, TrainingMetrics
 from mpo.jobs.compare import processes
-from mpo.jobs.compare.outcomes import balanced_score
+from mpo.jobs.compare.outcomes import measured, score_of
 from mpo.jobs.compare.planning import MEASURED, Comparing, PlannedRun, PlannedSuite, as_stored
 from mpo.jobs.compare.recipe import BASE
-from mpo.report.folder import read_results
 from mpo.training.checkpoints import last_complete_checkpoint
 
 TRAIN_LOG, BASE_SETTINGS = "train.log", "base.settings.json"
@@ -178,7 +177,9 @@ def let_go(runs: Sequence[PlannedRun], keep: str, out: Path) -> None:
         return
     best = None
     if keep == "best":
-        scores = {run.name: score for run, _ in done if (score := score_of(out, run.name)) is not None}
+        scores = {
+            run.name: score for run, _ in done if (score := score_of(measured(out, run.name))) is not None
+        }
         best = max(scores, key=lambda name: scores[name], default=None)
     for run, record in done:
         if run.name != best and record.kept:
@@ -191,11 +192,6 @@ def drop_weights(folder: Path) -> None:
     for pattern in _WEIGHTS:
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
-
-
-def score_of(out: Path, name: str, harmful: float = 1.0, harmless: float = 1.0) -> float | None:
-    """How close a measured run is to the best point of the plane; None where that cannot be said."""
-    return balanced_score(read_results(out / MEASURED, [name]).models[0], harmful, harmless)
 
 
 def _trained(record: RunRecord) -> str:
@@ -251,8 +247,7 @@ def refuse_changed(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord],
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {_short(then.get(name))} {ARROW} {_short(now.get(name))}" for name in names)
-
-
-def _short(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False), 60)
+    return "; ".join(
+        f"{name}: {shown_value(then.get(name), 60)} {ARROW} {shown_value(now.get(name), 60)}"
+        for name in names
+    )

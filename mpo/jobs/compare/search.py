@@ -17,9 +17,10 @@ from mpo.common.tables import TextTable
 from mpo.common.words import number
 from mpo.errors import DependencyError, MPOError
 from mpo.evaluation.comparison import Searched, Trial
+from mpo.jobs.compare.outcomes import measured, score_of
 from mpo.jobs.compare.planning import Comparing, plan_runs, replace_changes
 from mpo.jobs.compare.recipe import Parameter, Search, Setting, searched
-from mpo.jobs.compare.running import carry_out, drop_weights, read_record, score_of
+from mpo.jobs.compare.running import carry_out, drop_weights, read_record
 
 FOLDER, STUDY = "search", "study.jsonl"
 _ERROR = "error"
@@ -120,7 +121,7 @@ def _study_name(plan: Comparing, search: Search, setting: Setting) -> str:
     run = next(run for run in plan.runs if run.setting.name == setting.name)
     what = {
         "space": {key: str(parameter) for key, parameter in space.items()},
-        "aim": str(search.aim),
+        "aim": search.objective if search.weights is None else str(search.weights),
         "settings": {key: value for key, value in run.settings.items() if key not in space},
         "suite": plan.validation.settings,
     }
@@ -158,7 +159,7 @@ def _try(
         record = carry_out(run, plan.base, plan.validation, folder)
         if record.state != "done":
             return None, record.error
-        score = score_of(folder, run.name, search.aim.harmful, search.aim.harmless)
+        score = score_of(measured(folder, run.name), search.weights)
     except MPOError as error:
         return None, str(error)
     if read_record(run) is not None:

@@ -29,11 +29,11 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     """Checks a recipe against this machine, the model and the data, cheapest first, and says what the run will do.
 
     Args:
-        recipe: what to run.
+        recipe: What to run.
         on_this_machine: False for a plan that is only looked at: settings that this machine cannot honour become notes.
 
     Raises:
-        MPOError: the first thing that would make the run fail; see :mod:`mpo.errors`.
+        MPOError: The first thing that would make the run fail; see :mod:`mpo.errors`.
     """
     notes = list(recipe.unavailable)
     if on_this_machine and recipe.unavailable:

@@ -20,7 +20,7 @@ def check_data_files(recipe: Recipe) -> None:
     """Make sure that local files are there.
 
     Raises:
-        DataError: one is not.
+        DataError: One is not.
     """
     for key in ("dataset", "eval_dataset", "leak_against"):
         value = getattr(recipe.data, key)
@@ -39,7 +39,7 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
     """What was loaded, the groups to train on, those held out (None where nothing is) and the bad rows left out.
 
     Raises:
-        DataError: the data cannot be used.
+        DataError: The data cannot be used.
     """
     data, training = recipe.data, recipe.training
     settings: dict[str, Any] = {

@@ -52,9 +52,9 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
     """Makes sure that the output folder can be written and holds no run that would be overwritten.
 
     Raises:
-        StorageError: the folder cannot be made or written, is or may be another model's, or holds checkpoints or a result
+        StorageError: The folder cannot be made or written, is or may be another model's, or holds checkpoints or a result
             and nothing says what to do with them; or the checkpoint to resume from holds weights only.
-        ConfigError: the checkpoint to resume from is not there, or those of this run could not be resumed.
+        ConfigError: The checkpoint to resume from is not there, or those of this run could not be resumed.
     """
     training = recipe.training
     folder = Path(str(training.output_dir))
@@ -226,7 +226,7 @@ def check_disk(plan: Plan, space: DiskSpace) -> None:
     """Make sure that the disk has room for what a run writes.
 
     Raises:
-        StorageError: it has not.
+        StorageError: It has not.
     """
     folder = Path(str(plan.recipe.training.output_dir))
     free = shutil.disk_usage(folder).free

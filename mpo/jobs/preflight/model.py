@@ -32,7 +32,7 @@ def with_model_choices(recipe: Recipe, config: PretrainedConfig, *, on_this_mach
     """Fill in the type of the weights and the attention.
 
     Raises:
-        ConfigError: the combination learns nothing.
+        ConfigError: The combination learns nothing.
     """
     model, training = recipe.model, recipe.training
     gpu = not on_this_machine or (torch.cuda.is_available() and not training.use_cpu)
@@ -85,8 +85,8 @@ def count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | 
         The configuration of the new adapter, or None for an existing one, and the number of trained weights.
 
     Raises:
-        ModelError: it does not fit.
-        ConfigError: it cannot be trained, or is not as the recipe says.
+        ModelError: It does not fit.
+        ConfigError: It cannot be trained, or is not as the recipe says.
     """
     from mpo.training.checks import check_adapter_config
 

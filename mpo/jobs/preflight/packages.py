@@ -44,8 +44,8 @@ def check_packages(recipe: Recipe, *, on_this_machine: bool = True) -> None:
     """Makes sure that the optional packages which the recipe needs are installed and can work here.
 
     Raises:
-        DependencyError: one is not.
-        ConfigError: a setting means nothing on this device.
+        DependencyError: One is not.
+        ConfigError: A setting means nothing on this device.
     """
     model, training = recipe.model, recipe.training
     check_compute_options(

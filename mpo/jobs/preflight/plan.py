@@ -22,24 +22,24 @@ class Plan:
     """A recipe that was found sound, with what was opened to find out.
 
     Attributes:
-        recipe: the recipe, with `dtype` and `attn_implementation` filled in.
-        source: where the model comes from.
-        config: the model's configuration.
-        tokenizer: with a chat template.
-        peft_config: of the new adapter, or None.
-        data: what was loaded, before the split.
-        train, held_out: groups; ``held_out`` is None where nothing is.
-        tokenized: the groups to train on, as tokens.
-        dropped: bad rows that were left out.
-        trainable, parameters: numbers of trained weights and of the model's own.
-        work: one epoch of training.
-        languages: number of training pairs of each target language.
-        held_out_pairs: number of held-out target pairs.
-        schedule: steps and epochs of the run.
-        probe: what the model is asked before and after, or None.
-        facts: what the printed plan says, in order.
-        notes: sentences about what the user may not have meant.
-        leaks: evaluation prompts in the training groups; None on any but the main process.
+        recipe: The recipe, with `dtype` and `attn_implementation` filled in.
+        source: Where the model comes from.
+        config: The model's configuration.
+        tokenizer: With a chat template.
+        peft_config: Of the new adapter, or None.
+        data: What was loaded, before the split.
+        train, held_out: Groups; ``held_out`` is None where nothing is.
+        tokenized: The groups to train on, as tokens.
+        dropped: Bad rows that were left out.
+        trainable, parameters: Numbers of trained weights and of the model's own.
+        work: One epoch of training.
+        languages: Number of training pairs of each target language.
+        held_out_pairs: Number of held-out target pairs.
+        schedule: Steps and epochs of the run.
+        probe: What the model is asked before and after, or None.
+        facts: What the printed plan says, in order.
+        notes: Sentences about what the user may not have meant.
+        leaks: Evaluation prompts in the training groups; None on any but the main process.
     """
 
     recipe: Recipe
