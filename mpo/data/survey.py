@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,10 +143,10 @@ class Survey:
         )
         part = _Part()
         for group in groups:
-            harmless = group.get("kind") == HARMLESS
-            self._add(part, group["source"], None, group["origin"], harmless)
+            harmless, origin = group.get("kind") == HARMLESS, sys.intern(group["origin"])
+            self._add(part, group["source"], None, origin, harmless)
             for target in group["targets"]:
-                self._add(part, target, group["source"], group["origin"], harmless)
+                self._add(part, target, group["source"], origin, harmless)
         return part
 
     def merge(self, part: _Part) -> None:

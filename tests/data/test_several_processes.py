@@ -43,6 +43,7 @@ def _rows(seed: int, number: int) -> list[Any]:
                 lambda row=row: {**row, "target_rejected": "Human: one\n\nAssistant: two"},
                 lambda row=row: {**row, "source_prompt": messages(row["source_prompt"], "user")},
                 lambda row=row: {**row, "kind": "harmless"},
+                lambda row=row: {**row, "source_chosen": f"{row['source_chosen']} Again."},
                 lambda row=row: {**row, "target_chosen": row["target_rejected"]},
                 lambda row=row: {**row, "target_prompt": "\u200b"},
                 lambda row=row: {**row, "target_chosen": "broken \ufffd \ud800"},
