@@ -1,6 +1,7 @@
 """Rows per second of loading and checking preference data, by stage, and the memory that it takes.
 
     python -m benchmarks.data_check --rows 10000
+    python -m benchmarks.data_check --rows 1000000 --check_only
 
 A row is a source and a target pair whose texts have 300 characters each, made of random words in the language's script.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import tempfile
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
 from pathlib import Path
 
 _CHARACTERS = 300
@@ -116,12 +119,12 @@ _WORDS = {
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
     """Writes a JSON Lines file of ``rows`` unlabelled flat rows, all with another source."""
     draw = random.Random(seed)
+    # Texts are pieces of a long one, since drawing every word of a million rows takes longer than checking them.
+    long = {language: " ".join(draw.choices(words, k=1 << 16)) for language, words in _WORDS.items()}
 
     def text(language: str, number: int) -> str:
-        words: list[str] = [str(number)]
-        while sum(map(len, words)) + len(words) < _CHARACTERS:
-            words.append(draw.choice(_WORDS[language]))
-        return " ".join(words)[:_CHARACTERS]
+        start = long[language].index(" ", draw.randrange(1 << 16))
+        return f"{number}{long[language][start : start + _CHARACTERS]}"[:_CHARACTERS]
 
     targets = [language for language in _WORDS if language != "en"]
     with open(path, "w", encoding="utf-8") as file:
@@ -135,14 +138,16 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
 
 
 def measure(path: Path, rows: int) -> dict[str, float]:
-    """Processor seconds of each stage. Stages overlap: ``loading`` and ``checking`` are what a user waits for."""
+    """Processor seconds of each stage in one process. Stages overlap: ``loading`` and ``checking`` are what a user waits for."""
+    from mpo.common import processes
     from mpo.data import check_data, load_groups
     from mpo.data.contract import PARTS, messages_text, parse_row
     from mpo.data.detection import detect_all
+    from mpo.data.grouping import fingerprint_groups
     from mpo.data.languages import EXPECTED
-    from mpo.data.loading import fingerprint_groups
     from mpo.data.reading import read_file
 
+    processes.available = lambda: 1
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -173,39 +178,57 @@ def measure(path: Path, rows: int) -> dict[str, float]:
 
 
 def _memory() -> tuple[float, float]:
-    """MiB of this process: its own, and with the pages of mapped files."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in status.splitlines() if "kB" in line}
-    return found["RssAnon"], found["VmRSS"]
+    """MiB of this process and those it has begun, pages that several share counted once: all of it, and without files."""
+    whole = own = 0.0
+    for task in [Path("/proc/self"), *(Path(f"/proc/{child.pid}") for child in active_children())]:
+        try:
+            lines = (task / "smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:  # it has ended
+            continue
+        found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.endswith(" kB")}
+        whole += found["Pss"]
+        own += found.get("Pss_Anon", 0.0)
+    return whole, own
 
 
-def _measure_check(path: Path) -> None:
-    """Prints processor seconds and peaks of memory, looked at ten times a second."""
+def _processor_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def _measure_check(path: Path, rows: int, processes: int | None) -> None:
+    """Prints a line of the table in docs/performance.md: times, and peaks of memory, looked at twice a second."""
     import datasets  # noqa: F401, so that the libraries are there already
 
+    import mpo.common.processes
     from mpo.data import check_data
-    from mpo.data.detection import detect_all
 
-    detect_all(["one text to load the classifier with"])
-    before = peak = _memory()
+    if processes is not None:
+        mpo.common.processes.available = lambda: processes
+    peak = _memory()
     ended = threading.Event()
 
     def watch() -> None:
         nonlocal peak
-        while not ended.wait(0.1):
-            own, whole = _memory()
-            peak = max(peak[0], own), max(peak[1], whole)
+        while not ended.wait(0.5):
+            whole, own = _memory()
+            peak = max(peak[0], whole), max(peak[1], own)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    start = time.process_time()
-    check_data(path)
-    seconds = time.process_time() - start
+    busy = os.getloadavg()[0]
+    start, used = time.monotonic(), _processor_seconds()
+    report = check_data(path)
+    seconds, used = time.monotonic() - start, _processor_seconds() - used
     ended.set()
     watcher.join()
-    print(f"checking, with loading: {seconds:.1f} s")
-    for name, at_first, most in zip(("of its own", "with mapped files"), before, peak, strict=True):
-        print(f"memory {name}: {most - at_first:,.0f} MiB beyond the {at_first:,.0f} before")
+    assert report.groups == rows
+    print("| rows | MB | processes | s | processor s | MiB, all processes | without files |")
+    print(
+        f"| {rows:,} | {path.stat().st_size / 1e6:,.0f} | {mpo.common.processes.available()} | {seconds:,.0f} | {used:,.0f} "
+        f"| {peak[0]:,.0f} | {peak[1]:,.0f} |"
+    )
+    print(f"\nProcesses that wanted a core before: {busy:.1f}, of {mpo.common.processes.cores()} cores.")
 
 
 def main() -> None:
@@ -213,14 +236,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument(
-        "--check_only", action="store_true", help="measure the memory of `mpo data check` alone"
+        "--check_only", action="store_true", help="measure `mpo data check` alone: time and memory"
     )
+    parser.add_argument("--processes", type=int, help="for --check_only: so many, whatever the cores")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         write_rows(path, arguments.rows)
         if arguments.check_only:
-            _measure_check(path)
+            _measure_check(path, arguments.rows, arguments.processes)
             return
         print(
             f"{arguments.rows:,} rows, {path.stat().st_size / 1e6:.0f} MB\n\n{'stage':<26}{'seconds':>10}{'rows/s':>12}"

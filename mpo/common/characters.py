@@ -36,8 +36,13 @@ def without_halves(text: str) -> str:
 
 def half_character(text: str) -> str | None:
     """What to say of a text that holds half of a surrogate pair, with its place; None of any other text."""
-    found = _HALF.search(text)
-    if found is None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        found = _HALF.search(text)
+    else:
+        return None
+    if found is None:  # pragma: no cover - nothing else cannot be encoded
         return None
     return (
         f"holds a lone surrogate (U+{ord(found[0]):04X}) at character {found.start()}, half of a character that was cut in "

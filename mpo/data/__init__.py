@@ -10,13 +10,12 @@ from mpo.data.check import DataReport, check_data
 from mpo.data.contract import RowError, parse_row
 from mpo.data.conversion import Conversion, convert
 from mpo.data.faults import BadRow
+from mpo.data.grouping import fingerprint_groups, group_features
 from mpo.data.languages import LANGUAGES, detect_language, language_name, normalize_language
 from mpo.data.loading import (
     LoadedGroups,
     as_groups,
     count_kinds,
-    fingerprint_groups,
-    group_features,
     load_groups,
     split_by_source,
 )

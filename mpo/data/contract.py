@@ -23,7 +23,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
@@ -58,6 +58,16 @@ class RowError(DataError):
         self.reason = reason
         super().__init__(reason, file=file, row=row, field=field)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[RowError], texts: tuple[str, ...], attributes: dict[str, Any]) -> RowError:
+    """An error as another process of this machine raised it."""
+    error = kind.__new__(kind, *texts)
+    error.__dict__.update(attributes)
+    return error
+
 
 @dataclass
 class ParsedRow:
@@ -78,8 +88,7 @@ class ParsedRow:
     kind: str = HARMFUL
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a value stands: for error messages."""
 
     file: str
@@ -514,19 +523,16 @@ def messages_identity(messages: Iterable[Mapping[str, str]]) -> tuple[tuple[str,
 
 def pair_digest(pair: Mapping[str, Any], parts: Iterable[str] = PARTS, *more: str) -> bytes:
     """A hash that pairs of one language share whose parts have the same messages; texts of all pairs would fill memory."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def add(text: str) -> None:
-        data = text.encode("utf-8")
-        # The length before each text keeps "ab", "c" apart from "a", "bc".
-        digest.update(b"%d:" % len(data) + data)
-
-    add(pair["language"])
+    # The length before each text keeps "ab", "c" apart from "a", "bc".
+    language = pair["language"].encode("utf-8")
+    pieces = [b"%d:" % len(language), language]
     for part in parts:
-        digest.update(b"%d;" % len(pair[part]))
-        for message in pair[part]:
-            add(message["role"])
-            add(normal_form(message["content"]))
+        messages = pair[part]
+        pieces.append(b"%d;" % len(messages))
+        for message in messages:
+            role, content = message["role"].encode("utf-8"), normal_form(message["content"]).encode("utf-8")
+            pieces += (b"%d:" % len(role), role, b"%d:" % len(content), content)
     for text in more:
-        add(text)
-    return digest.digest()
+        data = text.encode("utf-8")
+        pieces += (b"%d:" % len(data), data)
+    return hashlib.blake2b(b"".join(pieces), digest_size=16).digest()

@@ -8,6 +8,7 @@ apart, and for texts without a feature, the classifier itself is asked, so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import numpy.typing as npt
 
 from mpo.data import languages
 from mpo.data.languages import Detection
+from mpo.errors import DependencyError
 
 _SCRIPT_LIMIT = 0x110000  # one past the last code point
 _AT_ONCE = 4096
+_NO_ASCII_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 _ROUNDING = 4 * float(np.finfo(np.float32).eps)
 
 
@@ -39,6 +42,12 @@ def expect(texts: Sequence[str]) -> None:
     """Detects texts that :func:`mpo.data.languages.detect` is about to be asked for, instead of those expected before."""
     languages.EXPECTED.clear()
     languages.EXPECTED.update(zip(texts, detect_all(texts), strict=True))
+
+
+def get_ready() -> None:
+    """Loads what detection works with, so that processes that are begun afterwards share it."""
+    with suppress(DependencyError):  # which is no error where every pair is labelled
+        _automaton()
 
 
 def _detect(texts: Sequence[str]) -> list[Detection]:
@@ -77,6 +86,21 @@ def _scripts() -> tuple[list[str], npt.NDArray[np.int8]]:
 
 
 def _count_scripts(texts: Sequence[str]) -> list[dict[str, int]]:
+    counts: list[dict[str, int]] = []
+    others: list[int] = []  # texts with letters of which numpy has to look up the script
+    for text in texts:
+        if text.isascii():
+            letters = len(text[: languages.TEXT_LIMIT].encode("ascii").translate(None, _NO_ASCII_LETTERS))
+            counts.append({"Latin": letters} if letters else {})
+        else:
+            others.append(len(counts))
+            counts.append({})
+    for place, found in zip(others, _look_up_scripts([texts[place] for place in others]), strict=True):
+        counts[place] = found
+    return counts
+
+
+def _look_up_scripts(texts: Sequence[str]) -> list[dict[str, int]]:
     names, script_of = _scripts()
     limited = [text[: languages.TEXT_LIMIT] for text in texts]
     points = np.frombuffer("".join(limited).encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
@@ -176,16 +200,17 @@ def _features(texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any],
     letters = np.ascontiguousarray(letters.T)
     # Texts stand from the longest to the shortest: those that still have a byte are the first ones.
     active = np.searchsorted(-lengths, -np.arange(longest), side="left")
-    found = np.full((longest, len(texts)), -1, dtype=np.int32)
+    size = len(feature) + 1
+    whole = np.int32 if len(texts) * size < 1 << 31 else np.int64  # the smaller is sorted in half the time
+    first_key = np.asarray(order, dtype=whole) * whole(size)
+    found = [np.zeros(0, dtype=whole)]
     state = np.zeros(len(texts), dtype=np.int64)
     for position, number in enumerate(active.tolist()):
         state = following[row[state[:number]] + letters[position, :number]]
-        found[position, :number] = feature[state]
-    places, owners = np.nonzero(found >= 0)
-    size = len(feature) + 1
-    keys = np.asarray(order, dtype=np.int64)[owners] * size + found[places, owners]
-    if len(texts) * size < 1 << 31:
-        keys = keys.astype(np.int32)  # sorted in half the time
+        features = feature[state]
+        owners = np.flatnonzero(features >= 0)
+        found.append(first_key[owners] + features[owners])
+    keys = np.concatenate(found)
     keys.sort()
     first = np.flatnonzero(np.diff(keys, prepend=-1))
     unique = keys[first]

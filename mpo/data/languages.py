@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpo.errors import ConfigError, DataError, DependencyError
 
@@ -367,6 +367,8 @@ def dominant_script(text: str) -> str | None:
 
 
 def _dominant(counts: Mapping[str, int]) -> str | None:
+    if len(counts) == 1 and "Kana" not in counts:
+        return next(iter(counts))
     weights = dict(counts)
     kana, han = weights.pop("Kana", 0), weights.pop("Han", 0)
     if kana + han:
@@ -405,8 +407,7 @@ def classifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-@dataclass(frozen=True)
-class Detection:
+class Detection(NamedTuple):
     """What detection says of one text.
 
     Attributes:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mpo.common import processes
 from mpo.common.words import show_name
-from mpo.data import spilling
 from mpo.data.contract import (
     HARMFUL,
     HARMLESS,
-    PARTS,
-    Pair,
+    ParsedRow,
     RowError,
     SourceLanguageError,
     is_blank,
@@ -33,16 +33,17 @@ from mpo.data.contract import (
 )
 from mpo.data.faults import BadRow
 from mpo.data.forms.recognition import advice, other_form
+from mpo.data.grouping import CHUNK, GroupStore
 from mpo.data.languages import normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 _LOG = logging.getLogger(__name__)
 _UNTRANSLATED = "is the source's text, untranslated (left out by `drop_untranslated`)."
-_CHUNK = 1024  # pairs held as Python objects before they are stored as Arrow, and groups per Arrow chunk
+SEVERAL_FROM = 16 << 20  # bytes of files that are read in several processes
 
 
 @dataclass
@@ -61,25 +62,6 @@ class LoadedGroups:
     dropped: list[BadRow]
     fingerprint: str
     origin: str
-
-
-def group_features(*, kinds: bool = False) -> Features:
-    """The schema of a dataset of groups.
-
-    Args:
-        kinds: Whether some of them are harmless; a dataset of harmful groups alone has no column for it.
-    """
-    from datasets import Features, Value
-
-    def pair() -> dict[str, Any]:
-        messages = [{"role": Value("string"), "content": Value("string")}]
-        parts: dict[str, Any] = {"language": Value("string")}
-        parts.update(dict.fromkeys(PARTS, messages))
-        parts["row"] = Value("int64")
-        return parts
-
-    kind = {"kind": Value("string")} if kinds else {}
-    return Features({"source": pair(), "targets": [pair()], "origin": Value("string"), **kind})
 
 
 def count_kinds(groups: Dataset) -> dict[str, int]:
@@ -249,42 +231,6 @@ def _of_each_kind(kinds: Iterable[str], prompts: list[bytes], count: int) -> set
     return {*ranked[HARMFUL][: count - of_harmless], *ranked[HARMLESS][:of_harmless]}
 
 
-def fingerprint_groups(groups: Dataset) -> str:
-    """SHA-256 of all kinds, languages, roles and contents, in order; the same for the same groups on every machine.
-
-    Rows and origins are left out, so that a file keeps its fingerprint when it is moved or renamed.
-    """
-    return _hash_groups(groups.with_format("arrow").iter(_CHUNK))
-
-
-def _hash_groups(tables: Iterable[Any]) -> str:
-    digest = hashlib.sha256(b"mpo groups 1")
-
-    def add(text: str) -> None:
-        # The length before each text keeps "ab", "c" apart from "a", "bc".
-        data = text.encode("utf-8")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-
-    def add_pair(pair: Mapping[str, Any]) -> None:
-        add(pair["language"])
-        for part in PARTS:
-            digest.update(len(pair[part]).to_bytes(8, "little"))
-            for message in pair[part]:
-                add(message["role"])
-                add(message["content"])
-
-    for table in tables:
-        for group in table.to_pylist():
-            if group.get("kind") == HARMLESS:
-                add(HARMLESS)
-            add_pair(group["source"])
-            digest.update(len(group["targets"]).to_bytes(8, "little"))
-            for target in group["targets"]:
-                add_pair(target)
-    return digest.hexdigest()
-
-
 def _hash_prompt(source: Mapping[str, Any], seed: int) -> bytes:
     digest = hashlib.sha256(f"{seed}".encode())
     for message in messages_identity(source["prompt"]):
@@ -331,7 +277,7 @@ def _load(
             raise ConfigError("languages: an empty list keeps nothing; leave it out to keep all.")
         wanted = {normalize_language_setting(name, "languages") for name in names}
 
-    store = _GroupStore(group_by_source=group_by_source, limit=limit)
+    store = GroupStore(group_by_source=group_by_source, limit=limit)
     dropped: list[BadRow] = []
     found: dict[str, None] = {}
     origins: list[str] = []
@@ -349,31 +295,31 @@ def _load(
             ) from error
         dropped.append(BadRow(error.file or "", error.row or 0, error.field, error.reason))
 
+    number = _processes(data)
     for name, rows in _sources(data, split):
         origins.append(name)
         understood = False
-        for index, row in _detected_ahead(rows):
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                parsed = parse_row(row, file=name, index=index, source_language=dominant)
-            except RowError as error:
-                if not understood and (form := other_form(row)) is not None:
-                    raise DataError(advice(form, name), file=name) from error
-                refuse(error)
-                continue
-            understood = True
-            for fault in parsed.errors:
-                refuse(fault)
-            found.update(dict.fromkeys(target["language"] for target in parsed.targets))
-            targets = [t for t in parsed.targets if wanted is None or t["language"] in wanted]
-            if drop_untranslated:
-                for target in [t for t in targets if is_untranslated(t, parsed.source, "chosen")]:
-                    targets.remove(target)
-                    dropped.append(BadRow(name, target["row"], "chosen", _UNTRANSLATED))
-            blank.extend(f"{name} row {t['row']}" for t in targets if is_blank(messages_text(t["prompt"])))
-            if targets and not store.add(parsed.source, targets, parsed.origin or name, parsed.kind):
-                refuse(two_kinds(parsed.kind, file=name, row=index))
+        with closing(_parsed(name, rows, dominant, number)) as rows_parsed:
+            for index, parsed, key, hint in rows_parsed:
+                if isinstance(parsed, RowError):
+                    if not understood and hint:
+                        raise DataError(hint, file=name) from parsed
+                    refuse(parsed)
+                    continue
+                understood = True
+                for fault in parsed.errors:
+                    refuse(fault)
+                found.update(dict.fromkeys(target["language"] for target in parsed.targets))
+                targets = [t for t in parsed.targets if wanted is None or t["language"] in wanted]
+                if drop_untranslated:
+                    for target in [t for t in targets if is_untranslated(t, parsed.source, "chosen")]:
+                        targets.remove(target)
+                        dropped.append(BadRow(name, target["row"], "chosen", _UNTRANSLATED))
+                blank.extend(
+                    f"{name} row {t['row']}" for t in targets if is_blank(messages_text(t["prompt"]))
+                )
+                if targets and not store.add(key, parsed.source, targets, parsed.origin or name, parsed.kind):
+                    refuse(two_kinds(parsed.kind, file=name, row=index))
     if wanted and found and not wanted <= set(found):
         missing = ", ".join(sorted(wanted - set(found)))
         raise DataError(
@@ -396,24 +342,90 @@ def _load(
     return loaded, list(found)
 
 
-def _detected_ahead(rows: Rows) -> Rows:
-    """The same rows; languages that will have to be detected are detected many at once."""
+class _Parsed(NamedTuple):
+    """What a row is, whatever stands before it.
+
+    Attributes:
+        index: 0-based row.
+        row: What it holds, or why it breaks the contract.
+        key: Its source's :func:`pair_digest`.
+        hint: What form it is in, where it is in one that has to be converted.
+    """
+
+    index: int
+    row: ParsedRow | RowError
+    key: bytes = b""
+    hint: str = ""
+
+
+def _processes(data: Any) -> int:
+    """Processes that data are worth: several where they are large files.
+
+    A JSON list is held whole while it is read, and only once.
+    """
+    paths = [data] if isinstance(data, (str, os.PathLike)) else data
+    if not isinstance(paths, (list, tuple)) or not all(
+        isinstance(path, (str, os.PathLike)) for path in paths
+    ):
+        return 1
+    files = [os.path.expanduser(path) for path in paths]
+    if not all(os.path.isfile(file) and not file.lower().endswith(".json") for file in files):
+        return 1
+    return processes.available() if sum(map(os.path.getsize, files)) >= SEVERAL_FROM else 1
+
+
+def _parsed(name: str, rows: Rows, source_language: str, number: int) -> Generator[_Parsed, None, None]:
+    if number > 1:
+        from mpo.data.detection import get_ready
+
+        get_ready()
+    parts = processes.in_order(partial(_parts, name, rows, source_language), number)
+    with closing(parts):
+        for part, failure in parts:
+            yield from part
+            if failure is not None:
+                raise failure
+
+
+def _parts(
+    name: str, rows: Rows, source_language: str, first: int, step: int
+) -> Iterator[tuple[list[_Parsed], Exception | None]]:
+    """Part after part of the rows, and the fault of the file that they end with.
+
+    Languages that will have to be detected are detected many at once.
+    """
     from mpo.data.detection import expect
 
-    part: list[tuple[int, Any]] = []
-    failure: BaseException | None = None
-    while failure is None:
-        part.clear()
+    failure: Exception | None = None
+    for number in count():
+        part: list[tuple[int, Any]] = []
         try:
-            part.extend(islice(rows, _CHUNK))
-        except Exception as error:  # the rows before it are first looked at, as without this
+            part.extend(islice(rows, CHUNK))
+        except Exception as error:  # the rows before it are first looked at
             failure = error
         if not part and failure is None:
             return
-        if len(part) > 1:
-            expect([text for _, row in part for text in texts_to_detect(row)])
-        yield from part
-    raise failure
+        if number % step == first:
+            if len(part) > 1:
+                expect([text for _, row in part for text in texts_to_detect(row)])
+            yield list(_each_parsed(name, part, source_language)), failure
+        if failure is not None:
+            return
+
+
+def _each_parsed(name: str, part: list[tuple[int, Any]], source_language: str) -> Iterator[_Parsed]:
+    understood = False
+    for index, row in part:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            parsed = parse_row(row, file=name, index=index, source_language=source_language)
+        except RowError as error:
+            form = None if understood else other_form(row)
+            yield _Parsed(index, error, hint="" if form is None else advice(form, name))
+        else:
+            understood = True
+            yield _Parsed(index, parsed, pair_digest(parsed.source))
 
 
 def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:
@@ -464,161 +476,3 @@ def _named_sources(names: list[str], split: str) -> Iterator[tuple[str, Rows]]:
 def show_path(name: str) -> str:
     """A file name as it may be printed."""
     return name if name.isprintable() else show_name(name)
-
-
-@dataclass
-class _GroupStore:
-    """Pairs on their way into groups.
-
-    They are kept as compact Arrow chunks and not as Python objects, and the groups are put together from slices of
-    these chunks. Of a source, memory holds a hash and a few numbers; what is more than a part of the texts is in files.
-    """
-
-    group_by_source: bool
-    limit: int | None
-    _known: dict[bytes, int] = field(default_factory=dict)  # hash of a source -> its first group
-    _origins: list[tuple[str, ...]] = field(default_factory=list)  # of each group, in the order of its pairs
-    _kinds: list[str] = field(default_factory=list)  # of each group
-    _source_of: array[int] = field(default_factory=lambda: array("q"))  # group -> index in _sources
-    _group_of: array[int] = field(default_factory=lambda: array("q"))  # target -> group
-    _sources: _Chunks = field(default_factory=lambda: _Chunks())
-    _targets: _Chunks = field(default_factory=lambda: _Chunks())
-    _shared: dict[tuple[str, ...], tuple[str, ...]] = field(
-        default_factory=dict
-    )  # one object for equal origins
-
-    def add(self, source: Pair, targets: list[Pair], origin: str, kind: str) -> bool:
-        """Add a row's pairs; False where its source is there as one of another kind."""
-        key = pair_digest(source)
-        group = self._known.get(key)
-        if group is None:
-            if self.limit is not None and len(self._known) >= self.limit:
-                return True
-            group = self._known[key] = self._new_group(self._sources.append(source), kind)
-            fresh = True
-        elif self._kinds[group] != kind:
-            return False
-        else:
-            fresh = False
-        for target in targets:
-            if not (self.group_by_source or fresh):
-                # Sources repeat then, each with the row it came from.
-                group = self._new_group(self._sources.append(source), kind)
-            fresh = False
-            origins = self._origins[group]
-            if origin not in origins:
-                more = (*origins, origin)
-                self._origins[group] = self._shared.setdefault(more, more)
-            self._group_of.append(group)
-            self._targets.append(target)
-        return True
-
-    def _new_group(self, source: int, kind: str) -> int:
-        self._source_of.append(source)
-        self._kinds.append(HARMFUL if kind == HARMFUL else HARMLESS)
-        self._origins.append(())
-        return len(self._source_of) - 1
-
-    def finish(self, max_targets: int | None) -> tuple[Any, str]:
-        """The Arrow table of all groups, and its :func:`fingerprint_groups`; the store is empty then."""
-        import pyarrow as pa
-
-        self._known.clear()
-        parts: list[Any] = []  # of the table, those but the last few on disk
-        pending: list[Any] = []
-        schema = group_features(kinds=HARMLESS in self._kinds).arrow_schema
-
-        def written() -> Iterator[Any]:
-            for table in self._tables(schema, max_targets):
-                yield table
-                pending.append(table)
-                if sum(each.nbytes for each in pending) >= spilling.SPILL_BYTES:
-                    parts.append(spilling.to_disk(pa.concat_tables(pending)))
-                    pending.clear()
-                    spilling.release()
-
-        fingerprint = _hash_groups(written())
-        self._sources, self._targets = _Chunks(), _Chunks()
-        tables = [*parts, *pending]
-        return pa.concat_tables(tables) if tables else schema.empty_table(), fingerprint
-
-    def _tables(self, schema: Any, max_targets: int | None) -> Iterator[Any]:
-        """The groups in their order, so many at a time."""
-        import numpy as np
-        import pyarrow as pa
-
-        group_of = np.asarray(self._group_of, dtype=np.int64)
-        order = np.argsort(group_of, kind="stable")
-        counts = np.bincount(group_of, minlength=len(self._source_of))
-        for part in _batches(_pieces(counts, max_targets), _CHUNK):
-            offsets = np.cumsum([0] + [stop - at for _, at, stop in part]).astype(np.int32)
-            targets = self._targets.take(order[part[0][1] : part[-1][2]].tolist())
-            columns = [
-                self._sources.take([self._source_of[group] for group, _, _ in part]),
-                pa.ListArray.from_arrays(pa.array(offsets), targets),
-                pa.array([", ".join(self._origins[group]) for group, _, _ in part], pa.string()),
-            ]
-            if "kind" in schema.names:
-                columns.append(pa.array([self._kinds[group] for group, _, _ in part], pa.string()))
-            yield pa.Table.from_arrays(columns, names=schema.names).cast(schema)
-
-
-def _pieces(counts: Any, max_targets: int | None) -> Iterator[tuple[int, int, int]]:
-    """Group, first target and one past the last, for every group that comes of so many targets of each source."""
-    start = 0
-    for group, count in enumerate(counts):
-        count = int(count)
-        step = max_targets or count
-        for at in range(start, start + count, step):
-            yield group, at, min(at + step, start + count)
-        start += count
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while part := list(islice(items, size)):
-        yield part
-
-
-class _Chunks:
-    """An append-only list of pairs, stored as Arrow: in memory, and on disk what is more than a part."""
-
-    def __init__(self) -> None:
-        self._buffer: list[Pair] = []
-        self._chunks: list[Any] = []
-        self._spilled = 0  # of the chunks
-        self._bytes = 0  # of those in memory
-
-    def append(self, pair: Pair) -> int:
-        self._buffer.append(pair)
-        index = len(self._chunks) * _CHUNK + len(self._buffer) - 1
-        if len(self._buffer) == _CHUNK:
-            self._flush()
-        return index
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        chunk = pa.array(self._buffer, type=group_features().arrow_schema.field("source").type)
-        self._chunks.append(chunk)
-        self._buffer = []
-        self._bytes += chunk.nbytes
-        if self._bytes >= spilling.SPILL_BYTES:
-            in_memory = pa.table({"pair": pa.chunked_array(self._chunks[self._spilled :])})
-            self._chunks[self._spilled :] = spilling.to_disk(in_memory)["pair"].chunks
-            self._spilled, self._bytes = len(self._chunks), 0
-
-    def take(self, indices: list[int]) -> Any:
-        import pyarrow as pa
-
-        if self._buffer:
-            self._flush()
-        slices: list[Any] = []
-        run = 0  # neighbours in a chunk are taken together
-        for position, index in enumerate(indices):
-            following = indices[position + 1] if position + 1 < len(indices) else -1
-            run += 1
-            if following != index + 1 or following % _CHUNK == 0:
-                chunk, last = divmod(index, _CHUNK)
-                slices.append(self._chunks[chunk].slice(last - run + 1, run))
-                run = 0
-        return pa.concat_arrays(slices)

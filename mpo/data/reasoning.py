@@ -12,7 +12,7 @@ delimiter is the answer, so that nothing said to the user is missed.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _BLOCKS = (
     ("<think>", "</think>"),  # DeepSeek-R1, QwQ, Qwen3, GLM-4.5, SmolLM3 and many others
@@ -34,7 +34,6 @@ _OPENING_OF = {closing.lower(): re.compile(re.escape(opening), re.I) for opening
 _ANY_OPENING = "|".join(re.escape(opening) for opening, _ in _BLOCKS)
 _OPENED = re.compile(rf"\s*+({_ANY_OPENING})", re.I)
 _CLOSED = re.compile("|".join(re.escape(closing) for _, closing in _BLOCKS), re.I)
-_MARK = re.compile("[<[\u25c1]")  # how delimiters begin: texts without one are looked at no further
 _LEFT_OPEN = re.compile(rf"(?:{_ANY_OPENING})\s*+\Z", re.I)
 
 _IN_CHANNELS = re.compile(r"\s*+(?:<\|start\|>\s*+assistant\s*+)?<\|channel\|>", re.I)
@@ -45,8 +44,7 @@ _BARE_CHANNELS = re.compile(r"\s*+analysis(?=\S)", re.I)
 _BARE_FINAL = "assistantfinal"
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """A text of a model.
 
     Attributes:
@@ -62,7 +60,8 @@ class Parts:
 
 def split_reasoning(text: str) -> Parts:
     """Reasoning and answer. A text without reasoning is all answer and comes back unchanged."""
-    if _MARK.search(text) is None and _BARE_CHANNELS.match(text) is None:
+    # How delimiters begin: texts without one are looked at no further.
+    if not ("<" in text or "[" in text or "\u25c1" in text) and _BARE_CHANNELS.match(text) is None:
         return Parts("", text)
     end = 0
     while opened := _OPENED.match(text, end):

@@ -48,11 +48,23 @@ def test_what_is_wrong_is_counted() -> None:
             Case("g", EITHER, lambda: None),
             Case("h", EITHER, hangs),
         ],
-        seconds=1,
+        seconds=0.1,
     )
     assert tally.tried == 8 and tally.refused == 3
     assert [sentence[0] for sentence in tally.wrong] == list("bcdefh")
     assert "KeyError at test_faults.py" in tally.wrong[2]
+
+
+def test_what_only_waits_for_a_busy_machine_does_not_hang() -> None:
+    def waits() -> None:
+        time.sleep(0.5)
+
+    def works() -> None:
+        while True:
+            pass
+
+    tally = try_all([Case("a", EITHER, waits), Case("b", EITHER, works)], seconds=0.2)
+    assert [sentence[:15] for sentence in tally.wrong] == ["b: TimeoutError"]
 
 
 def test_every_altered_document_is_another() -> None:

@@ -11,9 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo.data import as_groups, check_data, count_kinds, fingerprint_groups, load_groups, split_by_source
+from mpo.data import (
+    as_groups,
+    check_data,
+    count_kinds,
+    fingerprint_groups,
+    group_features,
+    load_groups,
+    split_by_source,
+)
 from mpo.data.contract import RowError
-from mpo.data.loading import group_features
 from mpo.data.tokenization import tokenize_groups
 from mpo.errors import DataError
 from tests.data.rows import flat, group
