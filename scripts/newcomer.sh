@@ -25,7 +25,7 @@ step() { # prints a command, runs it and says how long it took
 python3 -m venv "$folder/.venv"
 export PATH="$folder/.venv/bin:$PATH"
 python -m pip install --quiet build hatchling
-python -m build --wheel --no-isolation --outdir "$folder/dist" "$checkout" >/dev/null
+python -m build --wheel --no-isolation --outdir "$folder/dist" "$checkout" >/dev/null 2>&1
 if [ -n "${BORROW:-}" ]; then
     echo "$BORROW" >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
     python -m pip install --quiet --no-deps "$folder"/dist/*.whl

@@ -19,7 +19,7 @@ from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapTable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMES = 1.35  # inches left of the axes
+_NAMES = 1.5  # inches left of the axes
 _BETWEEN = 0.32
 _RIGHT = 0.25
 _ROW = 0.34  # per language
