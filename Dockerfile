@@ -15,6 +15,8 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=plots
 
 # CUDA's images have no Python of their own; gcc is for torch.compile and Triton.
+# Versions are those of the base image's distribution, which removes old ones.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev git \
     && { command -v python3 >/dev/null || apt-get install -y --no-install-recommends python3 python3-dev python3-venv; } \

@@ -16,7 +16,9 @@ def register(commands: Any) -> None:
         "weights, and say how to run it.",
         allow_abbrev=False,
     )
-    init.add_argument("--model", metavar="MODEL", help="folder or Hub name of the model to align")
+    init.add_argument(
+        "--model", metavar="MODEL", help="folder or Hub name of the model to align; demo for a small one"
+    )
     init.add_argument(
         "--data", metavar="FILE", help="pairs: a file or a Hub name; demo for those that come along"
     )

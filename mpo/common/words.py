@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import time
 from collections.abc import Iterable
 from enum import Enum
 
@@ -45,6 +46,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def clock() -> str:
+    """The time of the day on this machine, as a line of a log begins with it: ``14:03:27``."""
+    return time.strftime("%H:%M:%S")
 
 
 def rough_duration(seconds: float) -> str:

@@ -167,7 +167,7 @@ def _answers(wanted: Beginning, ask: Callable[[str], str] | None) -> tuple[str, 
     questions: dict[str, tuple[str | None, str, Callable[[str], str]]] = {
         "--model": (
             wanted.model,
-            "Model (a folder, or a name on the Hub such as Qwen/Qwen2.5-7B-Instruct): ",
+            "Model (a folder, or a name on the Hub such as Qwen/Qwen2.5-7B-Instruct; demo for a small one): ",
             _model,
         ),
         "--data": (wanted.data, "Pairs (a file, or a name on the Hub; demo for 36 mild ones): ", _data),
@@ -175,7 +175,7 @@ def _answers(wanted: Beginning, ask: Callable[[str], str] | None) -> tuple[str, 
     missing = [option for option, (given, _, _) in questions.items() if given is None]
     if missing and ask is None:
         raise ConfigError(
-            f"Nobody can be asked here: give {listed(missing)}. For a try: mpo init --model MODEL --data demo"
+            f"Nobody can be asked here: give {listed(missing)}. For a try: mpo init --model demo --data demo"
         )
     found = []
     for given, question, check in questions.values():
@@ -195,6 +195,11 @@ def _answers(wanted: Beginning, ask: Callable[[str], str] | None) -> tuple[str, 
 
 def _model(name: str) -> str:
     folder = Path(name)
+    if name == "demo" and not folder.exists():
+        from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
+
+        print(f"The demo's model, of 135 million parameters, goes to {DEFAULT_FOLDER}.", flush=True)
+        return str(prepare_demo_model(DEFAULT_FOLDER))
     if not name:
         raise ConfigError("A model is needed: a folder, or its name on the Hub (org/model).")
     if folder.is_file():

@@ -18,7 +18,7 @@ from mpo.common.files import is_full_disk, write_json, write_text
 from mpo.common.locks import locked_folder
 from mpo.common.progress import quiet_libraries
 from mpo.common.typed_json import write_typed
-from mpo.common.words import duration
+from mpo.common.words import clock, duration
 from mpo.data import count_kinds
 from mpo.data.contract import HARMLESS
 from mpo.errors import (
@@ -50,7 +50,6 @@ from mpo.report.run import PROBE_ANSWERS
 from mpo.training.allocator import keep_freed_memory
 from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
 from mpo.training.launcher import launched_with
-from mpo.training.progress import TrainingProgress
 from mpo.training.recipe import Recipe, settings_in_effect
 from mpo.training.stopping import StopSignals
 from mpo.training.workload import seen_by_step
@@ -67,7 +66,8 @@ _DESCRIPTIONS = {
     "provenance.json": "data fingerprint, versions, hardware, command",
     "metrics.json": "reward gap per language, before and after",
     "training_curve.png": "loss and reward gap over the steps",
-    "behavior.png": "harmful prompts answered against harmless ones refused, before and after",
+    "overview.png": "gap, harmful prompts answered and harmless ones refused, before and after",
+    "behavior.png": "harmless prompts refused against harmful ones answered, before and after",
     PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
     "reward_gap.png": "reward gap per language, before and after",
     "leaks.json": "evaluation prompts that stand in the training data",
@@ -118,7 +118,7 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
             )
         )
         check_output_folder(plan.recipe)  # another run may have ended since
-    say(f"Loading {plan.source.name}")
+    say.now(f"Loading {plan.source.name}")
     if recipe.training.device.type == "cpu":
         keep_freed_memory()
     with _explaining(plan):
@@ -135,14 +135,16 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         before = None
         if plan.held_out is not None:
             before = _score(trainer, plan, "before", say)
-        watch = start_probe(trainer, plan.probe, say)
+        watch = start_probe(trainer, plan.probe, say.now)
         # How many sources `min_source_gap` leaves out is known only after the reference pass.
-        say("Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps")
+        say.now(
+            "Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps"
+        )
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        say(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
+        say.now(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
         after = _score(trainer, plan, "after", say) if before is not None else None
         probed = finish_probe(watch)
-        say("Saving")
+        say.now("Saving")
         trainer.save_model(str(folder))
     if main:
         comparison = harmless = None
@@ -197,12 +199,16 @@ class _Speaker:
         if self.main:
             print(text, flush=True)
 
+    def now(self, text: str) -> None:
+        """Say what begins or has ended, with the time of the day."""
+        self(f"{clock()} {text}")
+
 
 # ------------------------------------------------------------------------------------------------------------- trainer
 
 
 def _build_trainer(plan: Plan) -> MPOTrainer:
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import IntervalStrategy
     from trl import get_quantization_config
 
     from mpo.training.trainer import MPOTrainer
@@ -218,6 +224,9 @@ def _build_trainer(plan: Plan) -> MPOTrainer:
     ):
         # Every weight of a dense model is used in every step; looking for unused ones costs a pass over the graph.
         training.ddp_find_unused_parameters = False
+    if plan.in_between is not None and plan.in_between.every is not None:
+        training.eval_strategy, training.eval_steps = IntervalStrategy.STEPS, plan.in_between.every
+        training.do_eval = True
     quantization = get_quantization_config(model)
     policy: Any = plan.source.name
     if model.adapter_name_or_path is not None:
@@ -246,7 +255,7 @@ def _build_trainer(plan: Plan) -> MPOTrainer:
             attn_implementation=model.attn_implementation,
             **_placement(training, given),
         )
-    trainer = MPOTrainer(
+    return MPOTrainer(
         model=policy,
         ref_model=reference,
         args=training,
@@ -255,11 +264,7 @@ def _build_trainer(plan: Plan) -> MPOTrainer:
         processing_class=plan.tokenizer,
         quantization_config=quantization,
         peft_config=plan.peft_config,
-        callbacks=[TrainingProgress()],
     )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    return trainer
 
 
 def _placement(training: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def _score(trainer: MPOTrainer, plan: Plan, when: str, say: _Speaker) -> tuple[S
     if table.all_targets is not None:
         parts.append(f"target languages {table.all_targets.gap:+.3f}")
         parts.append(f"positive in {table.all_targets.positive:.0%} of their pairs")
-    say(f"Held-out reward gap {when} training: {', '.join(parts)}")
+    say.now(f"Held-out reward gap {when} training: {', '.join(parts)}")
     return scores, table
 
 
@@ -361,6 +366,7 @@ def _write_results(
 ) -> None:
     from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
+    from mpo.report.overview import overview
     from mpo.report.plots import behavior_plane, reward_gap_before_after, training_curve
 
     recipe, training = plan.recipe, plan.recipe.training
@@ -405,11 +411,14 @@ def _write_results(
     if trainer.dropped_rows:
         _write_dropped(plan, trainer.dropped_rows)
     try:
-        training_curve(history, folder / "training_curve.png", source_language=training.source_language)
+        measured_gaps = [*history, *_ends(before, after, trainer)]
+        training_curve(measured_gaps, folder / "training_curve.png", source_language=training.source_language)
         if comparison is not None:
             reward_gap_before_after(comparison.before, comparison.after, folder / "reward_gap.png")
         if change is not None:
             behavior_plane(change, folder / "behavior.png", history)
+        if change is not None and comparison is not None:
+            overview(comparison.before, comparison.after, change, folder / "overview.png")
     except DependencyError:
         pass  # the plan has said so
     data = recipe.data.dataset
@@ -432,6 +441,22 @@ def _write_results(
         behavior=change,
         repository=training.hub_model_id,
     )
+
+
+def _ends(
+    before: tuple[Scores, RewardGapTable] | None,
+    after: tuple[Scores, RewardGapTable] | None,
+    trainer: MPOTrainer,
+) -> list[dict[str, float]]:
+    """The held-out gaps before and after training, as an evaluation at the first step and the last would have logged them."""
+    ends = {0: before, trainer.state.global_step: after}
+    if trainer.args.load_best_model_at_end:
+        ends = {0: before}  # what was measured after is the best checkpoint, not the last step
+    return [
+        {"step": step, **{f"eval_reward_gap/{row.language}": row.gap for row in scored[1].rows}}
+        for step, scored in ends.items()
+        if scored is not None
+    ]
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -459,7 +484,7 @@ def _push(trainer: MPOTrainer, folder: Path, say: _Speaker) -> None:
     from huggingface_hub import HfApi
 
     name = str(trainer.hub_model_id)
-    say(f"Uploading to https://huggingface.co/{name}")
+    say.now(f"Uploading to https://huggingface.co/{name}")
     try:
         HfApi().upload_folder(
             repo_id=name,

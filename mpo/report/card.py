@@ -66,7 +66,7 @@ _ADAPTER_SETTINGS = {
     "use_dora": "use_dora",
     "use_rslora": "use_rslora",
 }
-_PICTURES = ("reward_gap.png", "training_curve.png", "behavior.png")
+_PICTURES = ("reward_gap.png", "training_curve.png", "overview.png", "behavior.png")
 _FILES = ("recipe.yaml", "metrics.json", "provenance.json", LEAKS, *_PICTURES)
 
 
@@ -99,7 +99,7 @@ def write_card(
 
     Args:
         folder: The model's folder. The pictures and files of the run (``reward_gap.png``, ``training_curve.png``,
-            ``behavior.png``, ``recipe.yaml``, ``metrics.json``, ``provenance.json``) are shown and named where they already
+            ``overview.png``, ``behavior.png``, ``recipe.yaml``, ``metrics.json``, ``provenance.json``) are shown and named where they already
             lie in it.
         base_model: Hub id of the model that was aligned, or a local folder; only a Hub id enters the metadata.
         peft: True for an adapter, False for a whole model.

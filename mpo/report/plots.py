@@ -73,15 +73,17 @@ def reward_gap_single(table: RewardGapTable, path: str | Path) -> Path:
 def training_curve(
     log_history: Sequence[Mapping[str, Any]], path: str | Path, *, source_language: str = "en"
 ) -> Path:
-    """Draw the loss with its two terms over the optimizer steps and, below, the reward gap per language.
+    """Draw the reward gap per language over the optimizer steps and, below, the loss with its two terms.
 
-    Values as logged are faint, their smoothed course is drawn over them (a Gaussian of 4 % of the steps); diamonds,
-    or dashed lines where there are many, are evaluations on held-out pairs. Missing keys and values that are not
-    finite are left out.
+    The gaps are those of held-out pairs, the source's among them, where they were measured at least twice: every one is a
+    mean over the same pairs. Otherwise they are those of the pairs of each step, which differ from step to step. Of these,
+    as of the loss, values as logged are faint and their smoothed course is drawn over them (a Gaussian of 4 % of the
+    steps); diamonds, or dashed lines where there are many, are evaluations on held-out pairs. Missing keys and values that
+    are not finite are left out.
 
     Args:
         log_history: ``trainer.state.log_history``: training logs and evaluations, in any order. The source's mean
-            reference gap is what they imply: a gap minus its difference from the source's.
+            reference gap is what they imply: a gap minus its difference from the source's, or its first held-out gap.
         path: PNG file to write.
         source_language: Code of the dominant language, for the label of its reference gap.
 
@@ -100,24 +102,44 @@ def training_curve(
     gaps = {code: _series(log_history, f"reward_gap/{code}") for code in languages}
     held_out = {code: _series(log_history, f"eval_reward_gap/{code}") for code in languages}
     held_out_loss = _series(log_history, "eval_loss")
+    follows_held_out = any(len(series) > 1 for series in held_out.values())
     with style.project_style():
         figure = style.new_figure(style.WIDTH, 6.6)
         left, inch = 0.09, 1 / 6.6
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.35])
+        rows = figure.add_gridspec(2, 1, height_ratios=[1.7, 1])
+        below = figure.add_subplot(rows[1])
+        above = figure.add_subplot(rows[0], sharex=below)
+        above.tick_params(labelbottom=False)
         figure.subplots_adjust(left=left, right=0.8, top=1 - 0.82 * inch, bottom=0.6 * inch, hspace=0.16)
         evaluations = max(len(series) for series in (held_out_loss, *held_out.values()))
         mark = "" if not evaluations else "Dashed" if evaluations > _MOST_DIAMONDS else "Diamond"
-        subtitle = "Faint: as logged. Line: smoothed." + (f" {mark}: held-out pairs." if mark else "")
-        style.add_title(figure, _curve_title(losses.get("loss", [])), subtitle, left=left)
-        _draw_losses(top, losses, held_out_loss)
+        faint = "as logged; line: smoothed"
+        if follows_held_out:
+            subtitle = f"Above: held-out pairs, measured {evaluations} times. Below: each step's own, faint {faint}; {mark.lower()}: held-out."
+        else:
+            subtitle = f"Of each step's own pairs, faint {faint}." + (
+                f" {mark}: held-out pairs." if mark else ""
+            )
+        title = _curve_title(losses.get("loss", []))
+        if follows_held_out:
+            title = (
+                f"Reward gap on held-out pairs, and the loss, over {_last_step(held_out, losses):.0f} steps"
+            )
+        style.add_title(figure, title, subtitle, left=left)
+        _draw_losses(below, losses, held_out_loss)
         source_gap = _implied_source_gap(log_history, languages)
-        _draw_gap_curves(bottom, gaps, held_out, source_gap, language_name(source_language))
-        for axes in (top, bottom):
+        if follows_held_out:
+            if source_gap is None and held_out.get(source_language):
+                source_gap = held_out[source_language][0][1]
+            _draw_held_out_gaps(above, held_out, source_gap, source_language)
+        else:
+            _draw_gap_curves(above, gaps, held_out, source_gap, language_name(source_language))
+        for axes in (above, below):
             _name_lines(axes)
             axes.margins(x=0.01)
-        bottom.locator_params(axis="x", nbins=8, integer=True, min_n_ticks=1)
-        bottom.set_xlabel("Optimizer step")
-        figure.align_ylabels([top, bottom])
+        below.locator_params(axis="x", nbins=8, integer=True, min_n_ticks=1)
+        below.set_xlabel("Optimizer step")
+        figure.align_ylabels([above, below])
         return style.save(figure, path)
 
 
@@ -129,7 +151,8 @@ def behavior_plane(
 ) -> Path:
     """Draw one arrow per language, and a bold one for their mean, from what the model did before training to after.
 
-    To the right harmful prompts answered, upwards harmless ones refused: the lower left corner is where a model should be.
+    To the right harmless prompts refused, upwards harmful ones answered, as in the plane of a report
+    (:mod:`mpo.report.plane`): the lower left corner is where a model should be.
     Where the prompts were asked in between, the mean's way is drawn, too.
 
     Args:
@@ -141,29 +164,29 @@ def behavior_plane(
         DependencyError: matplotlib is not installed.
         StorageError: The file cannot be written.
     """
-    across, upwards = change.change[ANSWERED], change.change[REFUSED]
+    across, upwards = change.change[REFUSED], change.change[ANSWERED]
     codes = [code for code in across.languages if code in upwards.languages]
     harmful, harmless = change.per_language
 
     def ends(x: Shift, y: Shift) -> tuple[_Place, _Place]:
         return (100 * x.before, 100 * y.before), (100 * x.after, 100 * y.after)
 
-    title = "Harmful prompts answered, and harmless ones refused"
-    if upwards.mean is not None:
-        first, last = (f"{100 * share:.0f} %" for share in (upwards.mean.before, upwards.mean.after))
+    title = "Harmless prompts refused, and harmful ones answered"
+    if across.mean is not None:
+        first, last = (f"{100 * share:.0f} %" for share in (across.mean.before, across.mean.after))
         title = f"Harmless prompts refused: {first} before, {last} after"
     with style.project_style():
         figure = style.new_figure(style.WIDTH, 5.4)
         left, inch = 0.09, 1 / 5.4
         axes = figure.add_axes((left, 0.6 * inch, 0.62, 1 - 1.42 * inch), xlim=(-4, 104), ylim=(-4, 104))
-        axes.set_xlabel("Harmful prompts answered (per cent)")
-        axes.set_ylabel("Harmless prompts refused (per cent)")
+        axes.set_xlabel("Harmless prompts refused (per cent)")
+        axes.set_ylabel("Harmful prompts answered (per cent)")
         named: list[tuple[_Place, str, str]] = []
         for worse in (False, True):
             colour = style.VERMILION if worse else style.BLUE
             label = "refuses more harmless ones" if worse else "other languages"
             for code in codes:
-                if is_worse(REFUSED, upwards.languages[code]) is worse:
+                if is_worse(REFUSED, across.languages[code]) is worse:
                     way = ends(across.languages[code], upwards.languages[code])
                     _draw_arrow(axes, way, colour, label=label)
                     named.append((way[-1], printable_name(language_name(code), 16), colour))
@@ -215,7 +238,7 @@ def _name_places(axes: Axes, named: Sequence[tuple[_Place, str, str]]) -> None:
 
 def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """Where the mean was at each probe after the first step."""
-    names = (f"probe/{ANSWERED}", f"probe/{REFUSED}")
+    names = (f"probe/{REFUSED}", f"probe/{ANSWERED}")
     found = {
         entry["step"]: (100 * entry[names[0]], 100 * entry[names[1]])
         for entry in log_history
@@ -363,6 +386,10 @@ def _curve_title(loss: _Series) -> str:
     )
 
 
+def _last_step(*kinds: Mapping[str, _Series]) -> float:
+    return max(series[-1][0] for kind in kinds for series in kind.values() if series)
+
+
 def _digits(value: float) -> str:
     """Three of them."""
     return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
@@ -423,6 +450,40 @@ def _draw_gap_curves(
         lines = [_draw_course(axes, gaps[code], colour)] if gaps[code] else []
         lines += [_draw_held_out(axes, held_out[code], colour)] if held_out[code] else []
         lines[0].set_label(printable_name(language_name(code), 16))
+
+
+def _draw_held_out_gaps(
+    axes: Axes, held_out: Mapping[str, _Series], source_gap: float | None, source: str
+) -> None:
+    """A line per language through what was measured; the source's is bold."""
+    axes.set_ylabel("Reward gap (nats per token)")
+    axes.axhline(0, color=style.FAINT_INK, linewidth=0.9, zorder=1)
+    if source_gap is not None:
+        label = f"{language_name(source)} reference"
+        axes.axhline(source_gap, label=label, color=style.REFERENCE, linewidth=1.5, dashes=(5, 2), zorder=1.5)
+    targets = {code: series for code, series in held_out.items() if series and code != source}
+    drawn = [(code, colour, 1.6) for colour, code in zip(style.CYCLE, targets, strict=False)]
+    if len(targets) > len(style.CYCLE):
+        _draw_many(axes, targets)
+        drawn = []
+    if held_out.get(source):
+        drawn.append((source, style.REFERENCE, 2.6))
+    for code, colour, width in drawn:
+        series = held_out[code]
+        few: dict[str, Any] = {
+            "marker": "D",
+            "markersize": 5,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.8,
+        }
+        (line,) = axes.plot(
+            *zip(*series, strict=True),
+            color=colour,
+            linewidth=width,
+            zorder=4,
+            **(few if len(series) <= _MOST_DIAMONDS else {}),
+        )
+        line.set_label(printable_name(language_name(code), 16))
 
 
 def _draw_many(axes: Axes, drawn: Mapping[str, _Series]) -> None:

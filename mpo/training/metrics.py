@@ -122,6 +122,11 @@ class LanguageMetrics:
         self._last_log = (now, step)
         return {**metrics, **self._means(table)}
 
+    def pause(self, seconds: float) -> None:
+        """Leave out of the next log's speed so much time, in which nothing was trained."""
+        if self._last_log is not None:
+            self._last_log = (self._last_log[0] + seconds, self._last_log[1])
+
     def means(self) -> dict[str, float]:
         """The metrics of each language with pairs, as of :meth:`log`, over this rank's pairs so far."""
         return self._means(self._sums.double().cpu().numpy())
@@ -169,6 +174,11 @@ class KindMetrics:
             if part is not None:
                 metrics.add(part, counts if pairs.by_kind is None else counts[pairs.by_kind[kind]])
 
+    def pause(self, seconds: float) -> None:
+        """As :meth:`LanguageMetrics.pause`."""
+        for metrics in self._of_kind.values():
+            metrics.pause(seconds)
+
     def log(self, step: int, ranks: Ranks) -> dict[str, float]:
         """As :meth:`LanguageMetrics.log`."""
         harmful = self._of_kind[False].log(step, ranks)
@@ -206,16 +216,14 @@ def _further_values(objectives: Objectives, pairs: PairTensors) -> list[Tensor]:
     return values
 
 
-def evaluation_metrics(
-    scores: Scores, loss: float, languages: Sequence[str], *, sources: bool = False
-) -> dict[str, float]:
+def evaluation_metrics(scores: Scores, loss: float, languages: Sequence[str]) -> dict[str, float]:
     """``loss``, ``loss/retention`` and the metrics of each language over scored pairs, named as in a training log.
 
     Args:
         scores: Of held-out groups.
         loss: Mean over the pairs that training would train on.
-        languages: Languages, those of the scores among them.
-        sources: Whether sources have metrics, too; else they count for the retention only.
+        languages: Languages, those of the target pairs among them. Source pairs have metrics where theirs is, too; else
+            they count for the retention only.
     """
     index_of = {language: i for i, language in enumerate(languages)}
     found = {"loss": loss}
@@ -226,7 +234,7 @@ def evaluation_metrics(
         records = [
             record
             for record in scores.of_kind(harmless=kind)
-            if not record.is_source or (record.language in index_of and (kind or sources))
+            if not record.is_source or record.language in index_of
         ]
         if records or not kind:
             means = _record_means(records, languages, index_of)

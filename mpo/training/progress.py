@@ -1,22 +1,27 @@
-"""What a person sees while a model is trained: the loss, its two terms, the speed and the time left."""
+"""What a person sees while a model is trained: the loss, its two terms, the held-out gap, the speed and the time left."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mpo.common.words import duration
+from mpo.common.words import clock, duration
+
+_MOST_NAMED = 8  # languages whose held-out gap a line has; of more, their mean and the least
 
 
 class TrainingProgress(TrainerCallback):
     """Shows loss, reward-gap term, retention term, pairs per second and time left.
 
-    On a terminal this is a bar; elsewhere (a log file, a pipe) it is one line for every tenth of the steps. It replaces
-    the callbacks of transformers, which print a dictionary at every log.
+    On a terminal this is a bar; elsewhere (a log file, a pipe) it is one line for every tenth of the steps, with the time
+    of the day. Each evaluation is a line with the held-out gap of every language. It replaces the callbacks of
+    transformers, which print a dictionary at every log.
 
     Args:
         stream: Where to write; standard error by default.
@@ -67,7 +72,8 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            self._write(f"Step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            parts = [f"held-out loss {logs['eval_loss']:.4f}", *_gaps(held_out_gaps(logs), source_of(args))]
+            self._write(f"Step {state.global_step}: {', '.join(parts)}")
         if "loss" not in logs:
             return
         self._latest = logs
@@ -114,6 +120,35 @@ class TrainingProgress(TrainerCallback):
 
     def _write(self, line: str) -> None:
         if self._bar is not None:
-            self._bar.write(line, file=self.stream)
+            self._bar.write(f"{clock()} {line}", file=self.stream)
         else:
-            print(line, file=self.stream, flush=True)
+            print(f"{clock()} {line}", file=self.stream, flush=True)
+
+
+def source_of(args: TrainingArguments) -> str:
+    """The source language of a run's settings."""
+    return str(getattr(args, "source_language", "en"))
+
+
+def held_out_gaps(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The held-out gap of each language that an evaluation has logged; empty with several evaluation sets."""
+    start = "eval_reward_gap/"
+    return {
+        key.removeprefix(start): value
+        for key, value in logs.items()
+        if key.startswith(start) and isinstance(value, float) and math.isfinite(value)
+    }
+
+
+def _gaps(gaps: Mapping[str, float], source: str) -> list[str]:
+    """``gap en +0.79, bn +0.41``; of many languages the source's, the mean of the others and the least."""
+    targets = {code: gap for code, gap in gaps.items() if code != source}
+    shown = {code: gap for code, gap in gaps.items() if code == source}
+    if len(targets) > _MOST_NAMED:
+        least = min(targets, key=lambda code: targets[code])
+        shown[f"mean of {len(targets)} others"] = math.fsum(targets.values()) / len(targets)
+        shown[f"least {least}"] = targets[least]
+    else:
+        shown |= targets
+    texts = [f"{name} {gap:+.2f}" for name, gap in shown.items()]
+    return [f"gap {texts[0]}", *texts[1:]] if texts else []

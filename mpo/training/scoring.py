@@ -105,6 +105,8 @@ def score_dataset(
             harmless=harmless,
             harmless_weights=[1.0] * len(languages),
         ),
+        # A loader without one draws from torch's own numbers, and a run would depend on how often it is measured.
+        generator=torch.Generator(),
     )
     totals = [
         number

@@ -51,6 +51,7 @@ from mpo.training.guards import FiniteGuard
 from mpo.training.harmless import harmless_groups, pair_losses
 from mpo.training.loaders import training_collator, training_loader
 from mpo.training.metrics import KindMetrics, evaluation_metrics
+from mpo.training.notebook import show_compactly
 from mpo.training.objectives import SOURCE_GAP
 from mpo.training.policy import open_policy, source_of
 from mpo.training.probe_settings import check_probe_is_asked
@@ -179,6 +180,7 @@ class MPOTrainer(DPOTrainer):
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
+        show_compactly(self, callbacks or ())
         if peft_config is None and "ref" in getattr(self.model, "peft_config", {}):
             # The reference pass runs before the adapter changes, so no frozen copy of it is needed, or saved.
             self.model.delete_adapter("ref")
@@ -563,8 +565,8 @@ class MPOTrainer(DPOTrainer):
             ignore_keys, metric_key_prefix: As in ``transformers.Trainer``.
 
         Returns:
-            ``eval_loss``, ``eval_loss/retention``, and per target language ``eval_reward_gap/<language>`` and the other
-            names of the training log.
+            ``eval_loss``, ``eval_loss/retention``, and per language, the source's among them, ``eval_reward_gap/<language>``
+            and the other names of the training log. ``eval_gap_to_source`` of the source is how far its gap has moved.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics: dict[str, float] = {}
@@ -574,8 +576,11 @@ class MPOTrainer(DPOTrainer):
             return metrics
         start = time.monotonic()
         scores, loss = self._score(self._evaluation_data(eval_dataset), "Evaluating")
-        found = evaluation_metrics(scores, loss, self.languages, sources=self.data_collator.trained.sources)
+        found = evaluation_metrics(
+            scores, loss, list(dict.fromkeys([*self.languages, self.args.source_language]))
+        )
         found["runtime"] = time.monotonic() - start
+        self._metrics_per_language.pause(found["runtime"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import logging
+import math
+import re
 
 import pytest
 from transformers import TrainerControl, TrainerState
@@ -40,7 +42,8 @@ def test_without_a_terminal_every_tenth_of_the_steps_is_a_line(args: MPOConfig) 
     stream = io.StringIO()
     run(TrainingProgress(stream), args, steps=100)
     lines = [line for line in stream.getvalue().splitlines() if "(gap" in line]
-    assert [int(line.split("/")[0].removeprefix("Step ")) for line in lines] == list(range(10, 101, 10))
+    steps = [re.fullmatch(r"\d\d:\d\d:\d\d Step (\d+)/100: .*", line) for line in lines]
+    assert [int(found[1]) for found in steps if found] == list(range(10, 101, 10))
     assert "loss 0.0500 (gap 0.0250, retain 0.2500), 12.5 pairs/s, 0 s left" in lines[1].replace("\n", "")
     assert not lines[-1].endswith("left")
     assert "{" not in stream.getvalue()
@@ -49,7 +52,7 @@ def test_without_a_terminal_every_tenth_of_the_steps_is_a_line(args: MPOConfig) 
 def test_a_resumed_run_does_not_repeat_the_lines_before(args: MPOConfig) -> None:
     stream = io.StringIO()
     run(TrainingProgress(stream), args, steps=10, start=7)
-    assert [line.split(":")[0] for line in stream.getvalue().splitlines()][:3] == [
+    assert [line[len("12:00:00 ") :].split(":")[0] for line in stream.getvalue().splitlines()][:3] == [
         "Step 8/10",
         "Step 9/10",
         "Step 10/10",
@@ -66,6 +69,28 @@ def test_on_a_terminal_there_is_one_bar_with_the_loss_and_its_terms(
     assert "loss 0.0500 (gap 0.0250, retain 0.2500), 12.5 pairs/s" in text
     assert "Step 20: held-out loss 0.1250" in text
     assert "{" not in text
+
+
+@pytest.mark.parametrize(
+    ("gaps", "text"),
+    [
+        ({"bn": 0.25, "en": 0.8, "sw": -0.125}, "held-out loss 0.5000, gap en +0.80, bn +0.25, sw -0.12"),
+        ({"bn": math.nan, "sw": 0.5}, "held-out loss 0.5000, gap sw +0.50"),
+        (
+            {"en": 0.8, **{f"x{n}": n / 10 for n in range(1, 10)}},
+            "held-out loss 0.5000, gap en +0.80, mean of 9 others +0.50, least x1 +0.10",
+        ),
+        ({}, "held-out loss 0.5000"),
+    ],
+)
+def test_an_evaluation_is_a_line_with_the_gap_of_each_language_or_of_many_the_least(
+    args: MPOConfig, gaps: dict[str, float], text: str
+) -> None:
+    stream = io.StringIO()
+    state = TrainerState(max_steps=9, global_step=3, is_world_process_zero=True)
+    logs = {"eval_loss": 0.5, **{f"eval_reward_gap/{code}": gap for code, gap in gaps.items()}}
+    TrainingProgress(stream).on_log(args, state, TrainerControl(), logs=logs)
+    assert stream.getvalue()[len("12:00:00 ") :] == f"Step 3: {text}\n"
 
 
 def test_other_ranks_show_nothing(args: MPOConfig) -> None:

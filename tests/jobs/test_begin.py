@@ -192,3 +192,19 @@ def test_an_error_while_asking_acts_on_no_terminal(folder: Path, capsys: pytest.
         begin(Beginning(), ask=ask)
     said = capsys.readouterr().out
     assert "no such file" in said and "\x1b" not in said
+
+
+def test_the_demos_model_is_unpacked_by_its_name_unless_a_folder_has_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpacked: list[Path] = []
+
+    def prepare(place: Path) -> Path:
+        unpacked.append(place)
+        return place
+
+    monkeypatch.setattr("mpo.jobs.demo.prepare_demo_model", prepare)
+    assert job._model("demo") == "runs/demo/model" and unpacked == [Path("runs/demo/model")]
+    assert "runs/demo/model" in capsys.readouterr().out
+    (folder / "demo").mkdir()
+    assert job._model("demo") == "demo" and len(unpacked) == 1

@@ -229,6 +229,25 @@ def test_the_reference_is_read_from_the_logs(tmp_path: Path, figures: list[Any])
     assert "Chinese reference" in _texts(figures[0])
 
 
+def test_what_was_held_out_is_drawn_instead_of_the_steps_own_pairs_where_it_was_measured_twice(
+    tmp_path: Path, figures: list[Any]
+) -> None:
+    logs = _logs(("bn", "sw"), 20, evaluate_every=100)
+    for step, gap in ((0, 0.1), (10, 0.3), (20, 0.5)):
+        logs.append(
+            {"step": step, "eval_reward_gap/bn": gap, "eval_reward_gap/en": 0.8, "eval_reward_gap/sw": -gap}
+        )
+    plots.training_curve(logs, tmp_path / "curve.png")
+    _check_layout(figures[0])
+    lines = {line.get_label(): line for line in figures[0].axes[1].lines}
+    assert list(lines["Bengali"].get_xdata()) == [0, 10, 20]
+    assert list(lines["Bengali"].get_ydata()) == [0.1, 0.3, 0.5]
+    assert list(lines["English"].get_ydata()) == [0.8] * 3
+    assert len(lines) == 5  # these, Swahili, the reference and the one at 0: none of the steps' own
+    title = next(text for text in _texts(figures[0]) if "over 20 steps" in text)
+    assert title.startswith("Reward gap on held-out pairs")
+
+
 def test_smoothing_keeps_a_constant_and_follows_a_line() -> None:
     flat = plots._smooth([(float(n), 0.25) for n in range(50)])
     assert all(value == pytest.approx(0.25) for _, value in flat)
@@ -333,4 +352,4 @@ def test_the_plane_is_drawn_legibly_for_any_number_of_languages(
 def test_an_arrow_leads_from_before_to_after(tmp_path: Path, figures: list[Any]) -> None:
     plots.behavior_plane(_changed(("en", "sw"), {"sw": 8}), tmp_path / "b.png")
     arrows = [text for text in figures[0].axes[0].texts if text.get_text() == ""]
-    assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((100, 0), (100, 50)), ((100, 0), (100, 25))]
+    assert [(arrow.xyann, arrow.xy) for arrow in arrows] == [((0, 100), (50, 100)), ((0, 100), (25, 100))]

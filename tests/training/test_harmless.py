@@ -372,7 +372,7 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
     assert {"eval_loss/retention", "eval_harmless/loss/retention", "eval_harmless/reward_gap/en"} <= set(
         found
     )
-    assert "eval_reward_gap/en" not in found
+    assert found["eval_reward_gap/en"] != found["eval_harmless/reward_gap/en"]
 
 
 @runs_alone

@@ -79,6 +79,19 @@ def test_a_log_and_an_evaluation_of_the_same_pairs_agree_with_a_plain_computatio
     assert list(logged) == list(evaluated) == list(expected)
 
 
+def test_the_time_of_a_pause_is_not_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 20.0])
+    monkeypatch.setattr(subject.time, "monotonic", lambda: next(times))
+    metrics = LanguageMetrics(LANGUAGES, beta=BETA)
+    metrics.pause(5.0)  # before the first log there is no speed
+    for step in (1, 2):
+        pairs = records(8, step)
+        metrics.add(tensors(pairs, [0.0] * len(pairs)), torch.ones(len(pairs)))
+        speed = metrics.log(step, ALONE).get("pairs_per_second")
+        metrics.pause(6.0)
+    assert speed == 8 / 4.0
+
+
 def test_fillers_count_nowhere_and_a_log_begins_the_next() -> None:
     pairs, others = records(9, 1), records(4, 2)
     fillers = records(5, 3)

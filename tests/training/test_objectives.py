@@ -591,7 +591,7 @@ def test_the_evaluation_loss_is_that_of_all_held_out_pairs_together(
     expected = float(dpo_loss(bench, args, trained_pairs(bench, args.train_on)))
     metrics = bench.trainer.evaluate(bench.rows)
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    assert ("eval_reward_gap/en" in metrics) == ("train_on" in settings)
+    assert "eval_reward_gap/en" in metrics
 
 
 def test_the_evaluation_loss_of_kto_has_the_reference_point_of_all_held_out_pairs(tmp_path: Path) -> None:

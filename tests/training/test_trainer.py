@@ -731,6 +731,42 @@ def test_evaluation_is_the_mean_over_pairs_whatever_the_batch(
     assert max(results) - min(results) < 1e-5
 
 
+def test_an_evaluation_has_the_sources_row_and_says_how_far_it_has_moved(
+    model: Path, rows: Any, held_out: Any, tmp_path: Path
+) -> None:
+    trainer = runs.trainer(model, tmp_path, rows, eval_dataset=held_out, max_steps=3)
+    own = [record for record in trainer.score().records if record.is_source]
+    before = trainer.evaluate()
+    gap = sum(record.gap for record in own) / len(own)
+    assert math.isclose(before["eval_reward_gap/en"], gap, abs_tol=1e-6)
+    assert abs(before["eval_gap_to_source/en"]) < 1e-5
+    trainer.train()
+    after = trainer.evaluate()
+    moved = after["eval_reward_gap/en"] - gap
+    assert abs(moved) > 1e-4
+    assert math.isclose(after["eval_gap_to_source/en"], moved, abs_tol=1e-4)
+
+
+def test_a_run_that_is_measured_on_the_way_ends_with_the_same_bits(
+    model: Path, rows: Any, held_out: Any, tmp_path: Path
+) -> None:
+    ends = []
+    for name, settings in (("often", {"eval_strategy": "steps", "eval_steps": 1}), ("never", {})):
+        trainer = runs.trainer(
+            model,
+            tmp_path / name,
+            rows,
+            eval_dataset=held_out,
+            max_steps=4,
+            disable_dropout=False,
+            peft_config=runs.lora(lora_dropout=0.5),  # drawn from torch's own numbers
+            **settings,
+        )
+        trainer.train()
+        ends.append(runs.weights(trainer.model))
+    assert runs.differing(*ends) == []
+
+
 def test_scoring_leaves_the_model_and_its_mode_as_they_were(
     model: Path, rows: Any, held_out: Any, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from mpo.evaluation.probe.watch import prompts_of
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
+from mpo.jobs.preflight.in_between import measured_in_between
 from mpo.jobs.preflight.leaks import leaks_of
 from mpo.jobs.preflight.model import count_adapter, with_model_choices
 from mpo.jobs.preflight.packages import check_packages, upload_obstacle
@@ -77,11 +78,13 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         )
     tokenized, errors = tokenize_for_training(train, tokenizer, training)
     held_out_pairs = 0
+    held_out_work = None
     if held_out is not None:
         held, more = tokenize_for_training(held_out, tokenizer, training, name="held-out")
         check_tokens(held, model, tokenizer, "held-out")
         measured = count_languages(held)
         held_out_pairs = sum(measured.values())
+        held_out_work = count_work(held, training)
         errors += more
         check_best_metric(training, list(measured), [])
     notes.extend(errors[:3])
@@ -126,6 +129,8 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         schedule=schedule(work.group_tokens, training, training.world_size, work.harmless),
         probe=probe,
     )
+    if held_out_work is not None:
+        plan.in_between = measured_in_between(recipe, plan.schedule, work, held_out_work)
     plan.leaks = leaks_of(recipe, train, data.origin)
     if plan.leaks is not None and plan.leaks.pairs:
         found = [

@@ -46,6 +46,7 @@ def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
         **_harmless(plan),
         "Pairs per language": languages,
         "Held out": held,
+        **({} if plan.in_between is None else {"Measured": plan.in_between.to_text()}),
         "Probe": _probe(plan),
         "Optimizer": f"{plain(training.optim)}, learning rate {training.learning_rate:g}, "
         f"{plain(training.lr_scheduler_type)} schedule, warm-up {training.warmup_steps:g}",

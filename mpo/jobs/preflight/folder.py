@@ -40,6 +40,7 @@ _RESULT = (
     "reward_gap.png",
     "training_curve.png",
     "behavior.png",
+    "overview.png",
     "probe_answers.jsonl",
     "checkpoint-*",
 )

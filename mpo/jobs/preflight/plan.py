@@ -12,6 +12,7 @@ from mpo.common.tables import fact_lines
 from mpo.data import BadRow, LoadedGroups
 from mpo.data.leaks import Leaks
 from mpo.evaluation.probe.behavior import ProbePrompts
+from mpo.jobs.preflight.in_between import InBetween
 from mpo.modeling.loading import ModelSource
 from mpo.training.recipe import Recipe
 from mpo.training.workload import Schedule, Workload
@@ -36,6 +37,8 @@ class Plan:
         languages: Number of training pairs of each target language.
         held_out_pairs: Number of held-out target pairs.
         schedule: Steps and epochs of the run.
+        in_between: When the held-out pairs are measured within the run; None where nothing is held out, or `eval_strategy`
+            says it.
         probe: What the model is asked before and after, or None.
         facts: What the printed plan says, in order.
         notes: Sentences about what the user may not have meant.
@@ -58,6 +61,7 @@ class Plan:
     languages: dict[str, int]
     held_out_pairs: int
     schedule: Schedule
+    in_between: InBetween | None = None
     probe: ProbePrompts | None = None
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
