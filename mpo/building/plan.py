@@ -104,7 +104,8 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
     rows = [("Prompts", f"{facts.total:,}: {kinds}, from {data}{left_out}")]
     if recipe.samples_model and recipe.model is not None:
         own = facts.kinds[HARMLESS] * answers.samples if answers.chosen == "model" else 0
-        more = f", and {own:,} in each of {listed(recipe.languages)}" if own else ""
+        each = "each of " if len(recipe.languages) > 1 else ""
+        more = f", and {own:,} in {each}{listed(recipe.languages)}" if own else ""
         rows.append(("Answers", f"{facts.total * answers.samples:,} from {model_name(recipe.model)}{more}"))
     if answers.rejecting_model is not None:
         rows.append(

@@ -24,6 +24,7 @@ from mpo.data.contract import (
 )
 from mpo.data.detection import detect_all, expect
 from mpo.data.faults import BadRow, grouped_faults
+from mpo.data.forms.readers import holds_marks
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
 from mpo.data.loading import LoadedGroups, _load, count_kinds
 from mpo.data.refusals import opens_with_refusal, refusal_languages
@@ -113,12 +114,8 @@ FINDINGS: dict[str, tuple[str, str]] = {
 }
 """Name of each finding: its short title, and what it says."""
 
-# Turns as in HH-RLHF and other written dialogs, and what chat templates put around a turn.
-_DIALOG = re.compile(
-    r"(?:^|\n)\s*(?:Human|User|H)\s*:.*\n\s*(?:Assistant|A)\s*:|<\|(?:im_start|im_end|start_header_id|eot_id)\|>"
-    r"|<(?:start|end)_of_turn>|\[/?INST\]",
-    re.DOTALL,
-)
+# Turns as in HH-RLHF and other written dialogs.
+_DIALOG = re.compile(r"(?:^|\n)\s*(?:Human|User|H)\s*:.*\n\s*(?:Assistant|A)\s*:", re.DOTALL)
 
 _FINDING_PART = {
     "untranslated_prompt": "prompt",
@@ -596,7 +593,7 @@ class _Survey:
 
 def _holds_dialog(text: str) -> bool:
     # The pattern looks at every line's beginning, so it is asked only where there may be something.
-    return (":" in text or "<" in text or "[" in text) and _DIALOG.search(text) is not None
+    return (":" in text and _DIALOG.search(text) is not None) or holds_marks(text)
 
 
 def _percentiles(values: Sequence[int]) -> Percentiles:
