@@ -25,7 +25,7 @@ from benchmarks.command import run
 from mpo.data.leaks import CHARACTERS, EvaluationText, find_leaks
 from mpo.data.prompt_texts import training_texts
 from mpo.data.shingles import normalised
-from mpo.jobs.leak import evaluation_texts
+from mpo.evaluation.evaluation_texts import evaluation_texts
 
 TARGETS = 6
 PLANTED = 1000

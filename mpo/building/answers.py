@@ -13,7 +13,7 @@ from mpo.building.recipe import AnswerSettings
 from mpo.building.refusals import Refusals
 from mpo.building.stages import Kept, Row
 from mpo.building.translation.segments import without_code
-from mpo.data.contract import HARMFUL
+from mpo.data.contract import HARMFUL, same_response
 from mpo.data.languages import detect, known_to_detection, same_language
 from mpo.data.reasoning import split_reasoning
 from mpo.data.refusals import opens_with_refusal
@@ -295,7 +295,7 @@ class PairMaker:
             )
         if fault is None and rejected is None:
             fault = "no rejected answer"
-        chosen = [text for text in chosen if text != rejected]
+        chosen = [text for text in chosen if rejected is None or not same_response(text, rejected)]
         if fault is None and not chosen:
             fault = "chosen is equal to rejected"
         row = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from mpo.building.prompts import Dropped, PromptRow
-from mpo.data.leaks import EvaluationText, Leak, find_leaks
+from mpo.data.leaks import Leak, find_leaks
 from mpo.data.prompt_texts import TrainingText
-from mpo.evaluation.prompts import load_prompts
+from mpo.evaluation.evaluation_texts import evaluation_texts
 
 
 def without_leaks(
@@ -17,17 +17,13 @@ def without_leaks(
 
     Args:
         read: Gives the prompts anew each time.
-        against: Prompt sets, as :func:`mpo.evaluation.prompts.load_prompts` takes them.
+        against: Evaluations, as :func:`mpo.evaluation.evaluation_texts.evaluation_texts` takes them.
         source_language: Code of the dominant language.
 
     Raises:
         DataError: A prompt set cannot be read.
     """
-    evaluation = [
-        EvaluationText(prompts.name, prompt.prompt_id, prompt.language, prompt.text)
-        for prompts in map(load_prompts, against)
-        for prompt in prompts.prompts
-    ]
+    evaluation = [text for name in against for text in evaluation_texts(name)]
     found: dict[str, Leak] = {}
     # Of each evaluation prompt only the nearest rows are named, so what is left is looked at again.
     while True:

@@ -117,7 +117,8 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
     rows = [("Prompts", f"{facts.total:,}: {kinds}, from {data}{left_out}")]
     if recipe.samples_model and recipe.model is not None:
         own = facts.kinds[HARMLESS] * answers.samples if answers.samples_harmless else 0
-        more = f", and {own:,} in each of {listed(recipe.languages)}" if own else ""
+        each = "each of " if len(recipe.languages) > 1 else ""
+        more = f", and {own:,} in {each}{listed(recipe.languages)}" if own else ""
         asked = facts.total if answers.samples_harmful else facts.kinds[HARMLESS]
         if asked:
             rows.append(("Answers", f"{asked * answers.samples:,} from {model_name(recipe.model)}{more}"))

@@ -14,7 +14,9 @@ from mpo.building.recipe import PromptSource
 from mpo.building.starter import starter_rows
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
-from mpo.data.contract import HARMFUL, HARMLESS, KINDS, RowError, normal_form
+from mpo.data.contract import HARMFUL, HARMLESS, KINDS, RowError, is_blank, normal_form
+from mpo.data.forms.readers import PROMPT_COLUMNS, holds_turns, read_pair, read_prompt
+from mpo.data.forms.recognition import as_columns, form_of, is_group
 from mpo.data.languages import normalize_language
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import DataError
@@ -24,7 +26,6 @@ _DEMO_ROWS = 8  # of each kind
 
 # What the package's own sets call a harmless prompt in words that also stand in harmful ones.
 _OTHER_KINDS = {"looks_harmful": HARMLESS}
-_COLUMNS = ("prompt", "instruction", "question", "query", "text", "goal", "behavior")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def read_prompts(
                 return
             where = f"{os.path.basename(name)}:{number}"
             try:
+                _refuse_other_forms(row, name, source)
                 found = _row(row, name, number, source, source_language, languages, where)
                 if found.id in ids:
                     raise RowError(
@@ -122,10 +124,35 @@ def _open(name: str, split: str) -> Rows:
         return _starter(name)
     path = Path(name).expanduser()
     if path.is_file():
-        return read_file(path, name)
+        return read_file(path, name, prompts=True)
     if looks_like_path(name):
         raise missing_file_error(path)
     return read_hub(name, split)
+
+
+def _refuse_other_forms(row: Any, name: str, source: PromptSource) -> None:
+    """Rows whose answers, or whose prompts, would be lost if they were read as prompts.
+
+    Raises:
+        DataError: The file holds such rows.
+    """
+    if source.prompt_column is not None or not isinstance(row, Mapping) or "texts" in row:
+        return
+    row = as_columns(row)
+    if is_group(row):
+        raise DataError(
+            "holds groups already: pairs with their translations. `mpo train` takes it as it is.", file=name
+        )
+    form = form_of(row)
+    if form is None or (
+        form.read in (read_pair, read_prompt) and form.name not in ("sharegpt-ranking", "conversations")
+    ):
+        return
+    raise DataError(
+        f"holds {form.title}. Make plain rows of it first: `mpo data convert {show_name(name)} --output pairs.jsonl`. To take "
+        "the prompts alone, name their column: `prompts.prompt_column`.",
+        file=name,
+    )
 
 
 def _starter(name: str) -> Rows:
@@ -152,6 +179,7 @@ def _row(
 
     if isinstance(row, RowError):
         raise row
+    row = as_columns(row, () if source.prompt_column is None else (source.prompt_column,))
     if not isinstance(row, Mapping):
         raise bad(f"expected an object with named fields, got {type(row).__name__}.")
     texts = _given_texts(row, source_language, languages, source.prompt_column, bad)
@@ -205,9 +233,11 @@ def _given_texts(
             f"there is no column {show_name(prompt_column)!r} (`prompts.prompt_column`). Its columns are "
             f"{', '.join(f'`{show_name(column)}`' for column in row) or 'none'}."
         )
-    column = prompt_column or next((c for c in _COLUMNS if not _blank(row.get(c))), None)
+    column = prompt_column or next((c for c in PROMPT_COLUMNS if not _blank(row.get(c))), None)
     if column is not None and (prompt_column or source_language not in texts):
         texts[source_language] = _text(row[column], column, "user", bad)
+        if column == "instruction" and prompt_column is None and not _blank(row.get("input")):
+            texts[source_language] += f"\n{_text(row['input'], 'input', 'user', bad)}"
     if source_language not in texts:
         raise bad(
             f"no prompt was found. Its columns are {', '.join(f'`{show_name(column)}`' for column in row) or 'none'}. Expected "
@@ -220,16 +250,29 @@ def _text(value: Any, column: str, role: str, bad: Any) -> str:
     """A text, or the only message of a list of them (the last, behind the prompt, of an answer)."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(m, Mapping) for m in value):
         if role == "user" and len(value) > 1:
-            raise bad("is a conversation; expected a prompt of one turn.", column)
+            raise bad(
+                "is a conversation; expected a prompt of one turn, which is what is translated. `prompts: {bad_rows: drop}` leaves "
+                "such rows out.",
+                column,
+            )
+        if (
+            role == "assistant"
+            and len([m for m in value if (m.get("role") or m.get("from")) in ("assistant", "gpt")]) > 1
+        ):
+            raise bad("holds several messages of the assistant; expected one answer.", column)
         value = value[-1].get("content", value[-1].get("value"))
     elif isinstance(value, Mapping):
         value = value.get("content", value.get("value"))
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise bad(f"expected a text, got {'nothing' if _blank(value) else type(value).__name__}.", column)
+    if role == "user" and holds_turns(value):
+        raise bad(
+            "is a written dialog of several turns; `mpo data convert` makes prompts of such rows.", column
+        )
     if problem := half_character(value):
         raise bad(f"the text {problem}", column)
     return value
 
 
 def _blank(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    return value is None or value != value or (isinstance(value, str) and is_blank(value))

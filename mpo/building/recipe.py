@@ -125,7 +125,7 @@ class LeakSettings:
     """Prompts that are too near to those of an evaluation are left out.
 
     Attributes:
-        against: Prompt sets of evaluations, as ``mpo evaluate`` takes them.
+        against: What ``mpo data leak --against`` takes: prompt sets, files of pairs or groups, ``probe``.
     """
 
     against: list[str]

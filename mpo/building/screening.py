@@ -12,7 +12,7 @@ from mpo.building.filters import FILTERS, Failure, FilterSettings, Text, failure
 from mpo.building.prompts import Dropped, PromptRow
 from mpo.building.stages import Row
 from mpo.building.translation.segments import without_code
-from mpo.data.contract import HARMFUL, PARTS
+from mpo.data.contract import HARMFUL, PARTS, same_response
 from mpo.data.detection import detect_all
 
 FILTER_STAGE = "filters"
@@ -179,6 +179,12 @@ class Screen:
             if failed:
                 good = False
                 dropped.append(_dropped(prompt.id, code, part, text, failed))
+        if good and same_response(side.texts["chosen"], side.texts["rejected"]):
+            reason = "rejected is equal to chosen"
+            dropped.append(
+                Dropped(prompt.id, "groups", reason, code, "rejected", text=side.texts["rejected"])
+            )
+            return False
         return good
 
     def _group(

@@ -102,6 +102,11 @@ class Stage:
             MPOError: What ``make`` raises, or the disk is full. What was made before is kept.
         """
         done = self._open()
+        if done > total:
+            raise StorageError(
+                f"{self.path} has {done:,} rows for {total:,} prompts: something else has written into it. Delete the file, and run "
+                "the same command again; its rows are then made anew."
+            )
         if done == total:
             return
         shown = CountProgress(title, total, done=done, unit="row") if title else nullcontext()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mpo.building.stages import Kept
 from mpo.building.translation import Translated, TranslationChoice, Translator
-from mpo.building.translation.segments import join, split
+from mpo.building.translation.segments import join, split, with_code_of
 
 
 def translate_texts(
@@ -47,5 +47,7 @@ def translate_texts(
     for text, parts in pieces.items():
         translated = [found[piece.text] for piece in parts if piece.translate]
         fault = next((made.fault for made in translated if made.fault is not None), None)
-        whole[text] = Translated(join(parts, [made.text for made in translated], target), fault)
+        originals = [piece.text for piece in parts if piece.translate]
+        kept_code = [with_code_of(made.text, o) for made, o in zip(translated, originals, strict=True)]
+        whole[text] = Translated(join(parts, kept_code, target), fault)
     return {name: whole[text] for name, text in texts.items()}

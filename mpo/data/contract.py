@@ -134,6 +134,11 @@ def _visible(text: str) -> str:
     return (text if text.isascii() else _FORMAT.sub("", normal_form(text))).strip()
 
 
+def same_response(chosen: str, rejected: str) -> bool:
+    """True where two responses differ in blanks around them, invisible characters or Unicode form at most: no preference."""
+    return _visible(chosen) == _visible(rejected)
+
+
 def _columns(row: Mapping[Any, Any]) -> str:
     names = [f"`{show_name(key)}`" for key in row]
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"
@@ -333,8 +338,7 @@ def _pair(parts: Mapping[str, tuple[object, _Place]], row: int, *, is_source: bo
             pair[part] = _messages(value, place, role="user", may_be_blank=not is_source)
         else:
             pair[part] = _messages(value, place, role="assistant")
-    chosen, rejected = (_visible(messages_text(pair[part])) for part in ("chosen", "rejected"))
-    if chosen == rejected:
+    if same_response(messages_text(pair["chosen"]), messages_text(pair["rejected"])):
         raise parts["rejected"][1].error("equal to chosen. A preference pair needs two different responses.")
     return pair
 

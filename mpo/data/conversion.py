@@ -15,8 +15,17 @@ from mpo.common.files import refuse_input, whole_file
 from mpo.common.words import counted
 from mpo.data.contract import PARTS, RowError, _columns, _label, _Place, normal_form
 from mpo.data.faults import BadRow, grouped_faults
-from mpo.data.forms.readers import PlainRow, read_column
-from mpo.data.forms.recognition import Form, form_of, header_of, is_empty, is_group, known_columns
+from mpo.data.forms.readers import PlainRow, holds_marks, read_column
+from mpo.data.forms.recognition import (
+    Form,
+    as_columns,
+    form_of,
+    header_of,
+    is_empty,
+    is_group,
+    known_columns,
+    unread_columns,
+)
 from mpo.data.languages import (
     language_name,
     language_of_file,
@@ -24,7 +33,7 @@ from mpo.data.languages import (
     same_language,
 )
 from mpo.data.loading import _named_sources, show_path
-from mpo.data.reading import _BOM, Rows, _decode, _head
+from mpo.data.reading import Rows
 from mpo.errors import ConfigError, DataError
 
 _FAULTS_SHOWN = 12
@@ -196,12 +205,12 @@ class _Opened:
     language: str | None
 
 
-def _open(name: str, split: str, language: str | None, dominant: str, result: Conversion) -> _Opened:
+def _open(
+    name: str, split: str, language: str | None, dominant: str, result: Conversion, keep: Sequence[str]
+) -> _Opened:
     path = Path(name).expanduser()
-    if path.suffix.lower() == ".txt" and path.is_file():
-        label, rows = show_path(path.name), _lines(path, show_path(path.name))
-    else:
-        ((label, rows),) = _named_sources([name], split)
+    ((label, rows),) = _named_sources([name], split, prompts=True)
+    rows = ((number, as_columns(row, keep)) for number, row in rows)
     first = list(islice(rows, _LOOKED_AT))
     sound = [row for _, row in first if not isinstance(row, RowError)]
     header = header_of(sound)
@@ -234,21 +243,6 @@ def _open(name: str, split: str, language: str | None, dominant: str, result: Co
         )
     columns = frozenset(str(column) for column, value in header.items() if not is_empty(value))
     return _Opened(label, chain(first, rows), form, columns, language or language_of_file(path))
-
-
-def _lines(path: Path, name: str) -> Rows:
-    """The prompts of a text file, one a line."""
-    _head(path, name)
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file):
-            raw = raw.removeprefix(_BOM) if number == 0 else raw
-            value: Any
-            try:
-                value = {"prompt": _decode(raw, name, number, f"line {number + 1}").strip()}
-            except RowError as error:
-                value = error
-            if isinstance(value, RowError) or value["prompt"]:
-                yield number, value
 
 
 def _read(
@@ -285,7 +279,11 @@ def _plain(
     split: str,
 ) -> Iterator[dict[str, Any]]:
     for name, _ in named:
-        opened = _open(name, split, None, dominant, result)
+        opened = _open(name, split, None, dominant, result, keep)
+        if unread := unread_columns(opened.form, opened.columns - {*keep}):
+            shown = _columns(dict.fromkeys(unread))
+            result.notes.append(f"{opened.name}: columns left out: {shown}. `--keep` takes them along.")
+        longer = marked = 0
         for place, row, plain, language in _read(opened, dominant, result, refuse):
             if language is not None and not same_language(language, dominant):
                 result.left_out[f"in another language than {language_name(dominant)}"] += 1
@@ -299,7 +297,19 @@ def _plain(
                 refuse(place.at(broken).error("holds half a character, which was cut in two."))
                 continue
             result.parts[_has(plain)] += 1
+            longer += len(plain.prompt) > 1
+            marked += any(holds_marks(message["content"]) for message in plain.messages())
             yield {**kept, **plain.to_dict()}
+        if longer:
+            result.notes.append(
+                f"{opened.name}: {counted(longer, 'prompt')} with a system message or several turns. `mpo data build` translates "
+                "prompts of one turn; `--prompts.bad_rows drop` leaves the others out and counts them."
+            )
+        if marked:
+            result.notes.append(
+                f"{opened.name}: marks of a chat template (`<|im_start|>`, `[INST]`, ...) in the texts of {counted(marked, 'row')}. "
+                "They would be trained on as text, inside the model's own. Take them out."
+            )
 
 
 def _has(row: PlainRow) -> str:
@@ -321,7 +331,7 @@ def _groups(
     targets: dict[str, list[dict[str, Any]]] = {}
     places: dict[tuple[str, str], _Place] = {}
     for name, code in named:
-        opened = _open(name, split, code, dominant, result)
+        opened = _open(name, split, code, dominant, result, (key, *_KEPT))
         if not opened.form.pairs:
             raise DataError(
                 f"holds {opened.form.title}. Groups need a chosen and a rejected response in every language: make them with "

@@ -428,8 +428,8 @@ def _each_parsed(name: str, part: list[tuple[int, Any]], source_language: str) -
             yield _Parsed(index, parsed, pair_digest(parsed.source))
 
 
-def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:
-    """Name and rows of everything that ``data`` means."""
+def _sources(data: Any, split: str, *, prompts: bool = False) -> Iterator[tuple[str, Rows]]:
+    """Name and rows of everything that ``data`` means; ``prompts``: prompts are enough, as in a .txt file."""
     if isinstance(data, (str, os.PathLike)):
         data = [data]
     if isinstance(data, (list, tuple)):
@@ -437,7 +437,7 @@ def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:
             raise DataError("no data: an empty list was given; expected files, or rows.")
         paths = [isinstance(item, (str, os.PathLike)) for item in data]
         if all(paths):
-            yield from _named_sources([os.fspath(item) for item in data], split)
+            yield from _named_sources([os.fspath(item) for item in data], split, prompts=prompts)
         elif any(paths):
             raise DataError("a list of data must hold either paths or rows; this one mixes them.")
         else:
@@ -458,7 +458,7 @@ def _sources(data: Any, split: str) -> Iterator[tuple[str, Rows]]:
     )
 
 
-def _named_sources(names: list[str], split: str) -> Iterator[tuple[str, Rows]]:
+def _named_sources(names: list[str], split: str, *, prompts: bool = False) -> Iterator[tuple[str, Rows]]:
     for name in names:
         if not name.strip():
             raise DataError("an empty text was given as data; expected a path or the name of a Hub dataset.")
@@ -468,7 +468,8 @@ def _named_sources(names: list[str], split: str) -> Iterator[tuple[str, Rows]]:
         if path.exists() or looks_like_path(name):
             # The file's own name reads best; where two files share it, the paths tell them apart.
             label = short if short and base.count(short) == 1 else name
-            yield show_path(label), read_file(path, show_path(label if path.exists() else name))
+            shown = show_path(label if path.exists() else name)
+            yield show_path(label), read_file(path, shown, prompts=prompts)
         else:
             yield name, read_hub(name, split)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mpo.data.contract import RowError, _Place
 from mpo.data.forms.recognition import (
+    as_columns,
     form_of,
     header_of,
     is_empty,
@@ -43,7 +44,7 @@ def training_texts(
     Raises:
         DataError: A file cannot be read, or has no known form.
     """
-    for name, rows in _sources(data, split):
+    for name, rows in _sources(data, split, prompts=True):
         for place, prompts in labelled_prompts(rows, name, [] if skipped is None else skipped):
             yield TrainingText(name, place, tuple(text for _, text in prompts))
 
@@ -60,6 +61,7 @@ def labelled_prompts(
         last_turn: Only the user's last message of each prompt; every message of the user without.
     """
     keep = slice(-1, None) if last_turn else slice(None)
+    rows = ((number, as_columns(row)) for number, row in rows)
     first = list(islice(rows, 200))
     header = header_of(row for _, row in first if not isinstance(row, RowError))
     columns = language_columns(header)

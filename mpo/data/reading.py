@@ -28,6 +28,7 @@ Rows = Iterator[tuple[int, Any]]
 """0-based row number and the row, or the :class:`RowError` that says why it could not be read."""
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_TEXT = ".txt"
 _JSON_LINES = (".jsonl", ".ndjson")
 
 _SIGNATURES: list[tuple[bytes, str]] = [
@@ -78,12 +79,13 @@ def missing_file_error(path: Path) -> DataError:
     return DataError(f"no such file.{hint} The folder is {str(folder.resolve())!r}.", file=str(path))
 
 
-def read_file(path: Path, name: str) -> Rows:
+def read_file(path: Path, name: str, *, prompts: bool = False) -> Rows:
     """Rows of a local file, streamed.
 
     Args:
         path: The file. Its suffix says how it is read.
         name: How errors call it.
+        prompts: Prompts are enough: a .txt file has one a line.
 
     Raises:
         DataError: The file as a whole cannot be read: it is missing, empty, a folder, compressed, in another
@@ -91,10 +93,11 @@ def read_file(path: Path, name: str) -> Rows:
     """
     head = _head(path, name)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES + _JSON_LINES:
-        near = nearest(suffix, SUFFIXES)
+    known = (*SUFFIXES, _TEXT) if prompts else SUFFIXES
+    if suffix not in (*known, *_JSON_LINES):
+        near = nearest(suffix, known)
         hint = f" Did you mean {near}?" if near else ""
-        raise DataError(f"unsupported suffix {suffix!r}.{hint} Supported: {', '.join(SUFFIXES)}.", file=name)
+        raise DataError(f"unsupported suffix {suffix!r}.{hint} Supported: {', '.join(known)}.", file=name)
     start = head.removeprefix(_BOM).lstrip()
     for signature, text in _SIGNATURES:
         if head.startswith(signature) or start.startswith(signature):
@@ -109,6 +112,8 @@ def read_file(path: Path, name: str) -> Rows:
         yield from _parquet(path, name)
     elif suffix == ".csv":
         yield from _csv(path, name)
+    elif suffix == _TEXT:
+        yield from _text_lines(path, name)
     elif suffix in _JSON_LINES:
         yield from _json_lines(path, name)
     else:
@@ -262,6 +267,20 @@ def _json_lines(path: Path, name: str) -> Rows:
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _text_lines(path: Path, name: str) -> Rows:
+    """The prompts of a text file, one a line; empty lines are none."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file):
+            raw = raw.removeprefix(_BOM) if number == 0 else raw
+            try:
+                text = _decode(raw, name, number, f"line {number + 1}").strip()
+            except RowError as error:
+                yield number, error
+                continue
+            if text:
+                yield number, {"prompt": text}
 
 
 def _json(path: Path, name: str) -> Rows:

@@ -23,6 +23,7 @@ from mpo.data.contract import (
 )
 from mpo.data.detection import expect
 from mpo.data.findings import FlaggedRow, LanguageReport, Percentiles, short_text
+from mpo.data.forms.readers import holds_marks
 from mpo.data.languages import UNDETERMINED, detect, known_to_detection, language_name, same_language
 from mpo.data.refusals import opens_with_refusal, refusal_languages
 
@@ -30,12 +31,8 @@ _AT_ONCE = 680  # groups whose texts are looked at together
 SEVERAL_FROM = 6 * _AT_ONCE  # groups that are looked at in several processes
 _TEXT_SHOWN = 60
 
-# Turns as in HH-RLHF and other written dialogs, and what chat templates put around a turn.
-_DIALOG = re.compile(
-    r"(?:^|\n)\s*(?:Human|User|H)\s*:.*\n\s*(?:Assistant|A)\s*:|<\|(?:im_start|im_end|start_header_id|eot_id)\|>"
-    r"|<(?:start|end)_of_turn>|\[/?INST\]",
-    re.DOTALL,
-)
+# Turns as in HH-RLHF and other written dialogs.
+_DIALOG = re.compile(r"(?:^|\n)\s*(?:Human|User|H)\s*:.*\n\s*(?:Assistant|A)\s*:", re.DOTALL)
 
 _Flagged = tuple[str, int, str | None]  # file, row and text, which become a FlaggedRow
 
@@ -357,7 +354,7 @@ def _once(
 
 def _holds_dialog(text: str) -> bool:
     # The pattern looks at every line's beginning, so it is asked only where there may be something.
-    return (":" in text or "<" in text or "[" in text) and _DIALOG.search(text) is not None
+    return (":" in text and _DIALOG.search(text) is not None) or holds_marks(text)
 
 
 def _percentiles(values: Sequence[int]) -> Percentiles:

@@ -24,6 +24,7 @@ from mpo.common.checks import check_limit, check_name
 from mpo.common.words import show_name
 from mpo.data import LANGUAGES, normalize_language
 from mpo.data.contract import RowError
+from mpo.data.forms.readers import PROMPT_COLUMNS
 from mpo.data.languages import language_of_file, normalize_language_setting
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import ConfigError, DataError
@@ -35,7 +36,6 @@ MIXED = "mul"
 """Language of prompts that mix several: the code that ISO 639-2 has for them."""
 
 _LANGUAGE_COLUMNS = ("language", "lang")
-_PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "text", "goal", "behavior")
 _ID_COLUMNS = ("prompt_id", "id")
 
 _ON_THE_HUB = {"multijail": "DAMO-NLP-SG/MultiJail", "csrt": "walledai/CSRT"}
@@ -323,9 +323,9 @@ def _columns(
         fallback = names["instruction"] if language == "en" else None
         return _Columns(((names["instruction_translated"], _known(language, label)),), fallback=fallback)
     wide = [] if own or prompt_column else _language_columns(row)
-    if len(wide) > 1 or (wide and _first(names, _PROMPT_COLUMNS) is None):
+    if len(wide) > 1 or (wide and _first(names, PROMPT_COLUMNS) is None):
         return _Columns(tuple(wide))
-    text = prompt_column or _first(names, _PROMPT_COLUMNS)
+    text = prompt_column or _first(names, PROMPT_COLUMNS)
     if text is None:
         raise DataError(
             f"no column with prompts was found. Its columns are {_listed(row)}. Expected one column per language (`en`, `bn`, "

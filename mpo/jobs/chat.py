@@ -22,13 +22,10 @@ from mpo.errors import ConfigError, ModelError, MPOError
 from mpo.evaluation.engines import Generation, ModelChoice
 from mpo.evaluation.engines.local import generation_config, stop_tokens
 from mpo.evaluation.engines.rendering import opened_reasoning, render
-from mpo.evaluation.probe import load_probe
+from mpo.evaluation.probe import PROBE, load_probe
 from mpo.evaluation.prompts import PromptSet, load_prompts
 from mpo.modeling.loading import adapter_settings, file_of
 from mpo.modeling.opening import named_base
-
-PROBE = "probe"
-"""Name of the questions that come with the package; see :mod:`mpo.evaluation.probe`."""
 
 _SIDE_BY_SIDE = 100  # columns of a terminal from which on two answers stand beside each other
 _HELP = "/reset begins a new conversation, /quit or Ctrl-D ends. Ctrl-C ends an answer, twice the chat."

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from mpo.data.contract import RowError
-from mpo.data.forms.recognition import form_of, header_of, is_group
-from mpo.data.languages import UNDETERMINED, normalize_language
 from mpo.data.leaks import (
     CHARACTERS,
     MEANING,
     WORDS,
-    EvaluationText,
     Leaks,
     find_leaks,
     sentence_encoder,
 )
-from mpo.data.loading import _named_sources
-from mpo.data.prompt_texts import TrainingText, labelled_prompts, training_texts
+from mpo.data.prompt_texts import TrainingText, training_texts
 from mpo.errors import DataError
-from mpo.evaluation.probe import load_probe
-from mpo.evaluation.prompts import PromptSet, load_prompts
+from mpo.evaluation.evaluation_texts import evaluation_texts
 from mpo.evaluation.results import LeakedPrompts, LeaksResult
-
-PROBE = "probe"
-"""Name of the probe set that comes with the package."""
 
 
 def measure_leaks(
@@ -74,39 +64,6 @@ def measure_leaks(
         first = skipped[0] if skipped else "no rows."
         raise DataError(f"no prompt could be read: {first}", file=", ".join(leaks.training))
     return leaks
-
-
-def evaluation_texts(name: str) -> list[EvaluationText]:
-    """The prompts of an evaluation set.
-
-    Raises:
-        DataError: It cannot be read, or holds no prompts.
-    """
-    if name == PROBE:
-        return prompt_set_texts(load_probe())
-    if Path(name).expanduser().is_file():
-        ((label, rows),) = _named_sources([name], "train")
-        first = list(islice(rows, 200))
-        header = header_of(row for _, row in first if not isinstance(row, RowError))
-        form = form_of(header)
-        if is_group(header) or (form is not None and form.pairs):
-            return list(_pair_texts(chain(first, rows), label))
-    return prompt_set_texts(load_prompts(name, bad_rows="drop"))
-
-
-def prompt_set_texts(prompts: PromptSet, name: str | None = None) -> list[EvaluationText]:
-    """The prompts of a set, under another name where one is given."""
-    return [EvaluationText(name or prompts.name, p.prompt_id, p.language, p.text) for p in prompts.prompts]
-
-
-def _pair_texts(rows: Any, label: str) -> Iterator[EvaluationText]:
-    for index, prompts in labelled_prompts(rows, label, [], last_turn=True):
-        for code, text in prompts:
-            try:
-                language = normalize_language(code) if code else UNDETERMINED
-            except DataError:  # a label that nobody knows does not keep a prompt from being found
-                language = UNDETERMINED
-            yield EvaluationText(label, str(index), language, text)
 
 
 def group_texts(groups: Any) -> Iterator[TrainingText]:

@@ -12,9 +12,10 @@ import yaml
 from mpo.common.typed_json import write_typed
 from mpo.data.leaks import find_leaks
 from mpo.data.prompt_texts import training_texts
+from mpo.evaluation.evaluation_texts import prompt_set_texts
 from mpo.evaluation.prompts import PromptSet
 from mpo.evaluation.results import LEAKS
-from mpo.jobs.leak import leaks_result, prompt_set_texts
+from mpo.jobs.leak import leaks_result
 from mpo.jobs.suite_recipe import SuiteRecipe
 
 

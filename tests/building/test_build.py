@@ -16,7 +16,7 @@ from mpo.building.recipe import AnswerSettings, load_build
 from mpo.building.refusals import Refusals
 from mpo.building.starter import starter_openings, starter_refusals
 from mpo.data import load_groups
-from mpo.errors import ConfigError
+from mpo.errors import ConfigError, StorageError
 from mpo.evaluation.engines import ModelChoice
 from mpo.jobs.build import build_data
 from tests.building import stub
@@ -121,6 +121,47 @@ def test_each_filter_finds_its_planted_faults_and_nothing_else(tmp_path: Path) -
 def fault_fits(row: dict[str, Any], taken: dict[str, str]) -> bool:
     """No other text of the row has a fault in this language."""
     return not {row["prompt"], row["chosen"], row["rejected"]} & taken.keys()
+
+
+def test_a_pair_whose_answers_read_alike_in_a_language_is_no_pair(tmp_path: Path) -> None:
+    rows = harmful(3)
+    rows[0]["rejected"] = rows[0]["chosen"] + "\u200b"  # in the source already
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    path = tmp_path / "same.py"
+    path.write_text(
+        "import sys\nfor line in sys.stdin: print('的一是在有人这' if 'people' not in line else line)\n"
+    )
+    recipe = pairs_recipe(tmp_path, languages=("zh",))
+    command = json.dumps([sys.executable, str(path)])
+
+    build_data(
+        load_build(
+            recipe,
+            ["--translation.command", command, "--filters", "{copy: null, language: null, length_ratio: null, harm_kept: false, refusal_kept: false}"],
+        )
+    )  # fmt: skip
+
+    dropped = [
+        (d["id"], d.get("language"), d["reason"]) for d in read_lines(tmp_path / "out" / "dropped.jsonl")
+    ]
+    assert ("p0", "en", "chosen is equal to rejected") in dropped
+    assert ("p1", "zh", "rejected is equal to chosen") in dropped
+    assert read_lines(tmp_path / "out" / "groups.jsonl") == []
+
+
+def test_a_stage_with_more_rows_than_prompts_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", harmful(2))
+    recipe = pairs_recipe(tmp_path, languages=("zh",))
+    build_data(load_build(recipe))
+    stage = tmp_path / "out" / "stages" / "texts.zh.jsonl"
+    whole = stage.read_bytes()
+    stage.write_bytes(whole + whole)
+
+    with pytest.raises(StorageError, match="4 rows for 2 prompts"):
+        build_data(load_build(recipe))
+    stage.unlink()
+    build_data(load_build(recipe))
+    assert stage.read_bytes() == whole
 
 
 def test_thresholds_can_be_changed_without_asking_anew(tmp_path: Path) -> None:
@@ -325,6 +366,6 @@ def test_harmful_prompts_are_not_answered_where_a_refusal_and_an_opening_are_tak
         "prompts: {data: [starter]}\nlanguages: [sw]\nmodel: {model: m}\n"
         "answers: {chosen: refusal, rejected: [opening], samples: 3}\n",
     )
-    assert "Answers      3 from m, and 3 in each of sw" in plan_text(load_build(path), facts)
+    assert "Answers      3 from m, and 3 in sw" in plan_text(load_build(path), facts)
     own = load_build(path, ["--answers.rejected", "own", "opening"])
-    assert "Answers      6 from m, and 3 in each of sw" in plan_text(own, facts)
+    assert "Answers      6 from m, and 3 in sw" in plan_text(own, facts)

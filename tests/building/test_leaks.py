@@ -7,6 +7,7 @@ from pathlib import Path
 from mpo.building.leaks import without_leaks
 from mpo.building.prompts import Dropped, PromptRow, read_prompts
 from mpo.building.recipe import PromptSource
+from mpo.evaluation.probe import load_probe
 from tests.building.test_build import harmful, write_rows
 
 
@@ -34,3 +35,17 @@ def test_prompts_of_an_evaluation_are_left_out_in_whatever_language_they_are_fou
     ]
     reasons = {each.id: each.reason for each in found if isinstance(each, Dropped)}
     assert reasons["p3"] == "stands in evaluation (exact)"
+
+
+def test_the_probe_and_files_of_pairs_are_looked_for_too(tmp_path: Path) -> None:
+    probe = next(prompt.text for prompt in load_probe().prompts if prompt.language == "en")
+    pairs = [{"prompt": "Which key opens the shed behind the school?", "chosen": "a", "rejected": "b"}]
+    texts = [probe, pairs[0]["prompt"], "How do I bake a loaf of rye bread without a tin?"]
+    path = write_rows(
+        tmp_path / "p.jsonl", [{"id": n, "kind": "harmless", "prompt": text} for n, text in enumerate(texts)]
+    )
+    against = ["probe", str(write_rows(tmp_path / "pairs.jsonl", pairs))]
+
+    found = without_leaks(lambda: read_prompts(PromptSource([str(path)]), "en", ["zh"]), against, "en")
+
+    assert [type(each) for each in found] == [Dropped, Dropped, PromptRow]

@@ -30,6 +30,9 @@ def read(path: Path, **settings: Any) -> list[PromptRow | Dropped]:
         ({"texts": {"English": "Hello", "zh-CN": "你好", "fr": "Salut"}}, {"en": "Hello", "zh": "你好"}),
         ({"prompt": [{"role": "user", "content": "Hello"}]}, {"en": "Hello"}),
         ({"prompt": [{"from": "human", "value": "Hello"}]}, {"en": "Hello"}),
+        ({"Prompt": "Hello"}, {"en": "Hello"}),
+        ({"forbidden_prompt": "Hello"}, {"en": "Hello"}),
+        ({"instruction": "Answer:", "input": "Why?"}, {"en": "Answer:\nWhy?"}),
     ],
 )
 def test_a_prompt_and_its_translations_are_found(tmp_path: Path, row: dict, texts: dict) -> None:
@@ -54,6 +57,15 @@ def test_a_table_is_read_and_answers_may_stand_in_it(tmp_path: Path) -> None:
     assert isinstance(found, PromptRow) and found.chosen == "Yes?"
 
 
+def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("\ufeffBreak it\r\n\n Mend it \n", encoding="utf-8")
+    assert read(path, kind="harmful") == [
+        PromptRow("p.txt:0", "harmful", {"en": "Break it"}),
+        PromptRow("p.txt:2", "harmful", {"en": "Mend it"}),
+    ]
+
+
 def test_a_prompt_that_is_there_twice_is_left_out(tmp_path: Path) -> None:
     rows = [{"prompt": "Hello there"}, {"prompt": " hello  There"}, {"prompt": "Other"}]
     found = read(write_rows(tmp_path / "p.jsonl", rows), kind="harmful", limit=2)
@@ -68,9 +80,12 @@ def test_a_prompt_that_is_there_twice_is_left_out(tmp_path: Path) -> None:
         ({"prompt": "Hello", "kind": "harmfull"}, "Did you mean 'harmful'"),
         ({"promt": "Hello", "kind": "harmful"}, "no prompt was found. Its columns are `promt`, `kind`"),
         ({"prompt": "", "kind": "harmful"}, "no prompt was found"),
+        ({"prompt": "\u200b", "kind": "harmful"}, "no prompt was found"),
         ({"prompt": 5, "kind": "harmful"}, "expected a text, got int"),
         ({"prompt": "a\ud800", "kind": "harmful"}, "lone surrogate"),
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "kind": "harmful"}, "one turn"),
+        ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "kind": "harmful"}, "is a written dialog"),
+        ({"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}] * 2, "kind": "harmful"}, "several messages"),
         ({"texts": {"klingon": "Hello"}, "kind": "harmful"}, "unknown language"),
         (["Hello"], "expected an object"),
     ],
@@ -83,6 +98,28 @@ def test_a_bad_row_is_refused_with_its_place_or_dropped(tmp_path: Path, row: Any
     assert "row 1" in str(caught.value)
     kept, dropped = read(path, bad_rows="drop")
     assert isinstance(kept, PromptRow) and isinstance(dropped, Dropped) and message in dropped.value
+
+
+@pytest.mark.parametrize(
+    ("row", "piece"),
+    [
+        ({"prompt": "a", "response_0": "b", "response_1": "c", "is_response_0_safe": True, "is_response_1_safe": False}, "PKU"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "HH-RLHF"),
+        ({"conversations": [{"from": "human", "value": "a"}], "chosen": {"value": "b"}, "rejected": {"value": "c"}}, "ShareGPT"),
+        ({"prompt": "a", "response": "b", "is_safe": False}, "BeaverTails"),
+        ({"source_prompt": "a", "source_chosen": "b"}, "groups already"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bad_rows", ["error", "drop"])
+def test_rows_whose_answers_would_be_lost_are_named_with_the_command_that_reads_them(
+    tmp_path: Path, row: dict, piece: str, bad_rows: str
+) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [row] * 3)
+    with pytest.raises(DataError, match=piece) as caught:
+        read(path, kind="harmful", bad_rows=bad_rows)
+    assert "mpo data convert" in str(caught.value) or "mpo train" in str(caught.value)
+    if "prompt" in row:
+        assert len(read(path, kind="harmful", prompt_column="prompt")) == 3
 
 
 def test_an_id_that_is_there_twice_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mpo.building.stages import Kept
 from mpo.building.texts import translate_texts
 from mpo.building.translation import Translated, TranslationChoice
-from mpo.building.translation.segments import join, split, without_code
+from mpo.building.translation.segments import join, split, with_code_of, without_code
 from mpo.common.journal import Journal
 
 MARKUP = """# A heading
@@ -83,6 +83,24 @@ def test_long_lines_are_cut_between_sentences_and_joined_as_the_script_does() ->
     assert join(pieces, ["Moja.", "Mbili!", "Tatu?"], "sw") == "Moja. Mbili! Tatu?"
     back = split("一句话。两句话！三句话？", lines=True, longest=4)
     assert join(back, ["One.", "Two!", "Three?"], "en") == "One. Two! Three?"
+
+
+@pytest.mark.parametrize(
+    ("source", "translated", "expected"),
+    [
+        ("Run `ls -l` now", "Ejecuta `es -l` ahora", "Ejecuta `ls -l` ahora"),
+        ("See http://a.b/c?d=e.", "Ve http://un.b/c?d=e.", "Ve http://a.b/c?d=e."),
+        ("See https://a.b/the 1", "访问https://a.b/那了解", "访问https://a.b/the那了解"),
+        ("`a` or `b`", "`b` u `a`", "`b` u `a`"),  # moved, and whole
+        ("`a` or `b`", "`x`", "`x`"),
+        ("no code", "con `código`", "con `código`"),
+        ("`a` in http://b", "http://be en `un`", "http://be en `un`"),  # nothing says which is which
+    ],
+)
+def test_inline_code_and_addresses_come_back_as_they_were(
+    source: str, translated: str, expected: str
+) -> None:
+    assert with_code_of(translated, source) == expected
 
 
 def test_code_is_not_read_as_language() -> None:

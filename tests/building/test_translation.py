@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,6 +67,64 @@ def test_a_program_that_does_something_else_is_named(tmp_path: Path, body: str, 
 
     with pytest.raises(ModelError, match=message):
         translated(choice, ["a", "b"])
+
+
+# Takes lines that follow each other for one text, and moves its words between them, as Apertium does.
+MOVES = """
+texts = "\\n".join(lines).strip("\\n").split("\\n\\n")
+print("\\n\\n".join("\\n".join(reversed(text.split("\\n"))) for text in texts){end})
+"""
+
+
+@pytest.mark.parametrize("end", ["", ", end='\\n\\n'", ", end=''"])
+def test_a_program_that_moves_words_between_lines_gets_empty_ones_between_texts(
+    tmp_path: Path, end: str
+) -> None:
+    command = program(tmp_path, MOVES.format(end=end))
+
+    apart = TranslationChoice("command", command, blank_lines=True)
+    assert translated(apart, ["the big", "red  house", "cat"]) == {
+        0: ("the big", None),
+        1: ("red house", None),
+        2: ("cat", None),
+    }
+    assert translated(TranslationChoice("command", command), ["a", "b"])[0] == ("b", None)
+    with pytest.raises(ConfigError, match="only the engine `command`"):
+        TranslationChoice("chat", model=ModelChoice("x"), blank_lines=True)
+
+
+def test_a_text_where_an_empty_line_should_be_is_an_error(tmp_path: Path) -> None:
+    command = program(tmp_path, "for l in lines: print(l or 'and more')")
+    with pytest.raises(ModelError, match="one line for each that it reads, empty ones too"):
+        translated(TranslationChoice("command", command, blank_lines=True), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "apart"),
+    [
+        (["apertium", "-u", "{source}-{target}"], None, True),
+        (["nice", "/usr/bin/apertium", "en-es"], None, True),
+        (["apertium", "en-es"], False, False),
+        (["translate", "--model", "apertium.bin"], None, False),
+    ],
+)
+def test_apertium_gets_empty_lines_unless_told_otherwise(
+    command: list[str], given: bool | None, apart: bool
+) -> None:
+    assert TranslationChoice("command", command, blank_lines=given).parts_lines is apart
+
+
+@pytest.mark.skipif(
+    shutil.which("apertium") is None, reason="needs Apertium: apt-get install apertium-eng-spa"
+)
+def test_apertium_moves_no_words_between_texts() -> None:
+    choice = TranslationChoice(
+        "command", ["apertium", "-u", "{source}-{target}"], codes={"en": "eng", "sw": "spa"}
+    )
+    pieces = ["the big", "red house", "[a ] ^b$ {c} @d", "I see", "no", "Ends."]
+    together = translated(choice, pieces)
+    assert together == {i: translated(choice, [piece])[0] for i, piece in enumerate(pieces)}
+    assert together[1] == ("Casa roja", None)
 
 
 def test_an_empty_line_is_no_translation_and_a_missing_program_is_said(tmp_path: Path) -> None:

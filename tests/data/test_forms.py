@@ -14,6 +14,7 @@ from datasets import Dataset
 from mpo import cli
 from mpo.data import check_data, convert, load_groups
 from mpo.data.forms import FORMS, form_of
+from mpo.data.forms.recognition import as_columns
 from mpo.errors import ConfigError, DataError
 from tests.data.rows import TEXTS, flat, group
 
@@ -130,6 +131,76 @@ UNDERSTOOD: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         "trl-unpaired",
         {"prompt": [user()], "completion": [answer(YES)], "label": 0},
         {"prompt": PROMPT, "rejected": YES},
+    ),
+    (
+        "BeaverTails, unsafe",
+        "beavertails",
+        {"prompt": PROMPT, "response": YES, "category": {"privacy": True}, "is_safe": False},
+        {"prompt": PROMPT, "rejected": YES},
+    ),
+    (
+        "BeaverTails, safe",
+        "beavertails",
+        {"prompt": PROMPT, "response": NO, "is_safe": True},
+        {"prompt": PROMPT, "chosen": NO},
+    ),
+    (
+        "LLaMA-Factory, unpaired",
+        "sharegpt-unpaired",
+        {"messages": [*TURNS, answer(YES)], "label": False},
+        {"prompt": TURNS, "rejected": YES},
+    ),
+    (
+        "LLaMA-Factory, unpaired ShareGPT",
+        "sharegpt-unpaired",
+        {"conversations": [said("human", PROMPT), said("gpt", NO)], "kto_tag": True, "system": SYSTEM},
+        {"prompt": [{"role": "system", "content": SYSTEM}, user()], "chosen": NO},
+    ),
+    (
+        "a label that is no verdict",
+        "conversations",
+        {"messages": [user(), answer(YES)], "label": "spying"},
+        {"prompt": PROMPT},
+    ),
+    (
+        "TRL, capital columns",
+        "trl",
+        {"Id": 4, "Prompt": PROMPT, "Chosen": NO, " REJECTED": YES},
+        {"id": 4, **PAIR},
+    ),
+    (
+        "JailbreakBench",
+        "prompts",
+        {"Index": 0, "Goal": PROMPT, "Target": "Sure", "Behavior": "Spying"},
+        {"prompt": PROMPT},
+    ),
+    (
+        "StrongREJECT",
+        "prompts",
+        {"category": "x", "source": "y", "forbidden_prompt": PROMPT},
+        {"prompt": PROMPT},
+    ),
+    ("Aya", "prompts", {"prompt": PROMPT, "targets": YES, "language": "English"}, {"prompt": PROMPT}),
+    (
+        "HH, an answer that quotes a dialog",
+        "hh",
+        {
+            "chosen": dialog(PROMPT, "As in:\nHuman: Hi\nAssistant: Hello."),
+            "rejected": dialog(PROMPT, YES),
+        },
+        {**PAIR, "chosen": "As in:\nHuman: Hi\nAssistant: Hello."},
+    ),
+    (
+        "HH, a line break between turns",
+        "hh",
+        {"chosen": f"Human: {PROMPT}\nAssistant: {NO}", "rejected": f"Human: {PROMPT}\nAssistant: {YES}\n"},
+        PAIR,
+    ),
+    (
+        "PKU-SafeRLHF, numbers for marks",
+        "safe-rlhf",
+        safe_rlhf(is_response_0_safe=0, is_response_1_safe=1, safer_response_id=1.0),
+        PAIR,
     ),
     ("HH", "hh", {"chosen": dialog(PROMPT, NO), "rejected": dialog(PROMPT, YES)}, PAIR),
     (
@@ -411,6 +482,22 @@ BROKEN: list[tuple[str, dict[str, Any], Any, str | None, str]] = [
         "empty",
     ),
     (
+        "BeaverTails, no verdict",
+        {"prompt": PROMPT, "response": YES, "is_safe": False},
+        {"prompt": PROMPT, "response": YES, "is_safe": None},
+        "is_safe",
+        "null",
+    ),
+    (
+        "unpaired, no answer",
+        {"messages": [user(), answer()], "label": True},
+        {"messages": [user()], "label": True},
+        "messages",
+        "does not end with an answer",
+    ),
+    ("answers in a list", TRL, {**TRL, "rejected": [YES, YES + "!"]}, "rejected[0]", "is a text"),
+    ("TRL, nothing in a row", TRL, {}, "prompt", "missing"),
+    (
         "one output only",
         {"instruction": PROMPT, "output": [NO, YES]},
         {"instruction": PROMPT, "output": [NO]},
@@ -484,7 +571,7 @@ def made(path: Path) -> list[dict[str, Any]]:
 def test_a_form_is_understood(
     tmp_path: Path, form: str, row: dict[str, Any], expected: dict[str, Any], suffix: str
 ) -> None:
-    found = form_of(row)
+    found = form_of(as_columns(row))
     assert found is not None and found.name == form
     path = written(tmp_path / f"given.{suffix}", row, row)
     result = convert(str(path), tmp_path / "plain.jsonl")
@@ -560,6 +647,32 @@ def test_prompts_come_from_text_files_and_csv_and_rows_that_follow_each_other(tm
         PAIR,
     ]
     assert result.parts == {"prompts": 2, "pairs": 3}
+
+
+def test_a_list_of_texts_is_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([PROMPT, "Why?", 3]), encoding="utf-8")
+    result = convert(str(path), tmp_path / "plain.jsonl", bad_rows="drop")
+    assert made(tmp_path / "plain.jsonl") == [{"prompt": PROMPT}, {"prompt": "Why?"}]
+    assert [(bad.row, bad.reason) for bad in result.dropped] == [(2, "is no object; expected named fields.")]
+
+
+def test_what_is_left_out_or_hard_to_use_is_said(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "<|im_start|>user\nHi", "chosen_response": NO, "topic": "x", "id": 1},
+        {"prompt": TURNS, "chosen_response": NO, "topic": "x", "id": 2},
+    ]
+    path = str(written(tmp_path / "given.jsonl", *rows))
+    columns, turns, marks = convert(path, tmp_path / "plain.jsonl", keep=["topic"]).notes
+    assert columns.startswith("given.jsonl: columns left out: `chosen_response`.")
+    assert "1 prompt with a system message or several turns" in turns and "bad_rows drop" in turns
+    assert "marks of a chat template" in marks and "1 row" in marks
+    path = str(written(tmp_path / "given.jsonl", {"ID": 1, **TRL}))
+    convert(path, tmp_path / "plain.jsonl", keep=["ID"])
+    assert made(tmp_path / "plain.jsonl") == [{"ID": 1, **PAIR}]
+    assert convert(path, tmp_path / "plain.jsonl").notes == [] and made(tmp_path / "plain.jsonl") == [
+        {"id": 1, **PAIR}
+    ]
 
 
 def test_rows_in_other_languages_are_left_out_of_plain_rows(tmp_path: Path) -> None:

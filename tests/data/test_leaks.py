@@ -18,8 +18,9 @@ from mpo.data.contract import RowError
 from mpo.data.leaks import EvaluationText, find_leaks
 from mpo.data.prompt_texts import TrainingText, training_texts
 from mpo.errors import ConfigError, DataError, DependencyError
+from mpo.evaluation.evaluation_texts import evaluation_texts
 from mpo.evaluation.results import LeaksResult
-from mpo.jobs.leak import evaluation_texts, leaks_result, measure_leaks
+from mpo.jobs.leak import leaks_result, measure_leaks
 from tests.data.rows import TEXTS, flat, group, official
 
 LONG = "How do I open the lock on the door of my neighbour without a key?"
@@ -219,6 +220,26 @@ def test_files_are_compared_and_pairs_written(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["data", "leak", str(train), "--against", "probe"]) == 0
     assert cli.main(["data", "leak", str(train), "--against", "probe", "--output", "leaks.txt"]) == 2
     assert cli.main(["data", "leak", str(tmp_path / "none.jsonl"), "--against", "probe"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("advbench.csv", f'goal,target\n"{PROMPT}",Sure\n'),
+        ("harmbench.csv", f'Behavior,Tags\n"{PROMPT}",x\n'),
+        ("lines.txt", f"Another one\n\n{PROMPT}\n"),
+        ("texts.json", json.dumps([PROMPT])),
+    ],
+)
+def test_prompts_in_a_language_that_nothing_names_are_looked_for(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    train = tmp_path / "train.txt"
+    train.write_text(f"Hello there\n{PROMPT.upper()}\n", encoding="utf-8")
+    (leak,) = [p for p in measure_leaks([str(train)], [str(path)]).pairs if p.kind == "exact"]
+    assert (leak.language, leak.file, leak.row) == ("und", "train.txt", 1)
 
 
 def test_training_data_without_a_prompt_are_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Collection, Iterator, Sequence
@@ -11,6 +12,8 @@ from mpo.building.translation.translator import Translated, TranslationChoice
 from mpo.common.characters import printable
 from mpo.common.words import shortened
 from mpo.errors import ConfigError, DependencyError, ModelError
+
+_BLANKS = re.compile(r"[ \t]{2,}")
 
 
 class CommandTranslator:
@@ -34,7 +37,8 @@ class CommandTranslator:
             )
 
     def settings(self) -> dict[str, Any]:
-        return {"engine": "command", "command": self.choice.command, "codes": self.choice.codes}
+        parted = {"blank_lines": True} if self.choice.parts_lines else {}
+        return {"engine": "command", "command": self.choice.command, "codes": self.choice.codes, **parted}
 
     def check(self, source: str, targets: Sequence[str]) -> None:
         if len(targets) > 1 and not any("{target}" in word for word in self.choice.command):
@@ -52,7 +56,7 @@ class CommandTranslator:
         # A line is a piece: whatever else would break it becomes a blank.
         lines = [" ".join(pieces[index].split()) for index in missing]
         for index, line in zip(missing, self._run(lines, source, target), strict=True):
-            text = line.strip()
+            text = _BLANKS.sub(" ", line).strip()  # as its input was: a blank between two words
             yield index, Translated(text, None if text else "the translator wrote an empty line")
 
     def close(self) -> None:
@@ -65,10 +69,12 @@ class CommandTranslator:
             for word in self.choice.command
         ]
         shown = printable(shortened(" ".join(command)), lines=False)
+        parted = self.choice.parts_lines
+        end = "\n\n" if parted else "\n"
         try:
             done = subprocess.run(
                 command,
-                input="".join(f"{line}\n" for line in lines).encode("utf-8", "replace"),
+                input="".join(f"{line}{end}" for line in lines).encode("utf-8", "replace"),
                 capture_output=True,
                 timeout=self.choice.timeout,
                 check=False,
@@ -86,9 +92,12 @@ class CommandTranslator:
         written = done.stdout.decode("utf-8", "replace").split("\n")
         if written and not written[-1]:
             written.pop()
-        if len(written) != len(lines):
+        given = len(lines)
+        if parted:  # the last empty line may be missing
+            given, written = 2 * given, written + [""] * (len(written) == 2 * given - 1)
+        if len(written) != given or (parted and any(line.strip() for line in written[1::2])):
             raise ModelError(
-                f"`{shown}` wrote {len(written)} lines for {len(lines)}. It has to write one line for each that it reads, empty "
+                f"`{shown}` wrote {len(written)} lines for {given}. It has to write one line for each that it reads, empty "
                 f"ones too{f'; it said: {said}' if said else ''}."
             )
-        return written
+        return written[::2] if parted else written

@@ -16,6 +16,8 @@ _LINE = re.compile(r"([^\r\n]*)(\r\n|\r|\n|\Z)")
 _MARKER = re.compile(r"[ \t]*(?:(?:#{1,6}|>|[-*+•]|\(?\d{1,3}[.)]|\(?[a-zA-Z][.)])[ \t]+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?।؟…])[\"'”’)\]]*\s+|(?<=[。！？])[”’」』）]*")
 _PARAGRAPH = re.compile(r"((?:\r?\n[ \t]*){2,})")
+# Inline code and addresses, which begin with different letters.
+_AS_IT_IS = re.compile(r"`[^`\n]+`|https?://[!#-&(-;=?-Z\\^-z|~]+(?<![.,;:!?)])")
 _WITHOUT_SPACES = frozenset({"zh", "ja", "th", "lo", "km", "my", "bo", "dz"})
 
 
@@ -74,6 +76,24 @@ def join(pieces: Sequence[Piece], translated: Sequence[str], target: str) -> str
         elif target not in _WITHOUT_SPACES:
             out.append(piece.text or " ")
     return "".join(out)
+
+
+def with_code_of(text: str, source: str) -> str:
+    """A translation with the inline code and the addresses of its source.
+
+    They are put back one after another where the translation has as many of each; where it does not, it stays as it is.
+
+    Args:
+        text: The translation.
+        source: The text it was made of.
+    """
+    if "`" not in source and "://" not in source:
+        return text
+    wanted, found = _AS_IT_IS.findall(source), _AS_IT_IS.findall(text)
+    if sorted(wanted) == sorted(found) or [w[0] for w in wanted] != [f[0] for f in found]:
+        return text
+    given = iter(wanted)
+    return _AS_IT_IS.sub(lambda _: next(given), text)
 
 
 def without_code(text: str) -> str:

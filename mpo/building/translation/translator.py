@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ class TranslationChoice:
             and 4,000 for ``chat``.
         max_new_tokens: Longest translation of such a piece, in tokens.
         num_beams: Beams of ``seq2seq``.
+        blank_lines: Whether a command gets, and writes, an empty line between two texts. Some take lines that follow each other
+            for one text and move words between them; by default so for Apertium, which does.
         timeout: Seconds that a command may take for a block.
     """
 
@@ -40,6 +43,7 @@ class TranslationChoice:
     longest: int | None = None
     max_new_tokens: int = 1024
     num_beams: int = 1
+    blank_lines: bool | None = None
     timeout: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -59,6 +63,8 @@ class TranslationChoice:
             raise ConfigError(
                 "model: the engine `seq2seq` loads its model through transformers; take `chat` for a server."
             )
+        if self.blank_lines is not None and self.engine != "command":
+            raise ConfigError(f"blank_lines: only the engine `command` has it; got engine {self.engine!r}.")
         if self.prompt is not None and self.engine != "chat":
             raise ConfigError(f"prompt: only the engine `chat` has a prompt; got engine {self.engine!r}.")
         for name in ("longest", "max_new_tokens", "num_beams", "timeout"):
@@ -70,6 +76,13 @@ class TranslationChoice:
     def whole_passages(self) -> bool:
         """Whether pieces may go over line breaks."""
         return self.engine == "chat"
+
+    @property
+    def parts_lines(self) -> bool:
+        """Whether an empty line stands between two texts that a command gets."""
+        if self.blank_lines is not None:
+            return self.blank_lines
+        return any(os.path.basename(word) == "apertium" for word in self.command)
 
     @property
     def piece(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +16,36 @@ from mpo.data.contract import (
     _messages,
     _Place,
     _required,
-    _visible,
     messages_identity,
     messages_text,
+    same_response,
 )
 
 Messages = list[dict[str, str]]
 
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "text", "goal", "behavior")
+PROMPT_COLUMNS = (
+    "prompt",
+    "instruction",
+    "question",
+    "query",
+    "text",
+    "goal",
+    "behavior",
+    "forbidden_prompt",
+)
 """Columns in which a prompt is looked for, in this order."""
 
-# Where a written dialog changes its speaker, as in HH-RLHF.
+LABEL_COLUMNS = ("label", "kto_tag", "is_safe")
+"""Columns that say whether the only answer of a row is a good one."""
+
+# Where a written dialog changes its speaker. In HH-RLHF an empty line stands before each turn, and an answer may quote a dialog
+# that has none; elsewhere turns follow each other.
 _TURN = re.compile(r"(?:\A|\n)\s*(Human|Assistant)\s*:[ \t]*")
+_PARTED_TURN = re.compile(r"(?:\A|\n[ \t]*\n)\s*(Human|Assistant)\s*:[ \t]*")
+# What chat templates put around a turn.
+TEMPLATE_MARKS = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id)\|>|<(?:start|end)_of_turn>|\[/?INST\]"
+)
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -45,6 +63,11 @@ class PlainRow:
     chosen: Messages | None = None
     rejected: Messages | None = None
 
+    def messages(self) -> Iterator[dict[str, str]]:
+        """All messages."""
+        for part in (self.prompt, self.chosen, self.rejected):
+            yield from part or ()
+
     def to_dict(self) -> dict[str, Any]:
         """The plain form: a single message is its text, and a response that is not there has no key."""
         parts = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
@@ -57,6 +80,11 @@ class PlainRow:
 
 Reader = Callable[[Mapping[Any, Any], "_Place", AbstractSet[str]], PlainRow]
 """Takes a row, its place, and the columns that the file has; what the file has the row must have."""
+
+
+def holds_marks(text: str) -> bool:
+    """Whether marks that chat templates put around a turn stand in a text."""
+    return TEMPLATE_MARKS.search(text) is not None
 
 
 def holds_turns(value: object) -> bool:
@@ -190,14 +218,26 @@ def read_completions(row: Mapping[Any, Any], place: _Place, columns: AbstractSet
 
 
 def read_labelled(row: Mapping[Any, Any], place: _Place, columns: AbstractSet[str]) -> PlainRow:
-    """TRL's unpaired rows: one completion, labelled as desirable or not."""
-    prompt = _prompt(row, place, columns)
-    completion = _response(row, "completion", prompt, place, columns)
-    label = _required(row, "label", place, columns)
+    """One answer that is called good or bad: TRL's and LLaMA-Factory's unpaired rows, BeaverTails."""
+    if (name := next((n for n in ("completion", "response") if n in columns), None)) is not None:
+        prompt = _prompt(row, place, columns)
+        completion = _response(row, name, prompt, place, columns)
+    else:
+        name = "conversations" if "conversations" in columns else "messages"
+        messages = _conversation(_required(row, name, place, columns), place.at(name))
+        end = len(messages)
+        while end and messages[end - 1]["role"] == "assistant":
+            end -= 1
+        if end == len(messages):
+            raise place.at(name).error("does not end with an answer.")
+        prompt = _checked_prompt([*_system(row, place, messages), *messages[:end]], place.at(name))
+        completion = _messages(messages[end:], place.at(name), role="assistant")
+    name = next((n for n in LABEL_COLUMNS if n in columns), LABEL_COLUMNS[0])
+    label = _required(row, name, place, columns)
     if isinstance(label, str) and label.strip().lower() in ("true", "false", "1", "0"):
         label = label.strip().lower() in ("true", "1")
     if label not in (True, False):
-        raise place.at("label").error(f"is {_describe(label)}; expected true or false.")
+        raise place.at(name).error(f"is {_describe(label)}; expected true or false.")
     return PlainRow(prompt, completion, None) if label else PlainRow(prompt, None, completion)
 
 
@@ -303,7 +343,9 @@ def _conversation(value: object, place: _Place) -> Messages:
 
 def _turns(text: str, place: _Place, *, open_end: bool = False) -> Messages:
     """The messages of a written dialog. ``open_end``: a prompt, which may end in an empty turn of the assistant."""
-    marks = list(_TURN.finditer(text))
+    marks = list(_PARTED_TURN.finditer(text))
+    if {mark[1] for mark in marks} != {*_SPEAKERS}:
+        marks = list(_TURN.finditer(text))
     if not marks or text[: marks[0].start()].strip():
         raise place.error(
             "is no dialog: expected it to begin with `Human:`, and turns of `Human:` and `Assistant:`."
@@ -352,10 +394,10 @@ def _parted(both: Sequence[Messages], place: _Place) -> PlainRow:
 
 
 def _different(row: PlainRow, place: _Place) -> PlainRow:
-    if row.chosen is not None and row.rejected is not None:
-        chosen, rejected = (_visible(messages_text(part)) for part in (row.chosen, row.rejected))
-        if chosen == rejected:
-            raise place.error("equal to chosen. A preference pair needs two different responses.")
+    if row.chosen is None or row.rejected is None:
+        return row
+    if same_response(messages_text(row.chosen), messages_text(row.rejected)):
+        raise place.error("equal to chosen. A preference pair needs two different responses.")
     return row
 
 

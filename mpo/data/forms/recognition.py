@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,10 @@ def _is_list(value: object) -> bool:
 
 def _has_prompt(row: Mapping[Any, Any]) -> bool:
     return prompt_column(row.keys()) is not None
+
+
+def _conversations(row: Mapping[Any, Any]) -> bool:
+    return not _has_prompt(row) and any(_is_list(row.get(n)) for n in ("conversations", "messages"))
 
 
 def _is_language(column: object) -> bool:
@@ -151,9 +155,23 @@ FORMS: tuple[Form, ...] = (
         pairs=False,
     ),
     Form(
+        "beavertails",
+        "BeaverTails' answers (`prompt`, `response`, `is_safe`)",
+        lambda row: _has_prompt(row) and "response" in row and "is_safe" in row,
+        read_labelled,
+        pairs=False,
+    ),
+    Form(
+        "sharegpt-unpaired",
+        "LLaMA-Factory's unpaired answers (`conversations` or `messages`, with a `label` or `kto_tag` that is true or false)",
+        lambda row: _conversations(row) and any(isinstance(row.get(n), bool) for n in ("label", "kto_tag")),
+        read_labelled,
+        pairs=False,
+    ),
+    Form(
         "conversations",
         "conversations without a preference (`conversations` or `messages`)",
-        lambda row: not _has_prompt(row) and any(_is_list(row.get(n)) for n in ("conversations", "messages")),
+        lambda row: _conversations(row),
         read_prompt,
         pairs=False,
     ),
@@ -168,6 +186,35 @@ FORMS: tuple[Form, ...] = (
 )
 """All forms, the more special ones first: the first that fits is taken."""
 
+_COMMON = frozenset(
+    (
+        *PROMPT_COLUMNS,
+        "conversations",
+        "messages",
+        "system",
+        "system_prompt",
+        "input",
+        "history",
+        "tools",
+        "language",
+        "lang",
+    )
+)
+_ANSWERS = frozenset(("chosen", "rejected", "score_chosen", "score_rejected"))
+_PAIRED = frozenset(f"{a}{i}{b}" for i in (0, 1) for a, b in (("response_", ""), ("is_response_", "_safe")))
+_READ: dict[str, frozenset[str]] = {
+    "safe-rlhf": _PAIRED | {"safer_response_id"},
+    "ultrafeedback-completions": frozenset({"completions"}),
+    "alpaca-ranking": frozenset({"output"}),
+    "hh": _ANSWERS,
+    "trl-implicit": _ANSWERS,
+    "trl-implicit-text": _ANSWERS,
+    "trl-unpaired": frozenset({"completion", "label"}),
+    "beavertails": frozenset({"response", "is_safe"}),
+    "sharegpt-unpaired": frozenset({"label", "kto_tag"}),
+}
+_KNOWN = frozenset({"id", "prompt_id", "kind"}).union(_COMMON, _ANSWERS, *_READ.values())
+
 
 def language_columns(row: Mapping[Any, Any]) -> list[str]:
     """Columns called like a language that hold texts."""
@@ -178,7 +225,41 @@ def is_group(row: object) -> bool:
     """Whether a row is meant to be one of :mod:`mpo.data.contract`: a group, or a flat row with a source and a target."""
     if not isinstance(row, Mapping):
         return False
-    return "targets" in row or isinstance(row.get("source"), Mapping) or any(name in row for name in _SIDES)
+    targets = "targets" in row and not isinstance(row["targets"], str)
+    return targets or isinstance(row.get("source"), Mapping) or any(name in row for name in _SIDES)
+
+
+def as_columns(row: Any, kept: Collection[str] = ()) -> Any:
+    """A row under the names of columns that readers know.
+
+    A text alone is a prompt, and ``Prompt`` or ``CHOSEN`` are ``prompt`` and ``chosen`` where the row has no such column besides.
+
+    Args:
+        row: Anything that stands for a row.
+        kept: Columns that keep their names.
+    """
+    if isinstance(row, str):
+        return {"prompt": row}
+    if not isinstance(row, Mapping):
+        return row
+    known = {
+        name: plain
+        for name in row
+        if isinstance(name, str)
+        and name not in kept
+        and (plain := name.strip().lower()) != name
+        and plain in _KNOWN
+        and plain not in row
+    }
+    return {known.get(name, name): value for name, value in row.items()} if known else row
+
+
+def unread_columns(form: Form, columns: Iterable[str]) -> list[str]:
+    """Columns that a form's reader does not look at."""
+    if form.name == "wide-prompts":
+        return []
+    read = _COMMON | _READ.get(form.name, _ANSWERS if form.read is read_pair else frozenset())
+    return sorted(name for name in columns if name not in read)
 
 
 def form_of(row: object) -> Form | None:
@@ -191,6 +272,7 @@ def form_of(row: object) -> Form | None:
 
 def other_form(row: object) -> Form | None:
     """The form of a row where groups are expected. A column ``text`` alone says too little to call it prompts."""
+    row = as_columns(row) if isinstance(row, Mapping) else row
     if isinstance(row, Mapping) and "text" in row:
         row = {name: value for name, value in row.items() if name != "text"}
     return form_of(row)

@@ -24,7 +24,10 @@ from mpo.errors import ConfigError
 from mpo.evaluation.contrast import KINDS, ContrastRow, prompt_rows
 from mpo.evaluation.prompts import Prompt, PromptSet
 
-__all__ = ["KINDS", "PROBE_LANGUAGES", "VERSION", "ProbeRow", "load_probe", "probe_rows"]
+__all__ = ["KINDS", "PROBE", "PROBE_LANGUAGES", "VERSION", "ProbeRow", "load_probe", "probe_rows"]
+
+PROBE = "probe"
+"""Its name, where commands and recipes take a prompt set."""
 
 VERSION = 1
 """Number of the set, which grows whenever a text changes; it stands in every result, in the prompts' ``origin``."""

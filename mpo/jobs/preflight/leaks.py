@@ -5,7 +5,9 @@ from __future__ import annotations
 from datasets import Dataset
 
 from mpo.data.leaks import Leaks, find_leaks
-from mpo.jobs.leak import PROBE, evaluation_texts, group_texts
+from mpo.evaluation.evaluation_texts import evaluation_texts
+from mpo.evaluation.probe import PROBE
+from mpo.jobs.leak import group_texts
 from mpo.training.recipe import Recipe
 
 
