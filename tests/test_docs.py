@@ -10,11 +10,8 @@ import contextlib
 import difflib
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -29,6 +26,7 @@ from trl import DPOConfig, ModelConfig
 
 from mpo.building.filters import FILTERS, FilterSettings
 from mpo.building.recipe import AnswerSettings, BuildRecipe, LeakSettings, PromptSource, load_build
+from mpo.cli import main as main_of_mpo
 from mpo.cli.app import _parser
 from mpo.common.typed_yaml import Key
 from mpo.data import load_groups
@@ -282,18 +280,14 @@ def test_the_mask_in_the_method_page_is_that_of_such_a_tree() -> None:
 
 
 def output_of(command: str) -> str:
+    """What a command of this package prints, called here: a process of its own would import its libraries for seconds."""
     words = shlex.split(command)
     assert words[0] == "mpo"
-    done = subprocess.run(
-        [sys.executable, "-m", "mpo.cli", *words[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip() + "\n"
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        code = main_of_mpo(words[1:])
+    assert code == 0, errors.getvalue()
+    return printed.getvalue().strip() + "\n"
 
 
 OUTPUTS = [(page, *found) for page in PAGES for found in OUTPUT.findall(read(page))]

@@ -377,7 +377,7 @@ def _resampled_mean_of_columns(
     return float(low), float(high)
 
 
-def _draw_weights(random: np.random.Generator, prompts: int, draws: int) -> NDArray[np.uint16 | np.int64]:
+def _draw_weights(random: np.random.Generator, prompts: int, draws: int) -> NDArray[Any]:
     """How often each prompt is drawn, [draws, prompts]."""
     drawn = random.multinomial(prompts, np.full(prompts, 1 / prompts), size=draws)
     return drawn.astype(np.uint16) if prompts < 2**16 else drawn

@@ -14,31 +14,44 @@ from mpo.hidden_space.store import EmbeddingStore
 from tests.distributed.launching import environment, run
 from tests.jobs.test_hidden_space import make_place
 
+COMMANDS = Path(__file__).parent / "commands.py"
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("launched"))
 
 
-def launched(*words: str) -> str:
-    """What two ranks print."""
+@pytest.fixture(scope="module")
+def written(place: Path) -> str:
+    """What two ranks print, which are started once for both commands."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    commands = [[*analysis(place), "--out", str(place / "two")], embedding(place)]
     status, written = run(
-        [*launcher, "--main_process_port", str(port), "-m", "mpo.cli", *words], environment(), limit=150
+        [*launcher, "--main_process_port", str(port), COMMANDS, json.dumps(commands)],
+        environment(),
+        limit=900,
     )
     assert status == 0, written[-8000:]
     return written
 
 
-def test_two_ranks_embed_and_analyse_as_one_does(place: Path) -> None:
-    recipe = str(place / "recipe.yaml")
+def analysis(place: Path) -> list[str]:
     # Small batches, so that both ranks have several.
-    words = ["analyze", "hidden-space", recipe, "--tokens_per_batch", "64"]
-    written = launched(*words, "--out", str(place / "two"))
-    assert main([*words, "--out", str(place / "one")]) == 0
+    return ["analyze", "hidden-space", str(place / "recipe.yaml"), "--tokens_per_batch", "64"]
+
+
+def embedding(place: Path) -> list[str]:
+    words = ["analyze", "embed", "--model", str(place / "model"), "--folder", str(place)]
+    words += ["--dataset", "texts_{language}.jsonl", "--label", "toxic", "--languages", "en"]
+    return [*words, "--out", str(place / "states")]
+
+
+def test_two_ranks_embed_and_analyse_as_one_does(place: Path, written: str) -> None:
+    assert main([*analysis(place), "--out", str(place / "one")]) == 0
     one, two = place / "one" / "hidden_space", place / "two" / "hidden_space"
     stores = sorted(path.name for path in (one / "embeddings").iterdir())
     assert stores == sorted(path.name for path in (two / "embeddings").iterdir())
@@ -54,9 +67,6 @@ def test_two_ranks_embed_and_analyse_as_one_does(place: Path) -> None:
     assert written.count("Hidden space of tiny") == 1  # by one rank only
 
 
-def test_two_ranks_that_only_embed_say_so_once(place: Path) -> None:
-    words = ["analyze", "embed", "--model", str(place / "model"), "--folder", str(place)]
-    words += ["--dataset", "texts_{language}.jsonl", "--label", "toxic", "--languages", "en"]
-    written = launched(*words, "--out", str(place / "states"))
+def test_two_ranks_that_only_embed_say_so_once(place: Path, written: str) -> None:
     assert written.count("60 texts, last of layers norm") == 1
     assert EmbeddingStore(place / "states").provenance["processes"] == 2

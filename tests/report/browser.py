@@ -75,6 +75,13 @@ class Browser:
             "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
         )
 
+    def reset(self) -> None:
+        """Undo what was set here, and forget what was opened and logged."""
+        self.devtools("Emulation.clearDeviceMetricsOverride")
+        self.devtools("Emulation.setEmulatedMedia", features=[])
+        self.call("/url", {"url": "about:blank"})
+        self.console(), self.requests()
+
     def console(self) -> list[str]:
         """What was written to the console since the last call, warnings and errors of the browser included."""
         return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
