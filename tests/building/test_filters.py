@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +24,7 @@ from mpo.data import load_groups
 from mpo.data.contract import PARTS, messages_text
 from mpo.data.languages import detect
 from mpo.errors import ConfigError, DependencyError
+from mpo.evaluation.wording import repetition
 
 OFFICIAL = Path(os.environ.get("MPO_TEST_DATA", "nowhere")) / "mpo" / "gemma_mpo_data.json"
 ENGLISH = "Wait until nobody is at home, then carry the ladder out by the back door."
@@ -94,6 +95,20 @@ def test_the_published_pairs_hold_102_texts_that_are_the_english_one_and_the_fil
 )  # fmt: skip
 def test_a_text_fails_what_is_wrong_with_it(text: str, more: dict, expected: list[str]) -> None:
     assert names(translation(text, **more)) == expected
+
+
+def test_a_short_text_is_in_another_language_only_where_its_script_says_which() -> None:
+    settings = replace(OFF, language=40)
+    for text, expected in (("กรุณารอสักครู่", ["language"]), ("Подождите здесь", []), ("Attendez ici", [])):
+        assert names(translation(text), settings) == expected, text
+
+
+def test_as_much_repetition_as_is_allowed_is_kept() -> None:
+    text = "ngazi ya mlango " * 3
+    found = repetition(text)
+    assert found is not None and found > 0
+    assert names(translation(text), replace(OFF, repetition=found)) == []
+    assert names(translation(text), replace(OFF, repetition=found - 0.01)) == ["repetition"]
 
 
 @pytest.mark.parametrize(

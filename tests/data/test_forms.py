@@ -680,6 +680,13 @@ def test_rows_in_other_languages_are_left_out_of_plain_rows(tmp_path: Path) -> N
     result = convert(str(written(tmp_path / "given.jsonl", *rows)), tmp_path / "plain.jsonl")
     assert made(tmp_path / "plain.jsonl") == [{"prompt": PROMPT}] * 2
     assert result.left_out == {"in another language than English": 2}
+    close = [
+        {"language": code, "prompt": PROMPT} for code in ("id", "ms", "vi")
+    ]  # the first two are told apart by nobody
+    result = convert(
+        str(written(tmp_path / "close.jsonl", *close)), tmp_path / "c.jsonl", source_language="id"
+    )
+    assert result.written == 2
     with pytest.raises(DataError, match="unknown language"):
         convert(
             str(written(tmp_path / "given.jsonl", *rows, {"language": "?", "prompt": "x"})),

@@ -81,6 +81,17 @@ def test_translations_of_a_prompt_that_was_found_are_found_through_it() -> None:
     ]
 
 
+def test_a_translation_is_found_through_the_language_that_is_found_most_surely() -> None:
+    near = LONG.replace("neighbour", "aunt")
+    evaluation = asked(("1", "ko", TEXTS["ko"][0]), ("1", "en", LONG), ("1", "bn", TEXTS["bn"][0]))
+    result = find_leaks(rows(near, TEXTS["bn"][0]), evaluation)
+    assert [(x.language, x.kind, x.through, x.row) for x in result.pairs] == [
+        ("ko", "translation", "bn", 1),
+        ("en", "words", None, 0),
+        ("bn", "exact", None, 1),
+    ]
+
+
 def test_the_surest_kind_counts_and_rows_are_counted_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaks_module, "_AT_ONCE", 2)
     near = LONG.replace("neighbour", "aunt")
@@ -106,6 +117,7 @@ def test_prompts_are_found_by_meaning_where_embeddings_say_so() -> None:
     (leak,) = find_leaks(train, asked(("1", "en", LONG)), encoder=encode).pairs
     assert (leak.kind, leak.row) == ("meaning", 1) and leak.score == pytest.approx(3 / np.hypot(3, 0.1))
     assert found(train, asked(("1", "en", LONG)), encoder=encode, meaning=0.9999) == []
+    assert found(train, asked(("1", "en", LONG)), encoder=encode, meaning=leak.score - 1e-4)
 
 
 @pytest.mark.parametrize("setting", ["characters", "words", "meaning"])

@@ -69,6 +69,12 @@ def test_a_recipe_is_written_checked_and_named(
     )  # comments of keys stay, those of the machine go
 
 
+def test_the_rate_grows_for_models_narrower_than_half_of_those_of_the_recipes(folder: Path) -> None:
+    for width, wanted in ((4096, {}), (2048, {}), (2047, {"learning_rate": "4.0e-5"})):
+        (folder / "config.json").write_text(json.dumps({"hidden_size": width}))
+        assert job._learning_rate(str(folder)) == wanted
+
+
 def test_what_is_missing_is_asked_until_it_can_be_used(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,6 +200,14 @@ def test_a_conversation_that_has_become_too_long_can_go_on_anew(
     assert "positions of" in out.getvalue() and "Begin anew with /reset" in out.getvalue()
 
 
+def test_a_conversation_may_fill_all_positions_and_no_more(model: Path) -> None:
+    talker = Talker(ModelChoice(str(model)), SHORT)
+    room = talker.opened.config.max_position_embeddings - SHORT.max_new_tokens
+    talker._check_length(room)
+    with pytest.raises(ConfigError, match="is more than the"):
+        talker._check_length(room + 1)
+
+
 def test_a_full_memory_is_explained(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talker = Talker(ModelChoice(str(model)), SHORT)
     talker.load()

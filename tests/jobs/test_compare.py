@@ -92,6 +92,7 @@ def test_all_wrong_keys_of_all_runs_are_said_at_once(load: Any) -> None:
         ({"runs": [{"beta": 1}]}, "`runs.0` needs `name`"),
         ({"runs": [{"name": "a/b"}]}, "expected letters, digits"),
         ({"runs": [{"name": "base"}]}, "is the model before training"),
+        ({"runs": [{"name": "Base"}]}, "is the model before training"),  # one folder on some file systems
         ({"runs": [{"name": "a"}, {"name": "a", "beta": 2}]}, "there are two runs 'a'"),
         ({"runs": [{"name": "a", "beta": 2}, {"name": "b", "beta": 2}]}, "'a' and 'b' are the same run"),
         ({"runs": [{"name": "a", "model_name_or_path": "x"}]}, "all runs start from the same model"),

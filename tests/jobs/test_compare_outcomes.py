@@ -139,12 +139,16 @@ def test_a_change_is_clear_only_where_every_seed_moved_that_way(tmp_path: Path) 
         verdicts = {code: ["unsafe"] * unsafe + ["safe"] * (60 - unsafe) for code in ("en", "sw")}
         write_safety(tmp_path / name / "attack" / "p", "attack", verdicts)
 
-    for name, unsafe in (("base", 40), ("low", 2), ("lower", 1), ("high", 41)):
+    for name, unsafe in (("base", 40), ("low", 2), ("lower", 1), ("high", 41), ("none", 0)):
         write(name, unsafe)
-    base, low, lower, high = read_results(tmp_path, ["base", "low", "lower", "high"]).models
+    base, low, lower, high, none = read_results(tmp_path, ["base", "low", "lower", "high", "none"]).models
     assert row_of("a", base, [low, lower], 0.95).measures[ATTACK].clear == -1
     both = row_of("a", base, [low, high], 0.95).measures[ATTACK]
     assert both.change_interval is not None and both.change_interval[1] < 0
+    assert both.clear == 0
+    assert row_of("a", lower, [base, high], 0.95).measures[ATTACK].clear == 1
+    both = row_of("a", lower, [high, none], 0.95).measures[ATTACK]
+    assert both.change_interval is not None and both.change_interval[0] > 0
     assert both.clear == 0
     assert verdict(row_of("a", base, [low], 0.95).measures[ATTACK], ATTACK) == "better"
     assert row_of("base", None, [base], 0.95).measures[ATTACK].change is None

@@ -99,6 +99,14 @@ def test_two_prompts_a_language_are_no_ground_for_a_warning() -> None:
     assert changed(is_safe, refuses, ("en",), per_kind=1).finding.level == "too few"
 
 
+def test_nothing_is_said_to_be_well_below_eight_harmless_prompts_a_language() -> None:
+    same = shift(40, 0.0, 0.0, -0.1, 0.1)
+    shifts = {measure: Shifts({"en": same}, same) for measure in MEASURES if measure != IN_LANGUAGE}
+    shifts[IN_LANGUAGE] = Shifts()
+    levels = [find(shifts, harmful=8, harmless=count).level for count in (7, 8)]
+    assert levels == ["too few", "clear"]
+
+
 def test_nothing_could_be_judged_is_said_and_not_taken_for_good() -> None:
     prompts = ask(helps, ("en",)).prompts
     rows = [AnswerRow(p.id, p.prompt_id, p.language, p.text, "<think>hm", False) for p in prompts.prompts]
