@@ -196,8 +196,10 @@ def _answers(wanted: Beginning, ask: Callable[[str], str] | None) -> tuple[str, 
 def _model(name: str) -> str:
     folder = Path(name)
     if name == "demo" and not folder.exists():
+        from mpo.common.progress import quiet_libraries
         from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
 
+        quiet_libraries()
         print(f"The demo's model, of 135 million parameters, goes to {DEFAULT_FOLDER}.", flush=True)
         return str(prepare_demo_model(DEFAULT_FOLDER))
     if not name:
