@@ -17,6 +17,7 @@ from mpo.common.files import write_text
 from mpo.common.recipe_files import PackagedRecipe, packaged_recipe, packaged_recipes
 from mpo.common.words import listed, show_name
 from mpo.errors import ConfigError, MPOError, StorageError
+from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
 
 if TYPE_CHECKING:
     from mpo.jobs.fit import Machine
@@ -82,7 +83,9 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
         raise StorageError(
             f"{out} is there already, and is kept. Choose another name with --out, or replace it with --force."
         )
-    template = _template(wanted.template, model)
+    of_demo = model == str(DEFAULT_FOLDER) and Path(data).parts[-2:] == ("demo", "pairs.jsonl")
+    tries = of_demo and wanted.template is None
+    template = _template("demo" if tries else wanted.template, model)
     machine = _machine(wanted)
     values = {
         "model_name_or_path": model,
@@ -90,9 +93,12 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
         "source_language": wanted.source_language or _source_language(data),
         "bf16": "true" if _has_bf16(machine) else "false",
         "output_dir": f"runs/{name}",
-        **_learning_rate(model),
+        **({} if tries else _learning_rate(model)),
     }
-    comments = {"source_language": "language of the source pairs, whose gap the others are pulled to"}
+    comments = {
+        "source_language": "language of the source pairs, whose gap the others are pulled to",
+        "dataset": "pairs: a prompt with a safe and an unsafe answer, and its translations",
+    }
     opening = _opening(template.name, out, machine)
     text = filled(template.path.read_text(encoding="utf-8"), values, comments, opening)
     write_text(out, text)
@@ -196,8 +202,9 @@ def _answers(wanted: Beginning, ask: Callable[[str], str] | None) -> tuple[str, 
 def _model(name: str) -> str:
     folder = Path(name)
     if name == "demo" and not folder.exists():
-        from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
+        from mpo.common.progress import quiet_libraries
 
+        quiet_libraries()
         print(f"The demo's model, of 135 million parameters, goes to {DEFAULT_FOLDER}.", flush=True)
         return str(prepare_demo_model(DEFAULT_FOLDER))
     if not name:

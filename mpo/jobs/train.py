@@ -163,7 +163,9 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
             say("")
             probed.change.show()
         say(f"\n{_listing(folder)}")
-        say(f"\n{next_steps(folder, base=plan.source.name, adapter=plan.recipe.model.trains_adapter)}")
+        gpu = plan.recipe.training.device.type != "cpu"
+        steps = next_steps(folder, base=plan.source.name, adapter=plan.recipe.model.trains_adapter, gpu=gpu)
+        say(f"\n{steps}")
     with _explaining(plan):
         trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:

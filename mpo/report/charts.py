@@ -64,7 +64,7 @@ def scatter(series: Sequence[GapAgainstAttack], models: Sequence[str]) -> dict[s
 
     Returns:
         The scales ``across`` and ``up``, the lines ``fits`` as ``(model, x, y, x, y)``, and ``marks`` as ``(model, x, y,
-        pixels from the mark down to its label, label, title)``.
+        place of the label, label, title)``, the place as ``(pixels to the right, pixels down, SVG's text-anchor)``.
     """
     every = [x for _, points, _ in series for _, x, _ in points]
     margin = 0.12 * ((max(every) - min(every)) or 1.0)
@@ -77,8 +77,47 @@ def scatter(series: Sequence[GapAgainstAttack], models: Sequence[str]) -> dict[s
             slope, start = linear_regression(xs, ys)
             ends = [(across(x), up(start + slope * x)) for x in (min(xs), max(xs))]
             fits.append((model, *ends[0], *ends[1]))
-        for rank, (language, x, y) in enumerate(sorted(points, key=lambda point: point[1])):
+        for language, x, y in sorted(points, key=lambda point: point[1]):
             title = f"{shown_language(language)}, {name}: {GAP.write(x)}, {SHARE.write(y)}"
-            # Labels of neighbours stand above and below them in turn.
-            marks.append((model, across(x), up(y), -10 if rank % 2 else 19, language, title))
-    return {"across": across, "up": up, "fits": fits, "marks": marks}
+            marks.append((model, across(x), up(y), language, title))
+    places = _label_places([mark[1:3] for mark in marks], [len(mark[3]) for mark in marks])
+    return {
+        "across": across,
+        "up": up,
+        "fits": fits,
+        "marks": [(*mark[:3], place, *mark[3:]) for mark, place in zip(marks, places, strict=True)],
+    }
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+_LABEL_PLACES = ((0, -10, "middle"), (0, 19, "middle"), (9, 4, "start"), (-9, 4, "end"))
+_NARROW, _HEIGHT = 350, 340  # pixels of the picture; a wide one has more room
+_LETTER, _LINE = 8, 13
+
+
+def _label_places(marks: Sequence[tuple[float, float]], letters: Sequence[int]) -> list[tuple[int, int, str]]:
+    """Where each mark's label stands so that it covers no other mark or label and not the axis, as far as there is room."""
+    centres = [(_NARROW * x / 100, _HEIGHT * y / 100) for x, y in marks]
+    taken: list[_Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
+    taken.append((0, 0.9 * _HEIGHT + 2, _NARROW, _HEIGHT))  # the numbers of the axis
+    chosen = []
+    for number, ((x, y), count) in enumerate(zip(centres, letters, strict=True)):
+        others = taken[:number] + taken[number + 1 :]
+
+        def box(place: tuple[int, int, str], x: float = x, y: float = y, count: int = count) -> _Box:
+            right, down, anchor = place
+            left = x + right - _LETTER * count * {"middle": 0.5, "start": 0, "end": 1}[anchor]
+            return left, y + down - _LINE + 2, left + _LETTER * count, y + down + 2
+
+        def covered(place: tuple[int, int, str], others: Sequence[_Box] = others) -> float:
+            left, top, right, bottom = box(place)
+            outside = max(0.0, -left) + max(0.0, right - _NARROW)
+            return outside + sum(
+                max(0.0, min(right, x1) - max(left, x0)) * max(0.0, min(bottom, y1) - max(top, y0))
+                for x0, y0, x1, y1 in others
+            )
+
+        best = min(_LABEL_PLACES, key=covered)
+        taken.append(box(best))
+        chosen.append(best)
+    return chosen

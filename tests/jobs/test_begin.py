@@ -209,8 +209,28 @@ def test_the_demos_model_is_unpacked_by_its_name_unless_a_folder_has_it(
         unpacked.append(place)
         return place
 
-    monkeypatch.setattr("mpo.jobs.demo.prepare_demo_model", prepare)
+    monkeypatch.setattr(job, "prepare_demo_model", prepare)
     assert job._model("demo") == "runs/demo/model" and unpacked == [Path("runs/demo/model")]
     assert "runs/demo/model" in capsys.readouterr().out
     (folder / "demo").mkdir()
     assert job._model("demo") == "demo" and len(unpacked) == 1
+
+
+def test_the_demos_model_and_pairs_get_the_demos_settings(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = folder / "runs" / "demo" / "model"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(model)
+    monkeypatch.setattr(job, "prepare_demo_model", lambda folder: folder)
+    recipe = load_recipe(begin(Beginning(model="demo", data="demo", out="first", yes=True)))
+    assert recipe.model.model_name_or_path == "runs/demo/model" and Path(str(recipe.data.dataset)).samefile(
+        PAIRS
+    )
+    assert recipe.training.max_response_length == 64 and recipe.training.learning_rate == 3e-4
+    assert recipe.training.output_dir == "runs/model"
+    # With other pairs, what its comments say of the demo's would be untrue.
+    other = folder / "other.jsonl"
+    other.write_bytes(PAIRS.read_bytes())
+    kept = load_recipe(begin(Beginning(model="demo", data=str(other), out="second", yes=True)))
+    assert kept.training.max_response_length is None

@@ -11,10 +11,11 @@ from mpo.jobs.next_steps import next_steps
 from mpo.jobs.suite_recipe import load_suite
 
 
+@pytest.mark.parametrize("gpu", [True, False])
 @pytest.mark.parametrize("adapter", [True, False])
 @pytest.mark.parametrize("folder", ["runs/llama", "runs/it's mine; rm -rf {x}"])
-def test_every_command_is_one_that_works(adapter: bool, folder: str) -> None:
-    asked, measured, served = next_steps(Path(folder), base="org/base", adapter=adapter).splitlines()
+def test_every_command_is_one_that_works(adapter: bool, folder: str, gpu: bool) -> None:
+    asked, measured, served = next_steps(Path(folder), base="org/base", adapter=adapter, gpu=gpu).splitlines()
     words = shlex.split(asked.removeprefix("Ask it:"))
     assert words == ["mpo", "chat", folder, *(["--compare"] if adapter else [])]
     words = shlex.split(measured.removeprefix("Measure it:"))
@@ -28,4 +29,5 @@ def test_every_command_is_one_that_works(adapter: bool, folder: str) -> None:
     if adapter:
         merge, served = served.split(" && ")
         assert shlex.split(merge) == ["mpo", "merge", folder, "--out", f"{folder}-merged"]
-    assert shlex.split(served) == ["vllm", "serve", f"{folder}-merged" if adapter else folder]
+    server = "vllm" if gpu else "transformers"
+    assert shlex.split(served) == [server, "serve", f"{folder}-merged" if adapter else folder]

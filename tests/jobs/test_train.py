@@ -605,6 +605,30 @@ def test_an_explicit_reference_supplies_the_source_gaps(
     assert before["source"]["gap"] != pytest.approx(before["reference_gap"], abs=1e-3)
 
 
+def test_a_run_is_measured_within_and_ends_with_the_same_bits(
+    make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "mpo.report.plots.training_curve", lambda history, path, **named: drawn.append(list(history))
+    )
+    often, never = (
+        train(make(max_steps=4, held_out_measurements=n, output_dir=str(tmp_path / str(n)), **LORA))
+        for n in (3, 0)
+    )
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (often, never))
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    tables = [json.loads((folder / "metrics.json").read_text()) for folder in (often, never)]
+    assert tables[0]["before"] == tables[1]["before"] and tables[0]["after"] == tables[1]["after"]
+    steps = [{log["step"] for log in history if "eval_reward_gap/en" in log} for history in drawn]
+    assert steps == [{0, 1, 2, 3, 4}, {0, 4}]
+    ends = {log["step"]: log["eval_reward_gap/en"] for log in drawn[0] if "eval_reward_gap/en" in log}
+    assert ends[0] == tables[0]["before"]["source"]["gap"]
+    said = capsys.readouterr()
+    assert "Measured" in said.out and "in between" in said.out
+    assert "held-out loss" in said.err and "gap en" in said.err
+
+
 def test_a_run_says_how_many_sources_it_left_out(
     make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,9 +65,15 @@ def measured_in_between(
     share = held_out.tree_tokens / (trained * _PASSES[recipe.model.trains_adapter])
     wanted = recipe.data.held_out_measurements
     times = min(MOST, int(SHARE / share)) if wanted is None and share else wanted or 0
-    times = min(times, schedule.steps - 1)
-    # Rounded up, so that there is never one more, at the run's end, which is measured anyway.
-    return InBetween(times, schedule.steps // (times + 1) + 1 if times else None, share)
+    steps = schedule.steps
+    times = min(times, steps - 1)
+    if times <= 0:
+        return InBetween(0, None, share)
+    every, rest = divmod(steps, times + 1)
+    # Rounded up, there is none at the run's end, which is measured anyway; but few steps would have too few of them.
+    if rest or (steps - 1) // (every + 1) >= times:
+        every += 1
+    return InBetween((steps - 1) // every, every, share)
 
 
 def _percent(share: float) -> str:
