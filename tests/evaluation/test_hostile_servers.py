@@ -34,6 +34,7 @@ from mpo.evaluation.prompts import Prompt, PromptSet
 from mpo.evaluation.tasks import ATTACK
 
 TIMEOUT = 0.4
+PATIENCE = 15.0  # for a machine that does much else; what is not cut short goes on for 20 seconds at least
 HELLO = [{"role": "user", "content": "hello"}]
 KEY = "correct-horse-battery"
 
@@ -286,7 +287,7 @@ def test_whatever_a_server_does_ends_in_time_in_one_error_that_can_be_shown(
     started = time.monotonic()
     with pytest.raises(ServerError) as caught:
         asked.ask(HELLO, {})
-    assert time.monotonic() - started < TIMEOUT + 5  # a machine under load; without a deadline some never end
+    assert time.monotonic() - started < TIMEOUT + PATIENCE  # without a deadline some never end
     message = str(caught.value)
     assert asked.url in message and KEY not in message
     assert len(message) < 700 and printable(message, lines=False) == message
@@ -303,7 +304,7 @@ def test_a_reply_that_drips_in_has_no_more_time_than_one_that_does_not_come(
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"no reply within 0\.4 seconds"):
         client(server, ERRORS[name]).ask(HELLO, {})
-    assert TIMEOUT <= time.monotonic() - started < TIMEOUT + 2
+    assert TIMEOUT <= time.monotonic() - started < TIMEOUT + PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -375,18 +376,20 @@ def _interrupt_after(seconds: float) -> None:
 def test_an_interrupt_does_not_wait_for_a_slow_server_and_keeps_what_was_answered(
     server: Hostile, tmp_path: Path
 ) -> None:
-    number = iter(range(100))
+    number, interrupted = iter(range(100)), []
 
     def act(connection: socket.socket) -> None:
-        (sent(http(good())) if next(number) < 5 else stalling())(connection)
+        asked = next(number)
+        if asked == 7:  # the third that waits, and no more than three are under way
+            interrupted.append(time.monotonic())
+            _interrupt_after(0.8)
+        (sent(http(good())) if asked < 5 else stalling())(connection)
 
     choice = ModelChoice("m", engine="server", url=server.url(act), concurrency=3, timeout=600.0)
     prompts = PromptSet("p", tuple(Prompt(str(n), "en", f"question {n}") for n in range(20)), "here")
-    _interrupt_after(0.8)
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         make_answers(ServerEngine(choice, Generation()), prompts, tmp_path)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - interrupted[0] < PATIENCE  # the server has 600 seconds
     assert len(read_rows(tmp_path / "answers.jsonl", dict)) == 5
 
 
@@ -399,16 +402,18 @@ def test_an_interrupted_program_is_gone_at_once(act: Act, server: Hostile) -> No
         "client = ChatClient(sys.argv[1], 'm', timeout=600.0)\nprint('asking', flush=True)\n"
         "list(client.for_all(range(9), lambda n: ([], {})))"
     )
+    asked = threading.Event()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, server.url(act)],
+        [sys.executable, "-c", code, server.url(lambda connection: (asked.set(), act(connection))[1])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "asking\n"
+    assert asked.wait(60)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
     _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < PATIENCE  # the server has 600 seconds
     assert process.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")
