@@ -17,6 +17,7 @@ from mpo.jobs import begin as job
 from mpo.jobs.begin import Beginning, begin, filled
 from mpo.jobs.fit import Assumptions, Machine
 from mpo.training.recipe import Recipe, load_recipe
+from tests.data.rows import TEXTS, flat
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,14 @@ def test_the_rate_grows_for_models_narrower_than_half_of_those_of_the_recipes(fo
     for width, wanted in ((4096, {}), (2048, {}), (2047, {"learning_rate": "4.0e-5"})):
         (folder / "config.json").write_text(json.dumps({"hidden_size": width}))
         assert job._learning_rate(str(folder)) == wanted
+
+
+def test_the_language_of_the_sources_is_found_in_their_texts(folder: Path) -> None:
+    parts = ("source_prompt", "source_chosen", "source_rejected")
+    row = flat("sw", **dict(zip(parts, TEXTS["zh"], strict=True)))
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert job._source_language("pairs.jsonl") == "zh"
+    assert job._source_language(str(PAIRS)) == "en" and job._source_language("gone.jsonl") == "en"
 
 
 def test_what_is_missing_is_asked_until_it_can_be_used(

@@ -219,6 +219,9 @@ def test_a_harmless_objective_has_its_own_options(tmp_path: Path) -> None:
     args = MPOConfig(**common, beta=1.5, harmless_loss_type="simpo", simpo_gamma=0.9)
     assert (args.beta, args.harmless.beta, args.harmless.train_on) == (1.5, 2.0, "both")
     assert MPOConfig(**common, harmless_loss_type="mpo").harmless.train_on == "targets"
+    for weight in (0.0, 0.5):
+        held = MPOConfig(**common, harmless_retention="hidden", harmless_retain_weight=weight)
+        assert held.harmless.keeps_own == (weight > 0) and not held.keeps_own
     with pytest.raises(ConfigError, match="simpo_gamma"):  # as without harmless groups
         MPOConfig(**common, simpo_gamma=0.9)
 
