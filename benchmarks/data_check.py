@@ -122,15 +122,16 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
     # Texts are pieces of a long one, since drawing every word of a million rows takes longer than checking them.
     long = {language: " ".join(draw.choices(words, k=1 << 16)) for language, words in _WORDS.items()}
 
-    def text(language: str, number: int) -> str:
+    def text(language: str, part: str, number: int) -> str:
         start = long[language].index(" ", draw.randrange(1 << 16))
-        return f"{number}{long[language][start : start + _CHARACTERS]}"[:_CHARACTERS]
+        # No two texts are the same, whatever is drawn.
+        return f"{number}{part[0]}{long[language][start : start + _CHARACTERS]}"[:_CHARACTERS]
 
     targets = [language for language in _WORDS if language != "en"]
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):
             row = {
-                f"{side}_{part}": text(language, number)
+                f"{side}_{part}": text(language, part, number)
                 for side, language in (("source", "en"), ("target", targets[number % len(targets)]))
                 for part in _PARTS
             }

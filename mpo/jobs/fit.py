@@ -447,7 +447,7 @@ def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     if os.path.isdir(name):
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # what libraries raise at a damaged file is anything
             raise translate_error(name, "configuration", error) from error
         return config
     try:

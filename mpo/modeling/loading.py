@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.common.files import did_you_mean
@@ -524,17 +523,7 @@ def _opening(name: str, part: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:
+    except Exception as error:  # what libraries raise at a damaged file is anything, an IndexError too
         raise translate_error(name, part, error) from error
 
 

@@ -88,6 +88,7 @@ def lost_shard(folder: Path) -> None:
         (rewrite("config.json", "{"), "not a valid JSON"),
         (rewrite("config.json", "[]"), "does not know the architecture"),
         (rewrite("config.json", '{"model_type": "unheard_of"}'), "does not know the architecture"),
+        (lambda folder: edit_config(folder, dtype=[]), "configuration of .* cannot be read"),
         (
             rewrite("config.json", '{"model_type": "own", "auto_map": {"AutoConfig": "evil.Config"}}'),
             "brings its own Python code, which is not run",
