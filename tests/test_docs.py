@@ -224,7 +224,7 @@ def test_the_python_of_the_evaluation_page_runs(checkout: Path) -> None:
 def test_what_is_logged_is_what_the_trainers_page_lists(readme: dict[str, Any]) -> None:
     listed = {name for row in table_below(DOCS / "trainer.md", "name") for name in codes(row[0])}
     history = readme["trainer"].state.log_history
-    languages = readme["trainer"].languages
+    languages = [*readme["trainer"].languages, readme["trainer"].args.source_language]
 
     def general(logs: list[dict[str, Any]]) -> set[str]:
         names = {name for log in logs for name in log}

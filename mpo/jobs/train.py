@@ -65,7 +65,7 @@ _DESCRIPTIONS = {
     "recipe.yaml": "the resolved recipe",
     "provenance.json": "data fingerprint, versions, hardware, command",
     "metrics.json": "reward gap per language, before and after",
-    "training_curve.png": "loss and reward gap over the steps",
+    "training_curve.png": "held-out gap per language and loss, over the steps",
     "overview.png": "gap, harmful prompts answered and harmless ones refused, before and after",
     "behavior.png": "harmless prompts refused against harmful ones answered, before and after",
     PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
