@@ -82,7 +82,7 @@ def training_curve(
 
     Args:
         log_history: ``trainer.state.log_history``: training logs and evaluations, in any order. The source's mean
-            reference gap is what they imply: a gap minus its difference from the source's, or its first held-out gap.
+            reference gap is what they imply, a gap minus its difference from the source's, or its held-out gap at step 0.
         path: PNG file to write.
         source_language: Code of the dominant language, for the label of its reference gap.
 
@@ -114,7 +114,10 @@ def training_curve(
         mark = "" if not evaluations else "Dashed" if evaluations > _MOST_DIAMONDS else "Diamond"
         faint = "as logged; line: smoothed"
         if follows_held_out:
-            subtitle = f"Above: held-out pairs, measured {evaluations} times. Below: each step's own, faint {faint}; {mark.lower()}: held-out."
+            subtitle = (
+                f"Above: held-out pairs, measured {evaluations} times. Below: each step's own, faint {faint}"
+            )
+            subtitle += f"; {mark.lower()}: held-out." if held_out_loss else "."
         else:
             subtitle = f"Of each step's own pairs, faint {faint}." + (
                 f" {mark}: held-out pairs." if mark else ""
@@ -126,12 +129,11 @@ def training_curve(
             )
         style.add_title(figure, title, subtitle, left=left)
         _draw_losses(below, losses, held_out_loss)
-        source_gap = _implied_source_gap(log_history, languages)
         if follows_held_out:
-            if source_gap is None and held_out.get(source_language):
-                source_gap = held_out[source_language][0][1]
+            source_gap = _held_out_source_gap(log_history, languages, held_out.get(source_language))
             _draw_held_out_gaps(above, held_out, source_gap, source_language)
         else:
+            source_gap = _implied_source_gap(log_history, languages)
             _draw_gap_curves(above, gaps, held_out, source_gap, language_name(source_language))
         for axes in (above, below):
             _name_lines(axes)
@@ -400,13 +402,26 @@ def _digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
 
 
-def _implied_source_gap(log_history: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> float | None:
+def _held_out_source_gap(
+    log_history: Sequence[Mapping[str, Any]], languages: Sequence[str], measured: _Series | None
+) -> float | None:
+    """The source's gap on the held-out pairs before the first step: as it was measured, or as the evaluations imply it."""
+    if measured and measured[0][0] == 0:
+        return measured[0][1]
+    return _implied_source_gap(log_history, languages, "eval_")
+
+
+def _implied_source_gap(
+    log_history: Sequence[Mapping[str, Any]], languages: Sequence[str], prefix: str = ""
+) -> float | None:
     """Mean of (gap minus its difference from the source's): the source's reference gap over the pairs logged."""
     found = [
-        entry[f"reward_gap/{code}"] - entry[f"gap_to_source/{code}"]
+        entry[gap] - entry[difference]
         for entry in log_history
-        for code in languages
-        if _is_finite(entry.get(f"reward_gap/{code}")) and _is_finite(entry.get(f"gap_to_source/{code}"))
+        for gap, difference in (
+            (f"{prefix}reward_gap/{code}", f"{prefix}gap_to_source/{code}") for code in languages
+        )
+        if _is_finite(entry.get(gap)) and _is_finite(entry.get(difference))
     ]
     return math.fsum(found) / len(found) if found else None
 
