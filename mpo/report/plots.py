@@ -405,10 +405,11 @@ def _digits(value: float) -> str:
 def _held_out_source_gap(
     log_history: Sequence[Mapping[str, Any]], languages: Sequence[str], measured: _Series | None
 ) -> float | None:
-    """The source's gap on the held-out pairs before the first step: as it was measured, or as the evaluations imply it."""
+    """The source's gap before the first step: as it was measured on held-out pairs, or as evaluations or steps imply it."""
     if measured and measured[0][0] == 0:
         return measured[0][1]
-    return _implied_source_gap(log_history, languages, "eval_")
+    implied = _implied_source_gap(log_history, languages, "eval_")
+    return _implied_source_gap(log_history, languages) if implied is None else implied
 
 
 def _implied_source_gap(
