@@ -53,7 +53,9 @@ step "mpo report runs/evaluation/first"
 step "mpo report $trained --out runs/training-report"
 step "mpo merge $trained --out $trained-merged"
 printf '\n$ transformers serve %s --port 8123 &\n' "$trained-merged"
-transformers serve "$trained-merged" --host 127.0.0.1 --port 8123 >"$folder/serve.log" 2>&1 &
+# The command itself lies beside the libraries, and not in this environment, where they are borrowed.
+python -c 'from transformers.cli.transformers import main; main()' serve "$trained-merged" --host 127.0.0.1 --port 8123 \
+    >"$folder/serve.log" 2>&1 &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 for _ in $(seq 120); do curl --silent --fail http://127.0.0.1:8123/health >/dev/null && break || sleep 1; done

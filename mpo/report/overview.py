@@ -80,8 +80,8 @@ def overview(
         harmful, harmless = behavior.per_language
         heads = (
             ("Reward gap", "nats per token; to rise"),
-            ("Harmful prompts answered", f"%, of {harmful} a language; to fall"),
-            ("Harmless prompts refused", f"%, of {harmless} a language; not to rise"),
+            ("Harmful prompts answered", f"% of {counted(harmful, 'prompt')} a language; to fall"),
+            ("Harmless prompts refused", f"% of {counted(harmless, 'prompt')} a language; not to rise"),
         )
         for n, (column, (head, unit)) in enumerate(zip((gaps, *shares), heads, strict=True)):
             left = _NAMES + n * (width + _BETWEEN)

@@ -83,7 +83,7 @@ def training_curve(
 
     Args:
         log_history: ``trainer.state.log_history``: training logs and evaluations, in any order. The source's mean
-            reference gap is what they imply: a gap minus its difference from the source's, or its first held-out gap.
+            reference gap is what they imply, a gap minus its difference from the source's, or its held-out gap at step 0.
         path: PNG file to write.
         source_language: Code of the dominant language, for the label of its reference gap.
 
@@ -115,7 +115,10 @@ def training_curve(
         mark = "" if not evaluations else "Dashed" if evaluations > _MOST_DIAMONDS else "Diamond"
         faint = "as logged; line: smoothed"
         if follows_held_out:
-            subtitle = f"Above: held-out pairs, measured {evaluations} times. Below: each step's own, faint {faint}; {mark.lower()}: held-out."
+            subtitle = (
+                f"Above: held-out pairs, measured {evaluations} times. Below: each step's own, faint {faint}"
+            )
+            subtitle += f"; {mark.lower()}: held-out." if held_out_loss else "."
         else:
             subtitle = f"Of each step's own pairs, faint {faint}." + (
                 f" {mark}: held-out pairs." if mark else ""
@@ -127,12 +130,11 @@ def training_curve(
             )
         style.add_title(figure, title, subtitle, left=left)
         _draw_losses(below, losses, held_out_loss)
-        source_gap = _implied_source_gap(log_history, languages)
         if follows_held_out:
-            if source_gap is None and held_out.get(source_language):
-                source_gap = held_out[source_language][0][1]
+            source_gap = _held_out_source_gap(log_history, languages, held_out.get(source_language))
             _draw_held_out_gaps(above, held_out, source_gap, source_language)
         else:
+            source_gap = _implied_source_gap(log_history, languages)
             _draw_gap_curves(above, gaps, held_out, source_gap, language_name(source_language))
         for axes in (above, below):
             _name_lines(axes)
@@ -395,13 +397,27 @@ def _digits(value: float) -> str:
     return f"{value:#.3g}".rstrip(".").replace("-", MINUS)
 
 
-def _implied_source_gap(log_history: Sequence[Mapping[str, Any]], languages: Sequence[str]) -> float | None:
+def _held_out_source_gap(
+    log_history: Sequence[Mapping[str, Any]], languages: Sequence[str], measured: _Series | None
+) -> float | None:
+    """The source's gap before the first step: as it was measured on held-out pairs, or as evaluations or steps imply it."""
+    if measured and measured[0][0] == 0:
+        return measured[0][1]
+    implied = _implied_source_gap(log_history, languages, "eval_")
+    return _implied_source_gap(log_history, languages) if implied is None else implied
+
+
+def _implied_source_gap(
+    log_history: Sequence[Mapping[str, Any]], languages: Sequence[str], prefix: str = ""
+) -> float | None:
     """Mean of (gap minus its difference from the source's): the source's reference gap over the pairs logged."""
     found = [
-        entry[f"reward_gap/{code}"] - entry[f"gap_to_source/{code}"]
+        entry[gap] - entry[difference]
         for entry in log_history
-        for code in languages
-        if is_number(entry.get(f"reward_gap/{code}")) and is_number(entry.get(f"gap_to_source/{code}"))
+        for gap, difference in (
+            (f"{prefix}reward_gap/{code}", f"{prefix}gap_to_source/{code}") for code in languages
+        )
+        if is_number(entry.get(gap)) and is_number(entry.get(difference))
     ]
     return math.fsum(found) / len(found) if found else None
 

@@ -243,6 +243,8 @@ def test_what_was_held_out_is_drawn_instead_of_the_steps_own_pairs_where_it_was_
     assert list(lines["Bengali"].get_xdata()) == [0, 10, 20]
     assert list(lines["Bengali"].get_ydata()) == [0.1, 0.3, 0.5]
     assert list(lines["English"].get_ydata()) == [0.8] * 3
+    reference = lines["English reference"].get_ydata()
+    assert reference[0] == 0.8  # of the held-out pairs, not the 0.57 that the steps' own imply
     assert len(lines) == 5  # these, Swahili, the reference and the one at 0: none of the steps' own
     title = next(text for text in _texts(figures[0]) if "over 20 steps" in text)
     assert title.startswith("Reward gap on held-out pairs")
