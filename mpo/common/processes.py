@@ -84,22 +84,20 @@ def _begin(
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
     others = [*(connection for connection, _ in workers), receiving]
+    process = context.Process(target=_serve, args=(work, first, step, sending, others), daemon=True)
+    workers.append((receiving, process))  # first, so that it is ended whatever interrupts its beginning
     try:
-        process = context.Process(target=_serve, args=(work, first, step, sending, others), daemon=True)
         process.start()
-    except OSError:
-        receiving.close()
-        raise
     finally:
         # With no end of it open here, reading ends when the process does.
         sending.close()
-    workers.append((receiving, process))
 
 
 def _end(workers: list[tuple[Connection, BaseProcess]]) -> None:
     for connection, process in workers:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         connection.close()
     workers.clear()
 

@@ -110,7 +110,7 @@ import os, time
 from mpo.common.processes import in_order
 
 def work(first, step):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     while True:
         time.sleep(0.05)
         yield bytes(1 << 20)
@@ -144,11 +144,13 @@ def test_nothing_runs_on_when_the_first_process_is_told_to_end(
         start_new_session=True,
     ) as started:
         assert started.stdout is not None and started.stderr is not None
-        others = [int(started.stdout.readline()) for _ in range(2)]
-        time.sleep(0.2)
-        if sent == signal.SIGINT:
-            os.killpg(started.pid, sent)  # as a terminal does
-        else:
+        try:
+            others = [int(started.stdout.readline()) for _ in range(2)]
+            time.sleep(0.2)
+            if sent == signal.SIGINT:
+                os.killpg(started.pid, sent)  # as a terminal does
+                started.wait(30)
+        finally:
             started.kill()
         # With another process alive, which holds the pipe, this would not end.
         errors = started.stderr.read()
