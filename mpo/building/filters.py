@@ -17,7 +17,13 @@ from typing import Any
 
 from mpo.building.translation.segments import without_code
 from mpo.data.contract import HARMFUL, HARMLESS, normal_form
-from mpo.data.languages import Detection, dominant_script, known_to_detection, same_language
+from mpo.data.languages import (
+    Detection,
+    dominant_script,
+    known_to_detection,
+    normalize_language_setting,
+    same_language,
+)
 from mpo.errors import ConfigError, DependencyError
 from mpo.evaluation.wording import repetition
 
@@ -72,6 +78,12 @@ class FilterSettings:
         if self.language is not None and self.language < 1:
             raise ConfigError(f"language: expected at least 1 letter, or null, got {self.language!r}.")
         given = self.length_ratio
+        if isinstance(given, Mapping):
+            given = {
+                code if code == "default" else normalize_language_setting(str(code), "length_ratio"): ratio
+                for code, ratio in given.items()
+            }
+            object.__setattr__(self, "length_ratio", given)
         ratios = given.values() if isinstance(given, Mapping) else [] if given is None else [given]
         for ratio in ratios:
             if not ratio > 1:

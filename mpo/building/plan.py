@@ -14,7 +14,7 @@ from mpo.building.translation import TranslationChoice, make_translator
 from mpo.common.redaction import portable_path
 from mpo.common.words import listed
 from mpo.data.contract import HARMFUL, HARMLESS, KINDS
-from mpo.errors import ConfigError
+from mpo.errors import ConfigError, DataError
 from mpo.evaluation.engines import ModelChoice
 from mpo.evaluation.judges import JudgeChoice, check_judge
 from mpo.evaluation.tasks import ATTACK, OVER_REFUSAL
@@ -75,6 +75,10 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings:
         MPOError: A model, a judge, a translator, a list or a package cannot be used, or the prompts lack what the recipe takes
             from them.
     """
+    if not facts.total:
+        raise DataError(
+            f"no prompt is left: all {facts.dropped:,} stand in what `leaks.against` names, or are bad rows."
+        )
     require_packages(recipe.filters)
     for model in (recipe.model, recipe.answers.rejecting_model):
         if model is not None and model.engine != "server":

@@ -255,11 +255,12 @@ def _text(value: Any, column: str, role: str, bad: Any) -> str:
                 "such rows out.",
                 column,
             )
-        if (
-            role == "assistant"
-            and len([m for m in value if (m.get("role") or m.get("from")) in ("assistant", "gpt")]) > 1
-        ):
-            raise bad("holds several messages of the assistant; expected one answer.", column)
+        if role == "assistant":
+            said_by = [message.get("role") or message.get("from") for message in value]
+            if said_by[-1] in ("user", "human", "system"):
+                raise bad("ends with a message of the user's; expected the assistant's answer.", column)
+            if len([who for who in said_by if who in ("assistant", "gpt")]) > 1:
+                raise bad("holds several messages of the assistant; expected one answer.", column)
         value = value[-1].get("content", value[-1].get("value"))
     elif isinstance(value, Mapping):
         value = value.get("content", value.get("value"))

@@ -427,6 +427,7 @@ class _Build:
                 output.drop(each)
             rows = zip(self.prompts(), self.pairs.rows(), self._all_sides(), strict=True)
             while block := list(islice(rows, recipe.block)):
+                self._check_rows(block)
                 for (_, _, sides), (group, dropped) in zip(block, screen.block(block), strict=True):
                     for each in dropped:
                         output.drop(each, source_of(each, sides, recipe.source_language))
@@ -462,6 +463,16 @@ class _Build:
         if not counts.groups.total():
             print("No group is left: see report.html for the reasons.")
         return self.out / "groups.parquet"
+
+    def _check_rows(self, block: Sequence[tuple[PromptRow, Row, Mapping[str, Side]]]) -> None:
+        """Rows of stages belong to their prompts, whatever else has written into the files."""
+        for prompt, pair, sides in block:
+            for name, row in {"pairs": pair, **{f"texts.{c}": s.texts for c, s in sides.items()}}.items():
+                if row.get("id") != prompt.id:
+                    raise StorageError(
+                        f"{self.folder / name}.jsonl has a row that does not belong to the prompt {prompt.id!r}: something else has "
+                        "written into it. Delete the file, and run the same command again; its rows are then made anew."
+                    )
 
     def _all_sides(self) -> Iterator[dict[str, Side]]:
         streams = {

@@ -149,7 +149,7 @@ def test_a_pair_whose_answers_read_alike_in_a_language_is_no_pair(tmp_path: Path
     assert read_lines(tmp_path / "out" / "groups.jsonl") == []
 
 
-def test_a_stage_with_more_rows_than_prompts_is_refused(tmp_path: Path) -> None:
+def test_a_stage_that_something_else_has_written_into_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "prompts.jsonl", harmful(2))
     recipe = pairs_recipe(tmp_path, languages=("zh",))
     build_data(load_build(recipe))
@@ -158,6 +158,9 @@ def test_a_stage_with_more_rows_than_prompts_is_refused(tmp_path: Path) -> None:
     stage.write_bytes(whole + whole)
 
     with pytest.raises(StorageError, match="4 rows for 2 prompts"):
+        build_data(load_build(recipe))
+    stage.write_bytes(b"".join(reversed(whole.splitlines(keepends=True))))
+    with pytest.raises(StorageError, match=r"texts\.zh\.jsonl has a row that does not belong"):
         build_data(load_build(recipe))
     stage.unlink()
     build_data(load_build(recipe))

@@ -163,7 +163,14 @@ def test_a_missing_package_is_said_before_any_work(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "settings",
-    [{"copy": 1.5}, {"length_ratio": 1}, {"length_ratio": {"zh": 0.5}}, {"language": 0}, {"embedding": 2}],
+    [
+        {"copy": 1.5},
+        {"length_ratio": 1},
+        {"length_ratio": {"zh": 0.5}},
+        {"length_ratio": {"zh": 3, "defualt": 2}},
+        {"language": 0},
+        {"embedding": 2},
+    ],
 )
 def test_thresholds_that_mean_nothing_are_refused(settings: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -173,5 +180,5 @@ def test_thresholds_that_mean_nothing_are_refused(settings: dict) -> None:
 def test_every_filter_has_a_threshold_in_the_recipe_and_a_rule_for_people() -> None:
     assert {*FILTERS} == {f.name for f in fields(FilterSettings)} - {"embedding_model"}
     assert all(each.rule.endswith(".") and each.title for each in FILTERS.values())
-    by_language = FilterSettings(length_ratio={"zh": 1.1, "default": 9})
+    by_language = FilterSettings(length_ratio={"Chinese": 1.1, "default": 9})
     assert names(translation("等到没有人在家的时候，再把梯子从后门。", "zh"), by_language) == ["length_ratio"]

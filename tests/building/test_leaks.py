@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mpo.building.leaks import without_leaks
 from mpo.building.prompts import Dropped, PromptRow, read_prompts
-from mpo.building.recipe import PromptSource
+from mpo.building.recipe import PromptSource, load_build
+from mpo.errors import DataError
 from mpo.evaluation.probe import load_probe
-from tests.building.test_build import harmful, write_rows
+from mpo.jobs.build import build_data
+from tests.building.test_build import harmful, pairs_recipe, write_rows
 
 
 def test_prompts_of_an_evaluation_are_left_out_in_whatever_language_they_are_found(tmp_path: Path) -> None:
@@ -49,3 +53,10 @@ def test_the_probe_and_files_of_pairs_are_looked_for_too(tmp_path: Path) -> None
     found = without_leaks(lambda: read_prompts(PromptSource([str(path)]), "en", ["zh"]), against, "en")
 
     assert [type(each) for each in found] == [Dropped, Dropped, PromptRow]
+
+
+def test_a_build_of_an_evaluations_own_prompts_says_that_none_is_left(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "prompts.jsonl", harmful(3))
+    recipe = load_build(pairs_recipe(tmp_path, languages=("zh",)), ["--leaks.against", str(path)])
+    with pytest.raises(DataError, match="no prompt is left: all 3 stand"):
+        build_data(recipe, dry_run=True)

@@ -86,6 +86,7 @@ def test_a_prompt_that_is_there_twice_is_left_out(tmp_path: Path) -> None:
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "kind": "harmful"}, "one turn"),
         ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "kind": "harmful"}, "is a written dialog"),
         ({"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}] * 2, "kind": "harmful"}, "several messages"),
+        ({"prompt": "a", "chosen": [{"role": "user", "content": "a"}], "kind": "harmful"}, "message of the user"),
         ({"texts": {"klingon": "Hello"}, "kind": "harmful"}, "unknown language"),
         (["Hello"], "expected an object"),
     ],
