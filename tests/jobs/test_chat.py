@@ -189,6 +189,17 @@ def test_ctrl_c_ends_the_answer_and_twice_the_chat(model: Path, monkeypatch: pyt
     assert out.getvalue().count("Ctrl-C again ends the chat") == 3
 
 
+def test_a_question_without_an_answer_is_taken_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answering(monkeypatch, lambda question: iter(["yes"] if question == "second" else []))
+    typed(monkeypatch, "first", "second", "third", "/quit")
+    chat(ChatSettings(ModelChoice(str(model)), SHORT), stdin=Terminal(), stdout=io.StringIO())
+    assert [[m["content"] for m in each] for each in asked] == [
+        ["first"],
+        ["second"],
+        ["second", "yes", "third"],
+    ]
+
+
 def test_a_conversation_that_has_become_too_long_can_go_on_anew(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +257,8 @@ def test_an_adapter_brings_its_base_model(model: Path, adapter: Path, tmp_path: 
     found = on_its_base(ModelChoice(str(adapter), dtype="float32"))
     assert (found.model, found.adapter, found.dtype) == (str(model), str(adapter), "float32")
     assert on_its_base(ModelChoice(str(model))).adapter is None
+    other = on_its_base(ModelChoice(str(adapter), revision="v2"))
+    assert (other.revision, other.adapter_revision) == (None, "v2")  # what was named is the adapter
     for base, said in (
         (None, "names no base model"),
         ("/gone/model", "was trained on /gone/model, which is not here"),
