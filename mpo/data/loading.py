@@ -346,13 +346,13 @@ class _Parsed(NamedTuple):
     """What a row is, whatever stands before it.
 
     Attributes:
-        index: 0-based row.
+        number: 0-based row.
         row: What it holds, or why it breaks the contract.
         key: Its source's :func:`pair_digest`.
         hint: What form it is in, where it is in one that has to be converted.
     """
 
-    index: int
+    number: int
     row: ParsedRow | RowError
     key: bytes = b""
     hint: str = ""
