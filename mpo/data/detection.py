@@ -201,10 +201,8 @@ def _features(texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[Any],
     # Texts stand from the longest to the shortest: those that still have a byte are the first ones.
     active = np.searchsorted(-lengths, -np.arange(longest), side="left")
     size = len(feature) + 1
-    whole: Any = (
-        np.int32 if len(texts) * size < 1 << 31 else np.int64
-    )  # the smaller is sorted in half the time
-    first_key = np.asarray(order, dtype=whole) * whole(size)
+    whole = np.int32 if len(texts) * size < 1 << 31 else np.int64  # the smaller is sorted in half the time
+    first_key = (np.asarray(order, dtype=np.int64) * size).astype(whole)
     found = [np.zeros(0, dtype=whole)]
     state = np.zeros(len(texts), dtype=np.int64)
     for position, number in enumerate(active.tolist()):
