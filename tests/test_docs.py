@@ -375,7 +375,7 @@ def test_a_command_names_only_what_exists(page: str, words: list[str]) -> None:
                 load_suite(recipe, [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" build") and rest:
                 load_build(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
-            elif parser.prog.endswith(" compare"):
+            elif parser.prog.endswith(" compare") and rest:
                 load_comparison(ROOT / rest[0], [word for word in rest[1:] if word != "--dry_run"])
             elif parser.prog.endswith(" hidden-space"):
                 load_analysis_recipe(ROOT / rest[0], rest[1:])

@@ -109,6 +109,7 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 def test_every_library_that_a_module_imports_is_declared(path: Path) -> None:
     core = {canonicalize_name(r.name) for r in _requirements("core")}
     extra = {canonicalize_name(r.name) for r in _requirements(*PROJECT["optional-dependencies"])}
+    extra |= {"ipython"}  # imported in a notebook, which it runs
     # TRL's extras of the same names bring these.
     extra |= {"deepspeed", "liger-kernel", "vllm", "bitsandbytes"}
     for name, eager in _imports(path):

@@ -43,9 +43,9 @@ class ModelEntry:
                 f"The model name {self.name!r} is to be part of file names; expected letters, digits, dots, hyphens."
             )
         if (self.aligned is None) == (self.adapter is None):
-            given = "neither" if self.aligned is None else "both"
+            given = "neither is" if self.aligned is None else "both are"
             raise ConfigError(
-                f"Model {self.name}: {given} of `aligned` and `adapter` is given; expected one: a trained model, or an adapter."
+                f"Model {self.name}: expected one of `aligned` and `adapter`, a trained model or an adapter; {given} given."
             )
         if self.adapter is not None and self.reference is None:
             raise ConfigError(f"Model {self.name}: an `adapter` needs its base model as `reference`.")

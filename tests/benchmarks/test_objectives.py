@@ -94,7 +94,8 @@ def test_both_trainers_take_the_same_steps_at_the_cost_that_is_counted(
 
 
 def test_a_race_measures_each_process_and_says_what_failed_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race.multiprocessing, "get_context", lambda _: processes.context())
+    context = processes.context()  # made before the function that makes it is replaced
+    monkeypatch.setattr(race.multiprocessing, "get_context", lambda _: context)
     of = case("sigmoid", order=[0, 0, 1])
     found = race.race(of)
     result = objectives.record(of, found, warmup=1)

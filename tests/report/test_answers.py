@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -90,32 +91,38 @@ def _choose(chromium: browser.Browser, label: str) -> None:
     )
 
 
-def _shown(chromium: browser.Browser) -> list[str]:
-    found: list[str] = chromium.run(
-        "return [...document.querySelectorAll('.exchange')].filter(e => e.checkVisibility({contentVisibilityAuto: true}))"
-        ".map(e => e.querySelector('p').textContent)"
-    )
-    return found
+def _shown(chromium: browser.Browser, count: int) -> list[str]:
+    """What is shown once so many exchanges are, or after five seconds: a busy browser lays a page out later."""
+    until = time.monotonic() + 5
+    while True:
+        found: list[str] = chromium.run(
+            "return [...document.querySelectorAll('.exchange')].filter(e => e.checkVisibility({contentVisibilityAuto: true}))"
+            ".map(e => e.querySelector('p').textContent)"
+        )
+        if len(found) == count or time.monotonic() > until:
+            return found
+        time.sleep(0.05)
 
 
 def test_what_is_chosen_is_shown_without_a_script(chromium: browser.Browser, page: Path) -> None:
     chromium.width(1280)
     chromium.open(page)
-    assert _shown(chromium) == []  # folded away
+    assert _shown(chromium, 0) == []  # folded away
     chromium.run("document.querySelector('.folded').open = true")
-    assert len(_shown(chromium)) == 13
+    assert len(_shown(chromium, 13)) == 13
     _choose(chromium, "English")
-    assert len(_shown(chromium)) == 5 and all(text.startswith("English") for text in _shown(chromium))
+    shown = _shown(chromium, 5)
+    assert len(shown) == 5 and all(text.startswith("English") for text in shown)
     _choose(chromium, "Harmful")
-    assert len(_shown(chromium)) == 3
+    assert len(_shown(chromium, 3)) == 3
     _choose(chromium, "unsafe")
-    assert _shown(chromium) == ["English · Harmful: jail · prompt 0"]
+    assert _shown(chromium, 1) == ["English · Harmful: jail · prompt 0"]
     counter = "return getComputedStyle(document.querySelector('.shown'), '::before').content"
     assert chromium.run(counter) == "counter(shown)"
     chromium.open(page)
     chromium.run("document.querySelector('.folded').open = true")
     _choose(chromium, "only where")
-    assert len(_shown(chromium)) == 5
+    assert len(_shown(chromium, 5)) == 5
     assert chromium.run("return document.scripts.length") == 0 and chromium.console() == []
 
 

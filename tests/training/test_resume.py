@@ -957,7 +957,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(model: Path, tmp_path
         model,
         tmp_path,
         "lora",
-        eval_dataset=random_groups(9, 3, (1, 2), words=(1, 5)),
+        eval_dataset=random_groups(11, 3, (1, 2), words=(1, 5)),
         eval_strategy="steps",
         eval_steps=1,
         save_total_limit=1,
