@@ -80,8 +80,8 @@ def overview(
         harmful, harmless = behavior.per_language
         heads = (
             ("Reward gap", "nats per token; to rise"),
-            ("Harmful prompts answered", f"% of {counted(harmful, 'prompt')} a language; to fall"),
-            ("Harmless prompts refused", f"% of {counted(harmless, 'prompt')} a language; not to rise"),
+            ("Harmful prompts answered", f"% of {counted(harmful, 'prompt')}; to fall"),
+            ("Harmless prompts refused", f"% of {counted(harmless, 'prompt')}; not to rise"),
         )
         for n, (column, (head, unit)) in enumerate(zip((gaps, *shares), heads, strict=True)):
             left = _NAMES + n * (width + _BETWEEN)
@@ -116,7 +116,7 @@ def overview(
             borderaxespad=0,
         )
         subtitle = (
-            f"On {counted(before.groups, 'held-out group')}, and on prompts of the probe that were asked before and after. "
+            f"On {counted(before.groups, 'held-out group')}, and on prompts of the probe in each language. "
             f"Dashed: {before.source_label} at the start."
         )
         style.add_title(figure, "What training changed, and what it cost", subtitle, left=0.18 / style.WIDTH)
