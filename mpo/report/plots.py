@@ -444,6 +444,15 @@ def _draw_losses(axes: Axes, losses: Mapping[str, _Series], held_out: _Series) -
         axes.set_ylim(0, 1.06 * max(values) or 1.0)
 
 
+def _prepare_gap_axes(axes: Axes, source_gap: float | None, source_name: str) -> None:
+    """What gaps are read against: their unit, 0, and the source's reference where it is known."""
+    axes.set_ylabel("Reward gap (nats per token)")
+    axes.axhline(0, color=style.FAINT_INK, linewidth=0.9, zorder=1)
+    if source_gap is not None:
+        label = f"{source_name} reference"
+        axes.axhline(source_gap, label=label, color=style.REFERENCE, linewidth=1.5, dashes=(5, 2), zorder=1.5)
+
+
 def _draw_gap_curves(
     axes: Axes,
     gaps: Mapping[str, _Series],
@@ -451,11 +460,7 @@ def _draw_gap_curves(
     source_gap: float | None,
     source_name: str,
 ) -> None:
-    axes.set_ylabel("Reward gap (nats per token)")
-    axes.axhline(0, color=style.FAINT_INK, linewidth=0.9, zorder=1)
-    if source_gap is not None:
-        label = f"{source_name} reference"
-        axes.axhline(source_gap, label=label, color=style.REFERENCE, linewidth=1.5, dashes=(5, 2), zorder=1.5)
+    _prepare_gap_axes(axes, source_gap, source_name)
     drawn = {code: gaps[code] or held_out[code] for code in gaps if gaps[code] or held_out[code]}
     if not drawn:
         _say_empty(axes, "no reward gap was logged")
@@ -472,11 +477,7 @@ def _draw_held_out_gaps(
     axes: Axes, held_out: Mapping[str, _Series], source_gap: float | None, source: str
 ) -> None:
     """A line per language through what was measured; the source's is bold."""
-    axes.set_ylabel("Reward gap (nats per token)")
-    axes.axhline(0, color=style.FAINT_INK, linewidth=0.9, zorder=1)
-    if source_gap is not None:
-        label = f"{language_name(source)} reference"
-        axes.axhline(source_gap, label=label, color=style.REFERENCE, linewidth=1.5, dashes=(5, 2), zorder=1.5)
+    _prepare_gap_axes(axes, source_gap, language_name(source))
     targets = {code: series for code, series in held_out.items() if series and code != source}
     drawn = [(code, colour, 1.6) for colour, code in zip(style.CYCLE, targets, strict=False)]
     if len(targets) > len(style.CYCLE):

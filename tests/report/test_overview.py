@@ -7,25 +7,11 @@ from typing import Any
 
 import pytest
 
-from mpo.common import figures as style
 from mpo.errors import DataError
 from mpo.evaluation.probe import PROBE_LANGUAGES
 from mpo.report.overview import overview
 from tests.evaluation.simulated import LANGUAGES
 from tests.report.test_plots import _changed, _check_layout, _tables, _texts
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    saved: list[Any] = []
-    real = style.save
-
-    def save(figure: Any, path: Any) -> Path:
-        saved.append(figure)
-        return real(figure, path)
-
-    monkeypatch.setattr(style, "save", save)
-    return saved
 
 
 def _marks(axes: Any) -> dict[str, tuple[list[float], list[float]]]:

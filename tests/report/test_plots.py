@@ -32,20 +32,6 @@ def _warnings_are_errors() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are saved, so that a test can look at what was drawn."""
-    saved: list[Any] = []
-    real = style.save
-
-    def save(figure: Any, path: Any) -> Path:
-        saved.append(figure)
-        return real(figure, path)
-
-    monkeypatch.setattr(style, "save", save)
-    return saved
-
-
 def _tables(
     languages: tuple[str, ...], beta: float = 1.0, groups: int = 8
 ) -> tuple[RewardGapTable, RewardGapTable]:
