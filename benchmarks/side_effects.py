@@ -13,7 +13,7 @@ others for measuring; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two 
 2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
    on the published pairs (``mpo``), once with each seed, and measures the model before and after.
 
-What is done is skipped by the same command; ``OUT/compare/index.html`` is the page.
+What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ PAPER = {
     "bad_rows": "drop",
     "learning_rate": 2.0e-4,
     "harmless_loss_type": None,
-    "harmless_share": None,
 }
 """What the published objective changes in the recipe."""
 
@@ -109,8 +108,10 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
     out = Path(options.out)
     rows = read_multijail(Path(options.multijail))
     train = write_table(out / "prompts" / "train.csv", rows[TRAINED_ON], LANGUAGES)
-    attacked = rows[CHOSEN_WITH] if options.part == "tune" else spread(rows[MEASURED], 48)
-    attack = write_table(out / "prompts" / f"attack-{options.part}.csv", attacked, LANGUAGES)
+    attacks = {
+        part: write_table(out / "prompts" / f"attack-{part}.csv", attacked, LANGUAGES)
+        for part, attacked in (("tune", rows[CHOSEN_WITH]), ("test", spread(rows[MEASURED], 48)))
+    }
     asked = [*LANGUAGES, *UNTRAINED]
     harmless = {}
     texts = {}
@@ -132,7 +133,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
     written = {
         f"suite-{options.part}": {
             "models": {"base": model},
-            "attack": {"multijail": {"prompts": [str(attack)]}},
+            "attack": {"multijail": {"prompts": [str(attacks[options.part])]}},
             "over_refusal": harmless,
             "generation": {"max_new_tokens": 64},
             "judge": {"name": "refusal-phrases"},
@@ -159,7 +160,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
         write_text(out / f"{name}.yaml", yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
     data = ["--prompts.data", str(train), "starter-harmless", "--out", str(out / "data")]
     choice = [word for name, value in model.items() for word in (f"--model.{name}", str(value))]
-    build = load_build(BUILD, [*data, *choice, "--leaks.against", str(attack)])
+    build = load_build(BUILD, [*data, *choice, "--leaks.against", *map(str, attacks.values())])
     return build, out / f"compare-{options.part}.yaml"
 
 

@@ -96,6 +96,11 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings:
     if needs_refusals(recipe, facts):
         refusals.of(recipe.source_language)
     answers = recipe.answers
+    if answers.samples_harmless and facts.kinds[HARMLESS] and recipe.model is None:
+        raise ConfigError(
+            f"model: {facts.kinds[HARMLESS]:,} harmless prompts need the model that will be trained to answer them, such as "
+            "`model: {model: org/name}`; none is given."
+        )
     if recipe.translation.engine == "none" and facts.kinds[HARMFUL]:
         stock = {
             "refusals": (answers.chosen == "refusal", refusals),

@@ -372,3 +372,14 @@ def test_harmful_prompts_are_not_answered_where_a_refusal_and_an_opening_are_tak
     assert "Answers      3 from m, and 3 in sw" in plan_text(load_build(path), facts)
     own = load_build(path, ["--answers.rejected", "own", "opening"])
     assert "Answers      6 from m, and 3 in sw" in plan_text(own, facts)
+
+
+def test_harmless_prompts_that_nobody_would_answer_are_an_error(tmp_path: Path) -> None:
+    rows = [{"id": "b", "kind": "harmless", "prompt": "How do I boil an egg?", "sw": "Nitachemshaje yai?"}]
+    path = write_recipe(
+        tmp_path,
+        f"prompts: {{data: ['{write_rows(tmp_path / 'p.jsonl', rows)}']}}\nlanguages: [sw]\n"
+        f"answers: {{chosen: refusal, rejected: [opening]}}\nout: '{tmp_path / 'out'}'\n",
+    )
+    with pytest.raises(ConfigError, match="1 harmless prompts need the model"):
+        build_data(load_build(path))
