@@ -135,7 +135,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
             "models": {"base": model},
             "attack": {"multijail": {"prompts": [str(attacks[options.part])]}},
             "over_refusal": harmless,
-            "generation": {"max_new_tokens": 64},
+            "generation": {"max_new_tokens": options.max_new_tokens},
             "judge": {"name": "refusal-phrases"},
             "perplexity": {"texts": texts},
         },
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["tune", "test"], default="test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer that is measured")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
     parser.add_argument("--out", default="runs/side_effects")
     parser.add_argument("--dry_run", action="store_true", help="check everything and stop")
