@@ -12,14 +12,17 @@ others for measuring; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
 2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
    on the published pairs (``mpo``), once with each seed, and measures the model before and after.
+3. ``mpo analyze hidden-space`` says how far the measured harmful and harmless prompts lie apart before and after each run.
 
-What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page.
+What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page, ``OUT/hidden_space-PART`` has the hidden
+space.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,12 @@ from mpo.common.files import write_text
 from mpo.errors import DataError
 from mpo.evaluation.contrast import ContrastRow
 from mpo.evaluation.probe import probe_rows
+from mpo.hidden_space.recipe import load_analysis_recipe
 from mpo.jobs.build import build_data
 from mpo.jobs.compare.job import compare
+from mpo.jobs.compare.planning import RUNS
 from mpo.jobs.compare.recipe import load_comparison
+from mpo.jobs.hidden_space import run_analysis
 
 LANGUAGES = ("en", "zh", "ko", "ar", "bn", "sw")
 UNTRAINED = ("de", "fr", "es")
@@ -103,14 +109,15 @@ def probe_part(part: str) -> list[ContrastRow]:
     return [row for row in rows if (row.id in chosen) == (part == "tune")]
 
 
-def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
-    """Writes the prompts and the recipes; returns that of the build, and where that of the comparison is."""
+def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
+    """Writes the prompts and the recipes; returns that of the build, and where those of comparison and hidden space are."""
     out = Path(options.out)
     rows = read_multijail(Path(options.multijail))
     train = write_table(out / "prompts" / "train.csv", rows[TRAINED_ON], LANGUAGES)
+    parts = {"tune": rows[CHOSEN_WITH], "test": spread(rows[MEASURED], 48)}
     attacks = {
         part: write_table(out / "prompts" / f"attack-{part}.csv", attacked, LANGUAGES)
-        for part, attacked in (("tune", rows[CHOSEN_WITH]), ("test", spread(rows[MEASURED], 48)))
+        for part, attacked in parts.items()
     }
     asked = [*LANGUAGES, *UNTRAINED]
     harmless = {}
@@ -122,6 +129,15 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
         harmless[name] = {
             "prompts": [str(write_table(path, ({"id": r.id, **r.texts} for r in found), asked))]
         }
+    labelled = [
+        {"text": text, "kind": kind, "language": code}
+        for code in LANGUAGES
+        for kind, texts_of_kind in (
+            ("harmful", [row[code] for row in parts[options.part]]),
+            ("harmless", [row.texts[code] for row in probe_part(options.part)]),
+        )
+        for text in texts_of_kind
+    ]
     for code in asked:
         path = out / "prompts" / f"text-{options.part}-{code}.txt"
         write_text(path, "".join(f"{row.texts[code]}\n" for row in probe_part(options.part)))
@@ -129,7 +145,13 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
     for each in options.harmless:
         name, _, file = each.partition("=")
         harmless[name] = {"prompts": [file], "limit": 48}
+    texts_of_space = out / "prompts" / f"hidden_space-{options.part}.jsonl"
+    write_text(texts_of_space, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in labelled))
     model = {"model": options.model, "dtype": "bfloat16", "batch_size": options.batch_size}
+    runs = [
+        {"name": "refuse-or-answer"},
+        *([{"name": "mpo", "dataset": options.paper, **PAPER}] if options.paper else []),
+    ]
     written = {
         f"suite-{options.part}": {
             "models": {"base": model},
@@ -147,13 +169,34 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
                 "dataset": str(out / "data" / "groups.jsonl"),
                 **({"use_cpu": True} if options.cpu else {}),
             },
-            "runs": [
-                {"name": "refuse-or-answer"},
-                *([{"name": "mpo", "dataset": options.paper, **PAPER}] if options.paper else []),
-            ],
+            "runs": runs,
             "seeds": options.seeds,
             "out": str(out / f"compare-{options.part}"),
             "title": "Attack success and its price",
+        },
+        f"hidden_space-{options.part}": {
+            "models": [
+                {
+                    "name": name,
+                    "reference": options.model,
+                    "adapter": str(out / f"compare-{options.part}" / RUNS / name),
+                }
+                for name in (f"{run['name']}-s{seed}" for run in runs for seed in options.seeds)
+            ],
+            "data": {
+                "dataset": str(texts_of_space),
+                "label": "kind",
+                "harmful_values": ["harmful"],
+                "harmless_values": ["harmless"],
+                "language_column": "language",
+            },
+            "languages": list(LANGUAGES),
+            "source_language": LANGUAGES[0],
+            "layers": "all",
+            "pooling": "last",
+            "template": "chat",
+            "dtype": "bfloat16",
+            "out": str(out / f"hidden_space-{options.part}"),
         },
     }
     for name, recipe in written.items():
@@ -161,7 +204,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path]:
     data = ["--prompts.data", str(train), "starter-harmless", "--out", str(out / "data")]
     choice = [word for name, value in model.items() for word in (f"--model.{name}", str(value))]
     build = load_build(BUILD, [*data, *choice, "--leaks.against", *map(str, attacks.values())])
-    return build, out / f"compare-{options.part}.yaml"
+    return build, *(out / f"{kind}-{options.part}.yaml" for kind in ("compare", "hidden_space"))
 
 
 def main() -> None:
@@ -183,12 +226,14 @@ def main() -> None:
     parser.add_argument("--out", default="runs/side_effects")
     parser.add_argument("--dry_run", action="store_true", help="check everything and stop")
     options = parser.parse_args()
-    build, comparison = prepare(options)
+    build, comparison, space = prepare(options)
     groups = Path(options.out) / "data" / "groups.jsonl"
     if not options.dry_run or not groups.is_file():
         build_data(build, dry_run=options.dry_run)
     if groups.is_file():
         compare(load_comparison(comparison), dry_run=options.dry_run)
+    if not options.dry_run:
+        run_analysis(load_analysis_recipe(space))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import yaml
 from benchmarks import side_effects
 from mpo.building.starter import starter_rows
 from mpo.errors import DataError
+from mpo.hidden_space.recipe import load_analysis_recipe
+from mpo.hidden_space.texts import load_texts
 from mpo.jobs.compare.recipe import load_comparison
 from tests.tiny import save_tiny
 
@@ -47,6 +49,9 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
     for part in ("tune", "test"):
         run(monkeypatch, *words, "--part", part)
         load_comparison(out / f"compare-{part}.yaml")
+        space = load_analysis_recipe(out / f"hidden_space-{part}.yaml")
+        texts = load_texts(space.data, space.languages)
+        assert (sum(texts.harmful), len(texts.texts)) == {"tune": (180, 264), "test": (288, 564)}[part]
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful"}
     printed = capsys.readouterr().out
