@@ -10,6 +10,7 @@ not name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -35,6 +36,12 @@ _SHORTEST = 20  # characters of a text whose length says anything
 # for Gemma, `python -m benchmarks.data_build --lengths FILE`.
 _DENSITY = {"Han": 0.29, "Japanese": 0.435, "Hangul": 0.495, "Arabic": 0.825}
 
+# How texts speak of translating: stems, in the languages of the starter set and a few others.
+_OF_TRANSLATING = re.compile(
+    "translat|翻译|翻譯|译文|翻訳|訳文|번역|ترجم|অনুবাদ|tafsiri|übersetz|traduc|tradui|traduz|tradur|अनुवाद|คำแปล|การแปล|แปลเป็น|"
+    "bản dịch|dịch sang|перевод|переведи|terjemah|çevir|tłumacz|vertal|översätt|μετάφρα|תרגום"
+)
+
 
 @dataclass(frozen=True)
 class FilterSettings:
@@ -45,6 +52,7 @@ class FilterSettings:
         language: Letters of another language from which a text is dropped, where the script alone does not say.
         length_ratio: A translation may be so many times longer or shorter than one usually is; a number, or one by
             language with the others under ``default``.
+        remark: A translation does not speak of translating, unless the source does.
         repetition: Greatest share of a text's character 10-grams that stood in it before.
         refusal_kept: The judge takes what refuses for a refusal, in the target language too.
         harm_kept: The judge takes the rejected answer to a harmful prompt for harmful, in the target language too.
@@ -57,6 +65,7 @@ class FilterSettings:
     copy: float | None = 0.8
     language: int | None = 20
     length_ratio: float | dict[str, float] | None = 1.8
+    remark: bool = True
     repetition: float | None = 0.5
     refusal_kept: bool = True
     harm_kept: bool = True
@@ -226,6 +235,19 @@ def information(text: str) -> float:
     return len(text) / _DENSITY.get(dominant_script(text[:_READ]) or "", 1.0)
 
 
+def _remark(text: Text, settings: FilterSettings) -> tuple[Any, Any] | None:
+    if not settings.remark or text.source is None or of_translating(text.source):
+        return None
+    said = of_translating(text.text)
+    return (said, "nothing of it") if said else None
+
+
+def of_translating(text: str) -> str | None:
+    """The first word stem with which a text speaks of translating, in any of the languages known; None where none does."""
+    found = _OF_TRANSLATING.search(normal_form(text).casefold())
+    return found and found[0]
+
+
 def _repetition(text: Text, settings: FilterSettings) -> tuple[Any, Any] | None:
     if settings.repetition is None:
         return None
@@ -298,6 +320,12 @@ FILTERS: dict[str, Filter] = {
             "The translation is much longer or shorter than one of this text into this language usually is.",
             _length_ratio,
         ),
+        Filter(
+            "remark",
+            "Translator's remark",
+            "The translation speaks of translating, and its source does not: the translator's own words.",
+            _remark,
+        ),
         Filter("repetition", "Repetition", "The text repeats itself.", _repetition),
         Filter(
             "refusal_kept",
@@ -338,12 +366,12 @@ def failures(text: Text, settings: FilterSettings) -> list[Failure]:
 
 
 def threshold(name: str, settings: FilterSettings) -> str | None:
-    """A filter's threshold in words; None where it is off."""
+    """A filter's threshold in words, empty where it has none; None where it is off."""
     value = getattr(settings, name)
     if value is None or value is False:
         return None
     if value is True:
-        return "the judge's verdict"
+        return "" if name == "remark" else "the judge's verdict"
     if isinstance(value, dict):
         return ", ".join(f"{code} {each:g}" for code, each in value.items())
     return f"{value:g}"

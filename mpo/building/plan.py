@@ -146,7 +146,11 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
         rows.append(
             ("And back", f"as many, by {translator_name(recipe.back_translation or recipe.translation)}")
         )
-    on = [f"{name} {shown}" for name in FILTERS if (shown := threshold(name, recipe.filters)) is not None]
+    on = [
+        f"{name} {shown}".strip()
+        for name in FILTERS
+        if (shown := threshold(name, recipe.filters)) is not None
+    ]
     rows.append(("Filters", "; ".join(on).replace(" the judge's verdict", "") or "none"))
     rows.append(("Out", recipe.out))
     return "\n".join(f"{name:<12} {text}" for name, text in rows)

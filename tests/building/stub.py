@@ -40,6 +40,13 @@ REFUSALS = {
     "bn": "দুঃখিত, আমি সাহায্য করতে পারি না।",
 }
 
+REMARKS = {
+    "zh": "请提供需要翻译的文本。",
+    "ja": "翻訳するテキストを入力してください。",
+    "ko": "번역할 내용을 알려 주세요.",
+    "bn": "অনুবাদ করার লেখাটি দিন।",
+}
+
 
 def word(text: str, target: str) -> str:
     """A word in letters of the target's script."""
@@ -66,6 +73,8 @@ def translate(line: str, source: str, target: str, fault: str | None = None) -> 
     begin = ""
     if line.startswith(REFUSAL) and target in REFUSALS:
         begin, line = REFUSALS[target] + " ", line[len(REFUSAL) :].strip()
+    if fault == "remark":
+        return (REMARKS[target] * len(line))[: max(8, round(len(line) * SHAPE[target][0]))]
     if fault == "refuses":
         begin, line = REFUSALS[target] + " ", line[len(line) // 2 :]
     words = [word(each.strip(".,?!'"), target) for each in line.split() if each.strip(".,?!'")]

@@ -80,6 +80,7 @@ PLANTED = {
     "copy": ("copy", "prompt"),
     "language": ("language", "rejected"),
     "half": ("length_ratio", "chosen"),
+    "remark": ("remark", "prompt"),
     "repeat": ("repetition", "rejected"),
     "complies": ("refusal_kept", "chosen"),
     "refuses": ("harm_kept", "rejected"),
