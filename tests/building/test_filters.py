@@ -89,6 +89,7 @@ def test_the_published_pairs_hold_102_texts_that_are_the_english_one_and_the_fil
         ("ngazi ya mlango " * 5, {}, ["repetition"]),
         ("当然，请提供需要翻译的文本，我会将其翻译成中文。", {"language": "zh"}, ["remark"]),
         ("等到没有人在家的时候，再把梯子搬出。TRANSLATION", {"language": "zh"}, ["remark"]),
+        ("Il faut traduire en justice celui qui sort l'échelle par la porte de derrière.", {"language": "fr"}, []),
         ("请把这封信翻译成英文。", {"language": "zh", "source": "Please translate this letter."}, []),
         ("等到没有人在家的时候，再把梯子从后门搬出去。", {"language": "zh"}, []),
         ("等到没有人在家。", {"language": "zh"}, ["length_ratio"]),
