@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import mpo
+from mpo.common.characters import printable
 from mpo.common.redaction import redact_text
 from mpo.common.tables import escape_markdown, signed
 from mpo.common.words import listed
@@ -95,7 +96,12 @@ def _environment(**options: Any) -> Environment:
     )
 
 
-_HTML = _environment(autoescape=True)
+def _inert(value: object) -> object:
+    """Every text that a template shows and that is no markup, whatever file or model it came from."""
+    return printable(value) if type(value) is str else value
+
+
+_HTML = _environment(autoescape=True, finalize=_inert)
 _HTML.filters["redact"] = redact_text
 _MARKDOWN = _environment(finalize=_escaped, keep_trailing_newline=True)
 _MARKDOWN.filters |= {"code": code, "listed": listed, "signed": signed}

@@ -96,6 +96,28 @@ def without_harmless(groups: Dataset) -> dict[str, tuple[int, int]]:
     }
 
 
+def cut_short(groups: Dataset, limit: int | None) -> dict[str, float]:
+    """
+    Languages most of whose chosen responses to harmful prompts fill the limit of a response: what they are trained on ends before
+    they do.
+
+    Args:
+        groups: Tokenized groups.
+        limit: ``max_response_length``, by which they were cut.
+
+    Returns:
+        Share of such responses, above one half, by target language.
+    """
+    lengths: dict[str, list[int]] = {}
+    if limit is not None:
+        harmful = groups.select(np.flatnonzero(~harmless_groups(groups)))
+        for group in harmful.select_columns(["target_language", "target_chosen"]):
+            for language, chosen in zip(group["target_language"], group["target_chosen"], strict=True):
+                lengths.setdefault(language, []).append(len(chosen))
+    shares = {language: float(np.mean(np.asarray(found) >= limit)) for language, found in lengths.items()}
+    return {language: share for language, share in shares.items() if share > 0.5}
+
+
 def target_languages(*datasets: Dataset) -> list[str]:
     """Target languages of tokenized datasets, sorted."""
     return sorted({language for dataset in datasets for language in count_languages(dataset)})

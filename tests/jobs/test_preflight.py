@@ -191,3 +191,29 @@ def test_a_language_that_is_shown_with_refusals_alone_is_named(
     assert [note.partition(" has ")[0] for note in notes] == (["Swahili"] if swahili < 2 else [])
     if notes:
         assert f"5 harmful pairs and {swahili or 'no'} harmless" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"loss_type": "sft", "max_response_length": 4}, True),
+        ({"loss_type": "sft", "max_response_length": 400}, False),
+        ({"loss_type": "sft"}, False),
+        ({"loss_type": "mpo", "max_response_length": 4}, False),
+    ],
+)
+def test_refusals_that_are_taught_in_halves_are_named(
+    make: Callable[..., Recipe], tmp_path: Path, settings: dict[str, Any], told: bool
+) -> None:
+    rows = random_groups(5, 6, (2, 3), ("bn", "sw"), words=(1, 2))
+    for number, row in enumerate(rows):
+        row["kind"] = "harmful" if number % 2 else "harmless"
+        row["targets"] = [{**row["targets"][0], "language": language} for language in ("bn", "sw")]
+        for pair in [row["source"], *row["targets"]]:
+            if pair["language"] == "bn" or row["kind"] == "harmless":
+                pair["chosen"] = [{"role": "assistant", "content": "a refusal of very many words " * 3}]
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{**row, "origin": None} for row in rows]), encoding="utf-8")
+    made = make_plan(make(dataset=str(path), held_out=0, **settings), on_this_machine=False)
+    notes = [note for note in made.notes if "cuts chosen responses" in note]
+    assert len(notes) == told and all("100% in Bengali" in note and "`sft`" in note for note in notes)

@@ -13,7 +13,7 @@ from mpo.report.answers import collect
 from mpo.report.folder import read_results
 from mpo.report.page import write_report
 from tests.report import browser
-from tests.report.result_folder import PROMPTS, write_safety
+from tests.report.result_folder import PROMPTS, write_results, write_safety
 
 VERDICTS = {
     "base": {"en": ["unsafe", "safe", "safe"], "ar": ["unsafe", "unsafe", "invalid"], "bn": ["safe"] * 3},
@@ -141,3 +141,15 @@ def test_models_stand_side_by_side_and_below_each_other_on_a_telephone(
             first, second = chromium.run(tops)
             assert (first == second) == is_side_by_side
             assert chromium.run("return document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("field", ["id", "prompt_id", "language", "verdict", "reply"])
+def test_nothing_in_a_verdict_acts_on_the_page_of_answers(tmp_path: Path, field: str) -> None:
+    results = write_results(tmp_path / "results", prompts=2)
+    for path in results.rglob("verdicts*.jsonl"):
+        first, *others = path.read_text(encoding="utf-8").splitlines()
+        row = {**json.loads(first), field: "a\x1b[31m\u202e<script>alert(1)</script>"}
+        path.write_text("\n".join([json.dumps(row), *others]) + "\n", encoding="utf-8")
+    write_report(results)
+    page = (results / "answers.html").read_text(encoding="utf-8")
+    assert not any(sign in page for sign in ("\x1b", "\u202e", "<script>alert"))

@@ -17,8 +17,12 @@ HOSTILE = "<script>`x`</script> | \u202e**y** [a](b)"
 
 
 def test_what_an_html_template_prints_is_escaped() -> None:
-    text = rendering.html("provenance.html", models=[(HOSTILE, [(HOSTILE, HOSTILE)])])
+    acting = f"{HOSTILE}\x1b[2J"
+    text = rendering.html("provenance.html", models=[(acting, [(acting, acting)])])
     assert "<script" not in text and text.count("&lt;script&gt;") == 3
+    assert (
+        "\x1b" not in text and "\u202e" not in text and text.count("\\x1b[2J") == text.count("\\u202e") == 3
+    )
 
 
 def test_only_the_style_and_the_finished_sections_are_printed_as_they_are() -> None:

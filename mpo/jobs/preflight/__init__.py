@@ -20,8 +20,10 @@ from mpo.training.checks import check_best_metric, check_tokens
 from mpo.training.compute import is_installed
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
-from mpo.training.sampling import count_languages, without_harmless
+from mpo.training.sampling import count_languages, cut_short, without_harmless
 from mpo.training.workload import count_work, schedule, tokenize_for_training
+
+_TEACH_TEXT = ("sft", "cpo", "orpo")  # objectives that raise the likelihood of the chosen response by itself
 
 __all__ = ["Plan", "check_output_folder", "check_packages", "make_plan"]
 
@@ -99,6 +101,13 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         "language with refusals alone learns to refuse the language. Add harmless rows in it, or leave it out (`languages`)"
         for code, (harmful, answered) in without_harmless(tokenized).items()
     )
+    taught = [name for name in training.objectives.names if name in _TEACH_TEXT]
+    if taught and (shares := cut_short(tokenized, training.max_response_length)):
+        listing = listed(f"{share:.0%} in {language_name(code)}" for code, share in shares.items())
+        notes.append(
+            f"`max_response_length: {training.max_response_length}` cuts chosen responses to harmful prompts short ({listing}), "
+            f"and `{taught[0]}` teaches them as they then are: a refusal that stops in the middle. Raise it, or give shorter ones"
+        )
     languages = count_languages(tokenized)
     probe = prompts_of(training, languages)
     if training.behavior_probe:
