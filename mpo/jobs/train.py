@@ -146,12 +146,16 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         probed = finish_probe(watch)
         say.now("Saving")
         trainer.save_model(str(folder))
+    sentence = None if probed is None else probed.sentence
     if main:
         comparison = harmless = None
         if before is not None and after is not None:
             comparison = compare(before[1], after[1])
             harmless = _harmless(before[0], after[0], plan)
-        _write_results(plan, trainer, comparison, before, after, probed, resolved, provenance, harmless)
+            sentence = " ".join(filter(None, [comparison.fallen(), sentence])) or None
+        _write_results(
+            plan, trainer, comparison, before, after, probed, resolved, provenance, harmless, sentence
+        )
         remove_earlier_result(folder)
         if comparison is not None:
             say("")
@@ -170,8 +174,8 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
-    if probed is not None:
-        say(f"\n{probed.sentence}")  # last, where it is read
+    if sentence is not None:
+        say(f"\n{sentence}")  # last, where it is read
     return folder
 
 
@@ -364,7 +368,8 @@ def _write_results(
     probed: Probed | None,
     resolved: str,
     provenance: dict[str, Any],
-    harmless: Comparison | None = None,
+    harmless: Comparison | None,
+    sentence: str | None,
 ) -> None:
     from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
@@ -439,7 +444,7 @@ def _write_results(
         settings=settings,
         retention=retention,
         harmless=harmless,
-        finding=None if probed is None else probed.sentence,
+        finding=sentence,
         behavior=change,
         repository=training.hub_model_id,
     )

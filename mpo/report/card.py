@@ -115,7 +115,7 @@ def write_card(
         retention: Retention term on the held-out sources before and after training.
         harmless: The change on held-out harmless groups.
         behavior: What the model does with the probe prompts, before and after.
-        finding: The card's first sentence; by default that of `behavior`, or that nothing was asked.
+        finding: The card's first sentence; by default that of `comparison` and `behavior`, or that nothing was asked.
         repository: Hub id the model is, or will be, under, or the name of its folder, for the loading example; by
             default the name of `folder`.
         merged_from: Name of the adapter that was merged into the base; None where this is no merged model.
@@ -157,7 +157,7 @@ def write_card(
         harmless=None if harmless is None else Raw(harmless.harmless_table().markdown()),
         behavior=behavior,
         behavior_table=None if behavior is None else Raw(behavior.to_markdown()),
-        opening=(finding or _opening(behavior)).replace(" -> ", f" {ARROW} "),
+        opening=(finding or _opening(comparison, behavior)).replace(" -> ", f" {ARROW} "),
         peft=peft,
         is_local=hub_id is None,
         library="peft" if peft else "transformers",
@@ -262,10 +262,12 @@ def _read_metrics(
     return before, after, None if first is None or last is None else (first, last), behavior
 
 
-def _opening(behavior: BehaviorChange | None) -> str:
-    if behavior is None:
-        return "It was not measured what this model does when it is asked, neither before nor after training."
-    return behavior.finding.text
+def _opening(comparison: Comparison | None, behavior: BehaviorChange | None) -> str:
+    asked = "It was not measured what this model does when it is asked, neither before nor after training."
+    if behavior is not None:
+        asked = behavior.finding.text
+    fallen = None if comparison is None else comparison.fallen()
+    return asked if fallen is None else f"{fallen} {asked}"
 
 
 def _compared(before: RewardGapTable, after: RewardGapTable) -> Comparison | None:

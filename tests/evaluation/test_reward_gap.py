@@ -204,6 +204,22 @@ def test_changes_equal_the_difference_of_the_two_tables_row_by_row() -> None:
         assert change.change == pytest.approx(new.gap - old.gap, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("change", "spread", "named"),
+    [(-0.5, 0.1, True), (-0.09, 0.01, False), (-0.5, 4.0, False), (0.5, 0.1, False)],
+)
+def test_a_gap_that_falls_is_a_warning_of_its_language(change: float, spread: float, named: bool) -> None:
+    before = [score(g, "bn", 0.0, 0, 0.6) for g in range(16)] + [
+        score(g, "sw", 0.1, 0, 0.6) for g in range(16)
+    ]
+    after = [score(g, "bn", change + (spread if g % 2 else -spread), 0, 0.6) for g in range(16)]
+    after += [score(g, "sw", 0.3, 0, 0.6) for g in range(16)]
+    warning = compare(summarize(before, beta=1.0), summarize(after, beta=1.0)).fallen()
+    assert (warning is not None) == named
+    if warning is not None:
+        assert f"fell in Bengali (0.000 -> {change:.3f}):" in warning and "Swahili" not in warning
+
+
 def test_two_targets_of_one_language_in_a_group_are_matched_in_their_order() -> None:
     before = [score(0, "bn", 0.0, 0, 1), score(0, "bn", 1.0, 0, 1), score(1, "bn", 0.0, 0, 1)]
     after = [score(0, "bn", 0.5, 0, 1), score(0, "bn", 1.5, 0, 1), score(1, "bn", 0.5, 0, 1)]
