@@ -225,6 +225,12 @@ def test_the_legend_names_the_groups_in_their_colours_and_the_kinds_that_occur()
 # ------------------------------------------------------------------------------------------------------- in a browser
 
 
+def test_twelve_groups_have_twelve_marks() -> None:
+    points = [PlanePoint(str(n), n / 20, n / 20, group=str(n)) for n in range(12)]
+    legend = re.findall(r'class="mark (s\d)"[^>]*? d="([^"]+)"/></svg>\d+<', draw(points, title="Runs"))
+    assert len(legend) == len(set(legend)) == 12
+
+
 def test_in_a_browser_labels_stay_within_the_boxes_that_were_planned_for_them(
     chromium: browser.Browser, tmp_path: Path
 ) -> None:
