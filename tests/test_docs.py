@@ -330,7 +330,7 @@ def test_the_pages_show_the_data_check_the_dry_run_and_the_plans() -> None:
 
 def commands(page: Path) -> list[list[str]]:
     """The command lines of a page, in code blocks and in the text, as words."""
-    lines = [line for text in blocks(page, "bash") for line in text.splitlines()]
+    lines = [line for text in blocks(page, "bash") for line in text.replace("\\\n", "").splitlines()]
     lines += [
         code for code in inline_code(page) if code.split()[0] in ("mpo", "make", "accelerate", "python")
     ]
