@@ -10,7 +10,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 _JOINERS = "\u200c\u200d"
 
 
-def printable(text: str, *, lines: bool = True) -> str:
+def printable(text: str, *, lines: bool = True, directions: bool = False) -> str:
     """The text with every character that acts on a terminal, or on the text around it, written as an escape.
 
     These are control characters (colours, cursor movements), those that turn the direction of writing, other invisible
@@ -19,11 +19,14 @@ def printable(text: str, *, lines: bool = True) -> str:
     Args:
         text: Any text.
         lines: Keep line breaks and tabs; without, the result is one line.
+        directions: Keep what turns the direction of writing and other invisible characters: where a text stands in a block of its
+            own, they end with it, and Arabic or Hebrew may be written with them.
     """
+    acting = ("Cc", "Cs") if directions else ("Cc", "Cf", "Cs", "Zl", "Zp")
     kept = _JOINERS + "\n\t" if lines else _JOINERS
     return "".join(
         c
-        if c in kept or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        if c in kept or unicodedata.category(c) not in acting
         else c.encode("unicode_escape").decode("ascii")
         for c in text
     )

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 import mpo
 from mpo.common.characters import printable
@@ -101,7 +102,13 @@ def _inert(value: object) -> object:
     return printable(value) if type(value) is str else value
 
 
+def _in_block(text: str) -> Markup:
+    """A text in a block of its own, at whose end its direction ends: shown with its characters of direction."""
+    return Markup(escape(printable(text, directions=True)))
+
+
 _HTML = _environment(autoescape=True, finalize=_inert)
+_HTML.filters["in_block"] = _in_block
 _HTML.filters["redact"] = redact_text
 _MARKDOWN = _environment(finalize=_escaped, keep_trailing_newline=True)
 _MARKDOWN.filters |= {"code": code, "listed": listed, "signed": signed}

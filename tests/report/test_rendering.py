@@ -66,3 +66,10 @@ def test_a_value_that_is_not_there_is_an_error(name: str) -> None:
         return
     with pytest.raises(UndefinedError, match="is undefined"):
         rendering.markdown(name) if name.endswith(".md") else rendering.html(name)
+
+
+def test_a_text_in_a_block_keeps_its_direction_and_no_control_character() -> None:
+    template = rendering._HTML.from_string("{{ given }}|{{ given | in_block }}")
+    assert template.render(given="\u200fسلام<b>\x1b[2J") == (
+        "\\u200fسلام&lt;b&gt;\\x1b[2J|\u200fسلام&lt;b&gt;\\x1b[2J"
+    )
