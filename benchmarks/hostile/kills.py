@@ -73,9 +73,8 @@ def _kill_all(
             began = time.monotonic()
             if run(command(place), log, after) != 0:
                 break
-            lasts = min(
-                0.9 * lasts, time.monotonic() - began
-            )  # it was over before: the machine has become faster
+            # It was over before: the machine has become faster.
+            lasts = min(0.9 * lasts, time.monotonic() - began)
             shutil.rmtree(place)
         tally.tried += 1
         tally.by_name[name] += 1
