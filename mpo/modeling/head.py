@@ -1,8 +1,8 @@
 """The reward-gap head: what MPO reads from a model, in one call of it.
 
 The head is attached to the model's ``forward``, so the one call goes through whatever wraps the model: PEFT,
-DistributedDataParallel, FSDP or DeepSpeed. It runs the LM head only at the positions that predict a response token
-whose likelihood is needed, in tiles, and never builds the logits of a whole row.
+DistributedDataParallel, FSDP or DeepSpeed. It runs the LM head only at the positions where what it says is needed, in
+tiles, and never builds the logits of a whole row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from mpo.errors import ModelError
-from mpo.modeling.logprobs import FrozenHeadLogProbs
+from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs
 from mpo.modeling.loss import segment_mean, segment_sum
 from mpo.modeling.masks import attention_mask as tree_attention_mask
 from mpo.modeling.tree_attention import IMPLEMENTATION as TREE_IMPLEMENTATION
@@ -44,6 +44,10 @@ class RewardGapOutput(ModelOutput):
             where the batch asks for it.
         prompt_logps: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; where the batch asks for it.
         prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
+        kept_states: ``[N, H]``, final hidden states of the tokens that are kept, of one tree after another, float32; where
+            the batch has no states to compare them with.
+        moved: ``[K]``, how far each kept tree is from the states that the batch has, the mean over its tokens: of
+            ``KL(p_ref || p)`` of the next token in nats with ``kept_by_kl``, else of ``||h - h_ref||^2 / hidden_size``.
         aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
@@ -52,6 +56,8 @@ class RewardGapOutput(ModelOutput):
     shared_logps: Tensor | None = None
     prompt_logps: Tensor | None = None
     prompt_states: Tensor | None = None
+    kept_states: Tensor | None = None
+    moved: Tensor | None = None
     aux_loss: Tensor | None = None
 
 
@@ -106,6 +112,10 @@ def _reward_gap_forward(
     prompt_labels: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
     state_index: Tensor | None = None,
+    kept_index: Tensor | None = None,
+    kept_lengths: Tensor | None = None,
+    kept_states: Tensor | None = None,
+    kept_by_kl: bool = False,
     output_router_logits: bool = False,
     **ignored: Any,
 ) -> RewardGapOutput:
@@ -129,8 +139,15 @@ def _reward_gap_forward(
     prompts = None
     if prompt_index is not None and prompt_labels is not None and prompt_lengths is not None:
         prompts = (prompt_index, prompt_labels, prompt_lengths)
-    response_logps, shared_logps, prompt_logps = _log_likelihoods(
-        model, config, hidden, (score_index, score_labels, score_lengths), score_shared, prompts
+    kept = None if kept_index is None else _Kept(kept_index, kept_lengths, kept_states)
+    response_logps, shared_logps, prompt_logps, divergence = _log_likelihoods(
+        model,
+        config,
+        hidden,
+        (score_index, score_labels, score_lengths),
+        score_shared,
+        prompts,
+        kept if kept_by_kl else None,
     )
     return RewardGapOutput(
         response_logps=response_logps,
@@ -138,6 +155,8 @@ def _reward_gap_forward(
         shared_logps=shared_logps,
         prompt_logps=prompt_logps,
         prompt_states=None if state_index is None else _states(hidden, state_index),
+        kept_states=_states(hidden, kept.places) if kept is not None and kept.states is None else None,
+        moved=divergence if kept is None or kept_by_kl else _moved(hidden, kept),
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
 
@@ -156,6 +175,23 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
     return segment_mean(hidden.index_select(0, index), lengths).unflatten(0, (-1, 2))
 
 
+class _Kept(NamedTuple):
+    """Positions of the tokens that are kept, how many belong together, and the reference's states there, if they are known."""
+
+    places: Tensor
+    lengths: Any
+    states: Any
+
+
+@torch.compiler.disable
+def _moved(hidden: Tensor, kept: _Kept) -> Tensor | None:
+    """``[K]``, mean squared distance of the states that are kept from the reference's."""
+    if kept.states is None:
+        return None
+    own = _states(hidden, kept.places)
+    return segment_mean((own - kept.states.to(own)).square().mean(dim=-1), kept.lengths.to(own.device))
+
+
 _Scored = tuple[
     Tensor, Tensor, Tensor
 ]  # positions that predict tokens, the tokens, and how many belong together
@@ -169,17 +205,23 @@ def _log_likelihoods(
     responses: _Scored,
     shared: Tensor | None,
     prompts: _Scored | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Means over the responses' tokens ``[T, 2]`` and, where asked for, sums over their first tokens and the prompts'."""
+    kept: _Kept | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Means over the responses' tokens ``[T, 2]`` and, where asked for, sums over their first tokens and the prompts', and the
+    divergence from the reference on the tokens that are kept."""
     index, labels, lengths = responses
     if lengths.numel() == 0:
         nothing = hidden.new_zeros((0, 2), dtype=torch.float32)
-        return nothing, None if shared is None else nothing, None if prompts is None else nothing[:, 0]
+        return nothing, None if shared is None else nothing, None if prompts is None else nothing[:, 0], None
     if prompts is not None:
         index, labels = torch.cat([index, prompts[0]]), torch.cat([labels, prompts[1]])
     # One call of the head for all: where it is sharded, a call is a collective.
-    values = _token_logps(model, config, hidden, index, labels)
+    values = _token_logps(model, config, hidden, index, labels, kept)
     lengths = lengths.to(values.device)
+    divergence = None
+    if kept is not None:
+        values, rest = values.split([index.shape[0], kept.places.shape[0]])
+        divergence = segment_mean(rest, kept.lengths.to(rest.device))
     of_prompts = None
     if prompts is not None:
         values, rest = values.split([responses[0].shape[0], prompts[0].shape[0]])
@@ -187,18 +229,19 @@ def _log_likelihoods(
     of_shared = None
     if shared is not None:
         of_shared = segment_sum(values * shared.to(values.device), lengths).unflatten(0, (-1, 2))
-    return segment_mean(values, lengths).unflatten(0, (-1, 2)), of_shared, of_prompts
+    return segment_mean(values, lengths).unflatten(0, (-1, 2)), of_shared, of_prompts, divergence
 
 
 def _token_logps(
-    model: PreTrainedModel, config: Any, hidden: Tensor, index: Tensor, labels: Tensor
+    model: PreTrainedModel, config: Any, hidden: Tensor, index: Tensor, labels: Tensor, kept: _Kept | None
 ) -> Tensor:
-    """Log-likelihood ``[N]`` of each token under the state before it."""
+    """Log-likelihood ``[N]`` of each token under the state before it, then the divergence ``[M]`` at each kept one."""
     head = model.get_output_embeddings()
     # With a model split over devices (`device_map`), the last layer may lie elsewhere than the head.
     device = head.weight.device
 
-    def log_probs(scored: Tensor) -> Tensor:
+    def log_probs(states: Tensor) -> Tensor:
+        scored, held = states.split([index.shape[0], states.shape[0] - index.shape[0]])
         weight, bias = head.weight, getattr(head, "bias", None)
         if isinstance(weight, DTensor):
             raise ModelError(
@@ -217,9 +260,22 @@ def _token_logps(
             values = ChunkedLogProbFunction.apply(
                 scored, weight, bias, labels.to(device), 1.0, tile_width, softcap, scale, ()
             )[0]
-        return values
+        if kept is None:
+            return values
+        with torch.autocast(device.type, enabled=False):
+            divergence = FrozenHeadDivergence.apply(
+                held.to(weight.dtype),
+                kept.states.to(device),
+                weight,
+                bias,
+                softcap,
+                scale,
+                held.requires_grad,
+            )
+        return torch.cat([values, divergence.to(values.dtype)])
 
-    return _call_as(head, log_probs, hidden.index_select(0, index).to(device))
+    read = index if kept is None else torch.cat([index, kept.places])
+    return _call_as(head, log_probs, hidden.index_select(0, read).to(device))
 
 
 def _call_as(module: nn.Module, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:

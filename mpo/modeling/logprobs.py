@@ -1,4 +1,4 @@
-"""Log-likelihoods of given tokens under a frozen LM head, and their gradient, from one pass over the logits."""
+"""What a frozen LM head says of given states, and its gradient, from one pass over the logits."""
 
 from __future__ import annotations
 
@@ -39,30 +39,21 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         with_gradient: bool,
     ) -> Tensor:
         """Returns ``[N]`` log-likelihoods in nats, float32 or wider."""
-        tokens = max(1, _LOGITS.get(hidden.device.type, _LOGITS_DEFAULT) // weight.shape[0])
+        tokens = _tokens_at_once(hidden, weight)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(hidden.shape[0], dtype=wide)
         gradient = torch.empty_like(hidden) if with_gradient else None
         for start in range(0, hidden.shape[0], tokens):
             part = slice(start, start + tokens)
             label = labels[part, None]
-            logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            if scale != 1.0:
-                logits = logits.to(wide).mul_(scale)
-            squashed = None
-            if softcap is not None:
-                squashed = logits.to(wide).div_(softcap).tanh_()
-                logits = squashed * softcap
+            logits, squashed = _logits(hidden[part], weight, bias, softcap, scale)
             values = torch.log_softmax(logits, dim=-1, dtype=wide)
             log_probs[part] = values.gather(1, label).squeeze(1)
             if gradient is not None:
                 # In place: p - 1[label] takes the room of the log-probabilities.
                 slopes = values.exp_()
                 slopes.scatter_add_(1, label, slopes.new_full((1, 1), -1.0).expand_as(label))
-                if squashed is not None:
-                    slopes.mul_(squashed.square_().neg_().add_(1.0))
-                torch.mm(slopes.to(weight.dtype), weight, out=gradient[part])
-                gradient[part].mul_(-scale)
+                _to_hidden(slopes, squashed, weight, -scale, gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return log_probs
@@ -71,3 +62,78 @@ class FrozenHeadLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradients[0].to(gradient.dtype)[:, None] * gradient, None, None, None, None, None, None
+
+
+class FrozenHeadDivergence(torch.autograd.Function):
+    """``KL(p_ref || p)`` of the next token, under an LM head that is not trained.
+
+    ``p`` and ``p_ref`` are the distributions that the same head gives to two states, that of the policy and that of the
+    reference at the same place of the same text. With ``z`` the policy's logits as in :class:`FrozenHeadLogProbs`::
+
+        d KL / d hidden = sum_v (p_v - p_ref,v) * (dz_v / dy_v) * weight_v
+
+    computed like there in the forward pass: three matrix products of the vocabulary's size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        reference: Tensor,  # [N, H], in any dtype
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        softcap: float | None,
+        scale: float,
+        with_gradient: bool,
+    ) -> Tensor:
+        """Returns ``[N]`` nats, float32 or wider."""
+        # Two distributions are held at a time.
+        tokens = max(1, _tokens_at_once(hidden, weight) // 2)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        divergence = hidden.new_empty(hidden.shape[0], dtype=wide)
+        gradient = torch.empty_like(hidden) if with_gradient else None
+        for start in range(0, hidden.shape[0], tokens):
+            part = slice(start, start + tokens)
+            wanted, _ = _logits(reference[part].to(hidden.dtype), weight, bias, softcap, scale)
+            wanted = torch.log_softmax(wanted, dim=-1, dtype=wide)
+            logits, squashed = _logits(hidden[part], weight, bias, softcap, scale)
+            values = torch.log_softmax(logits, dim=-1, dtype=wide)
+            probabilities = wanted.exp()
+            divergence[part] = (probabilities * wanted.sub_(values)).sum(dim=-1)
+            if gradient is not None:
+                slopes = values.exp_().sub_(probabilities)
+                _to_hidden(slopes, squashed, weight, scale, gradient[part])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return divergence
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0].to(gradient.dtype)[:, None] * gradient, None, None, None, None, None, None
+
+
+def _tokens_at_once(hidden: Tensor, weight: Tensor) -> int:
+    return max(1, _LOGITS.get(hidden.device.type, _LOGITS_DEFAULT) // weight.shape[0])
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of some states, scaled and capped, and the ``tanh`` of the cap, if there is one."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if scale != 1.0:
+        logits = logits.to(wide).mul_(scale)
+    if softcap is None:
+        return logits, None
+    squashed = logits.to(wide).div_(softcap).tanh_()
+    return squashed * softcap, squashed
+
+
+def _to_hidden(slopes: Tensor, squashed: Tensor | None, weight: Tensor, scale: float, out: Tensor) -> None:
+    """The gradient of the states, from that of the capped logits; overwrites its arguments."""
+    if squashed is not None:
+        slopes.mul_(squashed.square_().neg_().add_(1.0))
+    torch.mm(slopes.to(weight.dtype), weight, out=out)
+    out.mul_(scale)

@@ -45,7 +45,7 @@ class PairTensors:
         rejected_logps: ``[T]``, the same for the rejected responses.
         reference_gap: ``[T]``, the reference's reward gap on the pair's source (a constant), nats per token; NaN where it
             is not asked for.
-        retention: ``[T]``, retention term of the pair's source (0 where the source is not run).
+        retention: ``[T]``, retention term of the pair's source, or of a harmless pair itself (0 where neither is held).
         language: ``[T]``, index of the pair's language in the trainer's ``languages``.
         group_of_pair: ``[T]``, index of the pair's group, 0 to G - 1.
         source_hidden: ``[G, 2, H]``, pooled states of the source's two sequences under the policy, or None.
@@ -200,6 +200,8 @@ def pair_tensors(
             pooled, reference_hidden = (
                 _or_zero(states, held["held_of_group"]) for states in (pooled, reference_hidden)
             )
+    if output.moved is not None:
+        retention = retention + _or_zero(output.moved, held["kept_of_pair"])
     kinds = batch.get("is_harmless")
     lengths, reference_logps = own("lengths"), own("reference_logps")
     prompts: dict[str, Tensor] = (batch if call is None else call).get("prompts", {})

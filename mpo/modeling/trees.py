@@ -38,6 +38,10 @@ MODEL_KEYS = (
     "pool_index",
     "pool_lengths",
     "state_index",
+    "kept_index",
+    "kept_lengths",
+    "kept_states",
+    "kept_by_kl",
 )
 
 
@@ -53,6 +57,13 @@ class Tree(NamedTuple):
     """Whether pooled hidden states of the two sequences are needed."""
     prompt_state: bool = False
     """Whether the hidden state of the prompt's last token is needed."""
+    keep: bool = False
+    """Whether what is said after each token of prompt and chosen response is held."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of prompt and chosen response after which another one follows."""
+        return len(self.prompt) + len(self.chosen) - 1
 
     @property
     def size(self) -> int:
@@ -151,6 +162,8 @@ def build_batch(
         - ``state_index``: ``[Q]``, flat positions of last tokens of prompts, of the trees that ask for their states (only
           if some do)
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
+        - ``kept_index``: flat positions of the tokens of prompt and chosen response but the last, of the K trees that keep
+          them, ``kept_lengths``: ``[K]`` (only if some do)
 
     Raises:
         ValueError: A tree has an empty part.
@@ -178,6 +191,7 @@ def build_batch(
     state_index: list[int] = []
     pool_index: list[np.ndarray] = []
     pool_lengths: list[int] = []
+    kept_index: list[np.ndarray] = []
 
     for i, tree in enumerate(trees):
         prompt_length = len(tree.prompt)
@@ -211,6 +225,8 @@ def build_batch(
                     prompt_lengths.append(prompt_length - 1)
             if tree.prompt_state and branch == CHOSEN:
                 state_index.append(int(prompt_positions[-1]))
+            if tree.keep and branch == CHOSEN:
+                kept_index.append(np.concatenate([prompt_positions, response_positions[:-1]]))
             if tree.pool:
                 pooled = (
                     np.concatenate([prompt_positions, response_positions])
@@ -231,6 +247,9 @@ def build_batch(
     }
     if state_index:
         batch["state_index"] = torch.tensor(state_index, dtype=torch.long)
+    if kept_index:
+        batch["kept_index"] = _concatenate(kept_index)
+        batch["kept_lengths"] = torch.tensor([len(kept) for kept in kept_index], dtype=torch.long)
     if score_shared:
         batch["score_shared"] = _concatenate(shared)
     if score_prompts:

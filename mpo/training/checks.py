@@ -12,6 +12,7 @@ from datasets import Dataset
 from mpo.errors import ConfigError, DataError, ModelError
 from mpo.training.compute import check_compute_options
 from mpo.training.config import MPOConfig
+from mpo.training.harmless import KL
 from mpo.training.probe_settings import is_probe_metric
 
 _REFUSED = {
@@ -110,6 +111,31 @@ def check_adapter_config(config: Any) -> None:
             f"`modules_to_save` names {', '.join(sorted(saved & {'lm_head', 'embed_tokens'}))}: the reward-gap head reads "
             "the LM head's weight directly and would train a copy that it does not use. Remove it."
         )
+
+
+def check_head_stays(args: MPOConfig, model: Any) -> None:
+    """Refuse to compare what a head says now with what it said at the start where the head is trained.
+
+    Args:
+        args: Settings of a run on harmless groups.
+        model: The model, with the adapter on it if there is one.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if (
+        args.harmless.keeps_own
+        and args.harmless_retention == KL
+        and _is_trained(model.get_output_embeddings())
+    ):
+        raise ConfigError(
+            "`harmless_retention: kl` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
+            "`harmless_retention: states`, which needs no head, or `use_peft: true`."
+        )
+
+
+def _is_trained(module: Any) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def check_best_metric(args: MPOConfig, languages: Sequence[str], evaluation_sets: Sequence[str]) -> None:

@@ -7,7 +7,10 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
 
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
 ``harmless_retain_weight``. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
-prompt and chosen response of the pair itself, in the dominant and in the target languages.
+prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the mean of
+the same distance over the tokens of prompt and chosen response, and with ``kl`` the mean over these tokens of
+``KL(p_ref || p)`` of the token that follows, both as the starting policy has them: what it says of harmless prompts, and after
+them, stays as it was.
 """
 
 from __future__ import annotations
@@ -32,7 +35,13 @@ from mpo.training.objectives import MISMATCHED, RETENTION, STATES, TRAIN_ON, tak
 HARMLESS_LOSS = "sigmoid"
 """The objective of harmless groups where none is set."""
 NONE = "none"
-RETENTIONS = (NONE, "hidden")
+POOLED, KL = "hidden", "kl"
+RETENTIONS = {
+    NONE: "nothing",
+    POOLED: "pooled hidden states",
+    "states": "hidden states of each token",
+    KL: "what follows each token",
+}
 _PER_STEP = {MISMATCHED: "other pairs' responses", STATES: "a prompt in all its languages"}
 
 
@@ -53,8 +62,10 @@ class HarmlessSettings:
             Which of their pairs are trained on: `"targets"`, `"source"` or `"both"`. Unset: both, since refusals of
             harmless prompts must not grow in the dominant language either; targets for `mpo`.
         harmless_retention (`str`, *optional*, defaults to `"none"`):
-            `"hidden"` holds the final hidden states of prompt and chosen response where the starting policy has them, in
-            each of these pairs' languages.
+            `"hidden"` holds the final hidden states of prompt and chosen response, pooled, where the starting policy has
+            them, in each of these pairs' languages; `"states"` those of each token; `"kl"` what the model expects after
+            each token, which needs an LM head that is not trained. The last two keep the starting policy's states of every
+            token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
         harmless_share (`float`, *optional*):
@@ -79,7 +90,10 @@ class HarmlessSettings:
     )
     harmless_retention: str = field(
         default="none",
-        metadata={"help": "What of harmless pairs is held still.", "choices": ["none", "hidden"]},
+        metadata={
+            "help": "What of harmless pairs is held still.",
+            "choices": ["none", "hidden", "states", "kl"],
+        },
     )
     harmless_retain_weight: float = field(default=1.0, metadata={"help": "Weight of that retention."})
     harmless_share: float | None = field(
@@ -128,7 +142,7 @@ class HarmlessSettings:
         require(
             self, "harmless_train_on", lambda v: v is None or v in TRAIN_ON, "'targets', 'source' or 'both'"
         )
-        require(self, "harmless_retention", lambda v: v in RETENTIONS, "'none' or 'hidden'")
+        require(self, "harmless_retention", lambda v: v in RETENTIONS, "'none', 'hidden', 'states' or 'kl'")
         view = self.harmless
         objectives = view.objectives
         for name, objective in objectives.by_name.items():
@@ -144,8 +158,8 @@ class HarmlessSettings:
                 )
         if RETENTION in objectives.needs and view.keeps_own:
             raise ConfigError(
-                "`harmless_retention: hidden` does not go with an objective that holds the source still. Remove it, or "
-                "choose another `harmless_loss_type`."
+                f"`harmless_retention: {self.harmless_retention}` does not go with an objective that holds the source still. "
+                "Remove it, or choose another `harmless_loss_type`."
             )
         if self.harmless_beta is not None and "beta" not in objectives.reads:
             raise ConfigError(

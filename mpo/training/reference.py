@@ -50,7 +50,7 @@ logger = get_logger(__name__)
 
 _FORMAT = 1
 _INDEX = "index.json"
-LOGPS, HIDDEN, SHARED = "logps", "hidden", "shared"
+LOGPS, HIDDEN, SHARED, STATES = "logps", "hidden", "shared", "states"
 _VISIBLE_WITHIN = 60.0  # seconds after which a folder that another node has made must be seen
 
 
@@ -96,14 +96,23 @@ class ReferenceStore:
         hidden: ``[n, 2, H]`` float32, pooled final hidden states of prompt + chosen and prompt + rejected, if stored.
         shared: ``[n, 2]`` float32, log-likelihood of as many first tokens of each response as the shorter one has, summed,
             if stored.
+        states: ``[tokens, H]`` float32, final hidden states of prompt and chosen response but its last token, of one pair after
+            another, if stored.
+
+    Args:
+        folder: That holds them.
+        arrays: Names of the arrays.
+        starts: ``[n + 1]``, where the states of each pair start.
     """
 
-    def __init__(self, folder: Path, arrays: Iterable[str]) -> None:
+    def __init__(self, folder: Path, arrays: Iterable[str], starts: np.ndarray) -> None:
         self.folder = folder
+        self._starts = starts
         found = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in arrays}
         self.logps = found[LOGPS]
         self.hidden = found.get(HIDDEN)
         self.shared = found.get(SHARED)
+        self.states = found.get(STATES)
 
     def gaps(self) -> np.ndarray:
         """``[n]`` reward gap of every pair under the reference, nats per token."""
@@ -111,13 +120,17 @@ class ReferenceStore:
         return gaps
 
     def rows(self, pairs: np.ndarray, *, states: bool = False) -> list[dict[str, Any]]:
-        """Log-likelihoods of each of some pairs: ``logps`` and, if stored, ``shared``, each ``[2]``; with ``states`` also
-        ``hidden`` ``[2, H]``, if stored."""
+        """What is stored of each of some pairs: ``logps`` and ``shared``, each ``[2]``, and ``states`` ``[tokens, H]``; with
+        ``states`` also ``hidden`` ``[2, H]``."""
         arrays = {LOGPS: self.logps} if self.shared is None else {LOGPS: self.logps, SHARED: self.shared}
         if states and self.hidden is not None:
             arrays[HIDDEN] = self.hidden
         found = {name: np.asarray(values[pairs]) for name, values in arrays.items()}
-        return [{name: values[i] for name, values in found.items()} for i in range(len(pairs))]
+        rows = [{name: values[i] for name, values in found.items()} for i in range(len(pairs))]
+        if self.states is not None:
+            for row, pair in zip(rows, pairs, strict=True):
+                row[STATES] = np.asarray(self.states[self._starts[pair] : self._starts[pair + 1]])
+        return rows
 
 
 class GroupReference:
@@ -163,8 +176,8 @@ class GroupReference:
         Returns:
             ``reference_gap``; ``carries_source``; and, if stored, ``reference_hidden`` ``[2, H]``; for each side of which
             it is stored a list of what the reference says of each of its pairs, ``source_reference`` and
-            ``target_reference``: ``logps`` and ``shared``, each ``[2]``, of targets also ``hidden`` ``[2, H]``; and, where pairs are mismatched,
-            ``other_responses``, two lists of tokens, and ``other_logps`` ``[2]``.
+            ``target_reference``: ``logps`` and ``shared``, each ``[2]``, ``states`` ``[tokens, H]``, of targets also ``hidden``
+            ``[2, H]``; and, where pairs are mismatched, ``other_responses``, two lists of tokens, and ``other_logps`` ``[2]``.
         """
         row: dict[str, Any] = {
             "reference_gap": float(self.gap[group]),
@@ -324,14 +337,20 @@ def build_or_load(
         if (pairs.side, arrays) != (SOURCE, Stored().sources):
             full_key |= {"side": pairs.side, "arrays": sorted(arrays)}
         folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
-        shapes = {LOGPS: (len(pairs), 2), HIDDEN: (len(pairs), 2, hidden_size), SHARED: (len(pairs), 2)}
+        starts = _starts(pairs)
+        shapes: dict[str, tuple[int, ...]] = {
+            LOGPS: (len(pairs), 2),
+            HIDDEN: (len(pairs), 2, hidden_size),
+            SHARED: (len(pairs), 2),
+            STATES: (int(starts[-1]), hidden_size),
+        }
         shapes = {array: size for array, size in shapes.items() if array in arrays}
         if ranks.is_main_process and folder.exists():
             _remove_if_damaged(folder, shapes)
         if not from_main(folder.exists(), ranks):
             _run_pass(pairs, forward, folder, full_key, shape, shapes, ranks, name)
         _require_visible(folder, ranks)
-        return ReferenceStore(folder, shapes)
+        return ReferenceStore(folder, shapes, starts)
 
     sources = unique_pairs(dataset, SOURCE)
     by_side = {SOURCE: sources}
@@ -379,7 +398,7 @@ def _run_pass(
     partial = folder.with_name(f".{folder.name}.{token}{PART}")
     batches = list(_batches(pairs.lengths.sum(axis=1), shape.tokens_per_batch))
     shares = [_share(batches, rank, ranks.num_processes) for rank in range(ranks.num_processes)]
-    mine = shares[ranks.process_index]
+    mine, starts = shares[ranks.process_index], _starts(pairs)
     if ranks.is_main_process:
         remove_leftovers(folder)
         _check_space(partial.parent, _bytes_of(shapes) * (2 if len(shares) > 1 else 1))
@@ -391,12 +410,14 @@ def _run_pass(
         # memory map overwrite each other's pages on a network file system.
         _require_visible(partial, ranks)
         own = partial / f"rank-{ranks.process_index}"
-        _create(own, {array: (len(mine), *size[1:]) for array, size in shapes.items()})
+        _create(
+            own, {array: (len(_places(array, mine, starts)), *size[1:]) for array, size in shapes.items()}
+        )
     arrays = _open_arrays(own, shapes)
 
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
-    written = 0
+    written = dict.fromkeys(arrays, 0)
     with forward() as call, torch.no_grad():
         for step in tqdm(
             range(rounds),
@@ -405,25 +426,45 @@ def _run_pass(
         ):
             number = step * ranks.num_processes + ranks.process_index
             batch = batches[min(number, len(batches) - 1)]
-            trees = pairs.trees(batch, pool=HIDDEN in shapes)
+            trees = pairs.trees(batch, pool=HIDDEN in shapes, keep=STATES in shapes)
             output = call_on_trees(call, trees, shape, ranks.device, score_shared=SHARED in shapes)
             if number >= len(batches):
                 continue
-            places = batch if own == partial else list(range(written, written + len(batch)))
-            written += len(batch)
-            found = {LOGPS: output.response_logps, HIDDEN: output.pooled, SHARED: output.shared_logps}
+            found = {
+                LOGPS: output.response_logps,
+                HIDDEN: output.pooled,
+                SHARED: output.shared_logps,
+                STATES: output.kept_states,
+            }
             for array, stored in arrays.items():
                 values = found[array]
                 assert values is not None
+                places = _places(array, batch, starts)
+                if own != partial:
+                    places = np.arange(written[array], written[array] + len(places))
+                    written[array] += len(places)
                 stored[places] = values.float().cpu().numpy()
     _flush(arrays, own)
     del arrays
     ranks.wait_for_everyone()
     if ranks.is_main_process:
         if len(shares) > 1:
-            _join(partial, shares, shapes)
+            _join(partial, shares, shapes, starts)
         _complete(partial, folder, key, shapes)
     ranks.wait_for_everyone()
+
+
+def _starts(pairs: _Pairs) -> np.ndarray:
+    """``[n + 1]``, where the states of each pair start: one for each token of prompt and chosen response but the last."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(pairs.lengths[:, :2].sum(axis=1) - 1)])
+
+
+def _places(array: str, pairs: Sequence[int], starts: np.ndarray) -> np.ndarray:
+    """The rows of an array that hold some pairs."""
+    numbers = np.asarray(pairs, dtype=np.int64)
+    if array != STATES or not len(numbers):
+        return numbers
+    return np.concatenate([np.arange(starts[pair], starts[pair + 1]) for pair in numbers])
 
 
 def _share(batches: Sequence[list[int]], rank: int, num_ranks: int) -> list[int]:
@@ -431,14 +472,15 @@ def _share(batches: Sequence[list[int]], rank: int, num_ranks: int) -> list[int]
     return [pair for batch in batches[rank::num_ranks] for pair in batch]
 
 
-def _join(partial: Path, shares: Sequence[Sequence[int]], shapes: _Shapes) -> None:
+def _join(partial: Path, shares: Sequence[Sequence[int]], shapes: _Shapes, starts: np.ndarray) -> None:
     """Put the ranks' results in their places."""
     arrays = _open_arrays(partial, shapes)
     for rank, pairs in enumerate(shares):
         own = partial / f"rank-{rank}"
         for array, values in _open_arrays(own, shapes).items():
-            for start in range(0, len(pairs), 1000):
-                arrays[array][pairs[start : start + 1000]] = values[start : start + 1000]
+            places = _places(array, pairs, starts)
+            for start in range(0, len(places), 1000):
+                arrays[array][places[start : start + 1000]] = values[start : start + 1000]
         shutil.rmtree(own, ignore_errors=True)
     _flush(arrays, partial)
 

@@ -19,13 +19,14 @@ from mpo.modeling.identity import ModelIdentity, identify_module
 from mpo.modeling.layout import BatchShape, usable_layout
 from mpo.modeling.loading import ModelSource
 from mpo.training.config import MPOConfig
-from mpo.training.harmless import harmless_groups
+from mpo.training.harmless import POOLED, harmless_groups
 from mpo.training.objectives import MISMATCHED, REFERENCE, RETENTION, SOURCE_GAP
 from mpo.training.ranks import from_main
 from mpo.training.reference import (
     HIDDEN,
     LOGPS,
     SHARED,
+    STATES,
     GroupReference,
     MixedReference,
     Stored,
@@ -55,7 +56,7 @@ def needed_for(args: MPOConfig, *, evaluation: bool = False) -> Stored:
     if evaluation or RETENTION in needs:
         sources |= {LOGPS, HIDDEN}
     if args.keeps_own:
-        own |= {LOGPS, HIDDEN}
+        own |= {LOGPS, HIDDEN if args.harmless_retention == POOLED else STATES}
         sources |= own if train_on != "targets" else set()
     sides = {"targets": {TARGET}, "source": {SOURCE}, "both": {SOURCE, TARGET}}[train_on]
     return Stored(

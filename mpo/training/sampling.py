@@ -21,7 +21,7 @@ from mpo.modeling.layout import BatchShape
 from mpo.modeling.pairs import places_by_kind
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
-from mpo.training.harmless import harmless_groups
+from mpo.training.harmless import KL, POOLED, harmless_groups
 from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE, STATES
 from mpo.training.order import EpochSampler
 from mpo.training.reference import GroupReference
@@ -144,7 +144,9 @@ class Trained:
         mismatched: Whether those of another pair's responses are needed, under policy and reference.
         states: Whether hidden states at the end of a prompt in all languages of its group are needed.
         holds_source: Whether the group's source is held where it is.
-        holds_own: Whether the trained pairs' own chosen responses are.
+        holds_own: Whether the trained pairs' own chosen responses are, by their pooled states.
+        keeps_own: Whether they are, token by token, and their prompts with them.
+        keeps_by_kl: Whether that is by what the model says after each token, not by its states.
     """
 
     targets: bool = True
@@ -156,6 +158,8 @@ class Trained:
     states: bool = False
     holds_source: bool = False
     holds_own: bool = False
+    keeps_own: bool = False
+    keeps_by_kl: bool = False
 
     @classmethod
     def by(cls, args: MPOConfig) -> Trained:
@@ -171,7 +175,9 @@ class Trained:
             mismatched=MISMATCHED in objectives.needs,
             states=STATES in objectives.needs,
             holds_source=args.holds_sources,
-            holds_own=args.keeps_own,
+            holds_own=args.keeps_own and args.harmless_retention == POOLED,
+            keeps_own=args.keeps_own and args.harmless_retention != POOLED,
+            keeps_by_kl=args.keeps_own and args.harmless_retention == KL,
         )
 
 
@@ -209,6 +215,8 @@ class GroupCollator:
     - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source, NaN where it is not known
     - ``reference_hidden``: ``[P, 2, H]`` float32, of the P sequences that are held (only if some are), and
       ``held_of_pair`` ``[T]``, the row of them that a pair's retention is of, or -1
+    - ``kept_states``: ``[N, H]`` float32, the reference's of the K pairs that are kept token by token, ``kept_by_kl``, and
+      ``kept_of_pair`` ``[T]``, which of these a pair is, or -1 (only if some are)
     - ``reference_logps``, ``reference_shared``: ``[T, 2]`` float32, of the pair's own responses (only if needed)
     - ``group_of_pair``: ``[T]``, the pair's group in this batch
     - ``language``, ``is_source``: ``[T]``
@@ -319,8 +327,8 @@ class GroupCollator:
             prompt, chosen, rejected = (example[f"source_{part}"] for part in PARTS)
             trained = asked.sources and example["carries_source"]
             if trained or self.score_source:
-                pool = pools or (own and trained)
-                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states)
+                pool, keep = pools or (own and trained), asked.keeps_own and trained
+                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states, keep=keep)
                 (said,) = example.get("source_reference", [{}])
                 language = index_of.get(self.source_language, -1)
                 sources.append(_Pair(tree, g, language, True, trained, said, harmless))
@@ -335,7 +343,8 @@ class GroupCollator:
             of_targets = example.get("target_reference", [{}] * len(languages))
             columns = [example[f"target_{part}"] for part in PARTS]
             for language, said, prompt, chosen, rejected in zip(languages, of_targets, *columns, strict=True):
-                tree = Tree(prompt, chosen, rejected, pool=own and asked.targets, prompt_state=states)
+                pool, keep = own and asked.targets, asked.keeps_own and asked.targets
+                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states, keep=keep)
                 targets.append(_Pair(tree, g, index_of[language], False, asked.targets, said, harmless))
         return targets + sources, held, stems
 
@@ -357,7 +366,7 @@ class GroupCollator:
         row_of_group = {g: len(pooled) + row for row, g in enumerate(held)}
         row_of_group |= {pairs[i].group: row for row, i in enumerate(pooled) if pairs[i].is_source}
         keeps = [own and pair.trained and self._asked(examples[pair.group])[1].holds_own for pair in pairs]
-        row_of_pair = [row_of_group.get(pair.group, -1) for pair in pairs]
+        row_of_pair = [-1 if pair.tree.keep else row_of_group.get(pair.group, -1) for pair in pairs]
         states = []
         for row, i in enumerate(pooled):
             pair = pairs[i]
@@ -372,12 +381,27 @@ class GroupCollator:
             )
         if self.harmless is not None:
             of_group = [row_of_group.get(g, -1) for g in range(len(examples))]
+            found |= self._kept(pairs) if own else {}
             found |= {
                 "held_of_group": torch.tensor(of_group, dtype=torch.long),
                 "holds_own": torch.tensor([keeps[i] for i in pooled] + [False] * len(held), dtype=torch.bool),
                 "by_kind": list(places_by_kind(_is_harmless(pairs))),
             }
         return found
+
+    def _kept(self, pairs: Sequence[_Pair]) -> dict[str, Any]:
+        """What the reference has of the pairs of a call that are kept token by token."""
+        kept = [i for i, pair in enumerate(pairs) if pair.tree.keep]
+        if not kept or self.harmless is None:
+            return {}
+        row_of_pair = np.full(len(pairs), -1)
+        row_of_pair[kept] = np.arange(len(kept))
+        states = np.concatenate([pairs[i].said["states"] for i in kept])
+        return {
+            "kept_states": torch.from_numpy(states),
+            "kept_of_pair": torch.from_numpy(row_of_pair),
+            "kept_by_kl": self.harmless.keeps_by_kl,
+        }
 
     def _columns(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What a loss reads of the pairs besides what the model says of them."""

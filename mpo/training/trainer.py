@@ -41,6 +41,7 @@ from mpo.training.checks import (
     check_adapter,
     check_arguments,
     check_best_metric,
+    check_head_stays,
     check_languages,
     check_master_weights,
     check_tokens,
@@ -201,6 +202,8 @@ class MPOTrainer(DPOTrainer):
         ):
             check_tokens(dataset, bare, self._tokenizer, name)
         has_harmless = bool(harmless_groups(self.train_dataset).any())
+        if has_harmless:
+            check_head_stays(args, bare)
         trains_sources = args.train_on != "targets" or (has_harmless and args.harmless.train_on != "targets")
         if trains_sources and args.source_language not in self.languages:
             self.languages.append(args.source_language)

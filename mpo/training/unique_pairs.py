@@ -31,11 +31,14 @@ def first_of_each(numbers: np.ndarray) -> np.ndarray:
     return first
 
 
-def source_trees(groups: Mapping[str, Sequence[Any]], *, pool: bool = False) -> list[Tree]:
-    """The source pairs of tokenized groups as trees that are scored, and pooled if asked for."""
+def source_trees(
+    groups: Mapping[str, Sequence[Any]], *, pool: bool = False, keep: bool = False
+) -> list[Tree]:
+    """The source pairs of tokenized groups as trees that are scored, and pooled or kept if asked for."""
     columns = (groups[column] for column in columns_of(SOURCE))
     return [
-        Tree(prompt, chosen, rejected, pool=pool) for prompt, chosen, rejected in zip(*columns, strict=True)
+        Tree(prompt, chosen, rejected, pool=pool, keep=keep)
+        for prompt, chosen, rejected in zip(*columns, strict=True)
     ]
 
 
@@ -73,16 +76,18 @@ class UniquePairs:
         """``[K]``, the unique pairs of a group."""
         return self.pair_of_row[self.starts[group] : self.starts[group + 1]]
 
-    def trees(self, pairs: Sequence[int] | np.ndarray, *, pool: bool = False) -> list[Tree]:
-        """Some of the unique pairs as trees that are scored, and pooled if asked for."""
+    def trees(
+        self, pairs: Sequence[int] | np.ndarray, *, pool: bool = False, keep: bool = False
+    ) -> list[Tree]:
+        """Some of the unique pairs as trees that are scored, and pooled or kept if asked for."""
         rows = self.first_row[np.asarray(pairs, dtype=np.int64)]
         groups = np.searchsorted(self.starts, rows, side="right") - 1
         table = self.columns[groups.tolist()]
         if self.side == SOURCE:
-            return source_trees(table, pool=pool)
+            return source_trees(table, pool=pool, keep=keep)
         prompts, chosen, rejected = (table[column] for column in columns_of(TARGET))
         return [
-            Tree(prompts[j][slot], chosen[j][slot], rejected[j][slot], pool=pool)
+            Tree(prompts[j][slot], chosen[j][slot], rejected[j][slot], pool=pool, keep=keep)
             for j, slot in enumerate((rows - self.starts[groups]).tolist())
         ]
 
@@ -128,12 +133,14 @@ class MismatchedPairs:
         digest.update(str(self.max_length).encode())
         return digest.hexdigest()
 
-    def trees(self, pairs: Sequence[int] | np.ndarray, *, pool: bool = False) -> list[Tree]:
-        """Some of the pairs as trees that are scored, and pooled if asked for."""
+    def trees(
+        self, pairs: Sequence[int] | np.ndarray, *, pool: bool = False, keep: bool = False
+    ) -> list[Tree]:
+        """Some of the pairs as trees that are scored, and pooled or kept if asked for."""
         numbers = np.asarray(pairs, dtype=np.int64)
         own, other = self.own.trees(numbers), self.own.trees(self.other[numbers])
         return [
-            Tree(a.prompt, b.chosen[: length[1]], b.rejected[: length[2]], pool=pool)
+            Tree(a.prompt, b.chosen[: length[1]], b.rejected[: length[2]], pool=pool, keep=keep)
             for a, b, length in zip(own, other, self.lengths[numbers].tolist(), strict=True)
         ]
 

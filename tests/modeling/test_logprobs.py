@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from mpo.modeling.logprobs import FrozenHeadLogProbs
+from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs
 from tests.plain import relative_error
 
 
@@ -69,6 +69,52 @@ def test_values_and_gradient_are_those_of_the_whole_logits(
     (found, gradient), (expected, expected_gradient) = results
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 9),
+    st.integers(2, 40),
+    st.integers(1, 6),
+    st.sampled_from([None, 0.7, 30.0]),
+    st.sampled_from([1.0, 0.3]),
+    st.booleans(),
+    st.integers(1, 200),
+)
+def test_the_divergence_and_its_gradient_are_those_of_the_whole_logits(
+    seed: int,
+    tokens: int,
+    vocabulary: int,
+    size: int,
+    softcap: float | None,
+    scale: float,
+    biased: bool,
+    held: int,
+) -> None:
+    hidden, weight, bias, _ = draw(seed, tokens, vocabulary, size, torch.float64)
+    reference = hidden + 0.3 * draw(seed + 1, tokens, vocabulary, size, torch.float64)[0]
+    bias_or_none = bias if biased else None
+    upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
+
+    def all_log_probs(states: Tensor) -> Tensor:
+        everything = [torch.full((tokens,), token) for token in range(vocabulary)]
+        columns = [written_out(states, weight, bias_or_none, labels, softcap, scale) for labels in everything]
+        return torch.stack(columns, dim=1)
+
+    leaf = hidden.clone().requires_grad_()
+    wanted = all_log_probs(reference)
+    expected = (wanted.exp() * (wanted - all_log_probs(leaf))).sum(dim=1)
+    (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), leaf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpo.modeling.logprobs._LOGITS", {"cpu": held})
+        own = hidden.clone().requires_grad_()
+        found = FrozenHeadDivergence.apply(own, reference, weight, bias_or_none, softcap, scale, True)
+        (gradient,) = torch.autograd.grad((found * upstream).sum(), own)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-11)
+    same = FrozenHeadDivergence.apply(hidden, hidden, weight, bias_or_none, softcap, scale, False)
+    assert float(same.abs().max()) <= 1e-12
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])

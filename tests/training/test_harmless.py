@@ -39,6 +39,19 @@ def dpo(now: Scored, then: Scored, pair: Ids, beta: float) -> Tensor:
     return -logsigmoid(beta * (moved[0] - moved[1]))
 
 
+def next_tokens(model: Any, pair: Ids) -> tuple[Tensor, Tensor]:
+    """States and log-probabilities after each token of prompt and chosen response but the last, ``[N, H]`` and ``[N, V]``."""
+    found = model(input_ids=torch.tensor([[*pair.prompt, *pair.chosen[:-1]]]), output_hidden_states=True)
+    return found.hidden_states[-1][0], torch.log_softmax(found.logits[0], dim=-1)
+
+
+def moved(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], by: str) -> Tensor:
+    """How far a pair has moved, token by token."""
+    if by == "kl":
+        return (then[1].exp() * (then[1] - now[1])).sum(dim=1).mean()
+    return (now[0] - then[0]).square().mean()
+
+
 def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradient of one step over all groups: each kind's mean, from one sequence a forward pass."""
     args, case = bench.trainer.args, bench.case
@@ -72,8 +85,13 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
                 loss = -now.logps[0] * len(pair.chosen)
             loss = args.harmless_loss_weight * loss
             if args.harmless_retention == "hidden":
-                moved = (now.pooled[0] - then.pooled[0]).square().sum() / now.pooled.shape[1]
-                loss = loss + args.harmless_retain_weight * moved
+                change = (now.pooled[0] - then.pooled[0]).square().sum() / now.pooled.shape[1]
+                loss = loss + args.harmless_retain_weight * change
+            elif args.harmless_retention != "none":
+                with torch.no_grad():
+                    start = next_tokens(bench.start, pair)
+                change = moved(next_tokens(model, pair), start, args.harmless_retention)
+                loss = loss + args.harmless_retain_weight * change
             harmless.append(loss)
     mean = torch.stack(harmful).mean()
     if args.harmless_loss_type == ["sft"]:
@@ -96,6 +114,9 @@ USES: list[dict[str, Any]] = [
     {"harmless_retention": "hidden", "harmless_retain_weight": 3.0},
     {"harmless_loss_type": "none", "harmless_retention": "hidden"},
     {"loss_type": "sigmoid", "harmless_retention": "hidden", "harmless_train_on": "targets"},
+    {"harmless_retention": "states", "harmless_retain_weight": 2.0},
+    {"harmless_loss_type": "none", "harmless_retention": "kl", "harmless_retain_weight": 20.0},
+    {"loss_type": "sigmoid", "harmless_retention": "kl", "harmless_train_on": "targets"},
 ]
 MADE_UP: list[dict[str, Any]] = [
     {},
@@ -114,6 +135,10 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
 ) -> None:
     pooling = "last" if lora else "mean"
     case = Case("qwen2" if lora else "llama", lora, pooling=pooling, seed=41, cut=True, **RAGGED)
+    if use.get("harmless_retention") == "kl" and not lora:
+        with pytest.raises(ConfigError, match="`harmless_retention: states`, which needs no head"):
+            Bench(case, tmp_path, **use)
+        return
     bench = Bench(case, tmp_path, **use)
     loss, expected = plain_step(bench)
     own_loss, found = bench.run()
@@ -122,11 +147,12 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
 
 
 @pytest.mark.parametrize("made_up", MADE_UP[1:], ids=str)
-@pytest.mark.parametrize("use", [USES[0], USES[4]], ids=str)
+@pytest.mark.parametrize("use", [USES[0], USES[4], USES[7], USES[8]], ids=str)
 def test_a_step_is_the_same_however_its_groups_are_made_up(
     use: dict[str, Any], made_up: dict[str, Any], tmp_path: Path
 ) -> None:
-    case = Case("llama", layout=made_up.get("batch_layout", "tree"), seed=42, **RAGGED)
+    lora = use.get("harmless_retention") == "kl"
+    case = Case("llama", lora, layout=made_up.get("batch_layout", "tree"), seed=42, **RAGGED)
     bench = Bench(case, tmp_path, **use, **made_up)
     loss, expected = plain_step(bench)
     batches = bench.batches()
@@ -200,7 +226,7 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_loss_type": "sft", "harmless_beta": 0.2}, "has no temperature"),
         ({"harmless_loss_type": ["sigmoid", "simpo"]}, "Set `harmless_beta`"),
         ({"harmless_loss_weight": -1}, "`harmless_loss_weight` is -1"),
-        ({"harmless_retention": "kl"}, "expected 'none' or 'hidden'"),
+        ({"harmless_retention": "logits"}, "expected 'none', 'hidden', 'states' or 'kl'"),
         ({"harmless_train_on": "all"}, "expected 'targets', 'source' or 'both'"),
         ({"harmless_share": 1.0}, "above 0 and below 1"),
         ({"harmless_share": 0.3, "max_tokens_per_batch": 100}, "Remove one of them"),
@@ -376,6 +402,26 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
         found
     )
     assert found["eval_reward_gap/en"] != found["eval_harmless/reward_gap/en"]
+
+
+@runs_alone
+@pytest.mark.parametrize("kept", ["states", "kl"])
+def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
+    kept: str, model: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"harmless_retention": kept, "harmless_loss_type": "none", "learning_rate": 1e-2}
+    rows = mixed()
+    run = runs.trainer(
+        model, tmp_path, rows, eval_dataset=rows, peft_config=runs.lora(), max_steps=3, **settings
+    )
+    before = run.evaluate()
+    assert before["eval_harmless/loss/retention"] == pytest.approx(0.0, abs=1e-6)
+    run.train()
+    after = run.evaluate()
+    assert after["eval_harmless/loss/retention"] > 1e-4
+    assert math.isfinite(after["eval_loss"])
+    folders = [folder for folder in (tmp_path / "reference").iterdir() if (folder / "states.npy").exists()]
+    assert folders
 
 
 @runs_alone

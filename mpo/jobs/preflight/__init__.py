@@ -16,7 +16,7 @@ from mpo.jobs.preflight.packages import check_packages, upload_obstacle
 from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
-from mpo.training.checks import check_best_metric, check_tokens
+from mpo.training.checks import check_best_metric, check_head_stays, check_tokens
 from mpo.training.compute import is_installed
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
@@ -96,6 +96,8 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
             notes.append(
                 f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect"
             )
+    else:
+        check_head_stays(training, model)
     notes.extend(
         f"{language_name(code)} has {counted(harmful, 'harmful pair')} and {answered or 'no'} harmless: a model that sees a "
         "language with refusals alone learns to refuse the language. Add harmless rows in it, or leave it out (`languages`)"

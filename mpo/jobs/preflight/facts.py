@@ -11,6 +11,7 @@ from mpo.evaluation.reward_gap import sort_languages
 from mpo.jobs.preflight.model import PRECISIONS, half_precision, listed_modules
 from mpo.jobs.preflight.plan import Plan
 from mpo.training.config import MPOConfig
+from mpo.training.harmless import RETENTIONS
 from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
 
@@ -82,7 +83,7 @@ def _harmless(plan: Plan) -> dict[str, str]:
     own = args.harmless
     uses = [own.objectives.description()] if own.loss_type else []
     if own.keeps_own:
-        uses.append(f"hidden states held with weight {args.harmless_retain_weight:g}")
+        uses.append(f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}")
     if args.harmless_share is not None:
         uses.append(f"{args.harmless_share:.0%} of each step")
     return {"Harmless": f"{found.sum()} of these groups: {'; '.join(uses) or 'not trained on'}"}
