@@ -16,6 +16,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from mpo.common.log import get_logger
+from mpo.data.contract import HARMLESS
 from mpo.errors import DataError, ModelError
 
 logger = get_logger(__name__)
@@ -252,6 +253,7 @@ def tokenize_groups(
     *,
     max_length: int | None = None,
     max_response_length: int | None = None,
+    harmless_max_response_length: int | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "error",
     group_by_source: bool = True,
@@ -265,6 +267,7 @@ def tokenize_groups(
         groups: Dataset in the data contract's canonical form.
         tokenizer: With a chat template.
         max_length, max_response_length, template_kwargs, bad_rows: See :func:`tokenize_group`.
+        harmless_max_response_length: Limit of a response to a harmless prompt; unset: that of the others.
         group_by_source: False makes every target pair a group of its own.
         max_targets_per_group: Split groups with more targets than this.
         num_proc: Processes to tokenize with.
@@ -278,16 +281,18 @@ def tokenize_groups(
         DataError: A pair fails and ``bad_rows`` is ``"error"``, or nothing is left.
     """
     limit = max_targets_per_group if group_by_source else 1
+    longest_harmless = harmless_max_response_length or max_response_length
     features = Features({**TOKENIZED_FEATURES, **(KIND if "kind" in groups.column_names else {})})
 
     def batch(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         output: dict[str, list[Any]] = {column: [] for column in features}
         for i in range(len(rows["source"])):
+            row = {column: values[i] for column, values in rows.items()}
             group = tokenize_group(
-                {column: values[i] for column, values in rows.items()},
+                row,
                 tokenizer,
                 max_length=max_length,
-                max_response_length=max_response_length,
+                max_response_length=longest_harmless if row.get("kind") == HARMLESS else max_response_length,
                 template_kwargs=template_kwargs,
                 bad_rows=bad_rows,
             )

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from mpo.common.checks import is_at_least_0, is_positive, require
+from mpo.common.checks import is_at_least_0, is_positive, is_whole, require
 from mpo.common.words import listed
 from mpo.data.contract import HARMLESS
 from mpo.errors import ConfigError
@@ -68,6 +68,9 @@ class HarmlessSettings:
             token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
+        harmless_max_response_length (`int`, *optional*):
+            Cut their responses to this many tokens. To refuse or to answer is decided in the first words, while a refusal is
+            best taught whole. Unset: `max_response_length`.
         harmless_share (`float`, *optional*):
             Share of harmless groups in each optimizer step, above 0 and below 1, as closely as whole groups allow. An
             epoch is one pass over the harmful groups; harmless ones are left out or repeated in turn. Unset: as in the
@@ -96,6 +99,10 @@ class HarmlessSettings:
         },
     )
     harmless_retain_weight: float = field(default=1.0, metadata={"help": "Weight of that retention."})
+    harmless_max_response_length: int | None = field(
+        default=None,
+        metadata={"help": "Cut their responses to this many tokens; unset: max_response_length."},
+    )
     harmless_share: float | None = field(
         default=None, metadata={"help": "Share of harmless groups in each optimizer step."}
     )
@@ -132,6 +139,12 @@ class HarmlessSettings:
             "harmless_beta",
             lambda v: v is None or is_positive(v),
             "a number above 0, or nothing",
+        )
+        require(
+            self,
+            "harmless_max_response_length",
+            lambda v: v is None or is_whole(v, 1),
+            "a whole number of at least 1, or nothing",
         )
         require(
             self,

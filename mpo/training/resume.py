@@ -46,6 +46,7 @@ _ROWS = (
     "max_targets_per_group",
     "max_length",
     "max_response_length",
+    "harmless_max_response_length",
     "chat_template",
     "chat_template_kwargs",
 )

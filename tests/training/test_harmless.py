@@ -228,6 +228,7 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_loss_weight": -1}, "`harmless_loss_weight` is -1"),
         ({"harmless_retention": "logits"}, "expected 'none', 'hidden', 'states' or 'kl'"),
         ({"harmless_train_on": "all"}, "expected 'targets', 'source' or 'both'"),
+        ({"harmless_max_response_length": 0}, "a whole number of at least 1"),
         ({"harmless_share": 1.0}, "above 0 and below 1"),
         ({"harmless_share": 0.3, "max_tokens_per_batch": 100}, "Remove one of them"),
     ],
@@ -409,7 +410,11 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
 def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
     kept: str, model: Path, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"harmless_retention": kept, "harmless_loss_type": "none", "learning_rate": 1e-2}
+    settings: dict[str, Any] = {
+        "harmless_retention": kept,
+        "harmless_loss_type": "none",
+        "learning_rate": 1e-2,
+    }
     rows = mixed()
     run = runs.trainer(
         model, tmp_path, rows, eval_dataset=rows, peft_config=runs.lora(), max_steps=3, **settings
@@ -422,6 +427,28 @@ def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
     assert math.isfinite(after["eval_loss"])
     folders = [folder for folder in (tmp_path / "reference").iterdir() if (folder / "states.npy").exists()]
     assert folders
+
+
+@runs_alone
+def test_answers_to_harmless_prompts_may_be_cut_shorter_than_refusals(model: Path, tmp_path: Path) -> None:
+    def longest(**settings: Any) -> dict[str, int]:
+        groups = runs.trainer(model, tmp_path, mixed(), **settings).train_dataset.with_format(None)
+        return {
+            kind: max(
+                len(response)
+                for group in groups
+                if group["kind"] == kind
+                for responses in (group["target_chosen"], [group["source_chosen"]])
+                for response in responses
+            )
+            for kind in ("harmful", "harmless")
+        }
+
+    whole = longest()
+    assert min(whole.values()) > 7
+    assert longest(harmless_max_response_length=3) == {**whole, "harmless": 3}
+    assert longest(max_response_length=7) == {"harmful": 7, "harmless": 7}
+    assert longest(max_response_length=7, harmless_max_response_length=4) == {"harmful": 7, "harmless": 4}
 
 
 @runs_alone
