@@ -2,8 +2,10 @@
 
     python -m benchmarks.data_check --rows 10000
     python -m benchmarks.data_check --rows 1000000 --check_only
+    python -m benchmarks.data_check --rows 10000 --model MODEL
 
-A row is a source and a target pair whose texts have 300 characters each, made of random words in the language's script.
+A row is a source and a target pair whose texts have 300 characters each, made of random words in the language's script. With a
+model, its tokenizer makes training data of them, and is timed by itself on the same texts.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ def write_rows(path: Path, rows: int, seed: int = 0) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def measure(path: Path, rows: int) -> dict[str, float]:
+def measure(path: Path, rows: int, model: str | None = None) -> dict[str, float]:
     """Processor seconds of each stage in one process. Stages overlap: ``loading`` and ``checking`` are what a user waits for."""
     from mpo.common import processes
     from mpo.data import check_data, load_groups
@@ -175,6 +177,21 @@ def measure(path: Path, rows: int) -> dict[str, float]:
     del groups
     with stage("checking, with loading"):
         check_data(path)
+    if model is not None:
+        from transformers import AutoTokenizer
+
+        from mpo.data.tokenization import tokenize_groups
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        groups = load_groups(path).groups
+        pairs = [pair for group in groups for pair in (group["source"], *group["targets"])]
+        texts = [messages_text(pair[part]) for pair in pairs for part in PARTS]
+        with stage("the tokenizer alone"):
+            for start in range(0, len(texts), 1000):
+                tokenizer(texts[start : start + 1000], add_special_tokens=False)
+        with stage("tokenizing"):
+            tokenize_groups(groups, tokenizer)
     return seconds
 
 
@@ -240,6 +257,7 @@ def main() -> None:
         "--check_only", action="store_true", help="measure `mpo data check` alone: time and memory"
     )
     parser.add_argument("--processes", type=int, help="for --check_only: so many, whatever the cores")
+    parser.add_argument("--model", help="a model whose tokenizer is timed, too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
@@ -250,7 +268,7 @@ def main() -> None:
         print(
             f"{arguments.rows:,} rows, {path.stat().st_size / 1e6:.0f} MB\n\n{'stage':<26}{'seconds':>10}{'rows/s':>12}"
         )
-        for name, seconds in measure(path, arguments.rows).items():
+        for name, seconds in measure(path, arguments.rows, arguments.model).items():
             print(f"{name:<26}{seconds:>10.2f}{arguments.rows / seconds:>12,.0f}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\npeak memory {peak:,.0f} MiB")

@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
-from transformers import PreTrainedTokenizerBase
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase, __version__
 
 from mpo.common.log import get_logger
+from mpo.data import encoding
 from mpo.data.contract import HARMLESS
+from mpo.data.encoding import PairEncoder, PairTexts
 from mpo.errors import DataError, ModelError
 
 logger = get_logger(__name__)
@@ -102,6 +106,24 @@ def render(
     Raises:
         DataError: The template rejects the messages.
     """
+    return PairEncoder(tokenizer).encode(
+        [
+            render_text(
+                tokenizer, messages, template_kwargs, add_generation_prompt=add_generation_prompt, field=field
+            )
+        ]
+    )[0]
+
+
+def render_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template_kwargs: Mapping[str, Any] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    field: str | None = None,
+) -> str:
+    """A conversation as the chat template renders it, special tokens written out; arguments and errors as of :func:`render`."""
     given = [dict(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(
@@ -113,10 +135,8 @@ def render(
             f"{[message.get('role') for message in given]}; change them or the template.",
             field=field,
         ) from error
-    # The template writes the special tokens itself.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert isinstance(ids, list)
-    return ids
+    assert isinstance(text, str)
+    return text
 
 
 def tokenize_pair(
@@ -143,12 +163,35 @@ def tokenize_pair(
         DataError: The template rejects the messages, a response renders to nothing, the prompt alone leaves no room
             for a response, or nothing is left by which the two responses differ.
     """
-    kwargs = template_kwargs
-    prompt_ids = render(tokenizer, prompt, kwargs, field="prompt")
-    chosen_ids = render(tokenizer, [*prompt, *chosen], kwargs, add_generation_prompt=False, field="chosen")
-    rejected_ids = render(
-        tokenizer, [*prompt, *rejected], kwargs, add_generation_prompt=False, field="rejected"
-    )
+    texts = _pair_texts(tokenizer, prompt, chosen, rejected, template_kwargs)
+    (ids,) = PairEncoder(tokenizer).pairs([texts])
+    return _cut_pair(tokenizer, *ids, max_length=max_length, max_response_length=max_response_length)
+
+
+def _pair_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    chosen: Messages,
+    rejected: Messages,
+    kwargs: Mapping[str, Any] | None,
+) -> PairTexts:
+    def answered(response: Messages, field: str) -> str:
+        return render_text(tokenizer, [*prompt, *response], kwargs, add_generation_prompt=False, field=field)
+
+    asked = render_text(tokenizer, prompt, kwargs, field="prompt")
+    return PairTexts(asked, answered(chosen, "chosen"), answered(rejected, "rejected"))
+
+
+def _cut_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    chosen_ids: list[int],
+    rejected_ids: list[int],
+    *,
+    max_length: int | None,
+    max_response_length: int | None,
+) -> PairIds:
+    """The parts of a pair, from the ids of its prompt and of the prompt with either response; see :func:`tokenize_pair`."""
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
     if start < len(prompt_ids):
         logger.warning_once(
@@ -201,6 +244,61 @@ def tokenize_group(
     Raises:
         DataError: A pair fails and ``bad_rows`` is ``"error"``; names the origin, row and field.
     """
+    (found,) = _tokenize(
+        [group],
+        [max_response_length],
+        tokenizer,
+        max_length=max_length,
+        template_kwargs=template_kwargs,
+        bad_rows=bad_rows,
+    )
+    return found
+
+
+def _tokenize(
+    groups: Sequence[Mapping[str, Any]],
+    longest_responses: Sequence[int | None],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    template_kwargs: Mapping[str, Any] | None,
+    bad_rows: str,
+) -> list[dict[str, Any]]:
+    """:func:`tokenize_group` of several groups, each with a limit of its own, in as few calls of the tokenizer as of one."""
+    rendered: list[PairTexts | DataError] = []
+    for group in groups:
+        for pair in (group["source"], *group["targets"]):
+            parts = (pair["prompt"], pair["chosen"], pair["rejected"])
+            try:
+                rendered.append(_pair_texts(tokenizer, *parts, template_kwargs))
+            except DataError as error:
+                rendered.append(error)
+    sound = [texts for texts in rendered if isinstance(texts, PairTexts)]
+    encoded = iter(PairEncoder(tokenizer).pairs(sound))
+    all_ids = iter([next(encoded) if isinstance(texts, PairTexts) else texts for texts in rendered])
+    return [
+        _assemble(
+            group,
+            [next(all_ids) for _ in range(1 + len(group["targets"]))],
+            tokenizer,
+            max_length=max_length,
+            max_response_length=longest,
+            bad_rows=bad_rows,
+        )
+        for group, longest in zip(groups, longest_responses, strict=True)
+    ]
+
+
+def _assemble(
+    group: Mapping[str, Any],
+    pairs: Sequence[tuple[list[int], list[int], list[int]] | DataError],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_response_length: int | None,
+    bad_rows: str,
+) -> dict[str, Any]:
+    """A group's columns, from the ids of its source and its targets, or what is wrong with them."""
     origin = group.get("origin") or "the dataset"
     output: dict[str, Any] = {"origin": origin, "errors": [], "row": [], "target_language": []}
     if "kind" in group:
@@ -209,17 +307,12 @@ def tokenize_group(
         output[f"source_{part}"] = []
         output[f"target_{part}"] = []
 
-    def run(pair: Mapping[str, Any], name: str) -> PairIds | None:
+    def run(place: int, pair: Mapping[str, Any], name: str) -> PairIds | None:
+        ids = pairs[place]
         try:
-            return tokenize_pair(
-                tokenizer,
-                pair["prompt"],
-                pair["chosen"],
-                pair["rejected"],
-                max_length=max_length,
-                max_response_length=max_response_length,
-                template_kwargs=template_kwargs,
-            )
+            if isinstance(ids, DataError):
+                raise ids
+            return _cut_pair(tokenizer, *ids, max_length=max_length, max_response_length=max_response_length)
         except DataError as error:
             message = str(error)
             if error.field:
@@ -230,13 +323,13 @@ def tokenize_group(
             output["errors"].append(str(located))
             return None
 
-    source = run(group["source"], "source")
+    source = run(0, group["source"], "source")
     if source is None:
         return output
     for part, ids in source._asdict().items():
         output[f"source_{part}"] = ids
     for i, target in enumerate(group["targets"]):
-        ids = run(target, f"targets[{i}]")
+        ids = run(1 + i, target, f"targets[{i}]")
         if ids is None:
             continue
         for part, value in ids._asdict().items():
@@ -286,16 +379,16 @@ def tokenize_groups(
 
     def batch(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         output: dict[str, list[Any]] = {column: [] for column in features}
-        for i in range(len(rows["source"])):
-            row = {column: values[i] for column, values in rows.items()}
-            group = tokenize_group(
-                row,
-                tokenizer,
-                max_length=max_length,
-                max_response_length=longest_harmless if row.get("kind") == HARMLESS else max_response_length,
-                template_kwargs=template_kwargs,
-                bad_rows=bad_rows,
-            )
+        whole = [{column: values[i] for column, values in rows.items()} for i in range(len(rows["source"]))]
+        found = _tokenize(
+            whole,
+            [longest_harmless if row.get("kind") == HARMLESS else max_response_length for row in whole],
+            tokenizer,
+            max_length=max_length,
+            template_kwargs=template_kwargs,
+            bad_rows=bad_rows,
+        )
+        for group in found:
             for j, part in enumerate(_split_targets(group, limit)):
                 for column in features:
                     output[column].append(part[column] if column != "errors" or j == 0 else [])
@@ -308,6 +401,16 @@ def tokenize_groups(
         remove_columns=groups.column_names,
         features=features,
         num_proc=num_proc,
+        new_fingerprint=_fingerprint(
+            groups,
+            tokenizer,
+            max_length,
+            max_response_length,
+            longest_harmless,
+            template_kwargs,
+            bad_rows,
+            limit,
+        ),
         desc=f"Tokenizing {name} groups",
     )
     errors: list[str] = []
@@ -325,6 +428,21 @@ def tokenize_groups(
             + (f"; all {len(errors)} bad rows were dropped, the first: {errors[0]}" if errors else ".")
         )
     return tokenized.remove_columns("errors"), errors
+
+
+def _fingerprint(groups: Dataset, tokenizer: PreTrainedTokenizerBase, *settings: Any) -> str | None:
+    """
+    Names the cache of tokenized groups after all that decides what is in it: ranks of a run share it, and a run that is begun again
+    reads it. The library's own name costs a second for each split, since it pickles the tokenizer; None stands for that.
+    """
+    if not tokenizer.is_fast:
+        return None
+    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, encoding.__file__)]
+    about = (type(tokenizer).__qualname__, tokenizer.special_tokens_map, tokenizer.chat_template, __version__)
+    name: str = Hasher.hash(
+        (groups._fingerprint, tokenizer.backend_tokenizer.to_str(), *about, *code, *settings)
+    )
+    return name
 
 
 def _split_targets(group: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
