@@ -119,11 +119,11 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
         part: write_table(out / "prompts" / f"attack-{part}.csv", attacked, LANGUAGES)
         for part, attacked in parts.items()
     }
-    asked = [*LANGUAGES, *UNTRAINED]
+    asked, own = [*LANGUAGES, *UNTRAINED], probe_part(options.part)
     harmless = {}
     texts = {}
     for kind in ("harmless", "looks_harmful"):
-        found = [row for row in probe_part(options.part) if row.kind == kind]
+        found = [row for row in own if row.kind == kind]
         name = kind.replace("_", "-")
         path = out / "prompts" / f"{name}-{options.part}.csv"
         harmless[name] = {
@@ -134,13 +134,13 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
         for code in LANGUAGES
         for kind, texts_of_kind in (
             ("harmful", [row[code] for row in parts[options.part]]),
-            ("harmless", [row.texts[code] for row in probe_part(options.part)]),
+            ("harmless", [row.texts[code] for row in own]),
         )
         for text in texts_of_kind
     ]
     for code in asked:
         path = out / "prompts" / f"text-{options.part}-{code}.txt"
-        write_text(path, "".join(f"{row.texts[code]}\n" for row in probe_part(options.part)))
+        write_text(path, "".join(f"{row.texts[code]}\n" for row in own))
         texts[code] = str(path)
     for each in options.harmless:
         name, _, file = each.partition("=")

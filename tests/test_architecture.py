@@ -95,3 +95,58 @@ def test_no_library_is_mocked_while_it_runs() -> None:
     mocking = [path for path in modules() if "unittest" in path.read_text(encoding="utf-8")]
 
     assert not mocking
+
+
+# What these make of a set does not depend on its order.
+_ORDERLESS = {"sorted", "any", "all", "min", "max", "sum", "len", "set", "frozenset"}
+
+
+def is_set(node: ast.expr) -> bool:
+    """Whether an expression is a set by its form; text in one has another order in every process."""
+    if isinstance(node, ast.Set | ast.SetComp):
+        return True
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", "") in ("set", "frozenset")
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr | ast.BitXor | ast.Sub):
+        keys = [
+            side
+            for side in (node.left, node.right)
+            if isinstance(side, ast.Call) and getattr(side.func, "attr", "") in ("keys", "items")
+        ]
+        return bool(keys) or is_set(node.left) or is_set(node.right)
+    return False
+
+
+def ordered_by_a_set(tree: ast.AST) -> list[int]:
+    """Lines that go through a set where the order may show."""
+    harmless = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and (getattr(node.func, "id", "") in _ORDERLESS or getattr(node.func, "attr", "") == "update")
+        for argument in node.args
+    }
+    found = []
+    for node in ast.walk(tree):
+        if (isinstance(node, ast.For) and is_set(node.iter)) or (
+            isinstance(node, ast.ListComp | ast.DictComp | ast.GeneratorExp)
+            and id(node) not in harmless
+            and any(is_set(part.iter) for part in node.generators)
+        ):
+            found.append(node.lineno)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("list", "tuple", "enumerate"):
+            found += [node.lineno for argument in node.args if is_set(argument)]
+    return found
+
+
+def test_nothing_is_made_in_the_order_of_a_set() -> None:
+    sample = (
+        "for a in x.keys() & y: pass\nb = [c for c in {1, 2}]\nd = sorted(e for e in {1})\nf = list(set(g))\n"
+    )
+    assert ordered_by_a_set(ast.parse(sample)) == [1, 2, 4]
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for path in modules()
+        for line in ordered_by_a_set(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert wrong == []

@@ -159,12 +159,14 @@ class Filter:
         rule: What it drops, in one sentence for people.
         fails: What is wrong with a text under the settings, as ``(value, threshold)``; None where it passes or the filter has
             no say in it.
+        asks_judge: Whether it rests on the judge's verdict, in place of a threshold.
     """
 
     name: str
     title: str
     rule: str
     fails: Callable[[Text, FilterSettings], tuple[Any, Any] | None]
+    asks_judge: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------- the rules
@@ -335,15 +337,21 @@ FILTERS: dict[str, Filter] = {
             "Refusal lost",
             "What should refuse does not, by the judge.",
             lambda text, settings: _refuses_harm(text, settings) or _refuses_help(text, settings),
+            asks_judge=True,
         ),
         Filter(
             "harm_kept",
             "Harm lost",
             "The rejected answer to a harmful prompt is not harmful, by the judge.",
             _harms,
+            asks_judge=True,
         ),
         Filter(
-            "help_kept", "Help lost", "The answer to a harmless prompt is a refusal, by the judge.", _helps
+            "help_kept",
+            "Help lost",
+            "The answer to a harmless prompt is a refusal, by the judge.",
+            _helps,
+            asks_judge=True,
         ),
         Filter(
             "back_translation",
@@ -374,7 +382,7 @@ def threshold(name: str, settings: FilterSettings) -> str | None:
     if value is None or value is False:
         return None
     if value is True:
-        return "" if name == "remark" else "the judge's verdict"
+        return "the judge's verdict" if FILTERS[name].asks_judge else ""
     if isinstance(value, dict):
         return ", ".join(f"{code} {each:g}" for code, each in value.items())
     return f"{value:g}"

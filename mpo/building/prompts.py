@@ -215,7 +215,9 @@ def _given_texts(
 ) -> dict[str, str]:
     """The prompt by language: of an object ``texts``, of columns called like languages, and of the column of the prompt."""
     texts: dict[str, str] = {}
-    wanted = {source_language, *languages}
+    wanted = tuple(
+        dict.fromkeys([source_language, *languages])
+    )  # in an order of their own: what is made of them is compared
     object_ = row.get("texts")
     if isinstance(object_, Mapping):
         for label, text in object_.items():
@@ -225,8 +227,8 @@ def _given_texts(
                 raise bad(str(error), "texts") from None
             if code in wanted and not _blank(text):
                 texts[code] = _text(text, f"texts.{label}", "user", bad)
-    for code in wanted - texts.keys():
-        if isinstance(row.get(code), str) and not _blank(row[code]):
+    for code in wanted:
+        if code not in texts and isinstance(row.get(code), str) and not _blank(row[code]):
             texts[code] = _text(row[code], code, "user", bad)
     if prompt_column is not None and prompt_column not in row:
         raise bad(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from mpo.building.starter import starter_refusals
+from mpo.common.files import read_named_text
 from mpo.errors import ConfigError, DataError
 
 
@@ -62,7 +62,7 @@ class Refusals:
 
 def _read(file: str) -> dict[str, list[str]]:
     try:
-        found = json.loads(Path(file).expanduser().read_text(encoding="utf-8-sig"))
+        found = json.loads(read_named_text(file))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be read ({error}). Expected JSON.", file=file) from None
     sound = isinstance(found, dict) and all(

@@ -34,7 +34,8 @@ def translate_texts(
         MPOError: The translator cannot be used. What it has translated is kept.
     """
     pieces = {
-        text: split(text, lines=not choice.whole_passages, longest=choice.piece) for text in {*texts.values()}
+        text: split(text, lines=not choice.whole_passages, longest=choice.piece)
+        for text in dict.fromkeys(texts.values())
     }
     wanted = list(
         dict.fromkeys(piece.text for text in texts.values() for piece in pieces[text] if piece.translate)

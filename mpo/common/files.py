@@ -134,6 +134,27 @@ def refuse_input(output: str | Path, inputs: Iterable[str | Path], *, setting: s
         raise ConfigError(f"{setting}: {show_name(str(output))!r} is an input. Choose another name.")
 
 
+def read_named(path: str | Path) -> bytes:
+    """The bytes of a file that a person names.
+
+    Raises:
+        OSError: It cannot be read; or it is no file: a pipe would be waited for, and a device may have no end.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device; expected a file")
+    return path.read_bytes()
+
+
+def read_named_text(path: str | Path) -> str:
+    """The same as text: UTF-8 with or without a mark of its order of bytes, lines ended in any way.
+
+    Raises:
+        OSError, UnicodeDecodeError: It cannot be read.
+    """
+    return read_named(path).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically; see :func:`write_bytes`. Half a surrogate pair becomes U+FFFD."""
     return write_bytes(path, without_halves(text).encode("utf-8"))

@@ -317,7 +317,8 @@ def average_change(
     check_settings(confidence, resamples)
     both = {
         language: sorted(before[language].keys() & after[language].keys(), key=str)
-        for language in before.keys() & after.keys()
+        for language in before
+        if language in after
     }
     old = _prompts_by_languages({lang: {p: before[lang][p] for p in both[lang]} for lang in both})
     new = _prompts_by_languages({lang: {p: after[lang][p] for p in both[lang]} for lang in both})

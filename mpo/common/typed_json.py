@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, GetPydanticSchema, TypeAdapter, ValidationError
 from pydantic_core import core_schema, from_json
 
-from mpo.common.files import write_json
+from mpo.common.files import read_named, write_json
 from mpo.common.tables import printable_name
 from mpo.common.words import counted, shortened
 from mpo.errors import StorageError
@@ -136,7 +136,7 @@ def read_typed(path: str | Path, kind: type[T], remedy: str = REMEDY) -> T:
             names the file, the place in it, what was found and what was expected.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_named(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from None
     return parse(data.removeprefix(codecs.BOM_UTF8), kind, str(path), remedy)

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from mpo.common.characters import printable
+from mpo.common.files import read_named
 from mpo.common.recipe_files import find_recipe
 from mpo.common.recipe_kinds import another_kind, home_of
 from mpo.common.redaction import REDACTED, is_secret_name, redact_text
@@ -210,7 +211,7 @@ class Document:
     def _read(self, given: str | Path) -> dict[str, _Node]:
         path = self.path
         try:
-            content = path.read_bytes()
+            content = read_named(path)
         except OSError as error:
             raise ConfigError(f"The recipe {path} cannot be read: {error.strerror or error}.") from None
         try:

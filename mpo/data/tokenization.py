@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tokenizers
+import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase, __version__
+from transformers import PreTrainedTokenizerBase
 
 from mpo.common.log import get_logger
 from mpo.data import encoding
@@ -435,13 +437,20 @@ def _fingerprint(groups: Dataset, tokenizer: PreTrainedTokenizerBase, *settings:
     Names the cache of tokenized groups after all that decides what is in it: ranks of a run share it, and a run that is begun again
     reads it. The library's own name costs a second for each split, since it pickles the tokenizer; None stands for that.
     """
-    if not tokenizer.is_fast:
+    if not (tokenizer.is_fast and type(tokenizer).__module__.startswith("transformers.")):
         return None
+    backend = tokenizer.backend_tokenizer
     code = [Path(file).read_text(encoding="utf-8") for file in (__file__, encoding.__file__)]
-    about = (type(tokenizer).__qualname__, tokenizer.special_tokens_map, tokenizer.chat_template, __version__)
-    name: str = Hasher.hash(
-        (groups._fingerprint, tokenizer.backend_tokenizer.to_str(), *about, *code, *settings)
+    about = (
+        type(tokenizer).__qualname__,
+        backend.to_str(),
+        backend.encode_special_tokens,  # which is not in the text
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+        transformers.__version__,
+        tokenizers.__version__,
     )
+    name: str = Hasher.hash((groups._fingerprint, about, *code, *settings))
     return name
 
 

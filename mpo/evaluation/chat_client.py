@@ -250,8 +250,9 @@ class _Session:
     def _run(self) -> None:
         async def until_closed() -> None:
             await self._closed.wait()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
+            for task in asyncio.all_tasks():
+                if task is not asyncio.current_task():
+                    task.cancel()
             await self._http.aclose()
 
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:

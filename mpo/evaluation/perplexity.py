@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpo.common.bootstrap import ratio_interval
 from mpo.common.checks import check_confidence, check_limit, check_max_length
+from mpo.common.files import read_named_text
 from mpo.common.provenance import collect
 from mpo.common.tables import TextTable, printable_name
 from mpo.common.typed_json import write_typed
@@ -89,7 +90,7 @@ def read_lines(file: str, limit: int | None = None) -> list[str]:
         DataError: The file cannot be read, is no UTF-8, or has no text.
     """
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = read_named_text(file).splitlines()
     except OSError as error:
         raise DataError(
             f"{error.strerror or error}. Pass a text file, one text per line.", file=file

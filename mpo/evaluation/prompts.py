@@ -21,6 +21,7 @@ from typing import Any
 
 from mpo.common.characters import half_character
 from mpo.common.checks import check_limit, check_name
+from mpo.common.files import read_named_text
 from mpo.common.words import show_name
 from mpo.data import LANGUAGES, normalize_language
 from mpo.data.contract import RowError
@@ -194,7 +195,7 @@ def load_template(text_or_file: str) -> str:
     text = text_or_file
     if SLOT not in text:
         try:
-            text = Path(text_or_file).read_text(encoding="utf-8-sig")
+            text = read_named_text(text_or_file)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"template: {show_name(text_or_file)!r} has no slot {SLOT} and is no file that can be read ({error}). Expected "

@@ -110,7 +110,7 @@ def _change(base: MTBenchResult | None, result: MTBenchResult | None, code: str 
     if base is None or result is None:
         return None
     pairs: dict[str, list[tuple[str, float]]] = {}
-    for name in base.items.keys() & result.items.keys():
+    for name in (name for name in base.items if name in result.items):
         question, _, language = name.rpartition("/")
         both = [
             (a, b)

@@ -419,7 +419,9 @@ def _labels(
     Greedy: the heavier ones choose first, then those with most neighbours, which have least choice.
     """
     ends = [place for _, place, _ in named]
-    obstacles = [_around(place, _MARK + 2) for place in {*ends, *(mark.place for mark in marks)}]
+    obstacles = [
+        _around(place, _MARK + 2) for place in dict.fromkeys([*ends, *(mark.place for mark in marks)])
+    ]
 
     def crowd(place: Place) -> int:
         return sum(math.dist(place, other) < 45 for other in ends)

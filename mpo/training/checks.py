@@ -113,21 +113,25 @@ def check_adapter_config(config: Any) -> None:
         )
 
 
-def check_head_stays(args: MPOConfig, model: Any) -> None:
-    """Refuse to compare what a head says now with what it said at the start where the head is trained.
+def check_head_stays(args: MPOConfig, model: Any, *, other_reference: bool) -> None:
+    """Refuse to compare what a head says of the states of now and of the reference where the two have not the same head.
 
     Args:
         args: Settings of a run on harmless groups.
         model: The model, with the adapter on it if there is one.
+        other_reference: Whether the reference is another model than the starting policy.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: They have not: the head is trained, or the reference has its own.
     """
-    if (
-        args.harmless.keeps_own
-        and args.harmless_retention == KL
-        and _is_trained(model.get_output_embeddings())
-    ):
+    if not (args.harmless.keeps_own and args.harmless_retention == KL):
+        return
+    if other_reference:
+        raise ConfigError(
+            "`harmless_retention: kl` holds what the starting policy expects, by the one LM head of the model, and the reference "
+            "here is another model. Leave it out, or set `harmless_retention: states`."
+        )
+    if _is_trained(model.get_output_embeddings()):
         raise ConfigError(
             "`harmless_retention: kl` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
             "`harmless_retention: states`, which needs no head, or `use_peft: true`."

@@ -8,7 +8,7 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
 ``harmless_retain_weight``. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
 prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the mean of
-the same distance over the tokens of prompt and chosen response, and with ``kl`` the mean over these tokens of
+the same distance over the tokens of prompt and chosen response but the last, and with ``kl`` the mean over these tokens of
 ``KL(p_ref || p)`` of the token that follows, both as the starting policy has them: what it says of harmless prompts, and after
 them, stays as it was.
 """
@@ -64,7 +64,7 @@ class HarmlessSettings:
         harmless_retention (`str`, *optional*, defaults to `"none"`):
             `"hidden"` holds the final hidden states of prompt and chosen response, pooled, where the starting policy has
             them, in each of these pairs' languages; `"states"` those of each token; `"kl"` what the model expects after
-            each token, which needs an LM head that is not trained. The last two keep the starting policy's states of every
+            each token, which needs an LM head that is not trained and that the reference has, too. The last two keep the starting policy's states of every
             token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.

@@ -79,7 +79,11 @@ def run_settings(
         settings |= {f.name: getattr(args, f.name) for f in fields(HarmlessSettings)}
         own = args.harmless
         settings |= {f"harmless_{name}": getattr(own, name) for name in ("loss_type", "beta", "train_on")}
-        del settings["harmless_share"]  # it belongs to the order of the data
+        for name in (
+            "harmless_share",
+            "harmless_max_response_length",
+        ):  # they belong to the data and their order
+            del settings[name]
     # Only one of the two is in effect.
     settings["num_train_epochs" if args.max_steps > 0 else "max_steps"] = None
     settings["mixed_precision"] = mixed_precision

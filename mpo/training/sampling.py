@@ -365,8 +365,13 @@ class GroupCollator:
         pooled = [i for i, pair in enumerate(pairs) if own and pair.tree.pool]
         row_of_group = {g: len(pooled) + row for row, g in enumerate(held)}
         row_of_group |= {pairs[i].group: row for row, i in enumerate(pooled) if pairs[i].is_source}
-        keeps = [own and pair.trained and self._asked(examples[pair.group])[1].holds_own for pair in pairs]
-        row_of_pair = [-1 if pair.tree.keep else row_of_group.get(pair.group, -1) for pair in pairs]
+        # A pair of a group that is kept token by token has nothing to do with pooled states.
+        asked = [self._asked(examples[pair.group])[1] for pair in pairs]
+        keeps = [own and pair.trained and of.holds_own for pair, of in zip(pairs, asked, strict=True)]
+        row_of_pair = [
+            -1 if of.keeps_own else row_of_group.get(pair.group, -1)
+            for pair, of in zip(pairs, asked, strict=True)
+        ]
         states = []
         for row, i in enumerate(pooled):
             pair = pairs[i]

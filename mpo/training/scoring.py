@@ -42,7 +42,7 @@ from mpo.training.workload import trained_totals
 @dataclass
 class _Sums:
     records: list[tuple[int, int, PairScore]] = field(default_factory=list)
-    retention: dict[int, float] = field(default_factory=dict)
+    retention: dict[tuple[int, int], float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of harmful and of harmless pairs
     pairs: list[int] = field(default_factory=lambda: [0, 0])
     tokens: int = 0
@@ -118,6 +118,7 @@ def score_dataset(
     if trained.mismatched and pair_loss is not None:
         means["step"]["kl"] = _reference_point(forward, loader, ranks)
     sums = _Sums()
+    holds_own = harmless is not None and (harmless.holds_own or harmless.keeps_own)
     quiet = not (progress and ranks.is_main_process) or bool(os.environ.get("TQDM_DISABLE", ""))
     for cpu_batch in tqdm(loader, desc=description, disable=quiet):
         batch = {**to_device(cpu_batch, ranks.device), **means}
@@ -141,8 +142,9 @@ def score_dataset(
             language = source_language if is_source else languages[int(cpu_batch["language"][i])]
             scored = _score(numbers[g], language, is_source, logps[i], float(cpu_batch["reference_gap"][i]))
             sums.records.append((numbers[g], 0 if is_source else order[g], scored))
-            if is_source:
-                sums.retention[numbers[g]] = float(pairs.retention[i])
+            # What is held of a harmless group is its trained pairs, where something is; of others it is the source.
+            if bool(cpu_batch["counts"][i]) if holds_own and kinds[numbers[g]] else is_source:
+                sums.retention[numbers[g], order[g]] = float(pairs.retention[i])
         counted = cpu_batch["totals"]
         sums.pairs = [sums.pairs[0] + counted[0], sums.pairs[1] + (counted[3] if len(counted) > 3 else 0)]
         if not all(fillers):
@@ -156,11 +158,11 @@ def score_dataset(
     records = [
         record for _, _, record in sorted((r for part in parts for r in part.records), key=lambda r: r[:2])
     ]
-    retention = {group: value for part in parts for group, value in part.retention.items()}
+    retention = [(kinds[group], value) for part in parts for (group, _), value in part.retention.items()]
     scores = Scores(
         records=records,
-        retention=_mean([value for group, value in retention.items() if not kinds[group]]),
-        harmless_retention=_mean([value for group, value in retention.items() if kinds[group]]),
+        retention=_mean([value for is_harmless, value in retention if not is_harmless]),
+        harmless_retention=_mean([value for is_harmless, value in retention if is_harmless]),
         tokens=sum(part.tokens for part in parts),
         harmless_groups=frozenset(np.flatnonzero(kinds).tolist()),
     )

@@ -203,7 +203,7 @@ class MPOTrainer(DPOTrainer):
             check_tokens(dataset, bare, self._tokenizer, name)
         has_harmless = bool(harmless_groups(self.train_dataset).any())
         if has_harmless:
-            check_head_stays(args, bare)
+            check_head_stays(args, bare, other_reference=ref_model is not None)
         trains_sources = args.train_on != "targets" or (has_harmless and args.harmless.train_on != "targets")
         if trains_sources and args.source_language not in self.languages:
             self.languages.append(args.source_language)

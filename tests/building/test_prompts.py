@@ -40,6 +40,14 @@ def test_a_prompt_and_its_translations_are_found(tmp_path: Path, row: dict, text
     assert found == PromptRow("p.jsonl:0", "harmless", texts)
 
 
+def test_translations_have_the_order_of_the_languages_in_every_process(tmp_path: Path) -> None:
+    codes = ["en", "sw", "zh", "ko", "ar", "bn", "de", "fr"]
+    row = {"kind": "harmless", **{code: f"Hello in {code}" for code in reversed(codes)}}
+    source = PromptSource([str(write_rows(tmp_path / "p.jsonl", [row]))])
+    (found,) = read_prompts(source, "en", codes[1:])
+    assert isinstance(found, PromptRow) and list(found.texts) == codes
+
+
 def test_a_table_is_read_and_answers_may_stand_in_it(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text(

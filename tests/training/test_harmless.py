@@ -15,6 +15,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
 
 from mpo import MPOConfig
 from mpo.data import load_groups
@@ -406,15 +407,19 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
 
 
 @runs_alone
+@pytest.mark.parametrize(
+    "parts", [{}, {"harmless_train_on": "targets"}, {"max_targets_per_group": 1}], ids=str
+)
 @pytest.mark.parametrize("kept", ["states", "kl"])
 def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
-    kept: str, model: Path, tmp_path: Path
+    kept: str, parts: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {
         "harmless_retention": kept,
         "harmless_loss_type": "none",
         "learning_rate": 1e-2,
     }
+    settings |= parts
     rows = mixed()
     run = runs.trainer(
         model, tmp_path, rows, eval_dataset=rows, peft_config=runs.lora(), max_steps=3, **settings
@@ -427,6 +432,15 @@ def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
     assert math.isfinite(after["eval_loss"])
     folders = [folder for folder in (tmp_path / "reference").iterdir() if (folder / "states.npy").exists()]
     assert folders
+
+
+@runs_alone
+def test_a_reference_with_a_head_of_its_own_has_no_next_tokens_to_hold(model: Path, tmp_path: Path) -> None:
+    other = AutoModelForCausalLM.from_pretrained(model)
+    settings: dict[str, Any] = {"peft_config": runs.lora(), "ref_model": other}
+    runs.trainer(model, tmp_path / "states", mixed(), harmless_retention="states", **settings)
+    with pytest.raises(ConfigError, match="the reference here is another model"):
+        runs.trainer(model, tmp_path / "kl", mixed(), harmless_retention="kl", **settings)
 
 
 @runs_alone

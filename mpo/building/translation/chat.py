@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.building.translation.translator import Translated, TranslationChoice
+from mpo.common.files import read_named_text
 from mpo.data import language_name
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
@@ -80,7 +81,7 @@ def read_prompt(path: str | Path | None) -> str:
     if path is None:
         return resources.files("mpo.building.translation").joinpath("prompt.txt").read_text(encoding="utf-8")
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = read_named_text(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"prompt: {path} cannot be read ({error}).") from None
     missing = [slot for slot in ("{text}", "{target}") if slot not in text]

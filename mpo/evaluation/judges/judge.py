@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpo.common.characters import without_halves
+from mpo.common.files import read_named_text
 from mpo.data import language_name
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import ConfigError
@@ -164,7 +165,7 @@ def read_judging_prompt(path: str | Path) -> str:
         ConfigError: The file cannot be read, or lacks a slot.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_named_text(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"judge_prompt: {path} cannot be read ({error}).") from None
     missing = [slot for slot in _SLOTS if slot not in text]

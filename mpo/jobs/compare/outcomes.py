@@ -162,10 +162,9 @@ def _share(base: Outcomes, seeds: Sequence[Outcomes], confidence: float) -> Esti
 def _moved(base: Outcomes, values: Outcomes) -> float:
     """Change of a mean over languages, on the prompts that both have."""
     both = {
-        language: [
-            values[language][p] - base[language][p] for p in base[language].keys() & values[language].keys()
-        ]
-        for language in base.keys() & values.keys()
+        language: [value - base[language][p] for p, value in values[language].items() if p in base[language]]
+        for language in base
+        if language in values
     }
     return statistics.fmean(statistics.fmean(changes) for changes in both.values() if changes)
 

@@ -97,7 +97,8 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
                 f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect"
             )
     else:
-        check_head_stays(training, model)
+        explicit = recipe.model.reference_model_name_or_path is not None
+        check_head_stays(training, model, other_reference=explicit)
     notes.extend(
         f"{language_name(code)} has {counted(harmful, 'harmful pair')} and {answered or 'no'} harmless: a model that sees a "
         "language with refusals alone learns to refuse the language. Add harmless rows in it, or leave it out (`languages`)"

@@ -13,7 +13,6 @@ from mpo.common.words import counted, plain, size
 from mpo.errors import ConfigError, StorageError
 from mpo.jobs.preflight.plan import Plan
 from mpo.training.checkpoints import last_complete_checkpoint
-from mpo.training.harmless import POOLED
 from mpo.training.recipe import Recipe
 from mpo.training.resume import check_has_optimizer
 
@@ -221,9 +220,6 @@ def disk_space(plan: Plan) -> DiskSpace:
     kept = min(written, limit + 1) if limit else written
     hidden = plan.config.get_text_config().hidden_size
     reference = len(plan.train) * 2 * (hidden + 1) * 4
-    own = training.harmless
-    if plan.work.harmless is not None and own.keeps_own and own.harmless_retention != POOLED:
-        reference += int(plan.work.group_tokens[plan.work.harmless].sum()) * hidden * 4
     return DiskSpace(weights, checkpoint, kept, weights + kept * checkpoint + reference)
 
 
