@@ -14,6 +14,7 @@ from transformers import Trainer
 from mpo.common.log import get_logger
 from mpo.common.words import listed
 from mpo.errors import ConfigError, StorageError
+from mpo.modeling.identity import ModelIdentity
 from mpo.training.checkpoints import (
     checkpoints,
     damaged_files,
@@ -251,6 +252,28 @@ def check_has_optimizer(checkpoint: str | Path, *, trains_adapter: bool) -> None
             f"the checkpoint '{checkpoint}' cannot be resumed: it was saved with `save_only_model: true`, without optimizer, "
             f"schedule and random state. Start a new run from its weights (`{key}: {checkpoint}`) in another `output_dir`."
         )
+
+
+def check_planned(checkpoint: str | Path, args: MPOConfig, model: Any, *, harmless: bool) -> None:
+    """Refuse a checkpoint of a run with other settings, as far as they are known before weights are loaded.
+
+    Args:
+        checkpoint: Its folder.
+        args: The settings of the run that is to go on.
+        model: The model without its weights, with its adapter if it has one.
+        harmless: Whether there are harmless groups.
+
+    Raises:
+        ConfigError: Names every setting that must not change, with its old and new value.
+    """
+    then = saved_state(checkpoint).get("settings")
+    if then is None:
+        return
+    now = run_settings(args, model, ModelIdentity("unknown:not loaded"), None, "", harmless=harmless)
+    for name in ("dtype", "mixed_precision"):  # of the weights and of the launcher
+        del now[name]
+    allowed, trains_adapter = args.resume_changes or (), hasattr(model, "peft_config")
+    check_settings(str(checkpoint), then, now, allowed, trains_adapter=trains_adapter)
 
 
 def check_resumable(

@@ -503,3 +503,30 @@ def test_a_folder_that_is_only_looked_at_is_not_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"is a file\. Choose another with `out`"):
         check_writable(tmp_path / "file", setting="out")
+
+
+def test_a_pipe_or_a_device_is_refused_where_a_file_is_named(tmp_path: Path) -> None:
+    from mpo.building.refusals import Refusals
+    from mpo.building.translation.chat import read_prompt
+    from mpo.common.typed_json import read_typed
+    from mpo.errors import MPOError
+    from mpo.evaluation.judges.judge import read_judging_prompt
+    from mpo.evaluation.perplexity import read_lines
+    from mpo.evaluation.prompts import load_template
+    from mpo.evaluation.results import SafetyResult
+    from mpo.training.recipe import load_recipe
+
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        for read in (
+            load_recipe,
+            lambda name: read_lines(str(name)),
+            read_judging_prompt,
+            lambda name: load_template(str(name)),
+            read_prompt,
+            lambda name: Refusals(str(name)),
+            lambda name: read_typed(name, SafetyResult),
+        ):
+            with pytest.raises(MPOError, match="pipe or a device"):
+                read(path)

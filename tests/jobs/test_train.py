@@ -751,6 +751,14 @@ def test_want_of_memory_and_disk_is_explained(make, tmp_path: Path) -> None:
         and "`gradient_checkpointing: true`" in text
     )
     assert "`load_in_4bit: true`" in text
+    # Shorter rows need less memory where a mask as long as they are is made, which `tree` attention has none of.
+    for settings, advised in (
+        ({"attn_implementation": "sdpa"}, True),
+        ({"attn_implementation": "tree"}, False),
+        ({"attn_implementation": "sdpa", "batch_layout": "padded"}, False),
+    ):
+        told = explained(make_plan(make(**LORA, **settings)), torch.OutOfMemoryError("CUDA out of memory"))
+        assert ("`max_tokens_per_row`" in told) == advised
     text = explained(plan, OSError(errno.ENOSPC, "No space left on device"))
     assert text.startswith("StorageError") and "begin anew, since no checkpoint is complete" in text
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
@@ -760,6 +768,7 @@ def test_want_of_memory_and_disk_is_explained(make, tmp_path: Path) -> None:
         "last complete checkpoint, checkpoint-3: mpo train" in text
         and "--resume_from_checkpoint auto" in text
     )
+    assert "save_only_model" not in text  # such checkpoints cannot be resumed
     for words in (
         "I/O error: No space left on device",
         "[enforce fail at x.cc:595] . unexpected pos 64 vs 0",
@@ -905,6 +914,24 @@ def test_checkpoints_of_weights_alone_are_found_out_by_the_dry_run(make, no_weig
         with pytest.raises(StorageError, match="cannot be resumed: it was saved with `save_only_model"):
             train(make(resume_from_checkpoint=resume, **settings), dry_run=True)
     assert "holds weights only" in how_to_resume(recipe)
+
+
+def test_a_checkpoint_of_other_settings_is_found_out_by_the_dry_run(make, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**LORA, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    train(make(**settings))
+    settings |= {"resume_from_checkpoint": "auto"}
+    train(make(**settings), dry_run=True)
+    for changed, said in (
+        ({"lora_r": 8}, r"lora_r: 4 then, 8 now.*cannot change within a run"),
+        ({"optim": "adafactor"}, r'optim: "adamw\S* then, "adafactor" now'),
+        ({"lora_alpha": 64}, r"lora_alpha: 8 then, 64 now.*resume_changes: \[lora_alpha\]"),
+        ({"loss_type": ["sigmoid"]}, r"loss_type"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train(make(**{**settings, **changed}), dry_run=True)
+        with pytest.raises(ConfigError, match=said):
+            train(make(**{**settings, **changed}))
+    train(make(**{**settings, "lora_alpha": 64, "resume_changes": ["lora_alpha"]}), dry_run=True)
 
 
 def test_two_runs_at_once_never_share_a_folder(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,16 @@ def test_an_unknown_key_is_an_error_with_its_line_and_the_nearest_key(load, key:
 
 
 @pytest.mark.parametrize(
-    "key", ["warmup_ratio", "lora_rank", "torch_dtype", "cutoff_len", "pref_beta", "dataset_name"]
+    "key",
+    [
+        "warmup_ratio",
+        "lora_rank",
+        "torch_dtype",
+        "cutoff_len",
+        "pref_beta",
+        "dataset_name",
+        "group_by_length",
+    ],
 )
 def test_a_key_that_others_call_differently_is_named_in_our_words(load, key: str) -> None:
     with pytest.raises(ConfigError, match=f"`{key}` is not a key of a recipe; use `"):

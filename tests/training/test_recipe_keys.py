@@ -41,7 +41,8 @@ def test_the_source_has_the_keys_types_and_choices_of_the_dataclasses() -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_what_loads_passes_the_early_check(path: Path) -> None:
-    check_keys(path, ["--languages", "bn", "sw", "--language_weights.bn", "2", "--limit", "null", "--bf16"])
+    entry = ["--chat_template_kwargs.enable_thinking", "false"]
+    check_keys(path, ["--languages", "bn", "sw", *entry, "--limit", "null", "--bf16"])
 
 
 @pytest.mark.parametrize(

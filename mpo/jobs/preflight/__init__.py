@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpo.common.words import counted, listed
 from mpo.data import language_name
 from mpo.errors import ConfigError
 from mpo.evaluation.probe.watch import prompts_of
 from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
-from mpo.jobs.preflight.folder import check_disk, check_output_folder, disk_space
+from mpo.jobs.preflight.folder import check_disk, check_output_folder, checkpoint_to_resume, disk_space
 from mpo.jobs.preflight.in_between import measured_in_between
 from mpo.jobs.preflight.leaks import leaks_of
-from mpo.jobs.preflight.model import count_adapter, with_model_choices
+from mpo.jobs.preflight.model import with_adapter, with_model_choices
 from mpo.jobs.preflight.packages import check_packages, upload_obstacle
 from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
@@ -20,6 +22,7 @@ from mpo.training.checks import check_best_metric, check_head_stays, check_token
 from mpo.training.compute import is_installed
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
+from mpo.training.resume import check_planned
 from mpo.training.sampling import count_languages, cut_short, without_harmless
 from mpo.training.workload import count_work, schedule, tokenize_for_training
 
@@ -67,9 +70,11 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         load_config(ModelSource(recipe.model.reference_model_name_or_path, None, source.trust_remote_code))
     model = empty_model(config, source)
     peft_config = None
-    parameters = trainable = sum(parameter.numel() for parameter in model.parameters())
+    trained: Any = model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     if recipe.model.trains_adapter:
-        peft_config, trainable = count_adapter(recipe, model)
+        peft_config, trained = with_adapter(recipe, model)
+    trainable = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
 
     data, train, held_out, dropped = load_data(recipe)
     for problem in dropped[:3]:
@@ -90,7 +95,10 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         errors += more
         check_best_metric(training, list(measured), [])
     notes.extend(errors[:3])
-    if not harmless_groups(tokenized).any():
+    has_harmless = bool(harmless_groups(tokenized).any())
+    if (checkpoint := checkpoint_to_resume(recipe)) is not None:
+        check_planned(checkpoint, training, trained, harmless=has_harmless)
+    if not has_harmless:
         unused = [name for name in recipe.given if name.startswith("harmless_")]
         if unused:
             notes.append(

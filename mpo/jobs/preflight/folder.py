@@ -110,6 +110,16 @@ def wanted_checkpoint(recipe: Recipe) -> str | bool | None:
     return "auto" if text == "auto" else str(wanted)
 
 
+def checkpoint_to_resume(recipe: Recipe) -> Path | None:
+    """The checkpoint that the run will go on from, if there is one."""
+    resume, folder = wanted_checkpoint(recipe), Path(str(recipe.training.output_dir))
+    if resume is None:
+        return None
+    if isinstance(resume, bool) or resume == "auto":
+        return last_complete_checkpoint(folder) if folder.is_dir() else None
+    return Path(resume)
+
+
 def finished_result(folder: Path) -> str | None:
     """Name of the weights that an earlier run has left, or None."""
     found = sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PretrainedConfig, PreTrainedModel
 from trl import get_peft_config
 
@@ -78,11 +78,11 @@ def new_adapter_config(recipe: Recipe) -> PeftConfig:
     return config
 
 
-def count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | None, int]:
+def with_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | None, PeftModel]:
     """Make sure that an adapter fits the model.
 
     Returns:
-        The configuration of the new adapter, or None for an existing one, and the number of trained weights.
+        The configuration of the new adapter, or None for an existing one, and the model with it.
 
     Raises:
         ModelError: It does not fit.
@@ -109,7 +109,7 @@ def count_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | 
             f"`lora_target_modules` is {listed_modules(targets)}; the model's linear layers are {', '.join(names)}. "
             "`all-linear` takes all but the output head."
         ) from error
-    return new, sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    return new, wrapped
 
 
 def _check_adapter_agrees(recipe: Recipe, settings: dict[str, Any]) -> None:
