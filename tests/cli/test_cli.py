@@ -84,6 +84,17 @@ def test_an_error_is_one_message_on_stderr_with_exit_code_2(
     assert "Traceback" not in captured.err
 
 
+def test_what_a_chat_template_says_of_messages_cannot_act_on_the_terminal(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "hostile.jinja"
+    template.write_text("{{ raise_exception('no\x1b[2J\u202e system turn') }}", encoding="utf-8")
+    assert cli.main(["train", str(recipe), "--dry_run", "--chat_template", str(template)]) == 2
+    said = capsys.readouterr().err
+    assert "the chat template rejects the messages (no\\x1b[2J\\u202e system turn)" in said
+    assert "\x1b" not in said and "\u202e" not in said
+
+
 def test_a_debugging_user_sees_the_traceback(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
