@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
@@ -448,7 +448,7 @@ def _fingerprint(groups: Dataset, tokenizer: PreTrainedTokenizerBase, *settings:
         tokenizer.special_tokens_map,
         tokenizer.chat_template,
         transformers.__version__,
-        tokenizers.__version__,
+        version("tokenizers"),
     )
     name: str = Hasher.hash((groups._fingerprint, about, *code, *settings))
     return name
