@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mpo.data import as_groups
+from mpo.data import as_groups, tokenization
 from mpo.data.tokenization import set_chat_template, tokenize_group, tokenize_groups, tokenize_pair
 from mpo.errors import DataError, ModelError
 from tests.plain import Group, Ids, group_ids
@@ -410,3 +411,42 @@ def test_responses_that_render_to_the_same_tokens_are_refused() -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content | lower }}{% endfor %}"
     with pytest.raises(DataError, match="has the same tokens as chosen"):
         tokenize_pair(tokenizer, [{"role": "user", "content": "bread"}], answer("River"), answer("river"))
+
+
+def test_a_cache_of_token_ids_has_the_name_of_all_that_decides_them() -> None:
+    def fresh(kind: Any = None) -> Any:
+        tokenizer = build_tokenizer("llama")
+        if kind is not None:
+            tokenizer.__class__ = kind
+        return tokenizer
+
+    def named(tokenizer: Any, rows: Any = None, **settings: Any) -> str:
+        groups = as_groups(random_groups(0, 2) if rows is None else rows)
+        return tokenize_groups(groups, tokenizer, **settings)[0]._fingerprint
+
+    def changed(change: Callable[[Any], Any]) -> Any:
+        tokenizer = fresh()
+        change(tokenizer)
+        return tokenizer
+
+    first = named(fresh())
+    assert named(fresh()) == first
+    others = [
+        named(fresh(), random_groups(1, 2)),
+        named(fresh(), max_length=900),
+        named(fresh(), max_response_length=7),
+        named(fresh(), harmless_max_response_length=7),
+        named(fresh(), max_targets_per_group=1),
+        named(fresh(), bad_rows="drop"),
+        named(fresh(), template_kwargs={"loud": True}),
+        named(changed(lambda t: setattr(t, "chat_template", t.chat_template + " "))),
+        named(changed(lambda t: t.add_tokens(["riverbread"]))),
+        named(changed(lambda t: setattr(t.backend_tokenizer, "encode_special_tokens", True))),
+        named(changed(lambda t: setattr(t, "bos_token", "<|eot_id|>"))),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+
+    class Foreign(PreTrainedTokenizerFast):  # its code is not the library's, so the library names the cache
+        pass
+
+    assert tokenization._fingerprint(as_groups(random_groups(0, 2)), fresh(Foreign)) is None
