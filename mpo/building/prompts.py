@@ -215,9 +215,8 @@ def _given_texts(
 ) -> dict[str, str]:
     """The prompt by language: of an object ``texts``, of columns called like languages, and of the column of the prompt."""
     texts: dict[str, str] = {}
-    wanted = tuple(
-        dict.fromkeys([source_language, *languages])
-    )  # in an order of their own: what is made of them is compared
+    # Not a set: a resumed build compares what is made of them, and a set has another order in every process.
+    wanted = tuple(dict.fromkeys([source_language, *languages]))
     object_ = row.get("texts")
     if isinstance(object_, Mapping):
         for label, text in object_.items():

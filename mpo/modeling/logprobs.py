@@ -12,7 +12,16 @@ _LOGITS = {"cpu": 1 << 24}
 _LOGITS_DEFAULT = 1 << 27
 
 
-class FrozenHeadLogProbs(torch.autograd.Function):
+class _OfStates(torch.autograd.Function):
+    """A value of each state ``[N, H]``, whose gradient the forward pass has saved; the other six arguments get none."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0].to(gradient.dtype)[:, None] * gradient, None, None, None, None, None, None
+
+
+class FrozenHeadLogProbs(_OfStates):
     """``log softmax(f(hidden @ weight.T + bias))[labels]`` for an LM head that is not trained.
 
     With ``y`` the logits of a token, ``z = cap * tanh(scale * y / cap)`` (or ``z = scale * y``) and ``p = softmax(z)``::
@@ -58,13 +67,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         return log_probs
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradients[0].to(gradient.dtype)[:, None] * gradient, None, None, None, None, None, None
 
-
-class FrozenHeadDivergence(torch.autograd.Function):
+class FrozenHeadDivergence(_OfStates):
     """``KL(p_ref || p)`` of the next token, under an LM head that is not trained.
 
     ``p`` and ``p_ref`` are the distributions that the same head gives to two states, that of the policy and that of the
@@ -106,11 +110,6 @@ class FrozenHeadDivergence(torch.autograd.Function):
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return divergence
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradients[0].to(gradient.dtype)[:, None] * gradient, None, None, None, None, None, None
 
 
 def _tokens_at_once(hidden: Tensor, weight: Tensor) -> int:

@@ -61,11 +61,6 @@ class Tree(NamedTuple):
     """Whether what is said after each token of prompt and chosen response is held."""
 
     @property
-    def kept_tokens(self) -> int:
-        """Tokens of prompt and chosen response after which another one follows."""
-        return len(self.prompt) + len(self.chosen) - 1
-
-    @property
     def size(self) -> int:
         """Tokens of the tree: prompt once, both responses."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)

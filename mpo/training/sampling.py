@@ -145,7 +145,7 @@ class Trained:
         states: Whether hidden states at the end of a prompt in all languages of its group are needed.
         holds_source: Whether the group's source is held where it is.
         holds_own: Whether the trained pairs' own chosen responses are, by their pooled states.
-        keeps_own: Whether they are, token by token, and their prompts with them.
+        keeps_tokens: Whether they are, token by token, and their prompts with them.
         keeps_by_kl: Whether that is by what the model says after each token, not by its states.
     """
 
@@ -158,7 +158,7 @@ class Trained:
     states: bool = False
     holds_source: bool = False
     holds_own: bool = False
-    keeps_own: bool = False
+    keeps_tokens: bool = False
     keeps_by_kl: bool = False
 
     @classmethod
@@ -176,7 +176,7 @@ class Trained:
             states=STATES in objectives.needs,
             holds_source=args.holds_sources,
             holds_own=args.keeps_own and args.harmless_retention == POOLED,
-            keeps_own=args.keeps_own and args.harmless_retention != POOLED,
+            keeps_tokens=args.keeps_own and args.harmless_retention != POOLED,
             keeps_by_kl=args.keeps_own and args.harmless_retention == KL,
         )
 
@@ -327,7 +327,7 @@ class GroupCollator:
             prompt, chosen, rejected = (example[f"source_{part}"] for part in PARTS)
             trained = asked.sources and example["carries_source"]
             if trained or self.score_source:
-                pool, keep = pools or (own and trained), asked.keeps_own and trained
+                pool, keep = pools or (own and trained), asked.keeps_tokens and trained
                 tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states, keep=keep)
                 (said,) = example.get("source_reference", [{}])
                 language = index_of.get(self.source_language, -1)
@@ -343,7 +343,7 @@ class GroupCollator:
             of_targets = example.get("target_reference", [{}] * len(languages))
             columns = [example[f"target_{part}"] for part in PARTS]
             for language, said, prompt, chosen, rejected in zip(languages, of_targets, *columns, strict=True):
-                pool, keep = own and asked.targets, asked.keeps_own and asked.targets
+                pool, keep = own and asked.targets, asked.keeps_tokens and asked.targets
                 tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states, keep=keep)
                 targets.append(_Pair(tree, g, index_of[language], False, asked.targets, said, harmless))
         return targets + sources, held, stems
@@ -369,7 +369,7 @@ class GroupCollator:
         asked = [self._asked(examples[pair.group])[1] for pair in pairs]
         keeps = [own and pair.trained and of.holds_own for pair, of in zip(pairs, asked, strict=True)]
         row_of_pair = [
-            -1 if of.keeps_own else row_of_group.get(pair.group, -1)
+            -1 if of.keeps_tokens else row_of_group.get(pair.group, -1)
             for pair, of in zip(pairs, asked, strict=True)
         ]
         states = []

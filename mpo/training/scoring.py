@@ -118,7 +118,7 @@ def score_dataset(
     if trained.mismatched and pair_loss is not None:
         means["step"]["kl"] = _reference_point(forward, loader, ranks)
     sums = _Sums()
-    holds_own = harmless is not None and (harmless.holds_own or harmless.keeps_own)
+    holds_own = harmless is not None and (harmless.holds_own or harmless.keeps_tokens)
     quiet = not (progress and ranks.is_main_process) or bool(os.environ.get("TQDM_DISABLE", ""))
     for cpu_batch in tqdm(loader, desc=description, disable=quiet):
         batch = {**to_device(cpu_batch, ranks.device), **means}

@@ -30,17 +30,20 @@ def written_out(
     return torch.log_softmax(logits, dim=-1)[torch.arange(len(labels)), labels]
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 9),
-    st.integers(2, 40),
-    st.integers(1, 6),
-    st.sampled_from([None, 0.7, 30.0]),
-    st.sampled_from([1.0, 0.3]),
-    st.booleans(),
-    st.integers(1, 200),
+HEADS = given(
+    seed=st.integers(0, 10**6),
+    tokens=st.integers(1, 9),
+    vocabulary=st.integers(2, 40),
+    size=st.integers(1, 6),
+    softcap=st.sampled_from([None, 0.7, 30.0]),
+    scale=st.sampled_from([1.0, 0.3]),
+    biased=st.booleans(),
+    held=st.integers(1, 200),
 )
+
+
+@settings(deadline=None, max_examples=60)
+@HEADS
 def test_values_and_gradient_are_those_of_the_whole_logits(
     seed: int,
     tokens: int,
@@ -72,16 +75,7 @@ def test_values_and_gradient_are_those_of_the_whole_logits(
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 9),
-    st.integers(2, 40),
-    st.integers(1, 6),
-    st.sampled_from([None, 0.7, 30.0]),
-    st.sampled_from([1.0, 0.3]),
-    st.booleans(),
-    st.integers(1, 200),
-)
+@HEADS
 def test_the_divergence_and_its_gradient_are_those_of_the_whole_logits(
     seed: int,
     tokens: int,
