@@ -72,6 +72,13 @@ def test_ids_are_those_of_each_text_alone(kind: str, token: str) -> None:
     check()
 
 
+def test_a_token_that_is_read_after_normalization_is_no_place_to_cut() -> None:
+    tokenizer = made("stripped", "normalized")
+    pair = PairTexts("<T><t>x", "<T>\n<t>x", "<T><t>xt>")  # found by chance: the cut changed the second
+    alone = tuple(tokenizer(each, add_special_tokens=False)["input_ids"] for each in pair)
+    assert PairEncoder(tokenizer).pairs([pair]) == [alone]
+
+
 def test_a_prompt_is_encoded_once() -> None:
     tokenizer = made("bytes", "plain")
     asked: list[str] = []

@@ -435,6 +435,20 @@ def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
 
 
 @runs_alone
+def test_what_is_held_token_by_token_does_not_depend_on_how_sources_are_pooled(
+    model: Path, tmp_path: Path
+) -> None:
+    def moved(pooling: str) -> float:
+        settings: dict[str, Any] = {"harmless_retention": "kl", "retain_weight": 0.0, "max_steps": 2}
+        settings |= {"peft_config": runs.lora(), "retain_pooling": pooling}
+        run = runs.trainer(model, tmp_path / pooling, mixed(), eval_dataset=mixed(), **settings)
+        run.train()
+        return float(run.evaluate()["eval_harmless/loss/retention"])
+
+    assert moved("mean") == pytest.approx(moved("last"), rel=1e-6)
+
+
+@runs_alone
 def test_a_reference_with_a_head_of_its_own_has_no_next_tokens_to_hold(model: Path, tmp_path: Path) -> None:
     other = AutoModelForCausalLM.from_pretrained(model)
     settings: dict[str, Any] = {"peft_config": runs.lora(), "ref_model": other}
