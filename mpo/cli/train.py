@@ -56,4 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         train(recipe, dry_run=dry_run)
     except KeyboardInterrupt as stop:
         raise StoppedBySignal(getattr(stop, "number", SIGINT), how_to_resume(recipe)) from None
+    from mpo.training.ranks import end_rank
+
+    end_rank()
     return 0

@@ -18,6 +18,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_P
 import torch
 
 from mpo.jobs.train import is_lost_process, process_lost
+from mpo.training.ranks import end_rank
 from tests.distributed import fsdp_cases, scenarios
 from tests.distributed.launching import end_after_limit
 
@@ -114,7 +115,7 @@ def main() -> None:
         found = work(job, out, shared, ranks)
         torch.save(found, out / f"{job.replace(':', '-')}.{rank}.pt")
         torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":
