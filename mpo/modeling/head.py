@@ -38,6 +38,7 @@ class RewardGapOutput(ModelOutput):
     Attributes:
         response_logps: ``[T, 2]``, mean log-likelihood per token of the chosen and the rejected response of each scored
             tree, in nats, float32.
+        first_logps: ``[T, 2]``, log-likelihood of each response's first token, float32.
         pooled: ``[P, 2, H]``, pooled final hidden state (after the final norm) of prompt + chosen and prompt +
             rejected of each pooled tree, float32.
         shared_logps: ``[T, 2]``, log-likelihood of as many first tokens of each response as the shorter one has, summed;
@@ -46,12 +47,14 @@ class RewardGapOutput(ModelOutput):
         prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
         kept_states: ``[N, H]``, final hidden states of the tokens that are kept, of one tree after another, float32; where
             the batch has no states to compare them with.
-        moved: ``[K]``, how far each kept tree is from the states that the batch has, the mean over its tokens: of
-            ``KL(p_ref || p)`` of the next token in nats with ``kept_by_kl``, else of ``||h - h_ref||^2 / hidden_size``.
+        moved: ``[K]``, how far each kept tree is from the states that the batch has: the mean of three means, over the
+            prompt's tokens before its last one, of that one, where the answer is decided on, and over the response's. It is
+            of ``KL(p_ref || p)`` of the next token in nats with ``kept_by_kl``, else of ``||h - h_ref||^2 / hidden_size``.
         aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
     response_logps: Tensor | None = None
+    first_logps: Tensor | None = None
     pooled: Tensor | None = None
     shared_logps: Tensor | None = None
     prompt_logps: Tensor | None = None
@@ -140,7 +143,7 @@ def _reward_gap_forward(
     if prompt_index is not None and prompt_labels is not None and prompt_lengths is not None:
         prompts = (prompt_index, prompt_labels, prompt_lengths)
     kept = None if kept_index is None else _Kept(kept_index, kept_lengths, kept_states)
-    response_logps, shared_logps, prompt_logps, divergence = _log_likelihoods(
+    response_logps, first_logps, shared_logps, prompt_logps, divergence = _log_likelihoods(
         model,
         config,
         hidden,
@@ -151,6 +154,7 @@ def _reward_gap_forward(
     )
     return RewardGapOutput(
         response_logps=response_logps,
+        first_logps=first_logps,
         pooled=_pooled(hidden, pool_index, pool_lengths),
         shared_logps=shared_logps,
         prompt_logps=prompt_logps,
@@ -176,7 +180,8 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """Positions of the tokens that are kept, how many belong together, and the reference's states there, if they are known."""
+    """Positions of the tokens that are kept, how many are in each of a tree's three parts, and the reference's states there, if
+    they are known."""
 
     places: Tensor
     lengths: Any
@@ -189,7 +194,17 @@ def _moved(hidden: Tensor, kept: _Kept) -> Tensor | None:
     if kept.states is None:
         return None
     own = _states(hidden, kept.places)
-    return segment_mean((own - kept.states.to(own)).square().mean(dim=-1), kept.lengths.to(own.device))
+    return _mean_of_parts((own - kept.states.to(own)).square().mean(dim=-1), kept.lengths)
+
+
+def _mean_of_parts(values: Tensor, lengths: Tensor) -> Tensor:
+    """``[K]``, the mean of the means of each tree's three parts, those that have a token.
+
+    In one mean over all tokens the one that the answer is decided at would be one of a hundred.
+    """
+    lengths = lengths.to(values.device)
+    means = segment_sum(values, lengths) / lengths.clamp(min=1)
+    return means.unflatten(0, (-1, 3)).sum(dim=1) / (lengths.unflatten(0, (-1, 3)) > 0).sum(dim=1)
 
 
 _Scored = tuple[
@@ -206,13 +221,19 @@ def _log_likelihoods(
     shared: Tensor | None,
     prompts: _Scored | None,
     kept: _Kept | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Means over the responses' tokens ``[T, 2]`` and, where asked for, sums over their first tokens and the prompts', and the
-    divergence from the reference on the tokens that are kept."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Means over the responses' tokens ``[T, 2]``, their first tokens' and, where asked for, sums over as many first tokens as both
+    have and over the prompts', and the divergence from the reference on the tokens that are kept."""
     index, labels, lengths = responses
     if lengths.numel() == 0:
         nothing = hidden.new_zeros((0, 2), dtype=torch.float32)
-        return nothing, None if shared is None else nothing, None if prompts is None else nothing[:, 0], None
+        return (
+            nothing,
+            nothing,
+            None if shared is None else nothing,
+            None if prompts is None else nothing[:, 0],
+            None,
+        )
     if prompts is not None:
         index, labels = torch.cat([index, prompts[0]]), torch.cat([labels, prompts[1]])
     # One call of the head for all: where it is sharded, a call is a collective.
@@ -221,7 +242,7 @@ def _log_likelihoods(
     divergence = None
     if kept is not None:
         values, rest = values.split([index.shape[0], kept.places.shape[0]])
-        divergence = segment_mean(rest, kept.lengths.to(rest.device))
+        divergence = _mean_of_parts(rest, kept.lengths)
     of_prompts = None
     if prompts is not None:
         values, rest = values.split([responses[0].shape[0], prompts[0].shape[0]])
@@ -229,7 +250,11 @@ def _log_likelihoods(
     of_shared = None
     if shared is not None:
         of_shared = segment_sum(values * shared.to(values.device), lengths).unflatten(0, (-1, 2))
-    return segment_mean(values, lengths).unflatten(0, (-1, 2)), of_shared, of_prompts, divergence
+    first = values.index_select(0, lengths.cumsum(0) - lengths)
+    means, first = (
+        per_response.unflatten(0, (-1, 2)) for per_response in (segment_mean(values, lengths), first)
+    )
+    return means, first, of_shared, of_prompts, divergence
 
 
 def _token_logps(

@@ -55,6 +55,8 @@ class PairTensors:
         is_source: ``[T]``, True for a pair in the dominant language.
         reference_chosen_logps: ``[T]``, ``chosen_logps`` of the same pairs under the reference (a constant), or None.
         reference_rejected_logps: ``[T]``, the same for the rejected responses, or None.
+        first_logps: ``[T, 2]``, log-likelihood of the first token of the chosen and of the rejected response; None for
+            what no call has made.
         shared_sums: ``[T, 2]``, log-likelihood of as many first tokens of the chosen and the rejected response as the
             shorter one has, summed; or None.
         reference_shared_sums: ``[T, 2]``, the same under the reference, or None.
@@ -82,6 +84,7 @@ class PairTensors:
     is_source: Tensor | None = None
     reference_chosen_logps: Tensor | None = None
     reference_rejected_logps: Tensor | None = None
+    first_logps: Tensor | None = None
     shared_sums: Tensor | None = None
     reference_shared_sums: Tensor | None = None
     prompt_sums: Tensor | None = None
@@ -222,6 +225,7 @@ def pair_tensors(
         is_source=own("is_source"),
         reference_chosen_logps=None if reference_logps is None else reference_logps[:, 0],
         reference_rejected_logps=None if reference_logps is None else reference_logps[:, 1],
+        first_logps=output.first_logps,
         shared_sums=output.shared_logps,
         reference_shared_sums=own("reference_shared"),
         prompt_sums=output.prompt_logps,
@@ -275,7 +279,7 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
         found = [part[name] for part in parts if name in part]
         return torch.cat(found)[order] if found else None
 
-    scores = ("response_logps", "shared_logps", "prompt_logps")
+    scores = ("response_logps", "first_logps", "shared_logps", "prompt_logps")
     output = RewardGapOutput(**{name: joined(name) for name in scores}, pooled=pooled)
     found = pair_tensors(batch, output, pooled)
     return replace(found, retention=torch.cat(retained)[order]), output

@@ -158,7 +158,8 @@ def build_batch(
           if some do)
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
         - ``kept_index``: flat positions of the tokens of prompt and chosen response but the last, of the K trees that keep
-          them, ``kept_lengths``: ``[K]`` (only if some do)
+          them, ``kept_lengths``: ``[3K]``, how many of them lie before the prompt's last token, are it, and come after it
+          (only if some do)
 
     Raises:
         ValueError: A tree has an empty part.
@@ -187,6 +188,7 @@ def build_batch(
     pool_index: list[np.ndarray] = []
     pool_lengths: list[int] = []
     kept_index: list[np.ndarray] = []
+    kept_lengths: list[int] = []
 
     for i, tree in enumerate(trees):
         prompt_length = len(tree.prompt)
@@ -222,6 +224,7 @@ def build_batch(
                 state_index.append(int(prompt_positions[-1]))
             if tree.keep and branch == CHOSEN:
                 kept_index.append(np.concatenate([prompt_positions, response_positions[:-1]]))
+                kept_lengths += [prompt_length - 1, 1, len(response) - 1]
             if tree.pool:
                 pooled = (
                     np.concatenate([prompt_positions, response_positions])
@@ -244,7 +247,7 @@ def build_batch(
         batch["state_index"] = torch.tensor(state_index, dtype=torch.long)
     if kept_index:
         batch["kept_index"] = _concatenate(kept_index)
-        batch["kept_lengths"] = torch.tensor([len(kept) for kept in kept_index], dtype=torch.long)
+        batch["kept_lengths"] = torch.tensor(kept_lengths, dtype=torch.long)
     if score_shared:
         batch["score_shared"] = _concatenate(shared)
     if score_prompts:

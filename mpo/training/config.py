@@ -108,7 +108,7 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         loss_type (`list[str]`, *optional*, defaults to `["mpo"]`):
             The objective, or several: `"mpo"`; TRL's `"sigmoid"` (DPO), `"sigmoid_norm"`, `"hinge"`, `"ipo"`,
             `"exo_pair"`, `"nca_pair"`, `"robust"` (rDPO), `"bco_pair"`, `"sppo_hard"`, `"apo_zero"`, `"apo_down"`,
-            `"discopop"`, `"sft"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised), `"kto"`, `"mlc"`; or one that a package has
+            `"discopop"`, `"sft"`; `"first_token"`; `"simpo"`, `"cpo"`, `"orpo"`, `"rdpo"` (length-regularised), `"kto"`, `"mlc"`; or one that a package has
             registered ([`register_objective`][mpo.training.objectives.register_objective]).
         loss_weights (`list[float]`, *optional*):
             Weight of each of `loss_type`. Unset: 1 each.

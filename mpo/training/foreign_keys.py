@@ -114,6 +114,8 @@ _USUAL: Mapping[str, str] = {
     "alpha": "`lora_alpha`",
     "dropout": "`lora_dropout`",
     "target_modules": "`lora_target_modules`",
+    "layers_to_transform": "`lora_first_layer`, the first of them",
+    "peft_layers_to_transform": "`lora_first_layer`, the first of them",
     "quantization": "`load_in_4bit` or `load_in_8bit`",
     "precision": "`bf16` or `fp16`",
     "out": "`output_dir`",

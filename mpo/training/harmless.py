@@ -7,10 +7,10 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
 
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
 ``harmless_retain_weight``. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
-prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the mean of
-the same distance over the tokens of prompt and chosen response but the last, and with ``kl`` the mean over these tokens of
-``KL(p_ref || p)`` of the token that follows, both as the starting policy has them: what it says of harmless prompts, and after
-them, stays as it was.
+prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the same distance
+at each token of prompt and chosen response but the last, and with ``kl`` at each of these ``KL(p_ref || p)`` of the token that
+follows, both as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the
+mean of three means: over the prompt, at its last token, where the answer is decided on, and over the response.
 """
 
 from __future__ import annotations

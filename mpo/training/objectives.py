@@ -408,6 +408,13 @@ def _sft(pairs: PairTensors, args: Any) -> Tensor:
     return -pairs.sums[0] / pairs.step.chosen_tokens
 
 
+@_objective("first_token")
+def _first_token(pairs: PairTensors, args: Any) -> Tensor:
+    """By its first token a response is a refusal or an answer; under `sft` that token is one of all."""
+    assert pairs.first_logps is not None
+    return -pairs.first_logps[:, 0]
+
+
 @_objective("simpo", "2405.14734", published={"beta": 2.0, "label_smoothing": 0.0}, options=("simpo_gamma",))
 def _simpo(pairs: PairTensors, args: Any) -> Tensor:
     margin = reward_gap(pairs.chosen_logps, pairs.rejected_logps) - args.simpo_gamma / args.beta

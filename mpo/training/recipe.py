@@ -19,6 +19,7 @@ import torch
 import yaml
 from trl import ModelConfig
 
+from mpo.common.checks import is_at_least_0
 from mpo.common.redaction import is_secret_name
 from mpo.common.typed_yaml import Document, Key, keys_of
 from mpo.errors import ConfigError, DependencyError, MPOError
@@ -41,6 +42,9 @@ class ModelSettings(ModelConfig):
             vanish.
         lora_target_modules (`list[str]`, *optional*, defaults to `"all-linear"`):
             Modules that get an adapter. `all-linear` is every linear layer but the output head.
+        lora_first_layer (`float`, *optional*, defaults to `0`):
+            First layer that gets an adapter: its number, counted from 0, or below 1 a share of the model's layers. What is
+            below stays as it is, and nothing is computed backward through it.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout inside the adapter. Needs `disable_dropout: false`, which otherwise silences it.
         init_lora_weights (`str`, *optional*):
@@ -61,6 +65,9 @@ class ModelSettings(ModelConfig):
     )
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Modules that get an adapter."}
+    )
+    lora_first_layer: float = field(
+        default=0, metadata={"help": "First layer that gets an adapter; below 1, a share of the layers."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapter."})
     init_lora_weights: str | None = field(
@@ -344,6 +351,12 @@ def _check_together(recipe: Recipe, document: Document) -> None:
             )
     if model.lora_r < 1 and model.use_peft:
         refuse("lora_r", f"`lora_r` is {model.lora_r}; expected a rank of at least 1.")
+    first = model.lora_first_layer
+    if not is_at_least_0(first) or (first >= 1 and first != int(first)):
+        refuse(
+            "lora_first_layer",
+            f"`lora_first_layer` is {first!r}; expected a layer's number, counted from 0, or below 1 a share of the layers.",
+        )
     if model.lora_task_type != "CAUSAL_LM":
         refuse(
             "lora_task_type", f"`lora_task_type` is {model.lora_task_type!r}; MPO trains `CAUSAL_LM` models."

@@ -230,6 +230,24 @@ def test_adapter_modules_that_do_not_exist_are_named_with_those_that_do(make, no
     refused(make(**LORA, lora_modules_to_save=["lm_head"]), ConfigError, "lm_head")
 
 
+@pytest.mark.parametrize(("first", "untouched"), [(0.5, 1), (1, 1), (0, 0)])
+@pytest.mark.parametrize("modules", [{}, {"lora_target_modules": ["q_proj", "down_proj"]}])
+def test_an_adapter_begins_at_the_layer_that_the_recipe_names(
+    make, first: float, untouched: int, modules: dict[str, Any]
+) -> None:
+    recipe = make(**LORA, lora_first_layer=first, max_steps=1, behavior_probe=0, **modules)
+    weights = load_file(train(recipe) / "adapter_model.safetensors")
+    layers = {int(name.split("layers.")[1].split(".")[0]) for name in weights}
+    assert layers == {*range(untouched, 2)}
+    assert not any("lm_head" in name or "embed" in name for name in weights)
+    names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in weights}
+    assert names == {*modules.get("lora_target_modules", [])} or len(names) == 7
+
+
+def test_a_layer_that_the_model_has_not_is_refused_without_loading_weights(make, no_weights: None) -> None:
+    refused(make(**LORA, lora_first_layer=2), ConfigError, "has 2 layers, counted from 0")
+
+
 def installed(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     for module in ("mpo.jobs.preflight", "mpo.jobs.preflight.packages", "mpo.training.compute"):
         monkeypatch.setattr(f"{module}.is_installed", answer)

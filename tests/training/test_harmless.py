@@ -46,11 +46,14 @@ def next_tokens(model: Any, pair: Ids) -> tuple[Tensor, Tensor]:
     return found.hidden_states[-1][0], torch.log_softmax(found.logits[0], dim=-1)
 
 
-def moved(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], by: str) -> Tensor:
-    """How far a pair has moved, token by token."""
+def moved(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], by: str, prompt: int) -> Tensor:
+    """How far a pair has moved: over its prompt, where the answer is decided on, and over the answer."""
     if by == "kl":
-        return (then[1].exp() * (then[1] - now[1])).sum(dim=1).mean()
-    return (now[0] - then[0]).square().mean()
+        far = (then[1].exp() * (then[1] - now[1])).sum(dim=1)
+    else:
+        far = (now[0] - then[0]).square().mean(dim=1)
+    parts = [far[: prompt - 1], far[prompt - 1 : prompt], far[prompt:]]
+    return torch.stack([part.mean() for part in parts if len(part)]).mean()
 
 
 def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,6 +68,7 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
 
     harmful: list[Tensor] = []
     harmless: list[Tensor] = []
+    taught = [pair for i in case.harmless for pair in [bench.groups[i].source, *bench.groups[i].targets]]
     for place, group in enumerate(bench.groups):
         source = both(group.source)
         if place not in case.harmless:
@@ -83,7 +87,9 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
             if args.harmless_loss_type in (None, ["sigmoid"]):
                 loss = dpo(now, then, pair, args.harmless_beta or 0.1)
             elif args.harmless_loss_type == ["sft"]:
-                loss = -now.logps[0] * len(pair.chosen)
+                loss = (
+                    -now.logps[0] * len(pair.chosen) * len(taught) / sum(len(each.chosen) for each in taught)
+                )
             loss = args.harmless_loss_weight * loss
             if args.harmless_retention == "hidden":
                 change = (now.pooled[0] - then.pooled[0]).square().sum() / now.pooled.shape[1]
@@ -91,19 +97,11 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
             elif args.harmless_retention != "none":
                 with torch.no_grad():
                     start = next_tokens(bench.start, pair)
-                change = moved(next_tokens(model, pair), start, args.harmless_retention)
+                change = moved(next_tokens(model, pair), start, args.harmless_retention, len(pair.prompt))
                 loss = loss + args.harmless_retain_weight * change
             harmless.append(loss)
     mean = torch.stack(harmful).mean()
-    if args.harmless_loss_type == ["sft"]:
-        tokens = sum(
-            len(pair.chosen)
-            for place in case.harmless
-            for pair in [bench.groups[place].source, *bench.groups[place].targets]
-        )
-        mean = mean + torch.stack(harmless).sum() / tokens
-    else:
-        mean = mean + torch.stack(harmless).mean()
+    mean = mean + torch.stack(harmless).mean()
     return mean.detach(), gradients(mean, leaves)
 
 
@@ -118,6 +116,7 @@ USES: list[dict[str, Any]] = [
     {"harmless_retention": "states", "harmless_retain_weight": 2.0},
     {"harmless_loss_type": "none", "harmless_retention": "kl", "harmless_retain_weight": 20.0},
     {"loss_type": "sigmoid", "harmless_retention": "kl", "harmless_train_on": "targets"},
+    {"harmless_loss_type": "sft", "harmless_retention": "kl", "harmless_retain_weight": 3.0},
 ]
 MADE_UP: list[dict[str, Any]] = [
     {},

@@ -414,6 +414,34 @@ def test_mlc_beside_dpo_on_all_pairs_is_evaluated_and_runs_no_more_than_the_sour
     assert metrics["eval_loss"] == pytest.approx(preferred + 0.8 * drawn, rel=1e-4)
 
 
+FIRST: list[dict[str, Any]] = [
+    {"loss_type": "first_token"},
+    {"loss_type": ["sft", "first_token"], "loss_weights": [0.5, 2.0], "train_on": "both"},
+]
+
+
+@everywhere(FIRST)
+def test_first_token_is_the_likelihood_of_what_a_response_begins_with(
+    bench: Bench, settings: dict[str, Any]
+) -> None:
+    args = choose(bench, **settings)
+    pairs = trained_pairs(bench, args.train_on)
+    model = bench.trainer.model.train()
+    first, words, tokens = [], [], 0
+    with bench.case.arithmetic():
+        for pair in pairs:
+            logits = model(input_ids=torch.tensor([[*pair.prompt, *pair.chosen]])).logits[0].double()
+            logps = torch.log_softmax(logits, dim=-1)[len(pair.prompt) - 1 : -1]
+            of_tokens = logps.gather(1, torch.tensor(pair.chosen)[:, None])[:, 0]
+            first.append(-of_tokens[0])
+            words.append(-of_tokens.sum())
+            tokens += len(pair.chosen)
+    by_name = {"first_token": torch.stack(first).mean(), "sft": torch.stack(words).sum() / tokens}
+    weights = args.loss_weights or [1.0]
+    loss = sum(weight * by_name[name] for name, weight in zip(args.loss_type, weights, strict=True))
+    assert_same_step(bench, torch.as_tensor(loss))
+
+
 # ---- The step's mean ----------------------------------------------------------------------------------------------
 
 RAGGED = (1, 4, 2, 6, 1)
@@ -423,6 +451,7 @@ RAGGED = (1, 4, 2, 6, 1)
     ("objective", "settings"),
     [
         ({"loss_type": "sft", "train_on": "both"}, {"per_device_train_batch_size": 1}),
+        ({"loss_type": "first_token"}, {"per_device_train_batch_size": 5, "max_tokens_per_call": 100}),
         (
             {"loss_type": "orpo", "train_on": "both"},
             {"per_device_train_batch_size": 2, "max_targets_per_group": 2},
@@ -455,7 +484,7 @@ def test_a_step_is_the_same_however_its_pairs_are_grouped(
     objective: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
     case = Case("llama", layout=settings.get("batch_layout", "tree"), targets=RAGGED, seed=32)
-    beta = {"beta": 0.2} if objective["loss_type"] != "sft" else {"beta": 1.0}
+    beta = {"beta": 0.2} if objective["loss_type"] not in ("sft", "first_token") else {"beta": 1.0}
     whole = Bench(case, tmp_path / "whole", **beta, **objective)
     loss, gradient = own_step(whole)
     bench = Bench(case, tmp_path / "parts", **beta, **objective, **settings)
@@ -513,7 +542,7 @@ def test_dpo_on_targets_runs_no_source_and_neither_does_its_reference_pass(tmp_p
     np.testing.assert_allclose(np.load(folder / "logps.npy"), plain.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "sft"])
+@pytest.mark.parametrize("loss_type", ["simpo", "cpo", "orpo", "sft", "first_token"])
 def test_an_objective_without_a_reference_makes_no_reference_pass(loss_type: str, tmp_path: Path) -> None:
     bench = Bench(Case("llama", targets=(2, 1), exact=False), tmp_path, loss_type=loss_type)
     bench.trainer.train()

@@ -521,6 +521,8 @@ def test_token_counts_are_not_secrets(load) -> None:
         ("lora_r: 8\n", "`lora_r` is set, but no adapter is trained"),
         ("use_peft: true\nlora_dropout: 0.1\n", "`disable_dropout` is on"),
         ("use_peft: true\nlora_r: 0\n", "a rank of at least 1"),
+        ("use_peft: true\nlora_first_layer: -1\n", "a layer's number, counted from 0"),
+        ("use_peft: true\nlora_first_layer: 1.5\n", "or below 1 a share of the layers"),
         ("use_peft: true\nlora_task_type: SEQ_CLS\n", "CAUSAL_LM"),
         ("load_in_4bit: true\n", "quantised weights cannot be trained"),
         ("eval_dataset: x\nheld_out: 0.2\n", "both set"),

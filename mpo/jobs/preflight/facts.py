@@ -111,9 +111,15 @@ def _kind(recipe: Recipe) -> str:
     model = recipe.model
     name = "DoRA" if model.use_dora else "rsLoRA" if model.use_rslora else "LoRA"
     targets = listed_modules(model.lora_target_modules)
-    return (
-        f"{'Q' if model.load_in_4bit else ''}{name} r={model.lora_r}, alpha={model.lora_alpha} on {targets}"
+    first = model.lora_first_layer
+    above = (
+        ""
+        if not first
+        else f", from layer {first:g} up"
+        if first >= 1
+        else f", above {first:.0%} of the layers"
     )
+    return f"{'Q' if model.load_in_4bit else ''}{name} r={model.lora_r}, alpha={model.lora_alpha} on {targets}{above}"
 
 
 def _length(recipe: Recipe) -> str:

@@ -93,6 +93,7 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | N
     existing = recipe.model.adapter_name_or_path
     if existing is None:
         new = config = new_adapter_config(recipe)
+        _leave_lower_layers(config, recipe, model)
     else:
         _check_adapter_agrees(recipe, adapter_settings(existing))
         new, config = None, PeftConfig.from_pretrained(existing)
@@ -110,6 +111,32 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | N
             "`all-linear` takes all but the output head."
         ) from error
     return new, wrapped
+
+
+def _leave_lower_layers(config: Any, recipe: Recipe, model: PreTrainedModel) -> None:
+    """Has an adapter begin at `lora_first_layer`.
+
+    Raises:
+        ConfigError: The model has no such layer.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    wanted = recipe.model.lora_first_layer
+    first = round(wanted * layers) if wanted < 1 else int(wanted)
+    if first >= layers:
+        raise ConfigError(
+            f"`lora_first_layer` is {wanted:g}, and {recipe.model.model_name_or_path} has {layers} layers, counted from 0. Choose "
+            "a lower one."
+        )
+    if first == 0:
+        return
+    config.layers_to_transform = list(range(first, layers))
+    if config.target_modules == "all-linear":  # PEFT takes layers with names alone
+        head = {
+            name.rpartition(".")[2]
+            for name, part in model.named_modules()
+            if part is model.get_output_embeddings()
+        }
+        config.target_modules = {*linear_layer_names(model)} - head
 
 
 def _check_adapter_agrees(recipe: Recipe, settings: dict[str, Any]) -> None:
