@@ -61,7 +61,7 @@ BASELINES = {
     "kto": "KTO",
 }
 """Objectives that TRL has, each with the trainer and the loss."""
-NAMES = (*BASELINES, "mpo", "rdpo", "mlc")
+NAMES = (*BASELINES, "mpo", "rdpo", "mlc", "first_token")
 STAND_IN = "DPO sigmoid, another objective"
 SIDES = ("here", "TRL")
 

@@ -97,11 +97,24 @@ def usable(answer: Row, language: str, unfinished: str) -> tuple[str, str | None
     return text, None
 
 
-def own_answer(answers: Sequence[Row], language: str, unfinished: str) -> tuple[str | None, str | None]:
-    """The first answer to a harmless prompt that is of use, or None and why the last one is not."""
+def _taken(answer: Row, language: str, settings: AnswerSettings) -> tuple[str, str | None]:
+    """As :func:`usable`, for an answer to a harmless prompt."""
+    if settings.harmless == "any":
+        return str(answer["text"]), answer["fault"]
+    return usable(answer, language, settings.unfinished)
+
+
+def own_answer(
+    answers: Sequence[Row], language: str, settings: AnswerSettings
+) -> tuple[str | None, str | None]:
+    """The first answer to a harmless prompt that is taken, or None and why the last one is not."""
     fault: str | None = "no answer"
     for answer in answers:
-        text, fault = usable(answer, language, unfinished)
+        text, fault = _taken(answer, language, settings)
+        if settings.harmless == "any":
+            if fault is None:
+                return text, None
+            continue
         if fault is None and opens_with_refusal(text, language, "en"):
             fault = "the model refuses"
         if fault is None:
@@ -274,8 +287,13 @@ class PairMaker:
     ) -> tuple[Row, list[str]]:
         """A pair with its first chosen answer, and all that may be chosen."""
         wanted = "safe" if prompt.kind == HARMFUL else "answer"
-        read = [usable(answer, self.language, self.settings.unfinished) for answer in answers]
+        if prompt.kind == HARMFUL:
+            read = [usable(answer, self.language, self.settings.unfinished) for answer in answers]
+        else:
+            read = [_taken(answer, self.language, self.settings) for answer in answers]
         good = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == wanted]
+        if prompt.kind != HARMFUL and self.settings.harmless == "any":
+            good = [text for text, why in read if why is None]
         bad = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == "unsafe"]
         rejected, rejected_from = self._rejected(prompt, bad, rejecting)
         chosen, chosen_from, fault = list(dict.fromkeys(good)), MODEL, None

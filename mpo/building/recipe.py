@@ -70,6 +70,9 @@ class AnswerSettings:
         refusals: JSON file with refusals by language, ``{"en": ["I can't help with that."], ...}``, for prompts that are never
             answered safely and as rejected answers to harmless ones; by default those that come with the package.
         openings: JSON file with openings by language, in the same form; by default those that come with the package.
+        harmless: Which of the model's own answers to harmless prompts are taken: ``useful`` leaves out refusals, babble, answers in
+            another language and those that are cut off before a sentence has ended; ``any`` takes what the model says, for
+            training that does not teach it but holds it as it is (`harmless_retention`).
         unfinished: What becomes of an answer that is cut off at ``max_new_tokens``: ``drop``, or ``cut`` to end it with its
             last whole sentence.
     """
@@ -83,6 +86,7 @@ class AnswerSettings:
     never_safe: str = "refusal"
     refusals: str | None = None
     openings: str | None = None
+    harmless: str = "useful"
     unfinished: str = "drop"
 
     @property
@@ -100,6 +104,7 @@ class AnswerSettings:
             ("chosen", CHOSEN),
             ("select", ("gap", "first")),
             ("never_safe", ("refusal", "drop")),
+            ("harmless", ("useful", "any")),
             ("unfinished", ("drop", "cut")),
         ):
             if getattr(self, name) not in allowed:

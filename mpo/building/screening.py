@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpo.building.answers import TRANSLATION
+from mpo.building.answers import MODEL, TRANSLATION
 from mpo.building.filters import FILTERS, Failure, FilterSettings, Text, failures
 from mpo.building.prompts import Dropped, PromptRow
 from mpo.building.stages import Row
 from mpo.building.translation.segments import without_code
-from mpo.data.contract import HARMFUL, PARTS, same_response
+from mpo.data.contract import HARMFUL, HARMLESS, PARTS, same_response
 from mpo.data.detection import detect_all
 
 FILTER_STAGE = "filters"
@@ -106,8 +106,17 @@ class Counts:
 class Screen:
     """Decides on the pairs of a block."""
 
-    def __init__(self, settings: FilterSettings, source_language: str, languages: Sequence[str]) -> None:
+    def __init__(
+        self,
+        settings: FilterSettings,
+        source_language: str,
+        languages: Sequence[str],
+        *,
+        any_answer: bool = False,
+    ) -> None:
+        """Keep the settings. ``any_answer``: the model's own answers to harmless prompts pass no filter."""
         self.settings, self.source_language, self.languages = settings, source_language, languages
+        self.any_answer = any_answer
         self.counts = Counts(made=Counter(dict.fromkeys(languages, 0)))
 
     def block(
@@ -160,7 +169,10 @@ class Screen:
             found = next(detected)
             if part in side.texts["faults"]:
                 continue
-            is_translation = side.texts["from"].get(part) == TRANSLATION
+            origin = side.texts["from"].get(part)
+            if self.any_answer and (prompt.kind, part, origin) == (HARMLESS, "chosen", MODEL):
+                continue
+            is_translation = origin == TRANSLATION
             failed = failures(
                 Text(
                     part,

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpo.building.answers import DATA, MODEL, OPENINGS, REFUSALS, TRANSLATION, own_answer
 from mpo.building.prompts import PromptRow
+from mpo.building.recipe import AnswerSettings
 from mpo.building.refusals import Refusals
 from mpo.building.stages import Kept, Row
 from mpo.building.texts import translate_texts
@@ -25,7 +26,7 @@ class Target:
         translator: What translates; None where every text is given.
         choice: Its settings.
         stock: Refusals and openings by language.
-        unfinished: What becomes of answers that are cut off.
+        settings: Where answers come from.
     """
 
     language: str
@@ -33,7 +34,7 @@ class Target:
     translator: Translator | None
     choice: TranslationChoice
     stock: Mapping[str, Refusals]
-    unfinished: str
+    settings: AnswerSettings
 
     def prompts(self, rows: Sequence[PromptRow], kept: Kept) -> list[Row]:
         """The harmless prompts of a block in this language, which the model is to answer.
@@ -121,7 +122,7 @@ class Target:
             row["faults"]["prompt"] = given["fault"]
         if pair["from"]["chosen"] == MODEL:
             row["from"]["chosen"] = MODEL
-            row["chosen"], fault = own_answer(own["answers"], self.language, self.unfinished)
+            row["chosen"], fault = own_answer(own["answers"], self.language, self.settings)
             if fault is not None:
                 row["faults"]["chosen"] = fault
         if pair["from"]["rejected"] == REFUSALS:

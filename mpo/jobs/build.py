@@ -207,7 +207,7 @@ class _Build:
             translator,
             choice,
             {REFUSALS: self.refusals, OPENINGS: self.openings},
-            recipe.answers.unfinished,
+            recipe.answers,
         )
 
     def _given_prompts(self, code: str, translator: Translator | None) -> Stage:
@@ -310,7 +310,7 @@ class _Build:
         maker = PairMaker(answers, recipe.source_language, self.refusals, self.openings, gaps)
         settings = {
             name: getattr(answers, name)
-            for name in ("chosen", "rejected", "select", "never_safe", "unfinished")
+            for name in ("chosen", "rejected", "select", "never_safe", "harmless", "unfinished")
         }
         if needs_refusals(self.recipe, self.facts):
             settings["refusals"] = self.refusals.digest([recipe.source_language])
@@ -419,7 +419,12 @@ class _Build:
     def finish(self) -> Path:
         """Decides what is let through, and writes groups, card and page."""
         recipe = self.recipe
-        screen = Screen(recipe.filters, recipe.source_language, recipe.languages)
+        screen = Screen(
+            recipe.filters,
+            recipe.source_language,
+            recipe.languages,
+            any_answer=recipe.answers.harmless == "any",
+        )
         with Output(self.out, recipe.page.examples) as output:
             for row in read_rows(self.folder / "left_out.jsonl"):
                 each = Dropped(**row)

@@ -51,6 +51,7 @@ _SETTINGS = {
     "lora_alpha": "LoRA alpha",
     "lora_dropout": "LoRA dropout",
     "lora_target_modules": "LoRA modules",
+    "lora_first_layer": "First layer with LoRA",
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
     "load_in_4bit": "Base in 4 bit",

@@ -24,7 +24,11 @@ _GROUP_KEYS = {
     "adam_beta2": "betas",
     "adam_epsilon": "eps",
 }
-_ADAPTER_NAMES = {"r": "lora_r", "target_modules": "lora_target_modules"}
+_ADAPTER_NAMES = {
+    "r": "lora_r",
+    "target_modules": "lora_target_modules",
+    "layers_to_transform": "lora_first_layer",
+}
 _SAME_SHAPES = ("lora_alpha", "lora_dropout", "use_rslora", "mixed_precision", "max_grad_norm")
 CHANGEABLE = (*_GROUP_KEYS, *_SCHEDULE, *_OBJECTIVE, *_HARMLESS, *_SAME_SHAPES)
 """Settings that `resume_changes` may name. All others decide what a checkpoint's tensors are."""

@@ -233,15 +233,24 @@ def test_adapter_modules_that_do_not_exist_are_named_with_those_that_do(make, no
 @pytest.mark.parametrize(("first", "untouched"), [(0.5, 1), (1, 1), (0, 0)])
 @pytest.mark.parametrize("modules", [{}, {"lora_target_modules": ["q_proj", "down_proj"]}])
 def test_an_adapter_begins_at_the_layer_that_the_recipe_names(
-    make, first: float, untouched: int, modules: dict[str, Any]
+    make, first: float, untouched: int, modules: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe = make(**LORA, lora_first_layer=first, max_steps=1, behavior_probe=0, **modules)
+    recipe = make(**LORA, lora_first_layer=first, max_steps=1, **modules)
     weights = load_file(train(recipe) / "adapter_model.safetensors")
     layers = {int(name.split("layers.")[1].split(".")[0]) for name in weights}
     assert layers == {*range(untouched, 2)}
     assert not any("lm_head" in name or "embed" in name for name in weights)
     names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in weights}
     assert names == {*modules.get("lora_target_modules", [])} or len(names) == 7
+    # Gone on with, it stays as it is.
+    again = {
+        "adapter_name_or_path": str(recipe.training.output_dir),
+        "output_dir": str(tmp_path / "again"),
+        "reference_cache_dir": str(tmp_path / "again"),
+    }
+    make_plan(make(**again, lora_first_layer=first))
+    with pytest.raises(ConfigError, match=r"`lora_first_layer` is .*, but the adapter .* cannot be changed"):
+        make_plan(make(**again, lora_first_layer=1 - untouched))
 
 
 def test_a_layer_that_the_model_has_not_is_refused_without_loading_weights(make, no_weights: None) -> None:

@@ -93,9 +93,9 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | N
     existing = recipe.model.adapter_name_or_path
     if existing is None:
         new = config = new_adapter_config(recipe)
-        _leave_lower_layers(config, recipe, model)
+        _begin_at(_first_layer(recipe, model), config, model)
     else:
-        _check_adapter_agrees(recipe, adapter_settings(existing))
+        _check_adapter_agrees(recipe, adapter_settings(existing), model)
         new, config = None, PeftConfig.from_pretrained(existing)
         config.inference_mode = False
     check_adapter_config(config)
@@ -113,8 +113,8 @@ def with_adapter(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftConfig | N
     return new, wrapped
 
 
-def _leave_lower_layers(config: Any, recipe: Recipe, model: PreTrainedModel) -> None:
-    """Has an adapter begin at `lora_first_layer`.
+def _first_layer(recipe: Recipe, model: PreTrainedModel) -> int:
+    """`lora_first_layer` as a layer's number.
 
     Raises:
         ConfigError: The model has no such layer.
@@ -127,29 +127,31 @@ def _leave_lower_layers(config: Any, recipe: Recipe, model: PreTrainedModel) -> 
             f"`lora_first_layer` is {wanted:g}, and {recipe.model.model_name_or_path} has {layers} layers, counted from 0. Choose "
             "a lower one."
         )
+    return first
+
+
+def _begin_at(first: int, config: Any, model: PreTrainedModel) -> None:
+    """Leave the layers below ``first`` without an adapter."""
     if first == 0:
         return
-    config.layers_to_transform = list(range(first, layers))
+    config.layers_to_transform = list(range(first, model.config.get_text_config().num_hidden_layers))
     if config.target_modules == "all-linear":  # PEFT takes layers with names alone
-        head = {
-            name.rpartition(".")[2]
-            for name, part in model.named_modules()
-            if part is model.get_output_embeddings()
-        }
-        config.target_modules = {*linear_layer_names(model)} - head
+        head = model.get_output_embeddings()
+        heads = {name.rpartition(".")[2] for name, part in model.named_modules() if part is head}
+        config.target_modules = {*linear_layer_names(model)} - heads
 
 
-def _check_adapter_agrees(recipe: Recipe, settings: dict[str, Any]) -> None:
-    for key, stored in (
-        ("lora_r", "r"),
-        ("lora_alpha", "lora_alpha"),
-        ("use_rslora", "use_rslora"),
-        ("use_dora", "use_dora"),
-    ):
-        if key in recipe.given and stored in settings and recipe.given[key] != settings[stored]:
+def _check_adapter_agrees(recipe: Recipe, settings: dict[str, Any], model: PreTrainedModel) -> None:
+    names = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    stored = {key: settings[name] for key, name in names.items() if name in settings}
+    stored["lora_first_layer"] = min(settings.get("layers_to_transform") or [0])
+    for key in stored:
+        if (given := recipe.given.get(key)) is None:
+            continue
+        if (_first_layer(recipe, model) if key == "lora_first_layer" else given) != stored[key]:
             raise ConfigError(
-                f"`{key}` is {recipe.given[key]!r}, but the adapter {recipe.model.adapter_name_or_path} that training "
-                f"goes on from has {settings[stored]!r}, which cannot be changed. Remove `{key}` or set it to that."
+                f"`{key}` is {given!r}, but the adapter {recipe.model.adapter_name_or_path} that training "
+                f"goes on from has {stored[key]!r}, which cannot be changed. Remove `{key}` or set it to that."
             )
 
 
