@@ -234,6 +234,7 @@ def test_the_model_that_is_trained_answers_and_its_best_pairs_are_kept(tmp_path:
         asked = len(server.requests)
         build_data(load_build(recipe))
         assert len(server.requests) == asked
+        build_data(load_build(recipe, ["--answers.harmless", "any", "--out", str(tmp_path / "any")]))
 
     groups = {row["id"]: row for row in read_lines(tmp_path / "out" / "groups.jsonl")}
     text = {name: {part: row["source"][part][0]["content"] for part in ("chosen", "rejected")} for name, row in groups.items()}  # fmt: skip
@@ -262,6 +263,10 @@ def test_the_model_that_is_trained_answers_and_its_best_pairs_are_kept(tmp_path:
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| harmful | 3 | 3 | 3 |" in card and "| harmless | 2 | 2 | 1 |" in card
     assert len(load_groups(str(tmp_path / "out" / "groups.jsonl")).groups) == 4
+    # Whatever it says is taken where it is held and not taught.
+    taken = {row["id"]: row for row in read_lines(tmp_path / "any" / "groups.jsonl")}
+    assert taken["tea"]["targets"][0]["chosen"][0]["content"].startswith("Put the leaves into the pot")
+    assert {*taken} == {row["id"] for row in rows}
 
 
 def test_of_several_safe_answers_the_one_with_the_largest_gap_under_the_model_is_chosen(
