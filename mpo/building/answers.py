@@ -111,11 +111,7 @@ def own_answer(
     fault: str | None = "no answer"
     for answer in answers:
         text, fault = _taken(answer, language, settings)
-        if settings.harmless == "any":
-            if fault is None:
-                return text, None
-            continue
-        if fault is None and opens_with_refusal(text, language, "en"):
+        if fault is None and settings.harmless != "any" and opens_with_refusal(text, language, "en"):
             fault = "the model refuses"
         if fault is None:
             return text, None
@@ -287,13 +283,12 @@ class PairMaker:
     ) -> tuple[Row, list[str]]:
         """A pair with its first chosen answer, and all that may be chosen."""
         wanted = "safe" if prompt.kind == HARMFUL else "answer"
-        if prompt.kind == HARMFUL:
-            read = [usable(answer, self.language, self.settings.unfinished) for answer in answers]
-        else:
-            read = [_taken(answer, self.language, self.settings) for answer in answers]
-        good = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == wanted]
         if prompt.kind != HARMFUL and self.settings.harmless == "any":
+            read = [_taken(answer, self.language, self.settings) for answer in answers]
             good = [text for text, why in read if why is None]
+        else:
+            read = [usable(answer, self.language, self.settings.unfinished) for answer in answers]
+            good = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == wanted]
         bad = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == "unsafe"]
         rejected, rejected_from = self._rejected(prompt, bad, rejecting)
         chosen, chosen_from, fault = list(dict.fromkeys(good)), MODEL, None

@@ -59,7 +59,7 @@ def end_rank() -> None:
     wants the interpreter while it is taken down aborts the process (status -6), and a launcher reports a run that has succeeded as
     failed. So what is registered for the end is run, and the interpreter is not taken down.
     """
-    if not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
