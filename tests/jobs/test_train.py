@@ -241,7 +241,8 @@ def test_an_adapter_begins_at_the_layer_that_the_recipe_names(
     assert layers == {*range(untouched, 2)}
     assert not any("lm_head" in name or "embed" in name for name in weights)
     names = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in weights}
-    assert names == {*modules.get("lora_target_modules", [])} or len(names) == 7
+    linear = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    assert names == {*modules.get("lora_target_modules", linear)}
     # Gone on with, it stays as it is.
     again = {
         "adapter_name_or_path": str(recipe.training.output_dir),
