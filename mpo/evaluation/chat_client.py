@@ -217,9 +217,8 @@ class _Session:
         self._http = httpx2.AsyncClient(
             headers=headers,
             timeout=httpx2.Timeout(None, connect=min(client.timeout, 30.0)),
-            limits=httpx2.Limits(
-                max_connections=client.concurrency, max_keepalive_connections=client.concurrency
-            ),
+            # A connection carries one request: what a server sends behind its reply would be taken for the next one's.
+            limits=httpx2.Limits(max_connections=client.concurrency, max_keepalive_connections=0),
         )
         self._retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Unusable),
