@@ -68,6 +68,10 @@ class HarmlessSettings:
             token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
+        harmless_retain_target (`float`, *optional*):
+            What that retention is to be in each language, in nats under `"kl"`. Each language then has a weight of its own, which begins
+            with `harmless_retain_weight`, grows while the language's mean is above the target and falls while it is
+            below (adaptive KL of Ziegler et al., arXiv 1909.08593). Unset: one weight, as it is.
         harmless_max_response_length (`int`, *optional*):
             Cut their responses to this many tokens. To refuse or to answer is decided in the first words, while a refusal is
             best taught whole. Unset: `max_response_length`.
@@ -99,6 +103,10 @@ class HarmlessSettings:
         },
     )
     harmless_retain_weight: float = field(default=1.0, metadata={"help": "Weight of that retention."})
+    harmless_retain_target: float | None = field(
+        default=None,
+        metadata={"help": "Adapt that weight in each language until the retention is this; unset: fixed."},
+    )
     harmless_max_response_length: int | None = field(
         default=None,
         metadata={"help": "Cut their responses to this many tokens; unset: max_response_length."},
@@ -136,7 +144,7 @@ class HarmlessSettings:
         require(self, "harmless_loss_weight harmless_retain_weight", is_at_least_0, "a number of at least 0")
         require(
             self,
-            "harmless_beta",
+            "harmless_beta harmless_retain_target",
             lambda v: v is None or is_positive(v),
             "a number above 0, or nothing",
         )
@@ -173,6 +181,11 @@ class HarmlessSettings:
             raise ConfigError(
                 f"`harmless_retention: {self.harmless_retention}` does not go with an objective that holds the source still. "
                 "Remove it, or choose another `harmless_loss_type`."
+            )
+        if self.harmless_retain_target is not None and not view.keeps_own:
+            raise ConfigError(
+                f"`harmless_retain_target: {self.harmless_retain_target:g}` adapts the weight of `harmless_retention`, but nothing is "
+                "held. Set `harmless_retention: kl` (or another), with a `harmless_retain_weight` above 0 to begin with, or remove it."
             )
         if self.harmless_beta is not None and "beta" not in objectives.reads:
             raise ConfigError(
@@ -215,12 +228,13 @@ def harmless_groups(groups: Dataset) -> np.ndarray:
     return np.array([kind == HARMLESS for kind in groups.with_format(None)["kind"]], dtype=bool)
 
 
-def pair_losses(pairs: PairTensors, args: Any) -> Tensor:
+def pair_losses(pairs: PairTensors, args: Any, retain_weights: Tensor | None = None) -> Tensor:
     """The loss of each pair, by the objectives of its kind.
 
     Args:
         pairs: T pairs.
         args: The run's ``MPOConfig``.
+        retain_weights: ``[languages]``, weight of the harmless pairs' retention; by default ``harmless_retain_weight`` for all.
 
     Returns:
         ``[T]``.
@@ -234,7 +248,11 @@ def pair_losses(pairs: PairTensors, args: Any) -> Tensor:
             continue
         losses = settings.objectives.loss(part)
         if settings.keeps_own:
-            losses = losses + settings.harmless_retain_weight * part.retention
+            weight = settings.harmless_retain_weight
+            losses = (
+                losses
+                + (weight if retain_weights is None else retain_weights[part.language]) * part.retention
+            )
         parts.append(losses)
     order = torch.argsort(torch.cat(pairs.by_kind))
     return torch.cat(parts)[order]

@@ -106,6 +106,8 @@ class ResumableRun:
             "train_on": args.train_on,
             "harmless_share": args.harmless_share,
         }
+        if trainer.retain_weights is not None:
+            state["retain_weights"] = trainer.retain_weights.state()
         if args.max_tokens_per_batch is not None:  # these decide how many tokens a group has
             state.update(batch_layout=args.batch_layout, sources_run=args.runs_sources)
         return state
@@ -190,12 +192,14 @@ class ResumableRun:
         """Remember the settings of the optimizer as the arguments give them."""
         self._optimizer_settings = OptimizerSettings(optimizer)
 
-    def optimizer_restored(self, optimizer: Any, scheduler: Any) -> None:
-        """Put changed settings back over those that a checkpoint has restored.
+    def restored(self, checkpoint: str, optimizer: Any, scheduler: Any) -> None:
+        """Restore what the library does not know of, and put changed settings back over those that a checkpoint has restored.
 
         Raises:
             ConfigError: The optimizer is DeepSpeed's own, which takes its settings from its configuration.
         """
+        if self._trainer.retain_weights is not None:
+            self._trainer.retain_weights.restore(saved_state(checkpoint).get("retain_weights", {}))
         if not self._changed:
             return
         if self._optimizer_settings is None:
@@ -295,7 +299,7 @@ def check_resumable(
         )
     if not skips_seen_groups:
         return
-    apart = ("form", "settings", "changes", "made_by")
+    apart = ("form", "settings", "changes", "made_by", "retain_weights")
     different = [name for name in now if name not in apart and name in saved and saved[name] != now[name]]
     if different and not _same_steps(different, saved, now):
         changes = ", ".join(described(name, saved[name], now[name]) for name in different)

@@ -60,6 +60,7 @@ from mpo.training.records import Scores
 from mpo.training.reference import GroupReference
 from mpo.training.reference_policy import ReferencePolicy, needed_for
 from mpo.training.resume import ResumableRun
+from mpo.training.retention_weights import RetentionWeights
 from mpo.training.sampling import GroupCollator, Trained, pair_weights, step_of, target_languages
 from mpo.training.scoring import score_dataset
 from mpo.training.step_totals import reference_point, summed
@@ -109,6 +110,7 @@ class MPOTrainer(DPOTrainer):
         languages: Target languages, sorted, and after them the source language where sources are trained on; a pair's
             language is its index here.
         dropped_rows: One sentence for each row that tokenization dropped (``bad_rows="drop"``).
+        retain_weights: With ``harmless_retain_target``, the weights that are adapted to it; else None.
         source_report: After the reference pass: ``sources``, ``not_positive`` (gap of 0 or less) and ``dropped``.
 
     Raises:
@@ -232,6 +234,14 @@ class MPOTrainer(DPOTrainer):
         self._metrics_per_language = KindMetrics(
             self.languages, args, self.accelerator.device, harmless=has_harmless
         )
+        self.retain_weights: RetentionWeights | None = None
+        if has_harmless and args.harmless_retain_target is not None:
+            self.retain_weights = RetentionWeights(
+                self.languages,
+                args.harmless_retain_weight,
+                args.harmless_retain_target,
+                self.accelerator.device,
+            )
         # What ends the run: before the optimizer's step, or at a log.
         self._signals = StopSignals(keep=True)
         self._finite = FiniteGuard(self.accelerator, lambda: self._signals.asked)
@@ -263,7 +273,8 @@ class MPOTrainer(DPOTrainer):
         Returns:
             ``[T]``, differentiable with respect to the policy.
         """
-        return pair_losses(pairs, self.args)
+        adapted = self.retain_weights if self.model.training else None
+        return pair_losses(pairs, self.args, None if adapted is None else adapted.values)
 
     def _checked_pair_loss(self, pairs: PairTensors) -> Tensor:
         losses = self.pair_loss(pairs)
@@ -292,7 +303,7 @@ class MPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
         loss = loss / count
         if self.model.training:
-            self._metrics_per_language.add(pairs, inputs["counts"])
+            self._note(pairs, inputs["counts"])
             self._finite.add(loss.detach(), inputs)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 # DeepSpeed takes the optimizer step at the end of this micro-batch's backward pass.
@@ -317,7 +328,7 @@ class MPOTrainer(DPOTrainer):
 
         def backward(pairs: PairTensors, places: Tensor) -> None:
             loss = (self._checked_pair_loss(pairs) * pair_weights(inputs)[places]).sum() / count
-            self._metrics_per_language.add(pairs, inputs["counts"][places])
+            self._note(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
             total.add_(loss.detach())
 
@@ -325,6 +336,12 @@ class MPOTrainer(DPOTrainer):
             run_in_calls(model, inputs, backward)
         self._finite.add(total, inputs)
         return total
+
+    def _note(self, pairs: PairTensors, counts: Tensor) -> None:
+        """Remember trained pairs for the log and for what adapts to them."""
+        self._metrics_per_language.add(pairs, counts)
+        if self.retain_weights is not None:
+            self.retain_weights.add(pairs, counts)
 
     def _prepare_input(self, data: Any) -> Any:
         # Not the library's for tensors: it waits for each copy, and rounds reference values under DeepSpeed in bf16.
@@ -349,6 +366,8 @@ class MPOTrainer(DPOTrainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._require_finite(norm)
         self._finite.clear()
+        if self.retain_weights is not None:
+            self.retain_weights.step(self.accelerator)
         return norm
 
     def _require_finite(self, grad_norm: Any = 0.0) -> None:
@@ -471,7 +490,7 @@ class MPOTrainer(DPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._run.optimizer_restored(self.optimizer, self.lr_scheduler)
+            self._run.restored(checkpoint, self.optimizer, self.lr_scheduler)
 
     def _init_training_state(
         self,
@@ -531,6 +550,8 @@ class MPOTrainer(DPOTrainer):
         """Add the metrics per language to a training log, see :meth:`mpo.training.metrics.LanguageMetrics.log`."""
         if self.model.training and "loss" in logs:
             metrics = self._metrics_per_language.log(self.state.global_step, self.accelerator)
+            if self.retain_weights is not None:
+                metrics |= self.retain_weights.log()
             logs.update(metrics)
             for collapse in [found for each in self._collapse for found in each.watch(metrics)]:
                 if self.args.stop_on_collapse:

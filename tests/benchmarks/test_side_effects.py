@@ -55,7 +55,7 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful"}
     printed = capsys.readouterr().out
-    assert "70 harmful and 144 harmless" in printed
+    assert "70 harmful and 180 harmless" in printed
     prompts = out / "prompts"
     attacked = {part: read(prompts / f"attack-{part}.csv") for part in ("tune", "test")}
     assert [len(attacked[part]) for part in ("tune", "test")] == [30, 48]

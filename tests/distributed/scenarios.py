@@ -280,7 +280,7 @@ def run_objectives(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
 
 def run_kinds(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
     """Harmful and harmless groups, each kind with a mean of its own over the steps of all ranks."""
-    uses = {"harmless_retention": "kl", "harmless_share": 0.4}
+    uses = {"harmless_retention": "kl", "harmless_share": 0.4, "harmless_retain_target": 1e-3}
     trainer = build("lora-sgd", folder, shared, ranks, of_kinds=True, **uses)
     trainer.train()
     return {

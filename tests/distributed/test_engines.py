@@ -192,7 +192,11 @@ def test_two_ranks_compute_what_one_process_does(
         with subtests.test("either kind's mean is over all ranks"):
             first, second = found("kinds")
             _check_ranks_are_one(first, second, alone("kinds"))
-            assert {"harmless/loss/retention", "harmless/reward_gap/en"} <= first["history"][0].keys()
+            assert {
+                "harmless/loss/retention",
+                "harmless/reward_gap/en",
+                "harmless/retain_weight/en",
+            } <= first["history"][0].keys()
     if PROBE in further:
         with subtests.test("two ranks ask what one process asks, and train what they train without asking"):
             _check_probe(*found(PROBE), alone(PROBE), out)

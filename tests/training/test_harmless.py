@@ -69,6 +69,10 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
     harmful: list[Tensor] = []
     harmless: list[Tensor] = []
     taught = [pair for i in case.harmless for pair in [bench.groups[i].source, *bench.groups[i].targets]]
+    adapted = bench.trainer.retain_weights
+    weights = (
+        {} if adapted is None else dict(zip(bench.trainer.languages, adapted.values.double(), strict=True))
+    )
     for place, group in enumerate(bench.groups):
         source = both(group.source)
         if place not in case.harmless:
@@ -80,9 +84,15 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
                 else:
                     harmful.append(dpo(*both(target), target, args.beta))
             continue
-        pairs = {"targets": group.targets, "source": [group.source], "both": [*group.targets, group.source]}
-        for pair in pairs[args.harmless_train_on or "both"]:
+        targets = [*zip(group.targets, group.languages, strict=True)]
+        pairs = {
+            "targets": targets,
+            "source": [(group.source, "en")],
+            "both": [*targets, (group.source, "en")],
+        }
+        for pair, language in pairs[args.harmless_train_on or "both"]:
             now, then = both(pair)
+            retain_weight = weights.get(language, args.harmless_retain_weight)
             loss = torch.zeros((), dtype=torch.float64)
             if args.harmless_loss_type in (None, ["sigmoid"]):
                 loss = dpo(now, then, pair, args.harmless_beta or 0.1)
@@ -93,12 +103,12 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
             loss = args.harmless_loss_weight * loss
             if args.harmless_retention == "hidden":
                 change = (now.pooled[0] - then.pooled[0]).square().sum() / now.pooled.shape[1]
-                loss = loss + args.harmless_retain_weight * change
+                loss = loss + retain_weight * change
             elif args.harmless_retention != "none":
                 with torch.no_grad():
                     start = next_tokens(bench.start, pair)
                 change = moved(next_tokens(model, pair), start, args.harmless_retention, len(pair.prompt))
-                loss = loss + args.harmless_retain_weight * change
+                loss = loss + retain_weight * change
             harmless.append(loss)
     mean = torch.stack(harmful).mean()
     mean = mean + torch.stack(harmless).mean()
@@ -117,6 +127,8 @@ USES: list[dict[str, Any]] = [
     {"harmless_loss_type": "none", "harmless_retention": "kl", "harmless_retain_weight": 20.0},
     {"loss_type": "sigmoid", "harmless_retention": "kl", "harmless_train_on": "targets"},
     {"harmless_loss_type": "sft", "harmless_retention": "kl", "harmless_retain_weight": 3.0},
+    {"harmless_retention": "kl", "harmless_retain_weight": 3.0, "harmless_retain_target": 0.1},
+    {"harmless_loss_type": "none", "harmless_retention": "hidden", "harmless_retain_target": 0.1},
 ]
 MADE_UP: list[dict[str, Any]] = [
     {},
@@ -140,6 +152,9 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
             Bench(case, tmp_path, **use)
         return
     bench = Bench(case, tmp_path, **use)
+    if (adapted := bench.trainer.retain_weights) is not None:
+        # Another weight for each language.
+        adapted.restore({code: [0.4 * n - 0.7, 0.0, 0.0] for n, code in enumerate(bench.trainer.languages)})
     loss, expected = plain_step(bench)
     own_loss, found = bench.run()
     assert relative_error(torch.tensor(own_loss), loss) <= TOLERANCE
@@ -230,6 +245,8 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_train_on": "all"}, "expected 'targets', 'source' or 'both'"),
         ({"harmless_max_response_length": 0}, "a whole number of at least 1"),
         ({"harmless_share": 1.0}, "above 0 and below 1"),
+        ({"harmless_retain_target": 0}, "`harmless_retain_target` is 0; expected a number above 0"),
+        ({"harmless_retain_target": 0.1}, "but nothing is held. Set `harmless_retention: kl`"),
         ({"harmless_share": 0.3, "max_tokens_per_batch": 100}, "Remove one of them"),
     ],
     ids=str,
@@ -347,9 +364,11 @@ def test_the_plan_counts_the_steps_that_are_taken(model: Path, tmp_path: Path) -
 
 
 @runs_alone
-def test_a_resumed_run_ends_with_the_same_weights(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [None, 1e-4])
+def test_a_resumed_run_ends_with_the_same_weights(target: float | None, model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "harmless_share": 0.4,
+        "harmless_retain_target": target,
         "harmless_retention": "hidden",
         "num_train_epochs": 2,
         "gradient_accumulation_steps": 2,
@@ -371,6 +390,9 @@ def test_a_resumed_run_ends_with_the_same_weights(model: Path, tmp_path: Path) -
         again.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
         assert runs.differing(runs.weights(again.model), weights) == []
         assert [log["loss"] for log in again.state.log_history if "loss" in log] == losses
+        if target:
+            assert again.retain_weights.state() == unbroken.retain_weights.state()
+            assert set(again.retain_weights.values.tolist()) > {1.0}
     settings["harmless_share"] = 0.5
     with pytest.raises(ConfigError, match="harmless_share"):
         build().resolve_checkpoint(str(tmp_path / "out" / "checkpoint-3"))

@@ -4,7 +4,7 @@ A model that is aligned on harmful prompts alone learns to refuse everything. Th
 prompt) therefore come in three kinds, written and translated for this project:
 
 - ``harmful``: 32 mildly harmful requests that a safe assistant refuses, each with a harmless twin;
-- ``looks_harmful``: 24 harmless requests in words that also stand in harmful ones ("the gardener is the murderer");
+- ``looks_harmful``: 60 harmless requests in words that also stand in harmful ones ("the gardener is the murderer");
 - ``harmless``: the 32 twins (same topic, form and length; harm is the difference), 40 everyday requests, and 48 prompts in
   the forms that harmful ones have where people wrote them: statements, opinions, questions to the assistant as to a person,
   stories that end in a question, role-play, persuasion. Without them a model can learn the form and refuse it.
@@ -28,7 +28,7 @@ from mpo.errors import ConfigError
 from mpo.evaluation.contrast import ContrastRow, prompt_rows
 from mpo.evaluation.probe import PROBE_LANGUAGES
 
-VERSION = 2
+VERSION = 3
 """Number of the set, which grows whenever a text changes."""
 
 STARTER_LANGUAGES = PROBE_LANGUAGES

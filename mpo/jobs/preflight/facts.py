@@ -83,7 +83,11 @@ def _harmless(plan: Plan) -> dict[str, str]:
     own = args.harmless
     uses = [own.objectives.description()] if own.loss_type else []
     if own.keeps_own:
-        uses.append(f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}")
+        target = args.harmless_retain_target
+        uses.append(
+            f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}"
+            + ("" if target is None else f" to begin with, adapted in each language to a mean of {target:g}")
+        )
     if args.harmless_share is not None:
         uses.append(f"{args.harmless_share:.0%} of each step")
     return {"Harmless": f"{found.sum()} of these groups: {'; '.join(uses) or 'not trained on'}"}

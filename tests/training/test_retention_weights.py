@@ -1,0 +1,112 @@
+"""Weights of the retention that adapt to a target, against the same rule written out in Python's floats."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from mpo.modeling.pairs import PairTensors
+from mpo.training.ranks import SingleRank
+from mpo.training.retention_weights import DECAY, GAIN, HIGHEST, LOWEST, RetentionWeights
+
+LANGUAGES = ["ar", "bn", "en"]
+ALONE = SingleRank(torch.device("cpu"))
+
+
+def pairs(rows: list[tuple[str, float, bool]]) -> PairTensors:
+    """Pairs of (language, retention, whether it is harmless)."""
+    nothing = torch.zeros(len(rows))
+    return PairTensors(
+        chosen_logps=nothing,
+        rejected_logps=nothing,
+        reference_gap=nothing,
+        retention=torch.tensor([retention for _, retention, _ in rows]),
+        language=torch.tensor([LANGUAGES.index(code) for code, _, _ in rows], dtype=torch.long),
+        group_of_pair=nothing.long(),
+        is_harmless=torch.tensor([harmless for *_, harmless in rows], dtype=torch.bool),
+    )
+
+
+def plainly(
+    steps: list[list[tuple[str, float, bool, int]]], weight: float, target: float
+) -> dict[str, float]:
+    """Weights after the steps: of each language a running mean without bias, and the bounded rule."""
+    weights = dict.fromkeys(LANGUAGES, weight)
+    for code in LANGUAGES:
+        seen: list[float] = []
+        for step in steps:
+            own = [r for language, r, harmless, count in step if language == code and harmless and count]
+            if not own:
+                continue
+            seen.append(sum(own) / len(own))
+            ages = [DECAY**age for age in range(len(seen))]
+            mean = sum(a * m for a, m in zip(ages, reversed(seen), strict=True)) / sum(ages)
+            error = min(max(mean / target - 1, -1.0), 1.0)
+            weights[code] *= 1 + GAIN * error
+            weights[code] = min(max(weights[code], LOWEST * weight), HIGHEST * weight)
+    return weights
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_language_has_the_weight_of_the_rule(seed: int) -> None:
+    rng = random.Random(seed)
+    weight, target = rng.choice([0.5, 10.0]), rng.choice([0.01, 0.3])
+    found = RetentionWeights(LANGUAGES, weight, target)
+    steps = []
+    for _ in range(rng.choice([1, 40, 120])):
+        step = [
+            (rng.choice(LANGUAGES[:2] if seed % 2 else LANGUAGES), rng.expovariate(1 / target), rng.random() < 0.6, int(rng.random() < 0.8))
+            for _ in range(rng.randint(0, 6))
+        ]  # fmt: skip
+        cut = rng.randint(0, len(step))  # two micro-batches
+        for part in (step[:cut], step[cut:]):
+            found.add(pairs([row[:3] for row in part]), torch.tensor([float(row[3]) for row in part]))
+        found.step(ALONE)
+        steps.append(step)
+    expected = plainly(steps, weight, target)
+    assert found.values.tolist() == pytest.approx([expected[code] for code in LANGUAGES], rel=1e-4)
+    logged = found.log()
+    seen = {row[0] for step in steps for row in step if row[2] and row[3]}
+    assert {name.rpartition("/")[2] for name in logged} == seen
+    for code in seen:
+        assert logged[f"harmless/retain_weight/{code}"] == pytest.approx(expected[code], rel=1e-4)
+
+
+def test_a_language_is_brought_to_the_target_by_the_weight_that_it_needs() -> None:
+    """Where the retention falls as its weight grows, both languages end at the target, with different weights."""
+    found = RetentionWeights(LANGUAGES, 10.0, 0.05)
+    strength = {"ar": 0.2, "bn": 5.0}
+    for _ in range(300):
+        now = dict(zip(LANGUAGES, found.values.tolist(), strict=True))
+        found.add(pairs([(code, c / now[code], True) for code, c in strength.items()]), torch.ones(2))
+        found.step(ALONE)
+    weights = dict(zip(LANGUAGES, found.values.tolist(), strict=True))
+    assert weights["ar"] == pytest.approx(0.2 / 0.05, rel=0.02)
+    assert weights["bn"] == pytest.approx(5.0 / 0.05, rel=0.02)
+    assert weights["en"] == 10.0 and math.isfinite(weights["en"])
+
+
+def test_what_was_adapted_goes_on_exactly_where_it_was() -> None:
+    rng = random.Random(3)
+    whole, halves = (RetentionWeights(LANGUAGES, 3.0, 0.1) for _ in range(2))
+    for step in range(20):
+        batch = pairs([(rng.choice(LANGUAGES), rng.random(), True) for _ in range(2)])
+        for each in (whole, halves):
+            each.add(batch, torch.ones(2))
+            each.step(ALONE)
+        if step == 9:
+            state, halves = halves.state(), RetentionWeights(LANGUAGES, 3.0, 0.1)
+            halves.restore(state)
+    assert torch.equal(whole.values, halves.values) and whole.log() == halves.log()
+
+
+def test_pairs_without_kinds_change_nothing() -> None:
+    found = RetentionWeights(LANGUAGES, 3.0, 0.1)
+    batch = pairs([("ar", 5.0, True)])
+    batch.is_harmless = None
+    found.add(batch, torch.ones(1))
+    found.step(ALONE)
+    assert found.values.tolist() == [3.0, 3.0, 3.0] and found.log() == {}
