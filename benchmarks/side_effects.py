@@ -43,7 +43,7 @@ from mpo.jobs.compare.recipe import load_comparison
 from mpo.jobs.hidden_space import run_analysis
 
 LANGUAGES = ("en", "zh", "ko", "ar", "bn", "sw")
-UNTRAINED = ("de", "fr", "es")
+UNTRAINED = ("ja", "de", "fr", "es")
 TRAINED_ON, CHOSEN_WITH, MEASURED = slice(0, 70), slice(70, 100), slice(100, None)
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "refuse_or_answer.yaml"

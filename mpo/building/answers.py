@@ -99,7 +99,7 @@ def usable(answer: Row, language: str, unfinished: str) -> tuple[str, str | None
 
 def _taken(answer: Row, language: str, settings: AnswerSettings) -> tuple[str, str | None]:
     """As :func:`usable`, for an answer to a harmless prompt."""
-    if settings.harmless == "any":
+    if settings.takes_any_harmless:
         return str(answer["text"]), answer["fault"]
     return usable(answer, language, settings.unfinished)
 
@@ -111,7 +111,7 @@ def own_answer(
     fault: str | None = "no answer"
     for answer in answers:
         text, fault = _taken(answer, language, settings)
-        if fault is None and settings.harmless != "any" and opens_with_refusal(text, language, "en"):
+        if fault is None and not settings.takes_any_harmless and opens_with_refusal(text, language, "en"):
             fault = "the model refuses"
         if fault is None:
             return text, None
@@ -283,7 +283,7 @@ class PairMaker:
     ) -> tuple[Row, list[str]]:
         """A pair with its first chosen answer, and all that may be chosen."""
         wanted = "safe" if prompt.kind == HARMFUL else "answer"
-        if prompt.kind != HARMFUL and self.settings.harmless == "any":
+        if prompt.kind != HARMFUL and self.settings.takes_any_harmless:
             read = [_taken(answer, self.language, self.settings) for answer in answers]
             good = [text for text, why in read if why is None]
         else:

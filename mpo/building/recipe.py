@@ -99,6 +99,11 @@ class AnswerSettings:
         """Whether it answers harmless prompts."""
         return self.chosen != "column"
 
+    @property
+    def takes_any_harmless(self) -> bool:
+        """Whether its answers to them are taken whatever they are."""
+        return self.harmless == "any"
+
     def __post_init__(self) -> None:
         for name, allowed in (
             ("chosen", CHOSEN),

@@ -423,7 +423,7 @@ class _Build:
             recipe.filters,
             recipe.source_language,
             recipe.languages,
-            any_answer=recipe.answers.harmless == "any",
+            any_answer=recipe.answers.takes_any_harmless,
         )
         with Output(self.out, recipe.page.examples) as output:
             for row in read_rows(self.folder / "left_out.jsonl"):

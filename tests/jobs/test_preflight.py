@@ -217,3 +217,38 @@ def test_refusals_that_are_taught_in_halves_are_named(
     made = make_plan(make(dataset=str(path), held_out=0, **settings), on_this_machine=False)
     notes = [note for note in made.notes if "cuts chosen responses" in note]
     assert len(notes) == told and all("100% in Bengali" in note and "`sft`" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective"),
+    [
+        ({}, "sigmoid"),
+        ({"harmless_loss_type": "sft", "harmless_retention": "hidden"}, "sft"),
+        ({"harmless_loss_type": "none", "harmless_retention": "hidden"}, None),
+        ({"harmless_loss_type": "sft", "harmless_loss_weight": 0}, None),
+    ],
+)
+def test_refusals_of_harmless_prompts_that_would_be_taught_are_counted(
+    make: Callable[..., Recipe], tmp_path: Path, settings: dict[str, Any], objective: str | None
+) -> None:
+    rows = random_groups(5, 6, (2, 2), ("bn", "sw"))
+    refusals = {"bn": "দুঃখিত, আমি এতে সাহায্য করতে পারি না।", "sw": "I'm sorry, but I can't help with that."}
+    for number, row in enumerate(rows):
+        row["kind"] = "harmful" if number % 2 else "harmless"
+        row["targets"] = [{**row["targets"][0], "language": language} for language in refusals]
+        for target in row["targets"]:
+            refuses = row["kind"] == "harmful" or (number, target["language"]) in {
+                (0, "bn"),
+                (2, "bn"),
+                (4, "sw"),
+            }
+            answer = refusals[target["language"]] if refuses else "Boil the rice for twelve minutes."
+            target["chosen"] = [{"role": "assistant", "content": answer}]
+    path = tmp_path / "refused.json"
+    path.write_text(json.dumps([{**row, "origin": None} for row in rows]), encoding="utf-8")
+    made = make_plan(make(dataset=str(path), held_out=0, **settings), on_this_machine=False)
+    notes = [note for note in made.notes if "harmless prompts refuse" in note]
+    assert len(notes) == (objective is not None)
+    for note in notes:
+        assert note.startswith("2 in Bengali and 1 in Swahili of the chosen responses")
+        assert f"`harmless_loss_type: {objective}`" in note

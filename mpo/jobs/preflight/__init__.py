@@ -8,7 +8,7 @@ from mpo.common.words import counted, listed
 from mpo.data import language_name
 from mpo.errors import ConfigError
 from mpo.evaluation.probe.watch import prompts_of
-from mpo.jobs.preflight.data import check_data_files, load_data, shared_sources
+from mpo.jobs.preflight.data import check_data_files, harmless_refused, load_data, shared_sources
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, checkpoint_to_resume, disk_space
 from mpo.jobs.preflight.in_between import measured_in_between
@@ -118,6 +118,13 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         notes.append(
             f"`max_response_length: {training.max_response_length}` cuts chosen responses to harmful prompts short ({listing}), "
             f"and `{taught[0]}` teaches them as they then are: a refusal that stops in the middle. Raise it, or give shorter ones"
+        )
+    taught = training.harmless.objectives.names if training.harmless_loss_weight else []
+    if taught and (refused := harmless_refused(train)):
+        notes.append(
+            f"{listed(f'{count} in {language_name(code)}' for code, count in refused.items())} of the chosen responses to harmless "
+            f"prompts refuse, and `harmless_loss_type: {taught[0]}` teaches them. Leave them out, or hold what the model does there "
+            "without teaching it (`harmless_loss_type: none` with `harmless_retention: kl`)"
         )
     languages = count_languages(tokenized)
     probe = prompts_of(training, languages)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from mpo.common.files import did_you_mean
 from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
-from mpo.data.contract import messages_identity
+from mpo.data.contract import answers_read, messages_identity
+from mpo.data.refusals import opens_with_refusal
 from mpo.errors import DataError
+from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import DATA_SUFFIXES, Recipe
 
 
@@ -55,6 +59,22 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
             return loaded, loaded.groups, other.groups, [*loaded.dropped, *other.dropped]
         train, held_out = split_by_source(loaded.groups, data.held_out, data.held_out_seed)
     return loaded, train, held_out if len(held_out) else None, loaded.dropped
+
+
+def harmless_refused(groups: Dataset) -> dict[str, int]:
+    """How many chosen responses to harmless prompts refuse, by language; without those that have none.
+
+    Args:
+        groups: Groups as text.
+    """
+    found: Counter[str] = Counter()
+    for group in groups.select(np.flatnonzero(harmless_groups(groups))).select_columns(["source", "targets"]):
+        source = group["source"]
+        for pair in (source, *group["targets"]):
+            # As in `mpo data check`, a refusal in the source's language is one.
+            if opens_with_refusal(answers_read(pair)["chosen"], pair["language"], source["language"]):
+                found[pair["language"]] += 1
+    return dict(found)
 
 
 def shared_sources(train: Dataset, held_out: Dataset) -> int:
