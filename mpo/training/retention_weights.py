@@ -25,6 +25,7 @@ from mpo.training.ranks import Ranks
 GAIN = 0.1
 DECAY = 0.9
 """Of the running means: a step weighs a tenth."""
+_MISSED = 2.0  # times the target
 LOWEST, HIGHEST = 0.1, 100.0
 """Bounds of a weight, as multiples of the one that it began with."""
 
@@ -82,15 +83,24 @@ class RetentionWeights:
 
     def log(self) -> dict[str, float]:
         """``harmless/retain_weight/<language>`` and ``harmless/retention/<language>``, the running mean, of those seen."""
+        found = {}
+        for language, (weight, mean) in self._now().items():
+            found[f"harmless/retain_weight/{language}"] = weight
+            found[f"harmless/retention/{language}"] = mean
+        return found
+
+    def missed(self) -> dict[str, float]:
+        """Running mean of each language whose mean is more than twice the target, more than its noise explains."""
+        return {
+            language: mean for language, (_, mean) in self._now().items() if mean > _MISSED * self._target
+        }
+
+    def _now(self) -> dict[str, tuple[float, float]]:
+        """Weight and running mean of the languages seen."""
         rows = zip(
             self._languages, self.values.tolist(), self._mean.tolist(), self._seen.tolist(), strict=True
         )
-        found = {}
-        for language, weight, mean, seen in rows:
-            if seen:
-                found[f"harmless/retain_weight/{language}"] = weight
-                found[f"harmless/retention/{language}"] = mean / seen
-        return found
+        return {language: (weight, mean / seen) for language, weight, mean, seen in rows if seen}
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` takes, ready for JSON."""

@@ -28,6 +28,7 @@ from trl.trainer.utils import get_config_model_id
 
 from mpo.common.citations import MPO_BIBTEX
 from mpo.common.log import get_logger
+from mpo.common.words import listed
 from mpo.data import as_groups
 from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError, DataError, StoppedBySignal, TrainingError
@@ -544,6 +545,13 @@ class MPOTrainer(DPOTrainer):
             self.is_in_train = False
             raise StoppedBySignal(self._finite.stopped_by)
         output: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)
+        if self.retain_weights is not None and (missed := self.retain_weights.missed()):
+            logger.warning(
+                f"`harmless_retain_target: {self.args.harmless_retain_target:g}` was not held in "
+                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, answers to harmless prompts have moved "
+                "further. Train for longer or at a lower rate, begin with a higher `harmless_retain_weight`, or add harmless "
+                "prompts in these languages."
+            )
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

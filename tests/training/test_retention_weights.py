@@ -87,6 +87,7 @@ def test_a_language_is_brought_to_the_target_by_the_weight_that_it_needs() -> No
     assert weights["ar"] == pytest.approx(0.2 / 0.05, rel=0.02)
     assert weights["bn"] == pytest.approx(5.0 / 0.05, rel=0.02)
     assert weights["en"] == 10.0 and math.isfinite(weights["en"])
+    assert found.missed() == {}
 
 
 def test_what_was_adapted_goes_on_exactly_where_it_was() -> None:
@@ -110,3 +111,11 @@ def test_pairs_without_kinds_change_nothing() -> None:
     found.add(batch, torch.ones(1))
     found.step(ALONE)
     assert found.values.tolist() == [3.0, 3.0, 3.0] and found.log() == {}
+
+
+def test_a_language_that_stays_far_from_the_target_is_named() -> None:
+    found = RetentionWeights(LANGUAGES, 3.0, 0.1)
+    for _ in range(30):
+        found.add(pairs([("ar", 0.19, True), ("bn", 0.35, True)]), torch.ones(2))
+        found.step(ALONE)
+    assert found.missed() == {"bn": pytest.approx(0.35, rel=1e-4)}
