@@ -50,6 +50,7 @@ RECIPE = ROOT / "recipes" / "refuse_or_answer.yaml"
 BUILD = ROOT / "recipes" / "data" / "refuse_or_answer.yaml"
 PAPER = {
     "loss_type": "mpo",
+    "loss_weights": None,
     "beta": 1.0,
     "retain_weight": 1.0,
     "train_on": "targets",
@@ -58,6 +59,9 @@ PAPER = {
     "bad_rows": "drop",
     "learning_rate": 2.0e-4,
     "harmless_loss_type": None,
+    "harmless_retention": "none",
+    "harmless_retain_target": None,
+    "harmless_share": None,
 }
 """What the published objective changes in the recipe."""
 

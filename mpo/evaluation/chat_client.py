@@ -211,13 +211,13 @@ class _Session:
         from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
         self._client = client
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        # A connection carries one request: what a server sends behind its reply would be taken for the next one's.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "Connection": "close"}
         if client._key:
             headers["Authorization"] = f"Bearer {client._key}"
         self._http = httpx2.AsyncClient(
             headers=headers,
             timeout=httpx2.Timeout(None, connect=min(client.timeout, 30.0)),
-            # A connection carries one request: what a server sends behind its reply would be taken for the next one's.
             limits=httpx2.Limits(max_connections=client.concurrency, max_keepalive_connections=0),
         )
         self._retrying = AsyncRetrying(

@@ -38,6 +38,11 @@ class FiniteGuard:
         self._groups: list[tuple[str, list[int]]] = []  # it is made of, as origin and rows
         self._overflows = 0  # steps in a row
 
+    @property
+    def skips(self) -> bool:
+        """Whether the loss scaler skips the step that :meth:`not_finite` was last asked about: its gradient overflowed."""
+        return self._overflows > 0
+
     def add(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
         """Add a micro-batch (:class:`mpo.training.sampling.GroupCollator`) and its loss, a scalar without a graph."""
         self._loss = loss if self._loss is None else self._loss + loss

@@ -6,7 +6,7 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
     L = (1/N) sum of l(harmful pair)  +  (1/M) sum of (w l'(harmless pair) + lambda' ||h - h_ref||^2 / hidden_size)
 
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
-``harmless_retain_weight``. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
+``harmless_retain_weight``, or of each language what ``harmless_retain_target`` has made of it. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
 prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the same distance
 at each token of prompt and chosen response but the last, and with ``kl`` at each of these ``KL(p_ref || p)`` of the token that
 follows, both as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the
@@ -69,9 +69,9 @@ class HarmlessSettings:
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
         harmless_retain_target (`float`, *optional*):
-            What that retention is to be in each language, in nats under `"kl"`. Each language then has a weight of its own, which begins
-            with `harmless_retain_weight`, grows while the language's mean is above the target and falls while it is
-            below (adaptive KL of Ziegler et al., arXiv 1909.08593). Unset: one weight, as it is.
+            Mean retention to aim at in each language, in nats under `"kl"`. Each language then has a weight of its own, which
+            begins with `harmless_retain_weight`, grows while the language's mean is above the target and falls while it is
+            below (see `mpo.training.retention_weights`). Unset: one weight, as it is.
         harmless_max_response_length (`int`, *optional*):
             Cut their responses to this many tokens. To refuse or to answer is decided in the first words, while a refusal is
             best taught whole. Unset: `max_response_length`.

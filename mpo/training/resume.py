@@ -33,6 +33,7 @@ from mpo.training.run_settings import (
     check_settings,
     described,
     run_settings,
+    saved_settings,
 )
 from mpo.training.sharding import sharding_name
 from mpo.training.unique_pairs import fingerprint_rows
@@ -176,7 +177,7 @@ class ResumableRun:
     def _take_over(self, checkpoint: str, state: Mapping[str, Any], *, trains_adapter: bool) -> None:
         """Refuse, or note, settings that changed since the checkpoint was saved."""
         saved, now = saved_state(checkpoint), state["settings"]
-        then = saved.get("settings")
+        then = saved_settings(saved)
         if then is None:
             logger.warning(
                 f"'{checkpoint}' does not say with which settings it was trained (an earlier version saved it), so they "
@@ -270,7 +271,7 @@ def check_planned(checkpoint: str | Path, args: MPOConfig, model: Any, *, harmle
     Raises:
         ConfigError: Names every setting that must not change, with its old and new value.
     """
-    then = saved_state(checkpoint).get("settings")
+    then = saved_settings(saved_state(checkpoint))
     if then is None:
         return
     now = run_settings(args, model, ModelIdentity("unknown:not loaded"), None, "", harmless=harmless)

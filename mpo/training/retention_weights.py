@@ -5,15 +5,18 @@ model tells harm from harmlessness in it. With a target, each language has the w
 coefficient of Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, section 2.2, once for
 each language::
 
-    e = clip(mean retention / target - 1, -1, 1)        weight <- weight * (1 + 0.1 e)
+    weight  <-  weight * exp(0.02 * clip(mean retention / target - 1, -1, 5))
 
-There the error is clipped at 0.2 and is of one batch; here a step has a few pairs of a language, one of which may have moved far, so
-the mean is a running one and the error may be larger.
+There it is ``1 + 0.1 e`` with an error e of one batch, clipped at 0.2 on both sides. A step here has a few pairs of a language, of
+which one in many has moved far, by many times the target: so the mean is a running one, the gain is small, and the clip lets such a
+pair count as much as the many that have not moved, which leaves the weight where it is around the target. In the first
+steps nothing has moved, so a weight falls only after its language has been at the target once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +25,14 @@ from torch import Tensor
 from mpo.modeling.pairs import PairTensors
 from mpo.training.ranks import Ranks
 
-GAIN = 0.1
-DECAY = 0.9
-"""Of the running means: a step weighs a tenth."""
-_MISSED = 2.0  # times the target
+GAIN = 0.02
+LARGEST_ERROR = 5.0
+DECAY, SLOW_DECAY = 0.9, 0.98
+"""Of the running mean that the weights follow, and of that by which a language is judged: a step weighs a tenth, a fiftieth."""
 LOWEST, HIGHEST = 0.1, 100.0
 """Bounds of a weight, as multiples of the one that it began with."""
+_MISSED = 2.0  # times the target
+_FIELDS = ("log_change", "reached", "mean", "seen", "slow_mean", "slow_seen")
 
 
 class RetentionWeights:
@@ -44,15 +49,15 @@ class RetentionWeights:
         self, languages: Sequence[str], weight: float, target: float, device: torch.device | str = "cpu"
     ) -> None:
         self._languages, self._first, self._target = list(languages), weight, target
-        self._log_change = torch.zeros(len(languages), device=device)  # log of weight / first weight
-        self._mean = torch.zeros_like(self._log_change)
-        self._seen = torch.zeros_like(self._log_change)  # share of the running mean that has been seen
+        # Per language: log of weight / first weight; whether the mean has been at the target; running means of the retention, each
+        # with the share of it that has been seen.
+        self._state = {name: torch.zeros(len(languages), device=device) for name in _FIELDS}
         self._sums = torch.zeros((2, len(languages)), device=device)
 
     @property
     def values(self) -> Tensor:
         """The weights, ``[languages]``."""
-        return self._first * self._log_change.exp()
+        return self._first * self._state["log_change"].exp()
 
     def add(self, pairs: PairTensors, counts: Tensor) -> None:
         """Add the harmless ones of this optimizer step's pairs, without waiting for the device.
@@ -67,56 +72,63 @@ class RetentionWeights:
         retention = pairs.retention.detach().to(self._sums.dtype) * counts
         self._sums.index_add_(1, pairs.language, torch.stack([retention, counts]))
 
+    def forget_step(self) -> None:
+        """Leave out what was added since the last :meth:`step`: the optimizer does not take that step."""
+        self._sums.zero_()
+
     def step(self, ranks: Ranks) -> None:
         """Adapt the weights to the pairs added since the last call, of all ranks, which call this together."""
         if ranks.num_processes > 1:
             torch.distributed.all_reduce(self._sums)
         total, count = self._sums
-        is_there = count > 0
-        part = torch.where(is_there, 1 - DECAY, 0.0)
-        self._mean += part * (total / count.clamp(min=1) - self._mean)
-        self._seen += part * (1 - self._seen)
-        error = (self._mean / self._seen.clamp(min=1e-12) / self._target - 1).clamp(-1, 1)
-        change = self._log_change + torch.where(is_there, torch.log1p(GAIN * error), 0.0)
-        self._log_change = change.clamp(torch.tensor(LOWEST).log().item(), torch.tensor(HIGHEST).log().item())
+        is_there, state = count > 0, self._state
+        for prefix, decay in (("", DECAY), ("slow_", SLOW_DECAY)):
+            part = torch.where(is_there, 1 - decay, 0.0)
+            mean, seen = state[f"{prefix}mean"], state[f"{prefix}seen"]
+            mean += part * (total / count.clamp(min=1) - mean)
+            seen += part * (1 - seen)
+        error = (self._means("") / self._target - 1).clamp(-1, LARGEST_ERROR)
+        state["reached"].clamp_(min=(is_there & (error >= 0)).to(error.dtype))
+        error = torch.where(state["reached"] > 0, error, error.clamp(min=0)) * is_there
+        state["log_change"].add_(GAIN * error).clamp_(math.log(LOWEST), math.log(HIGHEST))
         self._sums.zero_()
+
+    def _means(self, prefix: str) -> Tensor:
+        return self._state[f"{prefix}mean"] / self._state[f"{prefix}seen"].clamp(min=1e-12)
 
     def log(self) -> dict[str, float]:
         """``harmless/retain_weight/<language>`` and ``harmless/retention/<language>``, the running mean, of those seen."""
         found = {}
-        for language, (weight, mean) in self._now().items():
+        for language, weight, mean in self._of_seen(self.values, self._means("")):
             found[f"harmless/retain_weight/{language}"] = weight
             found[f"harmless/retention/{language}"] = mean
         return found
 
     def missed(self) -> dict[str, float]:
-        """Running mean of each language whose mean is more than twice the target, more than its noise explains."""
-        return {
-            language: mean for language, (_, mean) in self._now().items() if mean > _MISSED * self._target
-        }
+        """Mean over about the last fifty steps of each language where it is more than twice the target."""
+        means = self._of_seen(self._means("slow_"))
+        return {language: mean for language, mean in means if mean > _MISSED * self._target}
 
-    def _now(self) -> dict[str, tuple[float, float]]:
-        """Weight and running mean of the languages seen."""
+    def _of_seen(self, *columns: Tensor) -> list[tuple[Any, ...]]:
         rows = zip(
-            self._languages, self.values.tolist(), self._mean.tolist(), self._seen.tolist(), strict=True
+            self._languages,
+            self._state["seen"].tolist(),
+            *(column.tolist() for column in columns),
+            strict=True,
         )
-        return {language: (weight, mean / seen) for language, weight, mean, seen in rows if seen}
+        return [(language, *values) for language, seen, *values in rows if seen]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, dict[str, float]]:
         """What :meth:`restore` takes, ready for JSON."""
+        lists = {name: values.tolist() for name, values in self._state.items()}
         return {
-            language: list(values)
-            for language, *values in zip(
-                self._languages,
-                self._log_change.tolist(),
-                self._mean.tolist(),
-                self._seen.tolist(),
-                strict=True,
-            )
+            language: {name: values[place] for name, values in lists.items()}
+            for place, language in enumerate(self._languages)
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Go on from what :meth:`state` returned; a language that is not in it begins anew."""
-        for place, language in enumerate(self._languages):
-            if language in state:
-                self._log_change[place], self._mean[place], self._seen[place] = state[language]
+        self.forget_step()
+        for name, values in self._state.items():
+            own = [state.get(language, {}).get(name, 0.0) for language in self._languages]
+            values.copy_(torch.tensor(own))

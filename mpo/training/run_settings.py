@@ -16,6 +16,7 @@ _LENGTH = ("num_train_epochs", "max_steps")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", *_LENGTH)
 _OBJECTIVE = ("beta", "retain_weight", "retain_pooling", "language_weights", "disable_dropout")
 _HARMLESS = ("harmless_beta", "harmless_loss_weight", "harmless_retain_weight", "harmless_retain_target")
+_OF_THE_ORDER = ("harmless_share", "harmless_max_response_length")  # they belong to the data and their order
 # Keys of the optimizer's parameter groups, which a checkpoint would set back.
 _GROUP_KEYS = {
     "learning_rate": "lr",
@@ -83,10 +84,7 @@ def run_settings(
         settings |= {f.name: getattr(args, f.name) for f in fields(HarmlessSettings)}
         own = args.harmless
         settings |= {f"harmless_{name}": getattr(own, name) for name in ("loss_type", "beta", "train_on")}
-        for name in (
-            "harmless_share",
-            "harmless_max_response_length",
-        ):  # they belong to the data and their order
+        for name in _OF_THE_ORDER:
             del settings[name]
     # Only one of the two is in effect.
     settings["num_train_epochs" if args.max_steps > 0 else "max_steps"] = None
@@ -104,6 +102,15 @@ def run_settings(
         settings |= {_ADAPTER_NAMES.get(name, name): value for name, value in adapter.items()}
     plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True, default=_plain))
     return plain
+
+
+def saved_settings(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings that a checkpoint states, or None; one of harmless groups that its version did not know had its default."""
+    then = state.get("settings")
+    if then is None or "harmless_retain_weight" not in then:
+        return then
+    defaults = {f.name: f.default for f in fields(HarmlessSettings) if f.name not in _OF_THE_ORDER}
+    return {**defaults, **then}
 
 
 def _plain(value: Any) -> Any:

@@ -111,7 +111,7 @@ class MPOTrainer(DPOTrainer):
         languages: Target languages, sorted, and after them the source language where sources are trained on; a pair's
             language is its index here.
         dropped_rows: One sentence for each row that tokenization dropped (``bad_rows="drop"``).
-        retain_weights: With ``harmless_retain_target``, the weights that are adapted to it; else None.
+        retain_weights: With ``harmless_retain_target`` and harmless groups, the weights that are adapted to it; else None.
         source_report: After the reference pass: ``sources``, ``not_positive`` (gap of 0 or less) and ``dropped``.
 
     Raises:
@@ -368,7 +368,10 @@ class MPOTrainer(DPOTrainer):
         self._require_finite(norm)
         self._finite.clear()
         if self.retain_weights is not None:
-            self.retain_weights.step(self.accelerator)
+            if self._finite.skips:
+                self.retain_weights.forget_step()
+            else:
+                self.retain_weights.step(self.accelerator)
         return norm
 
     def _require_finite(self, grad_norm: Any = 0.0) -> None:
@@ -463,6 +466,8 @@ class MPOTrainer(DPOTrainer):
         self._prepare_references()
         saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
         self._last_step, self._finite.stopped_by = LastStep(), 0
+        if self.retain_weights is not None:
+            self.retain_weights.forget_step()  # of a run that an error has ended within one
         with own_errors(self.args), self._signals if saves else nullcontext():
             self._run.set_earlier_aside(checkpoint)
             return super().train(

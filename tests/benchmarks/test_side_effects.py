@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from mpo.errors import DataError
 from mpo.hidden_space.recipe import load_analysis_recipe
 from mpo.hidden_space.texts import load_texts
 from mpo.jobs.compare.recipe import load_comparison
-from tests.tiny import save_tiny
+from tests.tiny import random_groups, save_tiny
 
 
 @pytest.fixture
@@ -67,6 +68,24 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
     assert [len(harmless[part]) for part in ("tune", "test")] == [14, 46]
     parts = [trained, *attacked.values(), *harmless.values()]
     assert sum(map(len, parts)) == len(set().union(*parts))
+
+
+def test_the_published_objective_can_run_beside_it(
+    multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the recipe sets for its own data has no meaning for the published pairs, and is refused if it stays."""
+    out, model = tmp_path / "out", save_tiny("llama", tmp_path / "model")
+    rows = [{**row, "origin": None} for row in random_groups(3, 12, (1, 2), ("bn", "sw"))]
+    paper = tmp_path / "paper.json"
+    paper.write_text(json.dumps(rows), encoding="utf-8")
+    built = out / "data" / "groups.jsonl"
+    built.parent.mkdir(parents=True)
+    kinds = [{**row, "kind": "harmless" if n % 2 else "harmful"} for n, row in enumerate(rows)]
+    built.write_text("".join(f"{json.dumps(row)}\n" for row in kinds), encoding="utf-8")
+    words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
+    run(monkeypatch, *words, "--paper", str(paper))
+    printed = capsys.readouterr().out
+    assert "refuse-or-answer-s0" in printed and "mpo-s0" in printed
 
 
 def test_another_table_than_multijail_is_refused(

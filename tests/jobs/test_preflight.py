@@ -226,6 +226,7 @@ def test_refusals_that_are_taught_in_halves_are_named(
         ({"harmless_loss_type": "sft", "harmless_retention": "hidden"}, "sft"),
         ({"harmless_loss_type": "none", "harmless_retention": "hidden"}, None),
         ({"harmless_loss_type": "sft", "harmless_loss_weight": 0}, None),
+        ({"harmless_train_on": "source"}, None),
     ],
 )
 def test_refusals_of_harmless_prompts_that_would_be_taught_are_counted(

@@ -154,7 +154,9 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
     bench = Bench(case, tmp_path, **use)
     if (adapted := bench.trainer.retain_weights) is not None:
         # Another weight for each language.
-        adapted.restore({code: [0.4 * n - 0.7, 0.0, 0.0] for n, code in enumerate(bench.trainer.languages)})
+        adapted.restore(
+            {code: {"log_change": 0.4 * n - 0.7} for n, code in enumerate(bench.trainer.languages)}
+        )
     loss, expected = plain_step(bench)
     own_loss, found = bench.run()
     assert relative_error(torch.tensor(own_loss), loss) <= TOLERANCE

@@ -120,9 +120,9 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
             f"and `{taught[0]}` teaches them as they then are: a refusal that stops in the middle. Raise it, or give shorter ones"
         )
     taught = training.harmless.objectives.names if training.harmless_loss_weight else []
-    if taught and (refused := harmless_refused(train)):
+    if taught and (refused := harmless_refused(train, training.harmless.train_on)):
         notes.append(
-            f"{listed(f'{count} in {language_name(code)}' for code, count in refused.items())} of the chosen responses to harmless "
+            f"{listed(f'{count} in {language_name(code)}' for code, count in sorted(refused.items()))} of the chosen responses to harmless "
             f"prompts refuse, and `harmless_loss_type: {taught[0]}` teaches them. Leave them out, or hold what the model does there "
             "without teaching it (`harmless_loss_type: none` with `harmless_retention: kl`)"
         )

@@ -61,16 +61,18 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
     return loaded, train, held_out if len(held_out) else None, loaded.dropped
 
 
-def harmless_refused(groups: Dataset) -> dict[str, int]:
+def harmless_refused(groups: Dataset, train_on: str) -> dict[str, int]:
     """How many chosen responses to harmless prompts refuse, by language; without those that have none.
 
     Args:
         groups: Groups as text.
+        train_on: Which of their pairs are looked at: ``targets``, ``source`` or ``both``.
     """
     found: Counter[str] = Counter()
     for group in groups.select(np.flatnonzero(harmless_groups(groups))).select_columns(["source", "targets"]):
         source = group["source"]
-        for pair in (source, *group["targets"]):
+        sides = {"targets": group["targets"], "source": [source], "both": [source, *group["targets"]]}
+        for pair in sides[train_on]:
             # As in `mpo data check`, a refusal in the source's language is one.
             if opens_with_refusal(answers_read(pair)["chosen"], pair["language"], source["language"]):
                 found[pair["language"]] += 1
