@@ -26,8 +26,11 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from mpo.common.characters import printable, without_halves
+from mpo.common.log import get_logger
 from mpo.common.redaction import REDACTED, redact_text
 from mpo.errors import ConfigError, DependencyError, ServerError
+
+logger = get_logger(__name__)
 
 Message = Mapping[str, Any]
 Item = TypeVar("Item")
@@ -225,8 +228,10 @@ class _Session:
             stop=stop_after_attempt(client.retries + 1),
             wait=_wait,
             sleep=self._pause,
+            before_sleep=self._say_that_it_waits,
             reraise=True,
         )
+        self._has_said = False
         self._stopped, self._closed = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._run, name="ask", daemon=True).start()
@@ -256,6 +261,15 @@ class _Session:
 
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(until_closed())
+
+    def _say_that_it_waits(self, state: Any) -> None:
+        """Once: a server that is not there is asked for minutes, in which nothing else would be printed."""
+        if not self._has_said:
+            self._has_said = True
+            logger.warning(
+                f"{self._client.url}: {state.outcome.exception()} Is a server running there? It is asked again, a request up to "
+                f"{self._client.retries} times with growing pauses. Further failures like this one are not mentioned."
+            )
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -181,6 +181,16 @@ def test_another_url_is_refused(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_server_that_is_not_there_is_mentioned_at_once_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        asked = ChatClient(f"http://127.0.0.1:{taken.getsockname()[1]}", "m", retries=3)
+        with pytest.raises(ServerError, match="no usable reply in 4 attempts"):
+            list(asked.for_all(range(3), lambda n: (HELLO, {})))
+    (said,) = [message for message in caplog.messages if "asked again" in message]
+    assert asked.url in said and "the connection failed" in said and "up to 3 times" in said
+
+
 # ---- Many at once ----------------------------------------------------------------------------------------------------
 
 
