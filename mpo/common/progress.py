@@ -21,21 +21,36 @@ _BETWEEN_LINES = 5.0  # seconds
 class CountProgress:
     """How many of a known number are done: a bar on a terminal, elsewhere a line for every tenth.
 
-    Use it as a context manager; ``done`` of them are there before it starts.
+    Use it as a context manager; ``done`` of them are there before it starts. Of what is ``brief`` nothing is said unless it takes
+    more than a few seconds.
     """
 
     def __init__(
-        self, title: str, total: int, *, done: int = 0, unit: str = "it", stream: TextIO | None = None
+        self,
+        title: str,
+        total: int,
+        *,
+        done: int = 0,
+        unit: str = "it",
+        brief: bool = False,
+        stream: TextIO | None = None,
     ) -> None:
         self.title, self.total, self.count, self.unit = title, total, done, unit
         self.stream = sys.stderr if stream is None else stream
         self._started, self._first = time.monotonic(), done
         self._last_line = self._started
         self._shown_tenth = 10 * done // max(total, 1)
+        self._is_brief = brief
         self._bar: tqdm[Any] | None = None
         if self.stream.isatty():
             self._bar = tqdm(
-                total=total, initial=done, desc=title, unit=unit, file=self.stream, dynamic_ncols=True
+                total=total,
+                initial=done,
+                desc=title,
+                unit=unit,
+                file=self.stream,
+                dynamic_ncols=True,
+                leave=not brief,
             )
 
     def advance(self, by: int = 1) -> None:
@@ -46,8 +61,9 @@ class CountProgress:
             return
         tenth, now = 10 * self.count // max(self.total, 1), time.monotonic()
         # What goes by in seconds, or comes in batches, needs no line of its own.
-        if self.count == self.total or (tenth > self._shown_tenth and now - self._last_line > _BETWEEN_LINES):
-            self._shown_tenth, self._last_line = tenth, now
+        is_due = tenth > self._shown_tenth and now - self._last_line > _BETWEEN_LINES
+        if is_due or (self.count == self.total and not self._is_brief):
+            self._shown_tenth, self._last_line, self._is_brief = tenth, now, False
             left = (now - self._started) / (self.count - self._first) * (self.total - self.count)
             rest = f", {duration(left)} left" if self.count < self.total else ""
             print(f"{self.title}: {self.count}/{self.total} {self.unit}s{rest}", file=self.stream, flush=True)

@@ -16,6 +16,7 @@ from mpo.training.objectives import MISMATCHED, REFERENCE, Objectives
 from mpo.training.ranks import Ranks
 from mpo.training.records import PairScore, Scores
 from mpo.training.reference_policy import needed_for
+from mpo.training.retention_weights import RetentionWeights
 
 # Columns of the matrix of sums: one fixed shape, so that reducing it over ranks is one call, whichever languages a rank
 # has seen.
@@ -150,11 +151,19 @@ class KindMetrics:
         languages, device: As there.
         args: The run's settings.
         harmless: Whether there are harmless groups.
+        retain_weights: What adapts to the harmless pairs, and is told of each and logged.
     """
 
     def __init__(
-        self, languages: Sequence[str], args: MPOConfig, device: torch.device | str, *, harmless: bool
+        self,
+        languages: Sequence[str],
+        args: MPOConfig,
+        device: torch.device | str,
+        *,
+        harmless: bool,
+        retain_weights: RetentionWeights | None = None,
     ) -> None:
+        self._retain_weights = retain_weights
         self._of_kind = {
             settings.is_of_harmless: LanguageMetrics(
                 languages,
@@ -173,6 +182,8 @@ class KindMetrics:
             part = pairs.of_kind(harmless=kind)
             if part is not None:
                 metrics.add(part, counts if pairs.by_kind is None else counts[pairs.by_kind[kind]])
+        if self._retain_weights is not None:
+            self._retain_weights.add(pairs, counts)
 
     def pause(self, seconds: float) -> None:
         """As :meth:`LanguageMetrics.pause`."""
@@ -192,6 +203,7 @@ class KindMetrics:
             **harmful,
             **({"pairs_per_second": sum(speeds)} if speeds else {}),
             **{f"harmless/{name}": value for name, value in harmless.items()},
+            **(self._retain_weights.log() if self._retain_weights is not None else {}),
         }
 
 

@@ -20,6 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from accelerate.utils import tqdm
 from datasets import Dataset
 
 from mpo.common.files import PART, publish, remove_leftovers, write_text
 from mpo.common.log import get_logger
+from mpo.common.progress import CountProgress
 from mpo.errors import DataError, StorageError
 from mpo.modeling.identity import hash_file
 from mpo.modeling.layout import BatchShape, call_on_trees
@@ -418,16 +419,16 @@ def _run_pass(
     # Under sharding a forward pass is a collective, so every rank makes the same number of calls.
     rounds = -(-len(batches) // ranks.num_processes)
     written = dict.fromkeys(arrays, 0)
-    with forward() as call, torch.no_grad():
-        for step in tqdm(
-            range(rounds),
-            desc=f"Reference pass over {len(pairs)} {name} {pairs.side}s",
-            disable=bool(os.environ.get("TQDM_DISABLE", "")),
-        ):
+    title = f"Reference pass over {len(pairs)} {name} {pairs.side}s"
+    shown = CountProgress(title, rounds, unit="call", brief=True) if ranks.is_main_process else None
+    with shown or nullcontext(), forward() as call, torch.no_grad():
+        for step in range(rounds):
             number = step * ranks.num_processes + ranks.process_index
             batch = batches[min(number, len(batches) - 1)]
             trees = pairs.trees(batch, pool=HIDDEN in shapes, keep=STATES in shapes)
             output = call_on_trees(call, trees, shape, ranks.device, score_shared=SHARED in shapes)
+            if shown is not None:
+                shown.advance()
             if number >= len(batches):
                 continue
             found = {

@@ -22,8 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpo.common.log import get_logger
+from mpo.common.words import listed
 from mpo.modeling.pairs import PairTensors
 from mpo.training.ranks import Ranks
+
+logger = get_logger(__name__)
 
 GAIN = 0.02
 LARGEST_ERROR = 5.0
@@ -54,6 +58,15 @@ class RetentionWeights:
         self._state = {name: torch.zeros(len(languages), device=device) for name in _FIELDS}
         self._sums = torch.zeros((2, len(languages)), device=device)
 
+    @classmethod
+    def of(
+        cls, args: Any, languages: Sequence[str], device: torch.device | str, *, harmless: bool
+    ) -> RetentionWeights | None:
+        """Those of a run's ``MPOConfig``, or None where it sets no target or ``harmless`` says that no group is harmless."""
+        if not harmless or args.harmless_retain_target is None:
+            return None
+        return cls(languages, args.harmless_retain_weight, args.harmless_retain_target, device)
+
     @property
     def values(self) -> Tensor:
         """The weights, ``[languages]``."""
@@ -76,8 +89,16 @@ class RetentionWeights:
         """Leave out what was added since the last :meth:`step`: the optimizer does not take that step."""
         self._sums.zero_()
 
-    def step(self, ranks: Ranks) -> None:
-        """Adapt the weights to the pairs added since the last call, of all ranks, which call this together."""
+    def step(self, ranks: Ranks, *, taken: bool = True) -> None:
+        """Adapt the weights to the pairs added since the last call, of all ranks, which call this together.
+
+        Args:
+            ranks: The process group.
+            taken: False on all ranks for a step that the optimizer skips, whose pairs do not count.
+        """
+        if not taken:
+            self.forget_step()
+            return
         if ranks.num_processes > 1:
             torch.distributed.all_reduce(self._sums)
         total, count = self._sums
@@ -108,6 +129,16 @@ class RetentionWeights:
         """Mean over about the last fifty steps of each language where it is more than twice the target."""
         means = self._of_seen(self._means("slow_"))
         return {language: mean for language, mean in means if mean > _MISSED * self._target}
+
+    def warn_if_missed(self) -> None:
+        """At the end of a run: say in which languages the target was not held."""
+        if missed := self.missed():
+            logger.warning(
+                f"`harmless_retain_target: {self._target:g}` was not held in "
+                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, answers to harmless prompts have moved "
+                "further. Train for longer or at a lower rate, begin with a higher `harmless_retain_weight`, or add harmless "
+                "prompts in these languages."
+            )
 
     def _of_seen(self, *columns: Tensor) -> list[tuple[Any, ...]]:
         rows = zip(

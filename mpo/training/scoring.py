@@ -120,7 +120,7 @@ def score_dataset(
     sums = _Sums()
     holds_own = harmless is not None and (harmless.holds_own or harmless.keeps_tokens)
     quiet = not (progress and ranks.is_main_process) or bool(os.environ.get("TQDM_DISABLE", ""))
-    for cpu_batch in tqdm(loader, desc=description, disable=quiet):
+    for cpu_batch in tqdm(loader, desc=description, disable=quiet, leave=False):
         batch = {**to_device(cpu_batch, ranks.device), **means}
         trains = cpu_batch["counts"].nonzero().flatten()
         with torch.no_grad():

@@ -28,7 +28,6 @@ from trl.trainer.utils import get_config_model_id
 
 from mpo.common.citations import MPO_BIBTEX
 from mpo.common.log import get_logger
-from mpo.common.words import listed
 from mpo.data import as_groups
 from mpo.data.tokenization import TOKENIZED_FEATURES
 from mpo.errors import ConfigError, DataError, StoppedBySignal, TrainingError
@@ -231,18 +230,12 @@ class MPOTrainer(DPOTrainer):
             cache_dir=args.reference_folder(),
             shape=self.data_collator.shape,
         )
+        device = self.accelerator.device
+        self.retain_weights = RetentionWeights.of(args, self.languages, device, harmless=has_harmless)
         # Sums over the pairs since the last log.
         self._metrics_per_language = KindMetrics(
-            self.languages, args, self.accelerator.device, harmless=has_harmless
+            self.languages, args, device, harmless=has_harmless, retain_weights=self.retain_weights
         )
-        self.retain_weights: RetentionWeights | None = None
-        if has_harmless and args.harmless_retain_target is not None:
-            self.retain_weights = RetentionWeights(
-                self.languages,
-                args.harmless_retain_weight,
-                args.harmless_retain_target,
-                self.accelerator.device,
-            )
         # What ends the run: before the optimizer's step, or at a log.
         self._signals = StopSignals(keep=True)
         self._finite = FiniteGuard(self.accelerator, lambda: self._signals.asked)
@@ -304,7 +297,7 @@ class MPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss * inputs["num_pairs"]  # type: ignore[operator]
         loss = loss / count
         if self.model.training:
-            self._note(pairs, inputs["counts"])
+            self._metrics_per_language.add(pairs, inputs["counts"])
             self._finite.add(loss.detach(), inputs)
             if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
                 # DeepSpeed takes the optimizer step at the end of this micro-batch's backward pass.
@@ -329,7 +322,7 @@ class MPOTrainer(DPOTrainer):
 
         def backward(pairs: PairTensors, places: Tensor) -> None:
             loss = (self._checked_pair_loss(pairs) * pair_weights(inputs)[places]).sum() / count
-            self._note(pairs, inputs["counts"][places])
+            self._metrics_per_language.add(pairs, inputs["counts"][places])
             self.accelerator.backward(loss)
             total.add_(loss.detach())
 
@@ -337,12 +330,6 @@ class MPOTrainer(DPOTrainer):
             run_in_calls(model, inputs, backward)
         self._finite.add(total, inputs)
         return total
-
-    def _note(self, pairs: PairTensors, counts: Tensor) -> None:
-        """Remember trained pairs for the log and for what adapts to them."""
-        self._metrics_per_language.add(pairs, counts)
-        if self.retain_weights is not None:
-            self.retain_weights.add(pairs, counts)
 
     def _prepare_input(self, data: Any) -> Any:
         # Not the library's for tensors: it waits for each copy, and rounds reference values under DeepSpeed in bf16.
@@ -368,10 +355,7 @@ class MPOTrainer(DPOTrainer):
         self._require_finite(norm)
         self._finite.clear()
         if self.retain_weights is not None:
-            if self._finite.skips:
-                self.retain_weights.forget_step()
-            else:
-                self.retain_weights.step(self.accelerator)
+            self.retain_weights.step(self.accelerator, taken=not self._finite.skips)
         return norm
 
     def _require_finite(self, grad_norm: Any = 0.0) -> None:
@@ -550,21 +534,14 @@ class MPOTrainer(DPOTrainer):
             self.is_in_train = False
             raise StoppedBySignal(self._finite.stopped_by)
         output: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)
-        if self.retain_weights is not None and (missed := self.retain_weights.missed()):
-            logger.warning(
-                f"`harmless_retain_target: {self.args.harmless_retain_target:g}` was not held in "
-                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, answers to harmless prompts have moved "
-                "further. Train for longer or at a lower rate, begin with a higher `harmless_retain_weight`, or add harmless "
-                "prompts in these languages."
-            )
+        if self.retain_weights is not None:
+            self.retain_weights.warn_if_missed()
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics per language to a training log, see :meth:`mpo.training.metrics.LanguageMetrics.log`."""
         if self.model.training and "loss" in logs:
             metrics = self._metrics_per_language.log(self.state.global_step, self.accelerator)
-            if self.retain_weights is not None:
-                metrics |= self.retain_weights.log()
             logs.update(metrics)
             for collapse in [found for each in self._collapse for found in each.watch(metrics)]:
                 if self.args.stop_on_collapse:

@@ -144,3 +144,19 @@ def test_counts_are_lines_off_a_terminal_and_the_last_is_always_written(
     assert lines[0] == "Answering: 6/23 prompts, 34 s left"
     assert lines[-1] == "Answering: 23/23 prompts"
     assert 3 <= len(lines) <= 10
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(0.2, False), (2.0, True)])
+def test_of_what_is_brief_nothing_is_said_unless_it_takes_long(
+    seconds: float, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(seconds * tick for tick in range(1000))
+    monkeypatch.setattr("mpo.common.progress.time.monotonic", lambda: next(times))
+    stream = io.StringIO()
+    with CountProgress("Reference pass", 10, unit="call", brief=True, stream=stream) as progress:
+        for _ in range(10):
+            progress.advance()
+    lines = stream.getvalue().splitlines()
+    assert bool(lines) == says
+    if says:
+        assert lines[-1] == "Reference pass: 10/10 calls" and len(lines) < 6
