@@ -142,6 +142,8 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         )
         result = trainer.train(resume_from_checkpoint=checkpoint)
         say.now(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
+        if trainer.retain_weights is not None:
+            say.now(trainer.retain_weights.summary())
         after = _score(trainer, plan, "after", say) if before is not None else None
         probed = finish_probe(watch)
         say.now("Saving")

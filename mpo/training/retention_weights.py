@@ -140,6 +140,12 @@ class RetentionWeights:
                 "prompts in these languages."
             )
 
+    def summary(self) -> str:
+        """Mean over about the last fifty steps and weight of each language, in one line."""
+        rows = self._of_seen(self._means("slow_"), self.values)
+        held = listed(f"{language} {mean:.3f} (weight {weight:.3g})" for language, mean, weight in rows)
+        return f"Retention of harmless prompts, target {self._target:g}: {held}"
+
     def _of_seen(self, *columns: Tensor) -> list[tuple[Any, ...]]:
         rows = zip(
             self._languages,

@@ -123,6 +123,11 @@ def test_only_a_language_that_stays_far_from_the_target_is_named() -> None:
         found.add(pairs([("ar", 0.19, True), ("bn", 0.35, True)]), torch.ones(2))
         found.step(ALONE)
     assert found.missed() == {"bn": pytest.approx(0.35, rel=1e-4)}
+    weights = found.values.tolist()
+    assert found.summary() == (
+        f"Retention of harmless prompts, target 0.1: ar 0.190 (weight {weights[0]:.3g}) and bn 0.350 "
+        f"(weight {weights[1]:.3g})"
+    )
 
 
 def test_rare_large_moves_around_the_target_neither_raise_a_weight_nor_an_alarm() -> None:
