@@ -49,7 +49,8 @@ class RewardGapOutput(ModelOutput):
             the batch has no states to compare them with.
         moved: ``[K]``, how far each kept tree is from the states that the batch has: the mean of three means, over the
             prompt's tokens before its last one, of that one, where the answer is decided on, and over the response's. It is
-            of ``KL(p_ref || p)`` of the next token in nats with ``kept_by_kl``, else of ``||h - h_ref||^2 / hidden_size``.
+            of a divergence of the next token in nats with ``kept_by``, ``KL(p_ref || p)`` with ``"kl"`` and ``KL(p || p_ref)`` with
+            ``"reverse_kl"``, else of ``||h - h_ref||^2 / hidden_size``.
         aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
@@ -118,7 +119,7 @@ def _reward_gap_forward(
     kept_index: Tensor | None = None,
     kept_lengths: Tensor | None = None,
     kept_states: Tensor | None = None,
-    kept_by_kl: bool = False,
+    kept_by: str | None = None,
     output_router_logits: bool = False,
     **ignored: Any,
 ) -> RewardGapOutput:
@@ -142,7 +143,9 @@ def _reward_gap_forward(
     prompts = None
     if prompt_index is not None and prompt_labels is not None and prompt_lengths is not None:
         prompts = (prompt_index, prompt_labels, prompt_lengths)
-    kept = None if kept_index is None else _Kept(kept_index, kept_lengths, kept_states)
+    kept = (
+        None if kept_index is None else _Kept(kept_index, kept_lengths, kept_states, kept_by == "reverse_kl")
+    )
     response_logps, first_logps, shared_logps, prompt_logps, divergence = _log_likelihoods(
         model,
         config,
@@ -150,7 +153,7 @@ def _reward_gap_forward(
         (score_index, score_labels, score_lengths),
         score_shared,
         prompts,
-        kept if kept_by_kl else None,
+        kept if kept_by else None,
     )
     return RewardGapOutput(
         response_logps=response_logps,
@@ -160,7 +163,7 @@ def _reward_gap_forward(
         prompt_logps=prompt_logps,
         prompt_states=None if state_index is None else _states(hidden, state_index),
         kept_states=_states(hidden, kept.places) if kept is not None and kept.states is None else None,
-        moved=divergence if kept is None or kept_by_kl else _moved(hidden, kept),
+        moved=divergence if kept is None or kept_by else _moved(hidden, kept),
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
 
@@ -180,12 +183,13 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """Positions of the tokens that are kept, how many are in each of a tree's three parts, and the reference's states there, if
-    they are known."""
+    """Positions of the tokens that are kept, how many are in each of a tree's three parts, the reference's states there, if they
+    are known, and the direction of a divergence."""
 
     places: Tensor
     lengths: Any
     states: Any
+    reverse: bool
 
 
 @torch.compiler.disable
@@ -296,6 +300,7 @@ def _token_logps(
                 softcap,
                 scale,
                 held.requires_grad,
+                kept.reverse,
             )
         return torch.cat([values, divergence.to(values.dtype)])
 

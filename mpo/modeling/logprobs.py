@@ -13,12 +13,13 @@ _LOGITS_DEFAULT = 1 << 27
 
 
 class _OfStates(torch.autograd.Function):
-    """A value of each state ``[N, H]``, whose gradient the forward pass has saved; the other six arguments get none."""
+    """A value of each state ``[N, H]``, whose gradient the forward pass has saved; the other arguments get none."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradients[0].to(gradient.dtype)[:, None] * gradient, None, None, None, None, None, None
+        others = [None] * (len(ctx.needs_input_grad) - 1)
+        return gradients[0].to(gradient.dtype)[:, None] * gradient, *others
 
 
 class FrozenHeadLogProbs(_OfStates):
@@ -69,12 +70,13 @@ class FrozenHeadLogProbs(_OfStates):
 
 
 class FrozenHeadDivergence(_OfStates):
-    """``KL(p_ref || p)`` of the next token, under an LM head that is not trained.
+    """``KL(p_ref || p)`` of the next token, or with ``reverse`` ``KL(p || p_ref)``, under an LM head that is not trained.
 
     ``p`` and ``p_ref`` are the distributions that the same head gives to two states, that of the policy and that of the
     reference at the same place of the same text. With ``z`` the policy's logits as in :class:`FrozenHeadLogProbs`::
 
-        d KL / d hidden = sum_v (p_v - p_ref,v) * (dz_v / dy_v) * weight_v
+        d KL(p_ref || p) / d hidden = sum_v (p_v - p_ref,v) * (dz_v / dy_v) * weight_v
+        d KL(p || p_ref) / d hidden = sum_v p_v * (log(p_v / p_ref,v) - KL) * (dz_v / dy_v) * weight_v
 
     computed like there in the forward pass: three matrix products of the vocabulary's size.
     """
@@ -89,6 +91,7 @@ class FrozenHeadDivergence(_OfStates):
         softcap: float | None,
         scale: float,
         with_gradient: bool,
+        reverse: bool = False,
     ) -> Tensor:
         """Returns ``[N]`` nats, float32 or wider."""
         # Two distributions are held at a time.
@@ -102,10 +105,16 @@ class FrozenHeadDivergence(_OfStates):
             wanted = torch.log_softmax(wanted, dim=-1, dtype=wide)
             logits, squashed = _logits(hidden[part], weight, bias, softcap, scale)
             values = torch.log_softmax(logits, dim=-1, dtype=wide)
-            probabilities = wanted.exp()
-            divergence[part] = (probabilities * wanted.sub_(values)).sum(dim=-1)
-            if gradient is not None:
+            if reverse:
+                further = values - wanted
+                slopes = values.exp_()
+                divergence[part] = (slopes * further).sum(dim=-1)
+                slopes.mul_(further.sub_(divergence[part, None]))
+            else:
+                probabilities = wanted.exp()
+                divergence[part] = (probabilities * wanted.sub_(values)).sum(dim=-1)
                 slopes = values.exp_().sub_(probabilities)
+            if gradient is not None:
                 _to_hidden(slopes, squashed, weight, scale, gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)

@@ -41,7 +41,7 @@ MODEL_KEYS = (
     "kept_index",
     "kept_lengths",
     "kept_states",
-    "kept_by_kl",
+    "kept_by",
 )
 
 

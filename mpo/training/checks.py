@@ -12,7 +12,7 @@ from datasets import Dataset
 from mpo.errors import ConfigError, DataError, ModelError
 from mpo.training.compute import check_compute_options
 from mpo.training.config import MPOConfig
-from mpo.training.harmless import KL
+from mpo.training.harmless import BY_HEAD
 from mpo.training.probe_settings import is_probe_metric
 
 _REFUSED = {
@@ -124,16 +124,16 @@ def check_head_stays(args: MPOConfig, model: Any, *, other_reference: bool) -> N
     Raises:
         ConfigError: They have not: the head is trained, or the reference has its own.
     """
-    if not (args.harmless.keeps_own and args.harmless_retention == KL):
+    if not (args.harmless.keeps_own and args.harmless_retention in BY_HEAD):
         return
     if other_reference:
         raise ConfigError(
-            "`harmless_retention: kl` holds what the starting policy expects, by the one LM head of the model, and the reference "
+            f"`harmless_retention: {args.harmless_retention}` holds what the starting policy expects, by the one LM head of the model, and the reference "
             "here is another model. Leave it out, or set `harmless_retention: states`."
         )
     if _is_trained(model.get_output_embeddings()):
         raise ConfigError(
-            "`harmless_retention: kl` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
+            f"`harmless_retention: {args.harmless_retention}` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
             "`harmless_retention: states`, which needs no head, or `use_peft: true`."
         )
 

@@ -9,7 +9,8 @@ with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_
 ``harmless_retain_weight``, or of each language what ``harmless_retain_target`` has made of it. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
 prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the same distance
 at each token of prompt and chosen response but the last, and with ``kl`` at each of these ``KL(p_ref || p)`` of the token that
-follows, both as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the
+follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the starting policy has them: what it says of harmless prompts, and after
+them, stays as it was. Of these it is the
 mean of three means: over the prompt, at its last token, where the answer is decided on, and over the response.
 """
 
@@ -35,12 +36,14 @@ from mpo.training.objectives import MISMATCHED, RETENTION, STATES, TRAIN_ON, tak
 HARMLESS_LOSS = "sigmoid"
 """The objective of harmless groups where none is set."""
 NONE = "none"
-POOLED, KL = "hidden", "kl"
+POOLED, KL, REVERSE_KL = "hidden", "kl", "reverse_kl"
+BY_HEAD = (KL, REVERSE_KL)
 RETENTIONS = {
     NONE: "nothing",
     POOLED: "pooled hidden states",
     "states": "hidden states of each token",
     KL: "what follows each token",
+    REVERSE_KL: "what follows each token (reverse KL)",
 }
 _PER_STEP = {MISMATCHED: "other pairs' responses", STATES: "a prompt in all its languages"}
 
@@ -64,7 +67,8 @@ class HarmlessSettings:
         harmless_retention (`str`, *optional*, defaults to `"none"`):
             `"hidden"` holds the final hidden states of prompt and chosen response, pooled, where the starting policy has
             them, in each of these pairs' languages; `"states"` those of each token; `"kl"` what the model expects after
-            each token, which needs an LM head that is not trained and that the reference has, too. The last two keep the starting policy's states of every
+            each token, which needs an LM head that is not trained and that the reference has, too, and `"reverse_kl"` the same the other
+            way round, which weighs what the model has come to expect and the starting policy did not. The last three keep the starting policy's states of every
             token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
@@ -99,7 +103,7 @@ class HarmlessSettings:
         default="none",
         metadata={
             "help": "What of harmless pairs is held still.",
-            "choices": ["none", "hidden", "states", "kl"],
+            "choices": ["none", "hidden", "states", "kl", "reverse_kl"],
         },
     )
     harmless_retain_weight: float = field(default=1.0, metadata={"help": "Weight of that retention."})
@@ -163,7 +167,12 @@ class HarmlessSettings:
         require(
             self, "harmless_train_on", lambda v: v is None or v in TRAIN_ON, "'targets', 'source' or 'both'"
         )
-        require(self, "harmless_retention", lambda v: v in RETENTIONS, "'none', 'hidden', 'states' or 'kl'")
+        require(
+            self,
+            "harmless_retention",
+            lambda v: v in RETENTIONS,
+            "'none', 'hidden', 'states', 'kl' or 'reverse_kl'",
+        )
         view = self.harmless
         objectives = view.objectives
         for name, objective in objectives.by_name.items():

@@ -21,7 +21,7 @@ from mpo.modeling.layout import BatchShape
 from mpo.modeling.pairs import places_by_kind
 from mpo.modeling.trees import Tree, build_batch, pack_rows
 from mpo.training.config import MPOConfig
-from mpo.training.harmless import KL, POOLED, harmless_groups
+from mpo.training.harmless import BY_HEAD, POOLED, harmless_groups
 from mpo.training.objectives import MISMATCHED, PROMPT, REFERENCE, STATES
 from mpo.training.order import EpochSampler
 from mpo.training.reference import GroupReference
@@ -146,7 +146,7 @@ class Trained:
         holds_source: Whether the group's source is held where it is.
         holds_own: Whether the trained pairs' own chosen responses are, by their pooled states.
         keeps_tokens: Whether they are, token by token, and their prompts with them.
-        keeps_by_kl: Whether that is by what the model says after each token, not by its states.
+        keeps_by: By which divergence of what the model says after each token; None for its states.
     """
 
     targets: bool = True
@@ -159,7 +159,7 @@ class Trained:
     holds_source: bool = False
     holds_own: bool = False
     keeps_tokens: bool = False
-    keeps_by_kl: bool = False
+    keeps_by: str | None = None
 
     @classmethod
     def by(cls, args: MPOConfig) -> Trained:
@@ -177,7 +177,9 @@ class Trained:
             holds_source=args.holds_sources,
             holds_own=args.keeps_own and args.harmless_retention == POOLED,
             keeps_tokens=args.keeps_own and args.harmless_retention != POOLED,
-            keeps_by_kl=args.keeps_own and args.harmless_retention == KL,
+            keeps_by=args.harmless_retention
+            if args.keeps_own and args.harmless_retention in BY_HEAD
+            else None,
         )
 
 
@@ -215,7 +217,7 @@ class GroupCollator:
     - ``reference_gap``: ``[T]`` float32, the reference's gap on the pair's source, NaN where it is not known
     - ``reference_hidden``: ``[P, 2, H]`` float32, of the P sequences that are held (only if some are), and
       ``held_of_pair`` ``[T]``, the row of them that a pair's retention is of, or -1
-    - ``kept_states``: ``[N, H]`` float32, the reference's of the K pairs that are kept token by token, ``kept_by_kl``, and
+    - ``kept_states``: ``[N, H]`` float32, the reference's of the K pairs that are kept token by token, ``kept_by``, and
       ``kept_of_pair`` ``[T]``, which of these a pair is, or -1 (only if some are)
     - ``reference_logps``, ``reference_shared``: ``[T, 2]`` float32, of the pair's own responses (only if needed)
     - ``group_of_pair``: ``[T]``, the pair's group in this batch
@@ -405,7 +407,7 @@ class GroupCollator:
         return {
             "kept_states": torch.from_numpy(states),
             "kept_of_pair": torch.from_numpy(row_of_pair),
-            "kept_by_kl": self.harmless.keeps_by_kl,
+            "kept_by": self.harmless.keeps_by,
         }
 
     def _columns(self, pairs: Sequence[_Pair], examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

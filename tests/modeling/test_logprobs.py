@@ -74,9 +74,11 @@ def test_values_and_gradient_are_those_of_the_whole_logits(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @settings(deadline=None, max_examples=60)
 @HEADS
 def test_the_divergence_and_its_gradient_are_those_of_the_whole_logits(
+    reverse: bool,
     seed: int,
     tokens: int,
     vocabulary: int,
@@ -98,16 +100,20 @@ def test_the_divergence_and_its_gradient_are_those_of_the_whole_logits(
 
     leaf = hidden.clone().requires_grad_()
     wanted = all_log_probs(reference)
-    expected = (wanted.exp() * (wanted - all_log_probs(leaf))).sum(dim=1)
+    moved = all_log_probs(leaf)
+    ahead, behind = (moved, wanted) if reverse else (wanted, moved)
+    expected = (ahead.exp() * (ahead - behind)).sum(dim=1)
     (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), leaf)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpo.modeling.logprobs._LOGITS", {"cpu": held})
         own = hidden.clone().requires_grad_()
-        found = FrozenHeadDivergence.apply(own, reference, weight, bias_or_none, softcap, scale, True)
+        found = FrozenHeadDivergence.apply(
+            own, reference, weight, bias_or_none, softcap, scale, True, reverse
+        )
         (gradient,) = torch.autograd.grad((found * upstream).sum(), own)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-11)
-    same = FrozenHeadDivergence.apply(hidden, hidden, weight, bias_or_none, softcap, scale, False)
+    same = FrozenHeadDivergence.apply(hidden, hidden, weight, bias_or_none, softcap, scale, False, reverse)
     assert float(same.abs().max()) <= 1e-12
 
 

@@ -50,6 +50,8 @@ def moved(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], by: str, prom
     """How far a pair has moved: over its prompt, where the answer is decided on, and over the answer."""
     if by == "kl":
         far = (then[1].exp() * (then[1] - now[1])).sum(dim=1)
+    elif by == "reverse_kl":
+        far = (now[1].exp() * (now[1] - then[1])).sum(dim=1)
     else:
         far = (now[0] - then[0]).square().mean(dim=1)
     parts = [far[: prompt - 1], far[prompt - 1 : prompt], far[prompt:]]
@@ -129,6 +131,7 @@ USES: list[dict[str, Any]] = [
     {"harmless_loss_type": "sft", "harmless_retention": "kl", "harmless_retain_weight": 3.0},
     {"harmless_retention": "kl", "harmless_retain_weight": 3.0, "harmless_retain_target": 0.1},
     {"harmless_loss_type": "none", "harmless_retention": "hidden", "harmless_retain_target": 0.1},
+    {"harmless_loss_type": "none", "harmless_retention": "reverse_kl", "harmless_retain_weight": 20.0},
 ]
 MADE_UP: list[dict[str, Any]] = [
     {},
@@ -147,7 +150,7 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
 ) -> None:
     pooling = "last" if lora else "mean"
     case = Case("qwen2" if lora else "llama", lora, pooling=pooling, seed=41, cut=True, **RAGGED)
-    if use.get("harmless_retention") == "kl" and not lora:
+    if "kl" in use.get("harmless_retention", "") and not lora:
         with pytest.raises(ConfigError, match="`harmless_retention: states`, which needs no head"):
             Bench(case, tmp_path, **use)
         return
@@ -164,11 +167,11 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
 
 
 @pytest.mark.parametrize("made_up", MADE_UP[1:], ids=str)
-@pytest.mark.parametrize("use", [USES[0], USES[4], USES[7], USES[8]], ids=str)
+@pytest.mark.parametrize("use", [USES[0], USES[4], USES[7], USES[8], USES[11], USES[13]], ids=str)
 def test_a_step_is_the_same_however_its_groups_are_made_up(
     use: dict[str, Any], made_up: dict[str, Any], tmp_path: Path
 ) -> None:
-    lora = use.get("harmless_retention") == "kl"
+    lora = "kl" in use.get("harmless_retention", "")
     case = Case("llama", lora, layout=made_up.get("batch_layout", "tree"), seed=42, **RAGGED)
     bench = Bench(case, tmp_path, **use, **made_up)
     loss, expected = plain_step(bench)
@@ -243,7 +246,7 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_loss_type": "sft", "harmless_beta": 0.2}, "has no temperature"),
         ({"harmless_loss_type": ["sigmoid", "simpo"]}, "Set `harmless_beta`"),
         ({"harmless_loss_weight": -1}, "`harmless_loss_weight` is -1"),
-        ({"harmless_retention": "logits"}, "expected 'none', 'hidden', 'states' or 'kl'"),
+        ({"harmless_retention": "logits"}, "expected 'none', 'hidden', 'states', 'kl' or 'reverse_kl'"),
         ({"harmless_train_on": "all"}, "expected 'targets', 'source' or 'both'"),
         ({"harmless_max_response_length": 0}, "a whole number of at least 1"),
         ({"harmless_share": 1.0}, "above 0 and below 1"),
@@ -433,7 +436,7 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "parts", [{}, {"harmless_train_on": "targets"}, {"max_targets_per_group": 1}], ids=str
 )
-@pytest.mark.parametrize("kept", ["states", "kl"])
+@pytest.mark.parametrize("kept", ["states", "kl", "reverse_kl"])
 def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
     kept: str, parts: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
