@@ -42,6 +42,7 @@ from mpo.planning.known_models import shape_config
 from mpo.planning.memory import SHARDINGS, describe
 from mpo.planning.throughput import sent_per_step
 from mpo.training.config import _MEANINGLESS, MPOConfig
+from mpo.training.harmless import RETENTIONS
 from mpo.training.objectives import (
     MISMATCHED,
     REFERENCE,
@@ -519,7 +520,7 @@ def test_the_settings_named_beside_the_tables_are_keys() -> None:
         "all_targets",
         "retention_loss",
     }  # of metrics.json
-    others |= {"held_out_groups", "train_runtime", "peak_memory", "flex_attention"}
+    others |= {"held_out_groups", "train_runtime", "peak_memory", "flex_attention", *RETENTIONS}
     assert words - others <= set(KEYS)
     assert "gradient_checkpointing" in words
 

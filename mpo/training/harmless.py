@@ -6,12 +6,12 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
     L = (1/N) sum of l(harmful pair)  +  (1/M) sum of (w l'(harmless pair) + lambda' ||h - h_ref||^2 / hidden_size)
 
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
-``harmless_retain_weight``, or of each language what ``harmless_retain_target`` has made of it. The second term is there with ``harmless_retention: hidden``: the pooled final hidden states of
-prompt and chosen response of the pair itself, in the dominant and in the target languages. With ``states`` it is the same distance
-at each token of prompt and chosen response but the last, and with ``kl`` at each of these ``KL(p_ref || p)`` of the token that
-follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the starting policy has them: what it says of harmless prompts, and after
-them, stays as it was. Of these it is the
-mean of three means: over the prompt, at its last token, where the answer is decided on, and over the response.
+``harmless_retain_weight``, or of each language what ``harmless_retain_target`` has made of it. The second term is there with
+``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
+and in the target languages. With ``states`` it is the same distance at each token of prompt and chosen response but the last, and
+with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the
+starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three means:
+over the prompt, at its last token, where the answer is decided on, and over the response.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class HarmlessSettings:
             `"hidden"` holds the final hidden states of prompt and chosen response, pooled, where the starting policy has
             them, in each of these pairs' languages; `"states"` those of each token; `"kl"` what the model expects after
             each token, which needs an LM head that is not trained and that the reference has, too, and `"reverse_kl"` the same the other
-            way round, which weighs what the model has come to expect and the starting policy did not. The last three keep the starting policy's states of every
-            token on disk, four bytes times the hidden size for each.
+            way round, which weighs what the model has come to expect and the starting policy did not. The last three keep the
+            starting policy's states of every token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
         harmless_retain_target (`float`, *optional*):
@@ -194,7 +194,7 @@ class HarmlessSettings:
         if self.harmless_retain_target is not None and not view.keeps_own:
             raise ConfigError(
                 f"`harmless_retain_target: {self.harmless_retain_target:g}` adapts the weight of `harmless_retention`, but nothing is "
-                "held. Set `harmless_retention: kl` (or another), with a `harmless_retain_weight` above 0 to begin with, or remove it."
+                "held. Set `harmless_retention: reverse_kl` (or another), with a `harmless_retain_weight` above 0 to begin with, or remove it."
             )
         if self.harmless_beta is not None and "beta" not in objectives.reads:
             raise ConfigError(
