@@ -239,7 +239,7 @@ class DataReport:
             title, text = FINDINGS[name]
             if name in ("truncated", "prompt_too_long", "same_after_cut"):
                 text = text.replace("max_length", f"max_length ({self.max_length})")
-            lines += ["", *_wrapped(f"{title}: {self.count(name)} pairs. {text}", "  ")]
+            lines += ["", *_wrapped(f"{title}: {counted(self.count(name), 'pair')}. {text}", "  ")]
             for language in self.languages:
                 rows = language.flagged.get(name, [])
                 if rows:
@@ -277,7 +277,8 @@ class DataReport:
             f"{short_text(row.file, 30)}:{row.row}" if several else str(row.row) for row in rows[:_ROWS_SHOWN]
         ]
         more = ", ..." if len(rows) > _ROWS_SHOWN else ""
-        return _wrapped(f"{head.strip()}, rows {', '.join(names)}{more}", "    ")
+        noun = "row" if len(names) == 1 else "rows"
+        return _wrapped(f"{head.strip()}, {noun} {', '.join(names)}{more}", "    ")
 
 
 def short_text(text: str, length: int) -> str:
