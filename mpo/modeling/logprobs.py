@@ -105,16 +105,15 @@ class FrozenHeadDivergence(_OfStates):
             wanted = torch.log_softmax(wanted, dim=-1, dtype=wide)
             logits, squashed = _logits(hidden[part], weight, bias, softcap, scale)
             values = torch.log_softmax(logits, dim=-1, dtype=wide)
-            if reverse:
-                further = values - wanted
-                slopes = values.exp_()
-                divergence[part] = (slopes * further).sum(dim=-1)
-                slopes.mul_(further.sub_(divergence[part, None]))
-            else:
-                probabilities = wanted.exp()
-                divergence[part] = (probabilities * wanted.sub_(values)).sum(dim=-1)
-                slopes = values.exp_().sub_(probabilities)
+            # In the direction of the distribution that the mean is taken over.
+            mean_over = (values if reverse else wanted).exp()
+            further = values.sub_(wanted) if reverse else wanted.sub_(values)
+            divergence[part] = (mean_over * further).sum(dim=-1)
             if gradient is not None:
+                if reverse:
+                    slopes = mean_over.mul_(further.sub_(divergence[part, None]))
+                else:
+                    slopes = values.exp_().sub_(mean_over)
                 _to_hidden(slopes, squashed, weight, scale, gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)

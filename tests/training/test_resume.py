@@ -30,6 +30,7 @@ from mpo.training import checkpoints, reference
 from mpo.training import trainer as trainer_module
 from mpo.training.checkpoints import MARKER, is_complete, last_complete_checkpoint, mark_complete, saved_state
 from mpo.training.resume import check_resumable
+from mpo.training.run_settings import check_settings, saved_settings
 from mpo.training.stopping import SIGNALS, StopSignals
 from mpo.training.trainer import MPOTrainer
 from tests import processes, runs
@@ -858,6 +859,16 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(
         weights = resumed(model, folder, "lora")
     assert [message for message in caplog.messages if "does not say with which settings" in message]
     assert runs.differing(weights, unbroken["lora"].weights) == []
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_of_had_its_default() -> None:
+    then = saved_settings({"settings": {"harmless_retain_weight": 3.0, "learning_rate": 1e-3}})
+    assert then is not None and then["harmless_retain_weight"] == 3.0 and then["learning_rate"] == 1e-3
+    now = {**then, "harmless_retain_target": 0.1}
+    with pytest.raises(ConfigError, match=r"harmless_retain_target: null then, 0\.1 now"):
+        check_settings("checkpoint-3", then, now, (), trains_adapter=True)
+    assert saved_settings({"settings": {"beta": 1.0}}) == {"beta": 1.0}  # without harmless groups
+    assert saved_settings({}) is None
 
 
 # ---- What cannot be resumed --------------------------------------------------------------------------------------

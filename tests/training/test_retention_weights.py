@@ -153,6 +153,9 @@ def test_a_step_that_is_not_taken_changes_nothing() -> None:
     found.add(pairs([("ar", 5.0, True)]), torch.ones(1))
     found.forget_step()
     found.step(ALONE)
+    found.add(pairs([("bn", 5.0, True)]), torch.ones(1))
+    found.step(ALONE, taken=False)
+    found.step(ALONE)
     assert found.values.tolist() == [3.0, 3.0, 3.0] and found.log() == {}
 
 
