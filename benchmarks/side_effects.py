@@ -1,13 +1,15 @@
 """What safety training costs: from public red-team prompts to a page of attack success against harmless prompts refused.
 
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --dry_run
-    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --seeds 0 1 2
+    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --polyrefuse FOLDER --seeds 0 1 2
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --paper gemma_mpo_data.json --part tune
 
 MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: the first 70 are trained on, those
 from 70 to 100 are for choosing settings (``--part tune``), and of those from 100 on, 48 are measured (``--part test``). Harmless
 prompts are trained on from the package's starter set and measured on its probe set, 14 of whose prompts are for choosing and the
-others for measuring; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts.
+others for measuring. With ``--polyrefuse``, a folder of PolyRefuse's files (https://github.com/mainlp/Multilingual-Refusal), its
+harmless training prompts are trained on as well, in the languages that it has, and of its harmless test prompts 30 of the first 120
+are for choosing and 48 of the others are measured; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts.
 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
 2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
@@ -45,6 +47,7 @@ from mpo.jobs.hidden_space import run_analysis
 LANGUAGES = ("en", "zh", "ko", "ar", "bn", "sw")
 UNTRAINED = ("ja", "de", "fr", "es")
 TRAINED_ON, CHOSEN_WITH, MEASURED = slice(0, 70), slice(70, 100), slice(100, None)
+POLYREFUSE_PARTS = {"tune": (slice(0, 120), 30), "test": (slice(120, None), 48)}
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "refuse_or_answer.yaml"
 BUILD = ROOT / "recipes" / "data" / "refuse_or_answer.yaml"
@@ -98,6 +101,39 @@ def read_multijail(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def read_polyrefuse(folder: Path, part: str) -> tuple[list[dict[str, str]], list[str]]:
+    """PolyRefuse's harmless prompts of a part, ``"train"`` or ``"test"``, and those of our languages that it has them in.
+
+    Raises:
+        DataError: A file cannot be read, there is none in English, or the languages have different numbers of prompts.
+    """
+    columns: dict[str, list[str]] = {}
+    for code in (*LANGUAGES, *UNTRAINED):
+        path = folder / f"harmless_{part}_{code}.json"
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            columns[code] = [row.get("instruction_translated") or row["instruction"] for row in found]
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"is no file of PolyRefuse ({type(error).__name__}: {error}).", file=str(path)
+            ) from None
+    if LANGUAGES[0] not in columns or len({len(texts) for texts in columns.values()}) != 1:
+        counts = ", ".join(f"{code} {len(texts)}" for code, texts in columns.items()) or "none"
+        raise DataError(
+            f"has harmless_{part}_LANGUAGE.json with these numbers of prompts: {counts}. Expected English among them, and the "
+            "same number in each.",
+            file=str(folder),
+        )
+    numbers = range(len(columns[LANGUAGES[0]]))
+    rows = [
+        {"id": f"polyrefuse-{part}-{n}", "kind": "harmless", **{code: columns[code][n] for code in columns}}
+        for n in numbers
+    ]
+    return rows, list(columns)
+
+
 def spread(rows: list[Any], count: int) -> list[Any]:
     """So many of the rows, evenly over all of them."""
     step = max(1, len(rows) // count)
@@ -149,6 +185,14 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     for each in options.harmless:
         name, _, file = each.partition("=")
         harmless[name] = {"prompts": [file], "limit": 48}
+    train_files = [str(train), "starter-harmless"]
+    if options.polyrefuse:
+        rows, codes = read_polyrefuse(Path(options.polyrefuse), "train")
+        train_files.append(str(write_table(out / "prompts" / "polyrefuse-train.csv", rows, ["kind", *codes])))
+        rows, codes = read_polyrefuse(Path(options.polyrefuse), "test")
+        of_part, count = POLYREFUSE_PARTS[options.part]
+        path = out / "prompts" / f"polyrefuse-{options.part}.csv"
+        harmless["polyrefuse"] = {"prompts": [str(write_table(path, spread(rows[of_part], count), codes))]}
     texts_of_space = out / "prompts" / f"hidden_space-{options.part}.jsonl"
     write_text(texts_of_space, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in labelled))
     model = {"model": options.model, "dtype": "bfloat16", "batch_size": options.batch_size}
@@ -205,7 +249,8 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     }
     for name, recipe in written.items():
         write_text(out / f"{name}.yaml", yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
-    data = ["--prompts.data", str(train), "starter-harmless", "--out", str(out / "data")]
+    missing = ["--prompts.missing", "skip"] if options.polyrefuse else []
+    data = ["--prompts.data", *train_files, *missing, "--out", str(out / "data")]
     choice = [word for name, value in model.items() for word in (f"--model.{name}", str(value))]
     build = load_build(BUILD, [*data, *choice, "--leaks.against", *map(str, attacks.values())])
     return build, *(out / f"{kind}-{options.part}.yaml" for kind in ("compare", "hidden_space"))
@@ -221,6 +266,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--harmless", nargs="+", default=[], metavar="NAME=FILE", help="more harmless prompts to measure"
+    )
+    parser.add_argument(
+        "--polyrefuse",
+        metavar="FOLDER",
+        help="PolyRefuse's files, to train on its harmless prompts and measure others",
     )
     parser.add_argument("--part", choices=["tune", "test"], default="test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -113,7 +113,10 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings:
                     f"answers: there are no {name} in {listed(lacking)}, and nothing translates. Give a file with some "
                     f"(`answers.{name}`), or set `translation`."
                 )
-    if recipe.translation.engine != "none" or any(map(facts.prompts_to_translate, recipe.languages)):
+    translates = recipe.prompts.missing == "translate" and any(
+        map(facts.prompts_to_translate, recipe.languages)
+    )
+    if recipe.translation.engine != "none" or translates:
         make_translator(recipe.translation).check(recipe.source_language, recipe.languages)
 
 
@@ -124,10 +127,16 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
     left_out = f"; {facts.dropped:,} left out" if facts.dropped else ""
     data = listed(map(shown_name, recipe.prompts.data))
     rows = [("Prompts", f"{facts.total:,}: {kinds}, from {data}{left_out}")]
+    if recipe.prompts.missing == "skip":
+        given = listed(
+            f"{facts.total - facts.prompts_to_translate(code):,} in {code}" for code in recipe.languages
+        )
+        rows.append(("Given", f"{given}; a language that a prompt is not given in is skipped"))
     if recipe.samples_model and recipe.model is not None:
         own = facts.kinds[HARMLESS] * answers.samples if answers.samples_harmless else 0
         each = "each of " if len(recipe.languages) > 1 else ""
-        more = f", and {own:,} in {each}{listed(recipe.languages)}" if own else ""
+        at_most = "up to " if recipe.prompts.missing == "skip" else ""
+        more = f", and {at_most}{own:,} in {each}{listed(recipe.languages)}" if own else ""
         asked = facts.total if answers.samples_harmful else facts.kinds[HARMLESS]
         if asked:
             rows.append(("Answers", f"{asked * answers.samples:,} from {model_name(recipe.model)}{more}"))

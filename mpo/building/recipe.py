@@ -31,6 +31,8 @@ class PromptSource:
         limit: Keep the first so many prompts.
         dataset_split: Split of a Hub dataset.
         bad_rows: ``error`` or ``drop``.
+        missing: What becomes of a target language that a prompt is not given in: ``translate`` it, or ``skip`` it, so that the
+            prompt's group is without it.
     """
 
     data: list[str]
@@ -39,6 +41,7 @@ class PromptSource:
     limit: int | None = None
     dataset_split: str = "train"
     bad_rows: str = "error"
+    missing: str = "translate"
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
@@ -48,6 +51,8 @@ class PromptSource:
             raise ConfigError(f"kind: expected {' or '.join(KINDS)}, got {self.kind!r}.")
         if self.bad_rows not in ("error", "drop"):
             raise ConfigError(f"bad_rows: expected 'error' or 'drop', got {self.bad_rows!r}.")
+        if self.missing not in ("translate", "skip"):
+            raise ConfigError(f"missing: expected 'translate' or 'skip', got {self.missing!r}.")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Target:
         choice: Its settings.
         stock: Refusals and openings by language.
         settings: Where answers come from.
+        skips: Whether a prompt that is not given in this language gets no pair in it.
     """
 
     language: str
@@ -35,6 +36,7 @@ class Target:
     choice: TranslationChoice
     stock: Mapping[str, Refusals]
     settings: AnswerSettings
+    skips: bool = False
 
     def prompts(self, rows: Sequence[PromptRow], kept: Kept) -> list[Row]:
         """The harmless prompts of a block in this language, which the model is to answer.
@@ -49,7 +51,7 @@ class Target:
                 continue
             if self.language in prompt.texts:
                 out[index] |= {"text": prompt.texts[self.language], "from": DATA}
-            else:
+            elif not self.skips:
                 asked[str(index)] = prompt.texts[self.source_language]
         for name, made in self._translate(asked, kept).items():
             out[int(name)] |= {"text": made.text or None, "from": TRANSLATION, "fault": made.fault}
@@ -72,7 +74,7 @@ class Target:
         for index, (prompt, pair, given, own) in enumerate(rows):
             row: Row = {"id": prompt.id, **dict.fromkeys(PARTS), "from": {}, "faults": {}}
             out.append(row)
-            if pair["fault"] is not None:
+            if pair["fault"] is not None or (self.skips and self.language not in prompt.texts):
                 continue
             if prompt.kind == HARMFUL:
                 self._harmful(row, prompt, pair)

@@ -208,11 +208,14 @@ class _Build:
             choice,
             {REFUSALS: self.refusals, OPENINGS: self.openings},
             recipe.answers,
+            recipe.prompts.missing == "skip",
         )
 
     def _given_prompts(self, code: str, translator: Translator | None) -> Stage:
-        settings = {} if translator is None else {"translator": translator.settings()}
+        settings: dict[str, Any] = {} if translator is None else {"translator": translator.settings()}
         target = self._target(code, translator, self.recipe.translation)
+        if target.skips:
+            settings["missing"] = "skip"
         stage = self.stage(f"prompts.{code}", (), settings)
         return self._run(
             stage, self.prompts(), target.prompts, self._harmless(f"Translating harmless prompts ({code})")

@@ -47,10 +47,11 @@ class RewardGapOutput(ModelOutput):
         prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
         kept_states: ``[N, H]``, final hidden states of the tokens that are kept, of one tree after another, float32; where
             the batch has no states to compare them with.
-        moved: ``[K]``, how far each kept tree is from the states that the batch has: the mean of three means, over the
-            prompt's tokens before its last one, of that one, where the answer is decided on, and over the response's. It is
-            of a divergence of the next token in nats with ``kept_by``, ``KL(p_ref || p)`` with ``"kl"`` and ``KL(p || p_ref)`` with
-            ``"reverse_kl"``, else of ``||h - h_ref||^2 / hidden_size``.
+        moved: ``[K]``, how far each kept tree is from the states that the batch has, in the mean of three parts: the mean over
+            the prompt's tokens before its last one; the decision, that is the last one and each token of the rejected response
+            times the probability of coming to it; and the mean over the chosen response. It is of a divergence of the next token
+            in nats with ``kept_by``, ``KL(p_ref || p)`` with ``"kl"`` and ``KL(p || p_ref)`` with ``"reverse_kl"``, else of
+            ``||h - h_ref||^2 / hidden_size``.
         aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
@@ -118,6 +119,7 @@ def _reward_gap_forward(
     state_index: Tensor | None = None,
     kept_index: Tensor | None = None,
     kept_lengths: Tensor | None = None,
+    kept_paths: Tensor | None = None,
     kept_states: Tensor | None = None,
     kept_by: str | None = None,
     output_router_logits: bool = False,
@@ -143,17 +145,17 @@ def _reward_gap_forward(
     prompts = None
     if prompt_index is not None and prompt_labels is not None and prompt_lengths is not None:
         prompts = (prompt_index, prompt_labels, prompt_lengths)
-    kept = (
-        None if kept_index is None else _Kept(kept_index, kept_lengths, kept_states, kept_by == "reverse_kl")
-    )
-    response_logps, first_logps, shared_logps, prompt_logps, divergence = _log_likelihoods(
+    kept = None
+    if kept_index is not None:
+        kept = _Kept(kept_index, kept_lengths, kept_paths, kept_states, kept_by)
+    response_logps, first_logps, shared_logps, prompt_logps, moved = _log_likelihoods(
         model,
         config,
         hidden,
         (score_index, score_labels, score_lengths),
         score_shared,
         prompts,
-        kept if kept_by else None,
+        None if kept is None or kept.states is None else kept,
     )
     return RewardGapOutput(
         response_logps=response_logps,
@@ -163,7 +165,7 @@ def _reward_gap_forward(
         prompt_logps=prompt_logps,
         prompt_states=None if state_index is None else _states(hidden, state_index),
         kept_states=_states(hidden, kept.places) if kept is not None and kept.states is None else None,
-        moved=divergence if kept is None or kept_by else _moved(hidden, kept),
+        moved=moved,
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
 
@@ -183,32 +185,42 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """Positions of the tokens that are kept, how many are in each of a tree's three parts, the reference's states there, if they
-    are known, and the direction of a divergence."""
+    """The tokens that are kept, see :func:`mpo.modeling.trees.build_batch`, the reference's states there, if they are known, and
+    the divergence they are held by."""
 
     places: Tensor
     lengths: Any
+    paths: Any
     states: Any
-    reverse: bool
+    by: str | None
 
 
-@torch.compiler.disable
-def _moved(hidden: Tensor, kept: _Kept) -> Tensor | None:
-    """``[K]``, mean squared distance of the states that are kept from the reference's."""
-    if kept.states is None:
-        return None
-    own = _states(hidden, kept.places)
-    return _mean_of_parts((own - kept.states.to(own)).square().mean(dim=-1), kept.lengths)
+def _mean_of_parts(distances: Tensor, logps: Tensor, kept: _Kept) -> Tensor:
+    """``[K]``, the mean of each tree's three parts, those that have a token: prompt, decision and chosen response.
 
+    In one mean over all tokens those that the answer is decided at would be few of a hundred. A language may begin answers and
+    refusals with one token; then the next ones decide, on a path that no answer takes. So the rejected response belongs to the
+    decision, each of its tokens as far as the model would come to it::
 
-def _mean_of_parts(values: Tensor, lengths: Tensor) -> Tensor:
-    """``[K]``, the mean of the means of each tree's three parts, those that have a token.
+        D(x) + sum_t p(y_1 .. y_t | x) D(x, y_1 .. y_t)
 
-    In one mean over all tokens the one that the answer is decided at would be one of a hundred.
+    which is what a divergence of whole answers, ``KL(p || p_ref)``, has along this path.
+
+    Args:
+        distances: ``[M]``, of the tokens that are kept.
+        logps: ``[N]``, of those that are scored.
+        kept: Which they are.
     """
-    lengths = lengths.to(values.device)
-    means = segment_sum(values, lengths) / lengths.clamp(min=1)
-    return means.unflatten(0, (-1, 3)).sum(dim=1) / (lengths.unflatten(0, (-1, 3)) > 0).sum(dim=1)
+    lengths = kept.lengths.to(distances.device)
+    sums = segment_sum(distances, lengths).unflatten(0, (-1, 4))
+    scored, own = kept.paths.to(distances.device)
+    # One more entry, which is 0, for the places that are -1.
+    on_path = torch.cat([logps, logps.new_zeros(1)])[scored].cumsum(dim=1).exp()
+    along = torch.cat([distances, distances.new_zeros(1)])[own]
+    decision = sums[:, 1] + (on_path * along).sum(dim=1)
+    lengths = lengths.unflatten(0, (-1, 4))
+    parts = decision + sums[:, 0] / lengths[:, 0].clamp(min=1) + sums[:, 2] / lengths[:, 2].clamp(min=1)
+    return parts / (lengths[:, :3] > 0).sum(dim=1)
 
 
 _Scored = tuple[
@@ -227,7 +239,7 @@ def _log_likelihoods(
     kept: _Kept | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Means over the responses' tokens ``[T, 2]``, their first tokens' and, where asked for, sums over as many first tokens as both
-    have and over the prompts', and the divergence from the reference on the tokens that are kept."""
+    have and over the prompts', and how far the trees that are kept are from the reference."""
     index, labels, lengths = responses
     if lengths.numel() == 0:
         nothing = hidden.new_zeros((0, 2), dtype=torch.float32)
@@ -241,12 +253,18 @@ def _log_likelihoods(
     if prompts is not None:
         index, labels = torch.cat([index, prompts[0]]), torch.cat([labels, prompts[1]])
     # One call of the head for all: where it is sharded, a call is a collective.
-    values = _token_logps(model, config, hidden, index, labels, kept)
+    values = _token_logps(
+        model, config, hidden, index, labels, kept if kept is not None and kept.by else None
+    )
     lengths = lengths.to(values.device)
-    divergence = None
+    moved = None
     if kept is not None:
-        values, rest = values.split([index.shape[0], kept.places.shape[0]])
-        divergence = _mean_of_parts(rest, kept.lengths)
+        if kept.by:
+            values, distances = values.split([index.shape[0], kept.places.shape[0]])
+        else:
+            own = _states(hidden, kept.places)
+            distances = (own - kept.states.to(own)).square().mean(dim=-1).to(values.device)
+        moved = _mean_of_parts(distances, values, kept)
     of_prompts = None
     if prompts is not None:
         values, rest = values.split([responses[0].shape[0], prompts[0].shape[0]])
@@ -258,7 +276,7 @@ def _log_likelihoods(
     means, first = (
         per_response.unflatten(0, (-1, 2)) for per_response in (segment_mean(values, lengths), first)
     )
-    return means, first, of_shared, of_prompts, divergence
+    return means, first, of_shared, of_prompts, moved
 
 
 def _token_logps(
@@ -300,7 +318,7 @@ def _token_logps(
                 softcap,
                 scale,
                 held.requires_grad,
-                kept.reverse,
+                kept.by == "reverse_kl",
             )
         return torch.cat([values, divergence.to(values.dtype)])
 

@@ -40,6 +40,7 @@ MODEL_KEYS = (
     "state_index",
     "kept_index",
     "kept_lengths",
+    "kept_paths",
     "kept_states",
     "kept_by",
 )
@@ -58,7 +59,7 @@ class Tree(NamedTuple):
     prompt_state: bool = False
     """Whether the hidden state of the prompt's last token is needed."""
     keep: bool = False
-    """Whether what is said after each token of prompt and chosen response is held."""
+    """Whether what is said after each token of prompt and responses is held; of a tree that is scored."""
 
     @property
     def size(self) -> int:
@@ -157,16 +158,19 @@ def build_batch(
         - ``state_index``: ``[Q]``, flat positions of last tokens of prompts, of the trees that ask for their states (only
           if some do)
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
-        - ``kept_index``: flat positions of the tokens of prompt and chosen response but the last, of the K trees that keep
-          them, ``kept_lengths``: ``[3K]``, how many of them lie before the prompt's last token, are it, and come after it
-          (only if some do)
+        - ``kept_index``: flat positions of the tokens of prompt and both responses but their last ones, of the K trees that
+          keep them, ``kept_lengths``: ``[4K]``, how many of them lie before the prompt's last token, are it, and are of the
+          chosen and of the rejected response; ``kept_paths``: ``[2, K, L]``, for each of the latter the place of its
+          log-likelihood among the N and its own place in ``kept_index``, -1 beyond them (only if some do)
 
     Raises:
-        ValueError: A tree has an empty part.
+        ValueError: A tree has an empty part, or is kept and not scored.
     """
     for i, tree in enumerate(trees):
         if not (len(tree.prompt) and len(tree.chosen) and len(tree.rejected)):
             raise ValueError(f"tree {i} has an empty prompt or response")
+        if tree.keep and not tree.score:
+            raise ValueError(f"tree {i} is kept and not scored")
     build = _tree_rows if layout == "tree" else _padded_rows
     rows, columns, starts, length = build(trees, max_tokens_per_row)
     if pad_to_multiple_of:
@@ -189,6 +193,7 @@ def build_batch(
     pool_lengths: list[int] = []
     kept_index: list[np.ndarray] = []
     kept_lengths: list[int] = []
+    paths: list[tuple[int, int]] = []
 
     for i, tree in enumerate(trees):
         prompt_length = len(tree.prompt)
@@ -223,8 +228,13 @@ def build_batch(
             if tree.prompt_state and branch == CHOSEN:
                 state_index.append(int(prompt_positions[-1]))
             if tree.keep and branch == CHOSEN:
-                kept_index.append(np.concatenate([prompt_positions, response_positions[:-1]]))
-                kept_lengths += [prompt_length - 1, 1, len(response) - 1]
+                kept_index.append(prompt_positions)
+                kept_lengths += [prompt_length - 1, 1]
+            if tree.keep:
+                kept_index.append(response_positions[:-1])
+                kept_lengths.append(len(response) - 1)
+            if tree.keep and branch == REJECTED:
+                paths.append((len(score_lengths) - 1, len(kept_lengths) - 1))
             if tree.pool:
                 pooled = (
                     np.concatenate([prompt_positions, response_positions])
@@ -248,6 +258,7 @@ def build_batch(
     if kept_index:
         batch["kept_index"] = _concatenate(kept_index)
         batch["kept_lengths"] = torch.tensor(kept_lengths, dtype=torch.long)
+        batch["kept_paths"] = _paths(paths, score_lengths, kept_lengths)
     if score_shared:
         batch["score_shared"] = _concatenate(shared)
     if score_prompts:
@@ -306,6 +317,17 @@ def _spans(
         tree = trees[i]
         lengths += [len(tree.prompt), len(tree.chosen), len(tree.rejected), end - place - tree.size]
     return tuple(lengths)
+
+
+def _paths(
+    entries: Sequence[tuple[int, int]], score_lengths: Sequence[int], kept_lengths: Sequence[int]
+) -> Tensor:
+    """``kept_paths`` of :func:`build_batch`, from the entries that each rejected response has in the two lists of lengths."""
+    scored, kept = np.array(entries).T
+    first = np.stack([np.cumsum([0, *score_lengths])[scored], np.cumsum([0, *kept_lengths])[kept]])
+    count = np.array(kept_lengths)[kept]
+    along = np.arange(count.max())
+    return torch.from_numpy(np.where(along < count[:, None], first[..., None] + along, -1))
 
 
 def _concatenate(parts: list[np.ndarray]) -> Tensor:

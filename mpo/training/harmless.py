@@ -8,10 +8,11 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
 ``harmless_retain_weight``, or of each language what ``harmless_retain_target`` has made of it. The second term is there with
 ``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
-and in the target languages. With ``states`` it is the same distance at each token of prompt and chosen response but the last, and
+and in the target languages. With ``states`` it is the same distance at each token of prompt and responses but their last, and
 with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the
-starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three means:
-over the prompt, at its last token, where the answer is decided on, and over the response.
+starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three parts:
+over the prompt; the decision, at the prompt's last token and along the rejected response, a refusal, each of its tokens as far as
+the model would come to it; and over the chosen response.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class HarmlessSettings:
             harmless prompts must not grow in the dominant language either; targets for `mpo`.
         harmless_retention (`str`, *optional*, defaults to `"none"`):
             `"hidden"` holds the final hidden states of prompt and chosen response, pooled, where the starting policy has
-            them, in each of these pairs' languages; `"states"` those of each token; `"kl"` what the model expects after
-            each token, which needs an LM head that is not trained and that the reference has, too, and `"reverse_kl"` the same the other
+            them, in each of these pairs' languages; `"states"` those of each token, those of the rejected response as far as the
+            model would come to them; `"kl"` what the model expects after each token, which needs an LM head that is not trained and that the reference has, too, and `"reverse_kl"` the same the other
             way round, which weighs what the model has come to expect and the starting policy did not. The last three keep the
             starting policy's states of every token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):

@@ -51,7 +51,7 @@ logger = get_logger(__name__)
 
 _FORMAT = 1
 _INDEX = "index.json"
-LOGPS, HIDDEN, SHARED, STATES = "logps", "hidden", "shared", "states"
+LOGPS, HIDDEN, SHARED, STATES = "logps", "hidden", "shared", "token_states"
 _VISIBLE_WITHIN = 60.0  # seconds after which a folder that another node has made must be seen
 
 
@@ -97,7 +97,7 @@ class ReferenceStore:
         hidden: ``[n, 2, H]`` float32, pooled final hidden states of prompt + chosen and prompt + rejected, if stored.
         shared: ``[n, 2]`` float32, log-likelihood of as many first tokens of each response as the shorter one has, summed,
             if stored.
-        states: ``[tokens, H]`` float32, final hidden states of prompt and chosen response but its last token, of one pair after
+        states: ``[tokens, H]`` float32, final hidden states of prompt and both responses but their last tokens, of one pair after
             another, if stored.
 
     Args:
@@ -121,8 +121,8 @@ class ReferenceStore:
         return gaps
 
     def rows(self, pairs: np.ndarray, *, states: bool = False) -> list[dict[str, Any]]:
-        """What is stored of each of some pairs: ``logps`` and ``shared``, each ``[2]``, and ``states`` ``[tokens, H]``; with
-        ``states`` also ``hidden`` ``[2, H]``."""
+        """What is stored of each of some pairs: ``logps`` and ``shared``, each ``[2]``, and ``token_states`` ``[tokens, H]``; with
+        `states` also ``hidden`` ``[2, H]``."""
         arrays = {LOGPS: self.logps} if self.shared is None else {LOGPS: self.logps, SHARED: self.shared}
         if states and self.hidden is not None:
             arrays[HIDDEN] = self.hidden
@@ -177,7 +177,7 @@ class GroupReference:
         Returns:
             ``reference_gap``; ``carries_source``; and, if stored, ``reference_hidden`` ``[2, H]``; for each side of which
             it is stored a list of what the reference says of each of its pairs, ``source_reference`` and
-            ``target_reference``: ``logps`` and ``shared``, each ``[2]``, ``states`` ``[tokens, H]``, of targets also ``hidden``
+            ``target_reference``: ``logps`` and ``shared``, each ``[2]``, ``token_states`` ``[tokens, H]``, of targets also ``hidden``
             ``[2, H]``; and, where pairs are mismatched, ``other_responses``, two lists of tokens, and ``other_logps`` ``[2]``.
         """
         row: dict[str, Any] = {
@@ -456,8 +456,8 @@ def _run_pass(
 
 
 def _starts(pairs: _Pairs) -> np.ndarray:
-    """``[n + 1]``, where the states of each pair start: one for each token of prompt and chosen response but the last."""
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(pairs.lengths[:, :2].sum(axis=1) - 1)])
+    """``[n + 1]``, where the states of each pair start: one for each token of prompt and responses but their last ones."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(pairs.lengths.sum(axis=1) - 2)])
 
 
 def _places(array: str, pairs: Sequence[int], starts: np.ndarray) -> np.ndarray:

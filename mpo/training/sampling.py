@@ -403,7 +403,7 @@ class GroupCollator:
             return {}
         row_of_pair = np.full(len(pairs), -1)
         row_of_pair[kept] = np.arange(len(kept))
-        states = np.concatenate([pairs[i].said["states"] for i in kept])
+        states = np.concatenate([pairs[i].said["token_states"] for i in kept])
         return {
             "kept_states": torch.from_numpy(states),
             "kept_of_pair": torch.from_numpy(row_of_pair),

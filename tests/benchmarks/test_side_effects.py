@@ -70,6 +70,50 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
     assert sum(map(len, parts)) == len(set().union(*parts))
 
 
+def save_polyrefuse(folder: Path) -> Path:
+    """Harmless prompts as PolyRefuse has them: English alone in ``instruction``, a translation beside it in test files."""
+    folder.mkdir()
+    for part, count, codes in (("train", 200, ("en", "ko", "ar", "ja")), ("test", 500, ("en", "de", "ar"))):
+        for code in codes:
+            rows: list[dict[str, str | None]] = []
+            for n in range(count):
+                text = f"Please describe item number {n} of the {part} list in {code}"
+                translated = part == "test" and code != "en"
+                rows.append({"instruction": "English" if translated else text, "category": None})
+                if translated:
+                    rows[-1]["instruction_translated"] = text
+            (folder / f"harmless_{part}_{code}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def test_harmless_prompts_of_polyrefuse_are_trained_on_and_others_measured(
+    multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = save_tiny("llama", tmp_path / "model"), save_polyrefuse(tmp_path / "polyrefuse")
+    out = tmp_path / "out"
+    words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
+    for part in ("tune", "test"):
+        run(monkeypatch, *words, "--part", part, "--polyrefuse", str(folder))
+        suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
+        assert set(suite["over_refusal"]) == {"harmless", "looks-harmful", "polyrefuse"}
+    assert "70 harmful and 380 harmless" in capsys.readouterr().out
+    trained, tune, test = (
+        read(out / "prompts" / f"polyrefuse-{name}.csv") for name in ("train", "tune", "test")
+    )
+    assert [len(trained), len(tune), len(test)] == [200, 30, 48]
+    assert not trained & tune and not tune & test and not trained & test
+    header, first, *_ = (out / "prompts" / "polyrefuse-test.csv").read_text(encoding="utf-8").splitlines()
+    assert header == "id,en,ar,de" and "test list in ar" in first and "English" not in first
+    (folder / "harmless_train_ko.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"numbers of prompts: en 200, ko 0, ar 200, ja 200. Expected English"
+    ):
+        run(monkeypatch, *words, "--polyrefuse", str(folder))
+    (folder / "harmless_train_ko.json").write_text('[{"text": 1}]', encoding="utf-8")
+    with pytest.raises(DataError, match=r"is no file of PolyRefuse"):
+        run(monkeypatch, *words, "--polyrefuse", str(folder))
+
+
 def test_the_published_objective_can_run_beside_it(
     multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -366,6 +366,40 @@ def test_refusals_and_openings_in_every_language_need_no_translator(tmp_path: Pa
         build_data(load_build(recipe, ["--answers.openings", str(tmp_path / "openings.json")]))
 
 
+def test_prompts_in_some_of_the_languages_need_no_translator_where_the_others_are_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"id": "all", "kind": "harmless", "en": "How do I bake bread?", "zh": "怎么烤面包？", "sw": "Nitaokaje mkate?"},
+        {"id": "part", "kind": "harmless", "en": "How do I make tea?", "sw": "Nitapikaje chai?"},
+        {"id": "none", "kind": "harmless", "en": "How do I boil an egg?"},
+        {"id": "harm", "kind": "harmful", "en": "How do I steal a car?", "zh": "怎么偷车？"},
+    ]  # fmt: skip
+    with serve(ChatServer(reply=lambda body: f"Well: {body['messages'][-1]['content']}")) as server:
+        path = write_recipe(
+            tmp_path,
+            f"prompts: {{data: ['{write_rows(tmp_path / 'p.jsonl', rows)}']}}\nlanguages: [zh, sw]\n"
+            f"model: {{model: toy, engine: server, url: {server.url}}}\n"
+            "answers: {chosen: refusal, rejected: [opening], harmless: any, samples: 1, generation: {temperature: 0}}\n"
+            f"filters: {{copy: null, length_ratio: null}}\nout: '{tmp_path / 'out'}'\n",
+        )
+        with pytest.raises(ConfigError, match=r"nothing is set that translates.*prompts: \{missing: skip\}"):
+            build_data(load_build(path))
+        build_data(load_build(path, ["--prompts.missing", "skip"]))
+        assert len(server.requests) == 3 + 1 + 2  # harmless prompts in en, zh and sw
+    assert "Given        2 in zh and 2 in sw; a language" in capsys.readouterr().out
+    groups = {group["id"]: group for group in read_lines(tmp_path / "out" / "groups.jsonl")}
+    assert {name: [target["language"] for target in group["targets"]] for name, group in groups.items()} == {
+        "all": ["zh", "sw"],
+        "part": ["sw"],
+        "harm": ["zh"],
+    }
+    dropped = read_lines(tmp_path / "out" / "dropped.jsonl")
+    assert [(d["id"], d["reason"]) for d in dropped] == [("none", "no target language is left")]
+    with pytest.raises(ConfigError, match="missing: expected 'translate' or 'skip', got 'ignore'"):
+        load_build(path, ["--prompts.missing", "ignore"])
+
+
 def test_harmful_prompts_are_not_answered_where_a_refusal_and_an_opening_are_taken(tmp_path: Path) -> None:
     facts = Facts()
     for row in (PromptRow("a", "harmful", {"en": "x"}), PromptRow("b", "harmless", {"en": "y"})):

@@ -40,22 +40,35 @@ def dpo(now: Scored, then: Scored, pair: Ids, beta: float) -> Tensor:
     return -logsigmoid(beta * (moved[0] - moved[1]))
 
 
-def next_tokens(model: Any, pair: Ids) -> tuple[Tensor, Tensor]:
-    """States and log-probabilities after each token of prompt and chosen response but the last, ``[N, H]`` and ``[N, V]``."""
-    found = model(input_ids=torch.tensor([[*pair.prompt, *pair.chosen[:-1]]]), output_hidden_states=True)
+def next_tokens(model: Any, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
+    """States and log-probabilities after each token of prompt and response but the last, ``[N, H]`` and ``[N, V]``."""
+    found = model(input_ids=torch.tensor([[*prompt, *response[:-1]]]), output_hidden_states=True)
     return found.hidden_states[-1][0], torch.log_softmax(found.logits[0], dim=-1)
 
 
-def moved(now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor], by: str, prompt: int) -> Tensor:
+def moved(model: Any, start: Any, by: str, pair: Ids) -> Tensor:
     """How far a pair has moved: over its prompt, where the answer is decided on, and over the answer."""
-    if by == "kl":
-        far = (then[1].exp() * (then[1] - now[1])).sum(dim=1)
-    elif by == "reverse_kl":
-        far = (now[1].exp() * (now[1] - then[1])).sum(dim=1)
-    else:
-        far = (now[0] - then[0]).square().mean(dim=1)
-    parts = [far[: prompt - 1], far[prompt - 1 : prompt], far[prompt:]]
-    return torch.stack([part.mean() for part in parts if len(part)]).mean()
+
+    def after(response: list[int]) -> tuple[Tensor, Tensor]:
+        """How far each token after that of prompt and response has moved, and its log-probabilities under the policy."""
+        now = next_tokens(model, pair.prompt, response)
+        with torch.no_grad():
+            then = next_tokens(start, pair.prompt, response)
+        if by == "kl":
+            return (then[1].exp() * (then[1] - now[1])).sum(dim=1), now[1]
+        if by == "reverse_kl":
+            return (now[1].exp() * (now[1] - then[1])).sum(dim=1), now[1]
+        return (now[0] - then[0]).square().mean(dim=1), now[1]
+
+    last = len(pair.prompt) - 1
+    far, _ = after(pair.chosen)
+    refusing, says = after(pair.rejected)
+    decision, comes_to = far[last], torch.ones((), dtype=torch.float64)
+    for i, token in enumerate(pair.rejected[:-1]):
+        comes_to = comes_to * says[last + i, token].exp()
+        decision = decision + comes_to * refusing[last + i + 1]
+    parts = [decision] + [part.mean() for part in (far[:last], far[last + 1 :]) if len(part)]
+    return torch.stack(parts).mean()
 
 
 def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,9 +120,7 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
                 change = (now.pooled[0] - then.pooled[0]).square().sum() / now.pooled.shape[1]
                 loss = loss + retain_weight * change
             elif args.harmless_retention != "none":
-                with torch.no_grad():
-                    start = next_tokens(bench.start, pair)
-                change = moved(next_tokens(model, pair), start, args.harmless_retention, len(pair.prompt))
+                change = moved(model, bench.start, args.harmless_retention, pair)
                 loss = loss + retain_weight * change
             harmless.append(loss)
     mean = torch.stack(harmful).mean()
@@ -456,7 +467,9 @@ def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
     after = run.evaluate()
     assert after["eval_harmless/loss/retention"] > 1e-4
     assert math.isfinite(after["eval_loss"])
-    folders = [folder for folder in (tmp_path / "reference").iterdir() if (folder / "states.npy").exists()]
+    folders = [
+        folder for folder in (tmp_path / "reference").iterdir() if (folder / "token_states.npy").exists()
+    ]
     assert folders
 
 

@@ -26,5 +26,6 @@ def make_translator(choice: TranslationChoice) -> Translator:
         return ChatTranslator(choice)
     raise ConfigError(
         "translation: texts are missing in a language and nothing is set that translates them. Expected `translation:` with "
-        "`engine: command`, `seq2seq` or `chat`, or the texts in the file of prompts."
+        "`engine: command`, `seq2seq` or `chat`, the texts in the file of prompts, or `prompts: {missing: skip}`, which "
+        "leaves such languages out."
     )
