@@ -113,9 +113,7 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings:
                     f"answers: there are no {name} in {listed(lacking)}, and nothing translates. Give a file with some "
                     f"(`answers.{name}`), or set `translation`."
                 )
-    translates = recipe.prompts.missing == "translate" and any(
-        map(facts.prompts_to_translate, recipe.languages)
-    )
+    translates = not recipe.prompts.skips_missing and any(map(facts.prompts_to_translate, recipe.languages))
     if recipe.translation.engine != "none" or translates:
         make_translator(recipe.translation).check(recipe.source_language, recipe.languages)
 
@@ -127,7 +125,7 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
     left_out = f"; {facts.dropped:,} left out" if facts.dropped else ""
     data = listed(map(shown_name, recipe.prompts.data))
     rows = [("Prompts", f"{facts.total:,}: {kinds}, from {data}{left_out}")]
-    if recipe.prompts.missing == "skip":
+    if recipe.prompts.skips_missing:
         given = listed(
             f"{facts.total - facts.prompts_to_translate(code):,} in {code}" for code in recipe.languages
         )
@@ -135,7 +133,7 @@ def plan_text(recipe: BuildRecipe, facts: Facts) -> str:
     if recipe.samples_model and recipe.model is not None:
         own = facts.kinds[HARMLESS] * answers.samples if answers.samples_harmless else 0
         each = "each of " if len(recipe.languages) > 1 else ""
-        at_most = "up to " if recipe.prompts.missing == "skip" else ""
+        at_most = "up to " if recipe.prompts.skips_missing else ""
         more = f", and {at_most}{own:,} in {each}{listed(recipe.languages)}" if own else ""
         asked = facts.total if answers.samples_harmful else facts.kinds[HARMLESS]
         if asked:

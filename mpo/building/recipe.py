@@ -54,6 +54,11 @@ class PromptSource:
         if self.missing not in ("translate", "skip"):
             raise ConfigError(f"missing: expected 'translate' or 'skip', got {self.missing!r}.")
 
+    @property
+    def skips_missing(self) -> bool:
+        """Whether a prompt is taken in those languages alone that it is given in."""
+        return self.missing == "skip"
+
 
 @dataclass(frozen=True)
 class AnswerSettings:

@@ -208,7 +208,7 @@ class _Build:
             choice,
             {REFUSALS: self.refusals, OPENINGS: self.openings},
             recipe.answers,
-            recipe.prompts.missing == "skip",
+            recipe.prompts.skips_missing,
         )
 
     def _given_prompts(self, code: str, translator: Translator | None) -> Stage:

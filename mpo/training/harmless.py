@@ -68,9 +68,10 @@ class HarmlessSettings:
         harmless_retention (`str`, *optional*, defaults to `"none"`):
             `"hidden"` holds the final hidden states of prompt and chosen response, pooled, where the starting policy has
             them, in each of these pairs' languages; `"states"` those of each token, those of the rejected response as far as the
-            model would come to them; `"kl"` what the model expects after each token, which needs an LM head that is not trained and that the reference has, too, and `"reverse_kl"` the same the other
-            way round, which weighs what the model has come to expect and the starting policy did not. The last three keep the
-            starting policy's states of every token on disk, four bytes times the hidden size for each.
+            model would come to them; `"kl"` what the model expects after each token, which needs an LM head that is not
+            trained and that the reference has, too, and `"reverse_kl"` the same the other way round, which weighs what the
+            model has come to expect and the starting policy did not. The last three keep the starting policy's states of every
+            token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
         harmless_retain_target (`float`, *optional*):

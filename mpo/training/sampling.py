@@ -145,7 +145,7 @@ class Trained:
         states: Whether hidden states at the end of a prompt in all languages of its group are needed.
         holds_source: Whether the group's source is held where it is.
         holds_own: Whether the trained pairs' own chosen responses are, by their pooled states.
-        keeps_tokens: Whether they are, token by token, and their prompts with them.
+        keeps_tokens: Whether they are, token by token, and their prompts and rejected responses with them.
         keeps_by: By which divergence of what the model says after each token; None for its states.
     """
 

@@ -387,7 +387,9 @@ def test_prompts_in_some_of_the_languages_need_no_translator_where_the_others_ar
             build_data(load_build(path))
         build_data(load_build(path, ["--prompts.missing", "skip"]))
         assert len(server.requests) == 3 + 1 + 2  # harmless prompts in en, zh and sw
-    assert "Given        2 in zh and 2 in sw; a language" in capsys.readouterr().out
+    planned = capsys.readouterr().out
+    assert "Given        2 in zh and 2 in sw; a language" in planned
+    assert "and up to 3 in each of zh and sw" in planned
     groups = {group["id"]: group for group in read_lines(tmp_path / "out" / "groups.jsonl")}
     assert {name: [target["language"] for target in group["targets"]] for name, group in groups.items()} == {
         "all": ["zh", "sw"],
@@ -398,6 +400,25 @@ def test_prompts_in_some_of_the_languages_need_no_translator_where_the_others_ar
     assert [(d["id"], d["reason"]) for d in dropped] == [("none", "no target language is left")]
     with pytest.raises(ConfigError, match="missing: expected 'translate' or 'skip', got 'ignore'"):
         load_build(path, ["--prompts.missing", "ignore"])
+
+
+def test_a_folder_whose_build_skipped_languages_is_not_taken_for_one_that_translates(tmp_path: Path) -> None:
+    rows = [
+        {"id": "all", "kind": "harmful", "en": "How do I steal a bus?", "zh": "怎么偷公交车？"},
+        {"id": "part", "kind": "harmful", "en": "How do I steal a car?"},
+    ]
+    path = write_recipe(
+        tmp_path,
+        f"prompts: {{data: ['{write_rows(tmp_path / 'p.jsonl', rows)}'], missing: skip}}\nlanguages: [zh]\n"
+        "answers: {chosen: refusal, rejected: [opening]}\n"
+        f"translation: {{engine: command, command: {json.dumps([sys.executable, str(STUB), '{source}', '{target}'])}}}\n"
+        f"filters: {{copy: null, language: null, length_ratio: null}}\nout: '{tmp_path / 'out'}'\n",
+    )
+    groups = tmp_path / "out" / "groups.jsonl"
+    build_data(load_build(path))
+    assert [row["id"] for row in read_lines(groups)] == ["all"]
+    with pytest.raises(ConfigError, match=r'made with other settings \(prompts\.zh\.missing: "skip" there'):
+        build_data(load_build(path, ["--prompts.missing", "translate"]))
 
 
 def test_harmful_prompts_are_not_answered_where_a_refusal_and_an_opening_are_taken(tmp_path: Path) -> None:

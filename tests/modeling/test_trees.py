@@ -227,6 +227,33 @@ def test_a_tree_with_an_empty_part_is_refused(part: str) -> None:
         build([Tree([4], [5], [6]), tree])
 
 
+@given(st.integers(0, 10**6))
+def test_the_path_of_a_kept_tree_is_its_rejected_response_but_the_last_token(seed: int) -> None:
+    draw = random.Random(seed)
+    ids = iter(range(1, 10_000))  # no token twice, so a token says where it is
+
+    def part() -> list[int]:
+        return [next(ids) for _ in range(draw.randint(1, 4))]
+
+    trees = [Tree(part(), part(), part(), keep=draw.random() < 0.6) for _ in range(5)]
+    batch = build(trees)
+    kept = [tree for tree in trees if tree.keep]
+    assert ("kept_paths" in batch) == bool(kept)
+    if not kept:
+        return
+    assert batch["kept_paths"].shape == (2, len(kept), max(len(tree.rejected) for tree in kept) - 1)
+    own = batch["input_ids"].flatten()[batch["kept_index"]]
+    for tree, *places in zip(kept, *batch["kept_paths"], strict=True):
+        for tokens, row in zip((batch["score_labels"], own), places, strict=True):
+            assert tokens[row[row >= 0]].tolist() == tree.rejected[:-1]
+            assert (row[len(tree.rejected) - 1 :] == -1).all()
+
+
+def test_a_tree_that_is_kept_is_scored() -> None:
+    with pytest.raises(ValueError, match="tree 0 is kept and not scored"):
+        build([Tree([1, 2], [3], [4], score=False, keep=True)])
+
+
 # ---- Through a model ---------------------------------------------------------------------------------------
 
 
