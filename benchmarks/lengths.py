@@ -142,6 +142,15 @@ def read_data(path: str, tokenizer: str, max_length: int, source_language: str =
     return of_groups(tokenized)
 
 
+def shorten(groups: Sequence[GroupLengths], most: int | None) -> list[GroupLengths]:
+    """The groups with responses of at most so many tokens; None leaves them as they are."""
+
+    def shorter(pair: PairLengths) -> PairLengths:
+        return PairLengths(pair.prompt, *(size if most is None else min(size, most) for size in pair[1:]))
+
+    return [GroupLengths(shorter(group.source), tuple(map(shorter, group.targets))) for group in groups]
+
+
 def draw_tokens(lengths: Sequence[GroupLengths], vocabulary: int, seed: int = 0) -> list[dict[str, Any]]:
     """
     Tokenized groups of these lengths, of random tokens.
@@ -180,6 +189,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template_tokens", type=int, default=15, help="added to the prompts of a CSV (15)")
     parser.add_argument("--max_length", type=int, default=1024, help="prompt plus response (1024)")
+    parser.add_argument("--max_response_length", type=int, help="responses alone, cut at their end")
 
 
 def from_options(options: argparse.Namespace, file: str | None = None) -> list[GroupLengths]:
@@ -191,7 +201,9 @@ def from_options(options: argparse.Namespace, file: str | None = None) -> list[G
         DataError: the file cannot be read.
     """
     if options.lengths:
-        return read_csv(options.lengths, file or options.file, options.template_tokens, options.max_length)
-    if not options.tokenizer:
+        found = read_csv(options.lengths, file or options.file, options.template_tokens, options.max_length)
+    elif not options.tokenizer:
         raise ConfigError("`--data` needs `--tokenizer`, the model whose tokens are to be counted.")
-    return read_data(options.data, options.tokenizer, options.max_length)
+    else:
+        found = read_data(options.data, options.tokenizer, options.max_length)
+    return shorten(found, options.max_response_length)

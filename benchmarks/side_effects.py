@@ -6,7 +6,7 @@
 
 MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: the first 70 are trained on, those
 from 70 to 100 are for choosing settings (``--part tune``), and of those from 100 on, 48 are measured (``--part test``). Harmless
-prompts are trained on from the package's starter set and measured on its probe set, 14 of whose prompts are for choosing and the
+prompts are trained on from the package's starter sets and measured on its probe set, 14 of whose prompts are for choosing and the
 others for measuring. With ``--polyrefuse``, a folder of PolyRefuse's files (https://github.com/mainlp/Multilingual-Refusal), its
 harmless training prompts are trained on as well, in the languages that it has, and of its harmless test prompts 30 of the first 120
 are for choosing and 48 of the others are measured; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts.
@@ -185,7 +185,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     for each in options.harmless:
         name, _, file = each.partition("=")
         harmless[name] = {"prompts": [file], "limit": 48}
-    train_files = [str(train), "starter-harmless"]
+    train_files = [str(train), "starter-harmless", "starter-everyday"]
     if options.polyrefuse:
         rows, codes = read_polyrefuse(Path(options.polyrefuse), "train")
         train_files.append(str(write_table(out / "prompts" / "polyrefuse-train.csv", rows, ["kind", *codes])))

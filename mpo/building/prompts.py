@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.building.recipe import PromptSource
-from mpo.building.starter import starter_rows
+from mpo.building.starter import everyday_rows, starter_rows
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
 from mpo.data.contract import HARMFUL, HARMLESS, KINDS, RowError, is_blank, normal_form
@@ -21,7 +21,7 @@ from mpo.data.languages import normalize_language
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import DataError
 
-STARTER, STARTER_HARMLESS, DEMO = "starter", "starter-harmless", "demo"
+STARTER, STARTER_HARMLESS, EVERYDAY, DEMO = "starter", "starter-harmless", "starter-everyday", "demo"
 _DEMO_ROWS = 8  # of each kind
 
 # What the package's own sets call a harmless prompt in words that also stand in harmful ones.
@@ -120,7 +120,7 @@ def read_prompts(
 
 
 def _open(name: str, split: str) -> Rows:
-    if name in (STARTER, STARTER_HARMLESS, DEMO):
+    if name in (STARTER, STARTER_HARMLESS, EVERYDAY, DEMO):
         return _starter(name)
     path = Path(name).expanduser()
     if path.is_file():
@@ -157,7 +157,7 @@ def _refuse_other_forms(row: Any, name: str, source: PromptSource) -> None:
 
 def _starter(name: str) -> Rows:
     """The prompts that come with the package."""
-    rows = [asdict(row) for row in starter_rows()]
+    rows = [asdict(row) for row in (everyday_rows() if name == EVERYDAY else starter_rows())]
     if name == DEMO:
         rows = [row for kind in KINDS for row in islice((r for r in rows if r["kind"] == kind), _DEMO_ROWS)]
     if name == STARTER_HARMLESS:

@@ -124,6 +124,12 @@ def test_a_table_is_read_by_source_with_the_template_added_and_cut(tmp_path: Pat
     assert len(lengths.read_csv(table, None, 15, 60)) == 2
 
 
+def test_responses_alone_can_be_cut() -> None:
+    group = GroupLengths(PairLengths(70, 5, 35), (PairLengths(35, 64, 65),))
+    assert lengths.shorten([group], None) == [group]
+    assert lengths.shorten([group], 20) == [GroupLengths(PairLengths(70, 5, 20), (PairLengths(35, 20, 20),))]
+
+
 @pytest.mark.parametrize(
     ("rows", "part", "message"),
     [

@@ -15,6 +15,7 @@ import mpo.building.starter
 from mpo.building.starter import (
     STARTER_LANGUAGES,
     VERSION,
+    everyday_rows,
     starter_openings,
     starter_refusals,
     starter_rows,
@@ -23,7 +24,7 @@ from mpo.data import LANGUAGES
 from mpo.data.languages import detect, dominant_script
 from mpo.data.refusals import opens_with_refusal
 from mpo.errors import ConfigError
-from mpo.evaluation.contrast import KINDS
+from mpo.evaluation.contrast import KINDS, ContrastRow
 from mpo.evaluation.probe import probe_rows
 from mpo.evaluation.prompts import load_prompts
 from tests.likeness import NEAR, check_clean, likeness, normalized
@@ -49,8 +50,12 @@ LENGTHS = {
 }
 
 
+def both() -> tuple[ContrastRow, ...]:
+    return (*starter_rows(), *everyday_rows())
+
+
 def texts(language: str, *kinds: str) -> list[str]:
-    return [row.texts[language] for row in starter_rows() if not kinds or row.kind in kinds]
+    return [row.texts[language] for row in both() if not kinds or row.kind in kinds]
 
 
 # ---- The rows --------------------------------------------------------------------------------------------------------
@@ -62,17 +67,20 @@ def test_there_are_so_many_prompts_of_each_kind_and_their_ids_count_them() -> No
         "looks_harmful": 60,
         "harmful": 32,
     }
-    for kind in KINDS:
-        found = [row.id for row in starter_rows() if row.kind == kind]
-        assert found == [f"{kind.replace('_', '-')}-{number:03d}" for number in range(1, len(found) + 1)]
+    assert Counter(row.kind for row in everyday_rows()) == {"harmless": 120, "looks_harmful": 60}
+    for rows, begin in ((starter_rows(), ""), (everyday_rows(), "everyday-")):
+        for kind in KINDS:
+            found = [row.id for row in rows if row.kind == kind]
+            names = [f"{begin}{kind.replace('_', '-')}-{number:03d}" for number in range(1, len(found) + 1)]
+            assert found == names
 
 
 def test_every_row_has_every_language_and_no_text_is_there_twice() -> None:
-    assert all(tuple(row.texts) == STARTER_LANGUAGES for row in starter_rows())
+    assert all(tuple(row.texts) == STARTER_LANGUAGES for row in both())
     assert len(STARTER_LANGUAGES) == 13
     # Not in two languages either: no text was left in English.
-    counts = Counter(normalized(text) for row in starter_rows() for text in row.texts.values())
-    assert len(counts) == len(starter_rows()) * len(STARTER_LANGUAGES)
+    counts = Counter(normalized(text) for row in both() for text in row.texts.values())
+    assert len(counts) == len(both()) * len(STARTER_LANGUAGES)
 
 
 def test_every_harmful_prompt_has_a_harmless_twin_and_no_other_prompt_is_in_a_pair() -> None:
@@ -97,7 +105,7 @@ def test_forty_eight_harmless_prompts_have_the_many_forms_of_harmful_ones_that_p
 @pytest.mark.parametrize("language", STARTER_LANGUAGES)
 def test_of_all_harmless_prompts_the_twin_is_the_most_like_the_harmful_one(language: str) -> None:
     harmful = [row for row in starter_rows() if row.kind == "harmful"]
-    harmless = [row for row in starter_rows() if row.kind != "harmful"]
+    harmless = [row for row in both() if row.kind != "harmful"]
     like = likeness([row.texts[language] for row in harmful], [row.texts[language] for row in harmless])
     nearest = [harmless[column].pair for column in like.argmax(axis=1)]
     strangers = [row.id for row, pair in zip(harmful, nearest, strict=True) if row.pair != pair]
@@ -128,7 +136,7 @@ def test_twins_begin_and_end_alike_and_harmful_prompts_come_in_many_forms() -> N
 
 @pytest.mark.parametrize("language", STARTER_LANGUAGES)
 def test_every_text_is_clean(language: str) -> None:
-    for row in starter_rows():
+    for row in both():
         text = row.texts[language]
         assert len(text) >= 10 or language == "zh", row.id
         check_clean(text, language, row.id)
@@ -144,7 +152,7 @@ def test_every_text_is_in_its_language_for_the_detector_that_data_is_checked_wit
 @pytest.mark.parametrize("language", STARTER_LANGUAGES[1:])
 def test_no_translation_is_far_shorter_or_longer_than_the_language_explains(language: str) -> None:
     least, most = LENGTHS[language]
-    ratios = {row.id: len(row.texts[language]) / len(row.texts["en"]) for row in starter_rows()}
+    ratios = {row.id: len(row.texts[language]) / len(row.texts["en"]) for row in both()}
     assert not {name: round(ratio, 2) for name, ratio in ratios.items() if not least <= ratio <= most}
 
 
@@ -232,16 +240,19 @@ def test_refusals_are_found_by_code_or_name_and_other_languages_say_what_there_i
 # ---- The files -------------------------------------------------------------------------------------------------------
 
 
-def test_any_reader_of_prompt_files_finds_the_same_prompts() -> None:
-    found = load_prompts(str(FOLDER / "prompts.jsonl")).prompts
+@pytest.mark.parametrize(("file", "rows"), [("prompts", starter_rows), ("everyday", everyday_rows)])
+def test_any_reader_of_prompt_files_finds_the_same_prompts(
+    file: str, rows: Callable[[], tuple[ContrastRow, ...]]
+) -> None:
+    found = load_prompts(str(FOLDER / f"{file}.jsonl")).prompts
     assert {(each.prompt_id, each.language, each.text) for each in found} == {
-        (row.id, code, text) for row in starter_rows() for code, text in row.texts.items()
+        (row.id, code, text) for row in rows() for code, text in row.texts.items()
     }
 
 
 def test_a_change_of_any_text_is_a_new_version() -> None:
     """Whoever edits a file raises VERSION and writes the new hash here."""
-    rows = [[row.id, row.kind, row.pair, row.category, row.texts] for row in starter_rows()]
+    rows = [[row.id, row.kind, row.pair, row.category, row.texts] for row in both()]
     refusals = {code: starter_refusals(code) for code in STARTER_LANGUAGES}
     found = hashlib.sha256(json.dumps([rows, refusals], ensure_ascii=False).encode()).hexdigest()
-    assert (VERSION, found[:16]) == (3, "c261c4e46f705a01")
+    assert (VERSION, found[:16]) == (4, "7dc876b361ed17d3")

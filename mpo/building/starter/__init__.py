@@ -9,6 +9,10 @@ prompt) therefore come in three kinds, written and translated for this project:
   the forms that harmful ones have where people wrote them: statements, opinions, questions to the assistant as to a person,
   stories that end in a question, role-play, persuasion. Without them a model can learn the form and refuse it.
 
+``everyday.jsonl`` has 180 more harmless prompts in the same languages, 60 of which look harmful: requests, questions and
+remarks in the forms of red-team prompts. A model is held where it is on as many harmless prompts as there are, so what is
+trained on hundreds of harmful ones wants them, too.
+
 ``refusals.json`` has twelve refusals per language in different words. What stands at the same place of two lists has the
 same drift (the third offers a safe alternative, the ninth asks for the worry behind the request, the twelfth offers a lawful
 way), but is no translation. ``openings.json`` has the first words of answers that comply, three per language, which fit any
@@ -28,7 +32,7 @@ from mpo.errors import ConfigError
 from mpo.evaluation.contrast import ContrastRow, prompt_rows
 from mpo.evaluation.probe import PROBE_LANGUAGES
 
-VERSION = 3
+VERSION = 4
 """Number of the set, which grows whenever a text changes."""
 
 STARTER_LANGUAGES = PROBE_LANGUAGES
@@ -39,6 +43,12 @@ STARTER_LANGUAGES = PROBE_LANGUAGES
 def starter_rows() -> tuple[ContrastRow, ...]:
     """All prompts, in the order of the file: harmless, those that look harmful, harmful."""
     return prompt_rows(files("mpo.building.starter").joinpath("prompts.jsonl"))
+
+
+@lru_cache(maxsize=1)
+def everyday_rows() -> tuple[ContrastRow, ...]:
+    """The further harmless prompts, in the order of the file: harmless, and those that look harmful."""
+    return prompt_rows(files("mpo.building.starter").joinpath("everyday.jsonl"))
 
 
 def starter_refusals(language: str) -> tuple[str, ...]:
