@@ -129,6 +129,11 @@ class HarmlessSettings:
         """Whether the trained pairs' own states are held where the starting policy has them."""
         return self.is_of_harmless and self.harmless_retention != NONE and self.harmless_retain_weight > 0
 
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether they are held token by token, along the rejected response, too."""
+        return self.keeps_own and self.harmless_retention != POOLED
+
     def check_harmless(self: Any) -> None:
         """Refuse settings for harmless groups that have no meaning.
 

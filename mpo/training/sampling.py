@@ -176,7 +176,7 @@ class Trained:
             states=STATES in objectives.needs,
             holds_source=args.holds_sources,
             holds_own=args.keeps_own and args.harmless_retention == POOLED,
-            keeps_tokens=args.keeps_own and args.harmless_retention != POOLED,
+            keeps_tokens=args.keeps_tokens,
             keeps_by=args.harmless_retention
             if args.keeps_own and args.harmless_retention in BY_HEAD
             else None,

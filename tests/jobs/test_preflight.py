@@ -253,3 +253,34 @@ def test_refusals_of_harmless_prompts_that_would_be_taught_are_counted(
     for note in notes:
         assert note.startswith("2 in Bengali and 1 in Swahili of the chosen responses")
         assert f"`harmless_loss_type: {objective}`" in note
+
+
+@pytest.mark.parametrize(
+    ("held", "settings", "named"),
+    [
+        ("I apologize, but I can't do that.", {"harmless_retention": "states"}, True),
+        ("I cannot do that.", {"harmless_retention": "states"}, True),
+        ("I'm sorry, but that will not do.", {"harmless_retention": "states"}, False),
+        ("Boil the rice.", {"harmless_retention": "states"}, False),
+        ("I apologize, but I can't do that.", {"harmless_retention": "hidden"}, False),
+        ("I apologize, but I can't do that.", {}, False),
+    ],
+)
+def test_refusals_that_are_held_along_and_are_not_the_taught_ones_are_named(
+    make: Callable[..., Recipe], tmp_path: Path, held: str, settings: dict[str, Any], named: bool
+) -> None:
+    rows = random_groups(5, 6, (2, 2), ("bn", "sw"))
+    for number, row in enumerate(rows):
+        harmful = number % 2 == 1
+        row["kind"] = "harmful" if harmful else "harmless"
+        row["targets"] = [{**row["targets"][0], "language": language} for language in ("bn", "sw")]
+        for target in row["targets"]:
+            own = "I'm sorry, but that I can't do." if harmful else held
+            if target["language"] == "bn":
+                own = "I can't help with that."
+            target["chosen" if harmful else "rejected"] = [{"role": "assistant", "content": own}]
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps([{**row, "origin": None} for row in rows]), encoding="utf-8")
+    made = make_plan(make(dataset=str(path), held_out=0, **settings), on_this_machine=False)
+    notes = [note for note in made.notes if "in other words than" in note]
+    assert len(notes) == named and all(note.startswith("in Swahili the rejected") for note in notes)

@@ -8,7 +8,7 @@ from mpo.common.words import counted, listed
 from mpo.data import language_name
 from mpo.errors import ConfigError
 from mpo.evaluation.probe.watch import prompts_of
-from mpo.jobs.preflight.data import check_data_files, harmless_refused, load_data, shared_sources
+from mpo.jobs.preflight.data import check_data_files, harmless_refused, load_data, other_refusals, shared_sources
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, checkpoint_to_resume, disk_space
 from mpo.jobs.preflight.in_between import measured_in_between
@@ -125,6 +125,12 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
             f"{listed(f'{count} in {language_name(code)}' for code, count in sorted(refused.items()))} of the chosen responses to harmless "
             f"prompts refuse, and `harmless_loss_type: {taught[0]}` teaches them. Leave them out, or hold what the model does there "
             "without teaching it (`harmless_loss_type: none` with `harmless_retention: reverse_kl`)"
+        )
+    if training.harmless.keeps_tokens and (others := other_refusals(train)):
+        notes.append(
+            f"in {listed(language_name(code) for code in others)} the rejected responses to harmless prompts refuse in other words than the "
+            f"chosen ones to harmful prompts, so `harmless_retention: {training.harmless_retention}` does not hold the refusals that are "
+            "taught. Take the same ones for both"
         )
     languages = count_languages(tokenized)
     probe = prompts_of(training, languages)

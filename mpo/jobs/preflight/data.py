@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from mpo.data.refusals import opens_with_refusal
 from mpo.errors import DataError
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import DATA_SUFFIXES, Recipe
+
+_BEGINNING = 12
+"""Characters of a refusal in which two are compared."""
 
 
 def check_data_files(recipe: Recipe) -> None:
@@ -77,6 +80,31 @@ def harmless_refused(groups: Dataset, train_on: str) -> dict[str, int]:
             if opens_with_refusal(answers_read(pair)["chosen"], pair["language"], source["language"]):
                 found[pair["language"]] += 1
     return dict(found)
+
+
+def other_refusals(groups: Dataset) -> list[str]:
+    """Languages in which most refusals of harmless prompts begin otherwise than every refusal of a harmful one that is taught.
+
+    Args:
+        groups: Groups as text: chosen responses to harmful prompts are what is taught, rejected ones to harmless prompts what
+            tokens are held along. What refuses neither way counts for nothing.
+    """
+    harmless = harmless_groups(groups)
+    found: list[defaultdict[str, list[str]]] = []
+    for kind, part in ((~harmless, "chosen"), (harmless, "rejected")):
+        begins: defaultdict[str, list[str]] = defaultdict(list)
+        for group in groups.select(np.flatnonzero(kind)).select_columns(["source", "targets"]):
+            for pair in (group["source"], *group["targets"]):
+                text = answers_read(pair)[part]
+                if opens_with_refusal(text, pair["language"], group["source"]["language"]):
+                    begins[pair["language"]].append(text.strip()[:_BEGINNING].casefold())
+        found.append(begins)
+    taught, held = found
+    return sorted(
+        language
+        for language, begins in held.items()
+        if taught[language] and 2 * sum(begin in taught[language] for begin in begins) < len(begins)
+    )
 
 
 def shared_sources(train: Dataset, held_out: Dataset) -> int:
