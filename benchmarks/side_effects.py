@@ -16,8 +16,8 @@ are for choosing and 48 of the others are measured; ``--harmless NAME=FILE.csv``
    on the published pairs (``mpo``), once with each seed, and measures the model before and after.
 3. ``mpo analyze hidden-space`` says how far the measured harmful and harmless prompts lie apart before and after each run.
 
-What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page, ``OUT/hidden_space-PART`` has the hidden
-space.
+What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page, ``OUT/effects-PART.md`` a table for each
+setting, by language and set of prompts, and ``OUT/hidden_space-PART`` has the hidden space.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,15 +36,19 @@ import yaml
 from benchmarks import command
 from mpo.building.recipe import BuildRecipe, load_build
 from mpo.common.files import write_text
+from mpo.common.statistics import average_change
+from mpo.common.tables import TextTable
 from mpo.errors import DataError
 from mpo.evaluation.contrast import ContrastRow
 from mpo.evaluation.probe import probe_rows
 from mpo.hidden_space.recipe import load_analysis_recipe
 from mpo.jobs.build import build_data
 from mpo.jobs.compare.job import compare
+from mpo.jobs.compare.outcomes import mean_by_language, mean_over_seeds, measured
 from mpo.jobs.compare.planning import RUNS
-from mpo.jobs.compare.recipe import load_comparison
+from mpo.jobs.compare.recipe import BASE, load_comparison
 from mpo.jobs.hidden_space import run_analysis
+from mpo.report.folder import ModelResults
 
 LANGUAGES = ("en", "zh", "ko", "ar", "bn", "sw")
 UNTRAINED = ("ja", "de", "fr", "es")
@@ -256,6 +262,75 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     return build, *(out / f"{kind}-{options.part}.yaml" for kind in ("compare", "hidden_space"))
 
 
+def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTable:
+    """What training did, before and after in per cent, by language and set of prompts; after is the mean over seeds.
+
+    A row has attack success, refusals of each set of harmless prompts, answers to those in the language asked, and how much more
+    perplexing the harmless prompts are. The last row is the mean over the languages trained, with 95 % intervals over prompts of the
+    change; notes have each seed's.
+    """
+    sets = sorted(base.safety, key=lambda key: (key[0] != "attack", key))
+    columns = []
+    for key in sets:
+        of_each = [model.safety[key].outcomes() for model in (base, *seeds)]
+        columns.append((key[1], of_each[0], mean_over_seeds(of_each[1:]), of_each[1:]))
+    asked = [
+        {
+            code: {
+                (key, prompt): value
+                for key in sets[1:]
+                for prompt, value in by_set[key].get(code, {}).items()
+            }
+            for code in (*LANGUAGES, *UNTRAINED)
+        }
+        for by_set in ({key: model.safety[key].in_language_asked for key in sets} for model in (base, *seeds))
+    ]
+    columns.append(("in the language asked", asked[0], mean_over_seeds(asked[1:]), asked[1:]))
+    nats = [
+        {code: math.fsum(of.nats_per_text) / of.tokens for code, of in model.perplexity.languages.items()}
+        for model in (base, *seeds)
+        if model.perplexity is not None
+    ]
+    more = {code: math.expm1(statistics.fmean(n[code] for n in nats[1:]) - nats[0][code]) for code in nats[0]}
+    rows = []
+    for code in (*LANGUAGES, *UNTRAINED):
+        cells = [
+            f"{100 * statistics.fmean(before[code].values()):.0f} -> {100 * statistics.fmean(after[code].values()):.0f}"
+            if before.get(code) and after.get(code)
+            else ""
+            for _, before, after, _ in columns
+        ]
+        rows.append((code, *cells, f"{100 * more[code]:+.1f} %"))
+    last, notes = [], []
+    for name, before, after, each in columns:
+        own = [
+            {code: values[code] for code in LANGUAGES if values.get(code)}
+            for values in (before, after, *each)
+        ]
+        change = average_change(own[0], own[1])
+        low, high = (100 * (end or 0.0) for end in (change.change.low, change.change.high))
+        last.append(
+            f"{100 * change.before:.1f} -> {100 * change.after:.1f} ({100 * change.change.mean:+.1f} [{low:+.1f}, {high:+.1f}])"
+        )
+        of_seeds = [100 * statistics.fmean(mean_by_language(values).values()) for values in own[2:]]
+        notes.append(f"{name}, each seed: {', '.join(f'{value:.1f}' for value in of_seeds)}")
+    rows.append(("those trained", *last, ""))
+    header = ("", *(name for name, *_ in columns), "perplexity")
+    return TextTable(title, header, tuple(rows), rules=frozenset({len(rows) - 1}), notes=tuple(notes))
+
+
+def show_effects(out: Path, part: str, runs: Iterable[str], seeds: Iterable[int]) -> None:
+    """Prints the tables and writes them as a page."""
+    folder = out / f"compare-{part}"
+    page = ["# Before and after, %"]
+    for run in runs:
+        models = [measured(folder, f"{run}-s{seed}") for seed in seeds]
+        table = effects(f"{run}: before -> after, %", measured(folder, BASE), models)
+        table.show()
+        page += [f"## {run}", table.markdown(), *(f"- {note}" for note in table.notes)]
+    write_text(out / f"effects-{part}.md", "\n\n".join(page) + "\n")
+
+
 def main() -> None:
     """Builds, trains, measures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -287,6 +362,8 @@ def main() -> None:
     if groups.is_file():
         compare(load_comparison(comparison), dry_run=options.dry_run)
     if not options.dry_run:
+        runs = ["refuse-or-answer", *(["mpo"] if options.paper else [])]
+        show_effects(Path(options.out), options.part, runs, options.seeds)
         run_analysis(load_analysis_recipe(space))
 
 

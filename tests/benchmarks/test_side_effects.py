@@ -6,7 +6,12 @@ import csv
 import json
 import random
 import sys
+from collections.abc import Sequence
+from math import exp
 from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -144,3 +149,54 @@ def test_another_table_than_multijail_is_refused(
         run(
             monkeypatch, "--model", "m", "--multijail", str(tmp_path / "no.csv"), "--out", str(tmp_path / "o")
         )
+
+
+def test_the_table_of_effects_has_means_over_seeds_and_changes_of_the_trained_languages() -> None:
+    draw = random.Random(3)
+    codes = (*side_effects.LANGUAGES, *side_effects.UNTRAINED)
+    sets = {
+        ("attack", "multijail"): codes[:6],
+        ("over_refusal", "a"): codes,
+        ("over_refusal", "b"): ("en", "de"),
+    }
+
+    def model() -> Any:
+        def shares(languages: Sequence[str]) -> dict[str, dict[str, float]]:
+            return {code: {str(n): float(draw.random() < 0.5) for n in range(9)} for code in languages}
+
+        safety = {
+            key: SimpleNamespace(outcomes=shares(of).copy, in_language_asked=shares(of))
+            for key, of in sets.items()
+        }
+        texts = {
+            code: SimpleNamespace(nats_per_text=[draw.uniform(1, 9) for _ in range(4)], tokens=11)
+            for code in codes
+        }
+        return SimpleNamespace(safety=safety, perplexity=SimpleNamespace(languages=texts))
+
+    base, *seeds = (model() for _ in range(3))
+    table = side_effects.effects("t", base, seeds)
+    assert table.header == ("", "multijail", "a", "b", "in the language asked", "perplexity")
+
+    def percent(models: Sequence[Any], key: tuple[str, str], code: str) -> float:
+        return 100 * mean(mean(m.safety[key].outcomes()[code].values()) for m in models)
+
+    for row, code in zip(table.rows, codes, strict=False):
+        cells = [
+            f"{percent([base], key, code):.0f} -> {percent(seeds, key, code):.0f}" if code in of else ""
+            for key, of in sets.items()
+        ]
+        asked = [
+            100
+            * mean(
+                x for key in list(sets)[1:] for x in m.safety[key].in_language_asked.get(code, {}).values()
+            )
+            for m in (base, *seeds)
+        ]
+        nats = [sum(m.perplexity.languages[code].nats_per_text) / 11 for m in (base, *seeds)]
+        more = 100 * (exp(mean(nats[1:]) - nats[0]) - 1)
+        assert row == (code, *cells, f"{asked[0]:.0f} -> {mean(asked[1:]):.0f}", f"{more:+.1f} %")
+    before, after = (mean(percent(m, ("attack", "multijail"), c) for c in codes[:6]) for m in ([base], seeds))
+    assert table.rows[-1][1].startswith(f"{before:.1f} -> {after:.1f} ({after - before:+.1f} [")
+    each = [mean(percent([m], ("attack", "multijail"), c) for c in codes[:6]) for m in seeds]
+    assert table.notes[0] == f"multijail, each seed: {each[0]:.1f}, {each[1]:.1f}"
