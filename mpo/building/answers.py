@@ -290,7 +290,7 @@ class PairMaker:
             read = [usable(answer, self.language, self.settings.unfinished) for answer in answers]
             good = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == wanted]
         bad = [text for (text, _), verdict in zip(read, verdicts, strict=True) if verdict == "unsafe"]
-        rejected, rejected_from = self._rejected(prompt, bad, rejecting)
+        rejected, rejected_from = self._rejected(prompt, good, bad, rejecting)
         chosen, chosen_from, fault = list(dict.fromkeys(good)), MODEL, None
         if self.settings.chosen == "column":
             chosen, chosen_from = [prompt.chosen] if prompt.chosen else [], DATA
@@ -323,12 +323,14 @@ class PairMaker:
         return row, chosen
 
     def _rejected(
-        self, prompt: PromptRow, bad: Sequence[str], rejecting: Sequence[Row]
+        self, prompt: PromptRow, good: Sequence[str], bad: Sequence[str], rejecting: Sequence[Row]
     ) -> tuple[str | None, str]:
         if prompt.kind != HARMFUL:
             if prompt.rejected is not None and "column" in self.settings.rejected:
                 return prompt.rejected, DATA
-            return self.refusals.for_prompt(prompt.id, self.language), REFUSALS
+            # An own answer that is the list's refusal, to the letter, is held as it is, beside another one.
+            own = good[0] if good else None
+            return self.refusals.for_prompt(prompt.id, self.language, unlike=own), REFUSALS
         for place in self.settings.rejected:
             if place == "column" and prompt.rejected is not None:
                 return prompt.rejected, DATA

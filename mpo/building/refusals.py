@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mpo.building.starter import starter_refusals
 from mpo.common.files import read_named_text
+from mpo.data.contract import same_response
 from mpo.errors import ConfigError, DataError
 
 
@@ -42,17 +43,31 @@ class Refusals:
     def _read(self, language: str) -> tuple[str, ...]:
         if self._given is not None:
             return tuple(self._given.get(language, ()))
+        return self._of_package(language)
+
+    def _of_package(self, language: str) -> tuple[str, ...]:
         try:
             return self._package(language)
         except ConfigError:  # it has none in this language
             return ()
 
-    def for_prompt(self, prompt_id: str, language: str) -> str | None:
-        """The refusal of a prompt in a language; None where there is none."""
+    def for_prompt(self, prompt_id: str, language: str, unlike: str | None = None) -> str | None:
+        """The refusal of a prompt in a language; None where there is none.
+
+        Args:
+            prompt_id: Of the prompt.
+            language: Code of the language.
+            unlike: A text that it may not be the same as, such as a refusal that the model wrote itself: then it is another one of
+                the list, or of the package's.
+        """
         found = self.of(language)
         if not found:
             return None
-        return found[int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], "big") % len(found)]
+        place = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:4], "big") % len(found)
+        if unlike is None or not same_response(found[place], unlike):
+            return found[place]
+        others = (*found[place:], *found[:place], *self._of_package(language))
+        return next((text for text in others if not same_response(text, unlike)), None)
 
     def digest(self, languages: Sequence[str]) -> str:
         """Short hash of the refusals in these languages."""

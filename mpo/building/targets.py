@@ -128,10 +128,10 @@ class Target:
             if fault is not None:
                 row["faults"]["chosen"] = fault
         if pair["from"]["rejected"] == REFUSALS:
-            self._stock(row, prompt, "rejected", REFUSALS)
+            self._stock(row, prompt, "rejected", REFUSALS, unlike=row["chosen"])
 
-    def _stock(self, row: Row, prompt: PromptRow, part: str, origin: str) -> None:
-        text = self.stock[origin].for_prompt(prompt.id, self.language)
+    def _stock(self, row: Row, prompt: PromptRow, part: str, origin: str, unlike: str | None = None) -> None:
+        text = self.stock[origin].for_prompt(prompt.id, self.language, unlike)
         if text is not None:
             row[part], row["from"][part] = text, origin
 

@@ -192,6 +192,7 @@ def _cut_pair(
     *,
     max_length: int | None,
     max_response_length: int | None,
+    alike: bool = False,
 ) -> PairIds:
     """The parts of a pair, from the ids of its prompt and of the prompt with either response; see :func:`tokenize_pair`."""
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
@@ -217,7 +218,7 @@ def _cut_pair(
     for field, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not ids:
             raise DataError("the response renders to no token.", field=field)
-    if pair.chosen == pair.rejected:
+    if pair.chosen == pair.rejected and not (alike and chosen_ids != rejected_ids):
         if chosen_ids == rejected_ids:
             reason = "has the same tokens as chosen, so there is no preference to learn. Give two different responses."
         else:
@@ -265,6 +266,7 @@ def _tokenize(
     max_length: int | None,
     template_kwargs: Mapping[str, Any] | None,
     bad_rows: str,
+    harmless_alike: bool = False,
 ) -> list[dict[str, Any]]:
     """:func:`tokenize_group` of several groups, each with a limit of its own, in as few calls of the tokenizer as of one."""
     rendered: list[PairTexts | DataError] = []
@@ -286,6 +288,7 @@ def _tokenize(
             max_length=max_length,
             max_response_length=longest,
             bad_rows=bad_rows,
+            alike=harmless_alike and group.get("kind") == HARMLESS,
         )
         for group, longest in zip(groups, longest_responses, strict=True)
     ]
@@ -299,6 +302,7 @@ def _assemble(
     max_length: int | None,
     max_response_length: int | None,
     bad_rows: str,
+    alike: bool,
 ) -> dict[str, Any]:
     """A group's columns, from the ids of its source and its targets, or what is wrong with them."""
     origin = group.get("origin") or "the dataset"
@@ -314,7 +318,13 @@ def _assemble(
         try:
             if isinstance(ids, DataError):
                 raise ids
-            return _cut_pair(tokenizer, *ids, max_length=max_length, max_response_length=max_response_length)
+            return _cut_pair(
+                tokenizer,
+                *ids,
+                max_length=max_length,
+                max_response_length=max_response_length,
+                alike=alike,
+            )
         except DataError as error:
             message = str(error)
             if error.field:
@@ -349,6 +359,7 @@ def tokenize_groups(
     max_length: int | None = None,
     max_response_length: int | None = None,
     harmless_max_response_length: int | None = None,
+    harmless_alike: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "error",
     group_by_source: bool = True,
@@ -363,6 +374,8 @@ def tokenize_groups(
         tokenizer: With a chat template.
         max_length, max_response_length, template_kwargs, bad_rows: See :func:`tokenize_group`.
         harmless_max_response_length: Limit of a response to a harmless prompt; unset: that of the others.
+        harmless_alike: Takes harmless pairs whose responses are the same after the cut, too: those of a run that only holds what
+            the model does there, where nothing is preferred.
         group_by_source: False makes every target pair a group of its own.
         max_targets_per_group: Split groups with more targets than this.
         num_proc: Processes to tokenize with.
@@ -389,6 +402,7 @@ def tokenize_groups(
             max_length=max_length,
             template_kwargs=template_kwargs,
             bad_rows=bad_rows,
+            harmless_alike=harmless_alike,
         )
         for group in found:
             for j, part in enumerate(_split_targets(group, limit)):
@@ -409,6 +423,7 @@ def tokenize_groups(
             max_length,
             max_response_length,
             longest_harmless,
+            harmless_alike,
             template_kwargs,
             bad_rows,
             limit,

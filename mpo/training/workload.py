@@ -108,6 +108,7 @@ def tokenize_for_training(
         max_length=args.max_length,
         max_response_length=args.max_response_length,
         harmless_max_response_length=args.harmless_max_response_length,
+        harmless_alike=not args.harmless.objectives.names,
         template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]  # parsed, where it was text
         bad_rows=args.bad_rows,
         group_by_source=args.group_by_source,

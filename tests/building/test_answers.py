@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpo.building.answers import DATA, MODEL, own_answer
+from mpo.building.answers import DATA, MODEL, REFUSALS, PairMaker, own_answer
 from mpo.building.prompts import PromptRow
 from mpo.building.recipe import AnswerSettings
 from mpo.building.refusals import Refusals
+from mpo.building.starter import starter_openings, starter_refusals
 from mpo.building.targets import Target
 from mpo.building.translation import TranslationChoice
 from tests.evaluation.probe.said import REFUSAL, TEXT
@@ -51,3 +54,25 @@ def test_what_the_model_could_not_answer_is_not_translated_in_its_place(
     (row,) = target.texts([(prompt, pair, given, {"answers": [said(REFUSAL["sw"])]})], {})
     assert row["faults"] == {"chosen": "the model refuses"} and row["chosen"] is None
     assert asked == {"0 rejected": "No."}
+
+
+def test_an_own_answer_that_is_the_lists_refusal_is_held_beside_another_refusal(tmp_path: Path) -> None:
+    file = tmp_path / "refusals.json"
+    own = {code: starter_refusals(code)[3] for code in ("en", "sw")}
+    file.write_text(json.dumps({code: [text] for code, text in own.items()}), encoding="utf-8")
+    refusals, settings = Refusals(str(file)), AnswerSettings(harmless="any", chosen="refusal", samples=1)
+    prompt = PromptRow("p", "harmless", {"en": "Name a fish.", "sw": "Taja samaki."})
+    verdicts, nothing = {"verdicts": ["refusal"]}, {"answers": []}
+    maker = PairMaker(settings, "en", refusals, Refusals(package=starter_openings), None)
+    (pair,) = maker.make([(prompt, {"answers": [said(f"{own['en']} ")]}, verdicts, nothing)], {})
+    assert pair["fault"] is None and pair["chosen"].strip() == own["en"]
+    assert pair["rejected"] in starter_refusals("en") and pair["rejected"] != own["en"]
+    (other,) = maker.make([(prompt, {"answers": [said("A perch.")]}, verdicts, nothing)], {})
+    assert other["rejected"] == own["en"]
+
+    target = Target("sw", "en", None, TranslationChoice(), {REFUSALS: refusals}, settings)
+    given = {"text": "Taja samaki.", "from": DATA, "fault": None}
+    for answer, same in ((own["sw"], False), ("Samaki.", True)):
+        (row,) = target.texts([(prompt, pair, given, {"answers": [said(answer)]})], {})
+        assert (row["chosen"], row["rejected"] == own["sw"]) == (answer, same)
+        assert row["rejected"] in starter_refusals("sw")

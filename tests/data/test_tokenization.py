@@ -406,6 +406,32 @@ def test_responses_that_the_cut_makes_equal_are_refused_or_dropped(limits: dict[
         assert len(kept["errors"]) == 1 and len(kept["target_chosen"]) == (place != "source.rejected")
 
 
+def test_harmless_responses_that_the_cut_makes_equal_stay_where_nothing_is_preferred() -> None:
+    tokenizer = build_tokenizer("llama")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content | lower }}{% endfor %}"
+    same = "river bread " * 20
+    rows = random_groups(7, 4, (2, 2), ("bn", "sw"))
+    for number, row in enumerate(rows):
+        row["kind"] = "harmless" if number % 2 else "harmful"
+        row["targets"][0] |= {"chosen": answer(same + "yes"), "rejected": answer(same + "no")}
+    settings: dict[str, Any] = {"max_response_length": 30, "bad_rows": "drop"}
+    for alike, lost in ((False, 4), (True, 2)):
+        groups = as_groups(Dataset.from_list(rows))
+        kept, errors = tokenize_groups(groups, tokenizer, harmless_alike=alike, **settings)
+        assert len(errors) == lost
+        sizes = {
+            kind: {len(g["target_chosen"]) for g in kept if g["kind"] == kind}
+            for kind in ("harmful", "harmless")
+        }
+        assert sizes == {"harmful": {1}, "harmless": {2 if alike else 1}}
+    # What is the same before it is cut is a mistake of the data.
+    rows[1]["targets"][0]["rejected"] = answer(same + "YES")
+    _, errors = tokenize_groups(
+        as_groups(Dataset.from_list(rows)), tokenizer, harmless_alike=True, **settings
+    )
+    assert len([error for error in errors if "has the same tokens as chosen" in error]) == 1
+
+
 def test_responses_that_render_to_the_same_tokens_are_refused() -> None:
     tokenizer = build_tokenizer("llama")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content | lower }}{% endfor %}"

@@ -8,7 +8,13 @@ from mpo.common.words import counted, listed
 from mpo.data import language_name
 from mpo.errors import ConfigError
 from mpo.evaluation.probe.watch import prompts_of
-from mpo.jobs.preflight.data import check_data_files, harmless_refused, load_data, other_refusals, shared_sources
+from mpo.jobs.preflight.data import (
+    check_data_files,
+    harmless_refused,
+    load_data,
+    other_refusals,
+    shared_sources,
+)
 from mpo.jobs.preflight.facts import facts_of
 from mpo.jobs.preflight.folder import check_disk, check_output_folder, checkpoint_to_resume, disk_space
 from mpo.jobs.preflight.in_between import measured_in_between
