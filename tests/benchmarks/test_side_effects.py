@@ -61,7 +61,7 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful"}
     printed = capsys.readouterr().out
-    assert "70 harmful and 360 harmless" in printed
+    assert "70 harmful and 349 harmless" in printed
     prompts = out / "prompts"
     attacked = {part: read(prompts / f"attack-{part}.csv") for part in ("tune", "test")}
     assert [len(attacked[part]) for part in ("tune", "test")] == [30, 48]
@@ -102,7 +102,7 @@ def test_harmless_prompts_of_polyrefuse_are_trained_on_and_others_measured(
         run(monkeypatch, *words, "--part", part, "--polyrefuse", str(folder))
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful", "polyrefuse"}
-    assert "70 harmful and 560 harmless" in capsys.readouterr().out
+    assert "70 harmful and 549 harmless" in capsys.readouterr().out
     trained, tune, test = (
         read(out / "prompts" / f"polyrefuse-{name}.csv") for name in ("train", "tune", "test")
     )

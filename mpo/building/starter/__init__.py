@@ -9,7 +9,7 @@ prompt) therefore come in three kinds, written and translated for this project:
   the forms that harmful ones have where people wrote them: statements, opinions, questions to the assistant as to a person,
   stories that end in a question, role-play, persuasion. Without them a model can learn the form and refuse it.
 
-``everyday.jsonl`` has 180 more harmless prompts in the same languages, 60 of which look harmful: requests, questions and
+``everyday.jsonl`` has 169 more harmless prompts in the same languages, 54 of which look harmful: requests, questions and
 remarks in the forms of red-team prompts. A model is held where it is on as many harmless prompts as there are, so what is
 trained on hundreds of harmful ones wants them, too.
 
