@@ -308,9 +308,10 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
             for values in (before, after, *each)
         ]
         change = average_change(own[0], own[1])
-        low, high = (100 * (end or 0.0) for end in (change.change.low, change.change.high))
+        ends = [f"{100 * end:+.1f}" for end in (change.change.low, change.change.high) if end is not None]
+        within = f" [{', '.join(ends)}]" if ends else ""
         last.append(
-            f"{100 * change.before:.1f} -> {100 * change.after:.1f} ({100 * change.change.mean:+.1f} [{low:+.1f}, {high:+.1f}])"
+            f"{100 * change.before:.1f} -> {100 * change.after:.1f} ({100 * change.change.mean:+.1f}{within})"
         )
         of_seeds = [100 * statistics.fmean(mean_by_language(values).values()) for values in own[2:]]
         notes.append(f"{name}, each seed: {', '.join(f'{value:.1f}' for value in of_seeds)}")

@@ -100,10 +100,11 @@ def other_refusals(groups: Dataset) -> list[str]:
                     begins[pair["language"]].append(text.strip()[:_BEGINNING].casefold())
         found.append(begins)
     taught, held = found
+    known = {language: set(begins) for language, begins in taught.items()}
     return sorted(
         language
         for language, begins in held.items()
-        if taught[language] and 2 * sum(begin in taught[language] for begin in begins) < len(begins)
+        if language in known and 2 * sum(begin in known[language] for begin in begins) < len(begins)
     )
 
 
