@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,12 +38,13 @@ from mpo.common.files import write_text
 from mpo.common.statistics import average_change
 from mpo.common.tables import TextTable
 from mpo.errors import DataError
+from mpo.evaluation.comparison import LANGUAGE
 from mpo.evaluation.contrast import ContrastRow
 from mpo.evaluation.probe import probe_rows
 from mpo.hidden_space.recipe import load_analysis_recipe
 from mpo.jobs.build import build_data
 from mpo.jobs.compare.job import compare
-from mpo.jobs.compare.outcomes import mean_by_language, mean_over_seeds, measured
+from mpo.jobs.compare.outcomes import mean_by_language, mean_over_seeds, measured, outcomes
 from mpo.jobs.compare.planning import RUNS
 from mpo.jobs.compare.recipe import BASE, load_comparison
 from mpo.jobs.hidden_space import run_analysis
@@ -276,22 +276,13 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
         columns.append((key[1], of_each[0], mean_over_seeds(of_each[1:]), of_each[1:]))
     asked = [
         {
-            code: {
-                (key, prompt): value
-                for key in sets[1:]
-                for prompt, value in by_set[key].get(code, {}).items()
-            }
-            for code in (*LANGUAGES, *UNTRAINED)
+            code: {key: value for key, value in values.items() if key[0] != "attack"}
+            for code, values in outcomes(model, LANGUAGE).items()
         }
-        for by_set in ({key: model.safety[key].in_language_asked for key in sets} for model in (base, *seeds))
+        for model in (base, *seeds)
     ]
     columns.append(("in the language asked", asked[0], mean_over_seeds(asked[1:]), asked[1:]))
-    nats = [
-        {code: math.fsum(of.nats_per_text) / of.tokens for code, of in model.perplexity.languages.items()}
-        for model in (base, *seeds)
-        if model.perplexity is not None
-    ]
-    more = {code: math.expm1(statistics.fmean(n[code] for n in nats[1:]) - nats[0][code]) for code in nats[0]}
+    texts = [model.perplexity.languages for model in (base, *seeds) if model.perplexity is not None]
     rows = []
     for code in (*LANGUAGES, *UNTRAINED):
         cells = [
@@ -300,7 +291,8 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
             else ""
             for _, before, after, _ in columns
         ]
-        rows.append((code, *cells, f"{100 * more[code]:+.1f} %"))
+        first, *later = (of_model[code].perplexity for of_model in texts)
+        rows.append((code, *cells, f"{100 * (statistics.geometric_mean(later) / first - 1):+.1f} %"))
     last, notes = [], []
     for name, before, after, each in columns:
         own = [

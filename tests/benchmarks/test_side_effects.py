@@ -168,9 +168,10 @@ def test_the_table_of_effects_has_means_over_seeds_and_changes_of_the_trained_la
             key: SimpleNamespace(outcomes=shares(of).copy, in_language_asked=shares(of))
             for key, of in sets.items()
         }
+        nats = {code: [draw.uniform(1, 9) for _ in range(4)] for code in codes}
         texts = {
-            code: SimpleNamespace(nats_per_text=[draw.uniform(1, 9) for _ in range(4)], tokens=11)
-            for code in codes
+            code: SimpleNamespace(nats_per_text=found, tokens=11, perplexity=exp(sum(found) / 11))
+            for code, found in nats.items()
         }
         return SimpleNamespace(safety=safety, perplexity=SimpleNamespace(languages=texts))
 

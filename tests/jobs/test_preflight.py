@@ -284,3 +284,27 @@ def test_refusals_that_are_held_along_and_are_not_the_taught_ones_are_named(
     made = make_plan(make(dataset=str(path), held_out=0, **settings), on_this_machine=False)
     notes = [note for note in made.notes if "in other words than" in note]
     assert len(notes) == named and all(note.startswith("in Swahili the rejected") for note in notes)
+
+
+@pytest.mark.parametrize(("objective", "accepted"), [("none", True), ("sigmoid", False)])
+def test_an_answer_that_begins_as_the_refusal_does_can_be_held_and_not_preferred(
+    make: Callable[..., Recipe], tmp_path: Path, objective: str, accepted: bool
+) -> None:
+    rows = random_groups(5, 6, (2, 2), ("bn", "sw"))
+    same = "river bread " * 20
+    for number, row in enumerate(rows):
+        row["kind"] = "harmful" if number % 2 else "harmless"
+    for part in ("chosen", "rejected"):
+        rows[0]["targets"][0][part] = [{"role": "assistant", "content": same + part}]
+    path = tmp_path / "alike.json"
+    path.write_text(json.dumps([{**row, "origin": None} for row in rows]), encoding="utf-8")
+    recipe = make(
+        dataset=str(path), held_out=0, harmless_max_response_length=6,
+        harmless_loss_type=objective, harmless_retention="states",
+    )  # fmt: skip
+    if not accepted:
+        with pytest.raises(DataError, match="equal to chosen after the cut to 6 tokens"):
+            make_plan(recipe, on_this_machine=False)
+        return
+    made = make_plan(recipe, on_this_machine=False)
+    assert sum(made.languages.values()) == sum(len(row["targets"]) for row in rows)

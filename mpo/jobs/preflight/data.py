@@ -21,6 +21,8 @@ from mpo.training.recipe import DATA_SUFFIXES, Recipe
 
 _BEGINNING = 12
 """Characters of a refusal in which two are compared."""
+_LOOKED_AT = 1000
+"""Groups of each kind whose refusals are compared: a plan is to begin soon, however large the data."""
 
 
 def check_data_files(recipe: Recipe) -> None:
@@ -87,13 +89,16 @@ def other_refusals(groups: Dataset) -> list[str]:
 
     Args:
         groups: Groups as text: chosen responses to harmful prompts are what is taught, rejected ones to harmless prompts what
-            tokens are held along. What refuses neither way counts for nothing.
+            tokens are held along, of about a thousand groups each, spread over the data. What refuses neither way counts for
+            nothing.
     """
     harmless = harmless_groups(groups)
     found: list[defaultdict[str, list[str]]] = []
     for kind, part in ((~harmless, "chosen"), (harmless, "rejected")):
         begins: defaultdict[str, list[str]] = defaultdict(list)
-        for group in groups.select(np.flatnonzero(kind)).select_columns(["source", "targets"]):
+        places = np.flatnonzero(kind)
+        some = groups.select(places[:: 1 + len(places) // _LOOKED_AT])
+        for group in some.select_columns(["source", "targets"]):
             for pair in (group["source"], *group["targets"]):
                 text = answers_read(pair)[part]
                 if opens_with_refusal(text, pair["language"], group["source"]["language"]):
