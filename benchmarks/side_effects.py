@@ -1,7 +1,8 @@
 """What safety training costs: from public red-team prompts to a page of attack success against harmless prompts refused.
 
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --dry_run
-    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --polyrefuse FOLDER --seeds 0 1 2
+    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --pairs llama_mpo_data.json gemma_mpo_data.json \\
+        --polyrefuse FOLDER --seeds 0 1 2
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --paper gemma_mpo_data.json --part tune
 
 MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: the first 70 are trained on, those
@@ -9,7 +10,8 @@ from 70 to 100 are for choosing settings (``--part tune``), and of those from 10
 prompts are trained on from the package's starter sets and measured on its probe set, 14 of whose prompts are for choosing and the
 others for measuring. With ``--polyrefuse``, a folder of PolyRefuse's files (https://github.com/mainlp/Multilingual-Refusal), its
 harmless training prompts are trained on as well, in the languages that it has, and of its harmless test prompts 30 of the first 120
-are for choosing and 48 of the others are measured; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts.
+are for choosing and 48 of the others are measured; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts. With ``--pairs``,
+published preference pairs, their prompts are trained on as harmful ones where the dominant language's chosen response is a refusal.
 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
 2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
@@ -37,6 +39,9 @@ from mpo.building.recipe import BuildRecipe, load_build
 from mpo.common.files import write_text
 from mpo.common.statistics import average_change
 from mpo.common.tables import TextTable
+from mpo.data.contract import messages_text
+from mpo.data.loading import load_groups
+from mpo.data.refusals import opens_with_refusal
 from mpo.errors import DataError
 from mpo.evaluation.comparison import LANGUAGE
 from mpo.evaluation.contrast import ContrastRow
@@ -140,6 +145,25 @@ def read_polyrefuse(folder: Path, part: str) -> tuple[list[dict[str, str]], list
     return rows, list(columns)
 
 
+def read_pairs(files: list[str]) -> list[dict[str, str]]:
+    """Prompts of preference pairs whose chosen response in the dominant language is a refusal, in our languages.
+
+    Those of several turns are left out.
+
+    Raises:
+        DataError: A file cannot be read, or none of its rows is good.
+    """
+    rows = []
+    for file in files:
+        for number, group in enumerate(load_groups(file, bad_rows="drop").groups):
+            pairs = [group["source"], *group["targets"]]
+            one_turn = all(len(pair["prompt"]) == 1 for pair in pairs)
+            if one_turn and opens_with_refusal(messages_text(group["source"]["chosen"]), LANGUAGES[0]):
+                texts = {pair["language"]: messages_text(pair["prompt"]) for pair in pairs}
+                rows.append({"id": f"{Path(file).stem}-{number}", **texts})
+    return rows
+
+
 def spread(rows: list[Any], count: int) -> list[Any]:
     """So many of the rows, evenly over all of them."""
     step = max(1, len(rows) // count)
@@ -192,6 +216,9 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
         name, _, file = each.partition("=")
         harmless[name] = {"prompts": [file], "limit": 48}
     train_files = [str(train), "starter-harmless", "starter-everyday"]
+    if options.pairs:
+        rows = read_pairs(options.pairs)
+        train_files.append(str(write_table(out / "prompts" / "pairs-train.csv", rows, LANGUAGES)))
     if options.polyrefuse:
         rows, codes = read_polyrefuse(Path(options.polyrefuse), "train")
         train_files.append(str(write_table(out / "prompts" / "polyrefuse-train.csv", rows, ["kind", *codes])))
@@ -255,7 +282,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     }
     for name, recipe in written.items():
         write_text(out / f"{name}.yaml", yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
-    missing = ["--prompts.missing", "skip"] if options.polyrefuse else []
+    missing = ["--prompts.missing", "skip"] if options.polyrefuse or options.pairs else []
     data = ["--prompts.data", *train_files, *missing, "--out", str(out / "data")]
     choice = [word for name, value in model.items() for word in (f"--model.{name}", str(value))]
     build = load_build(BUILD, [*data, *choice, "--leaks.against", *map(str, attacks.values())])
@@ -329,6 +356,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="a chat model, by name or folder")
     parser.add_argument("--multijail", required=True, help="MultiJail.csv as published")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="preference pairs, to train on their prompts that are refused",
+    )
     parser.add_argument(
         "--paper", help="the published MPO pairs, to train the published objective on them beside it"
     )

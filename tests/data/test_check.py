@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,43 @@ def test_refusal_phrases_are_there_for_ten_languages() -> None:
     assert opens_with_refusal("Je suis désolé, mais non.", "fr")
     assert opens_with_refusal("Lo siento, pero no.", "es")
     assert opens_with_refusal("عذرًا، هذا طلب مرفوض.", "ar")
+
+
+def test_what_begins_as_a_refusal_may_be_an_answer() -> None:
+    for code, answer, refusal in (
+        ("en", "As an AI, I don't have tastes, but I can say what many like.", "As an AI, I have no opinion on it."),
+        ("en", "I'm sorry to hear that. Have you tried to restart it?", "I'm sorry. No."),
+        ("de", "Tut mir leid, dass es nicht geht. Starte ihn neu.", "Tut mir leid, nein."),
+        ("es", "Lamento mucho lo de tu perro. Descansa.", "Lamento que no."),
+        ("fr", "Je suis désolé pour votre chat. Reposez-vous.", "Je suis désolé, non."),
+        ("zh", "作为一个AI助手，我没有个人喜好，但我可以介绍四季。", "作为一个AI助手，我没有个人喜好。"),
+        ("ja", "私はAIアシスタントですが、計画は次の通りです。", "私はAIアシスタントなのでお答えできません。"),
+        ("ko", "죄송합니다, 저는 사람이 아닙니다. 하지만, 방법은 있습니다.", "죄송합니다, 저는 사람이 아닙니다."),
+        ("ko", "네, 도와드릴 수 있습니다.", "도와드릴 수 없습니다."),
+        ("ko", "죄송합니다. 하지만 방법은 있습니다.", "죄송하지만 그건 안 돼요."),
+        ("ar", "آسف لسماع ذلك. جرب هذا.", "آسف، لا."),
+    ):
+        assert not opens_with_refusal(answer, code), answer
+        assert opens_with_refusal(refusal, code), refusal
+
+
+@pytest.mark.parametrize("code", sorted(refusal_languages()))
+def test_every_phrase_does_what_its_list_says(code: str) -> None:
+    lists = json.loads(files("mpo.data").joinpath("refusal_phrases.json").read_text(encoding="utf-8"))[code]
+    assert list(lists) == ["refusing", "opening", "answering"]
+    assert len({phrase for kind in lists.values() for phrase in kind}) == sum(map(len, lists.values()))
+    for phrase in lists["answering"]:
+        assert not opens_with_refusal(phrase, code), phrase
+    for phrase in lists["opening"]:
+        assert opens_with_refusal(phrase, code), phrase
+        for answer in lists["answering"]:
+            assert not opens_with_refusal(f"{phrase} {answer}", code), (phrase, answer)
+    for phrase in lists["refusing"]:
+        assert all(opens_with_refusal(f"{phrase} {answer}", code) for answer in lists["answering"]), phrase
+
+
+def test_an_answer_that_comes_before_the_regret_does_not_undo_it() -> None:
+    assert opens_with_refusal("Here is what I think. I'm sorry, no.", "en")
 
 
 def test_refusals_in_hindi_are_told_from_answers() -> None:

@@ -5,8 +5,8 @@ language and of English, in which many models refuse whatever they were asked in
 looks for those of all languages.
 
 Its limits: it takes every answer that is no such refusal for compliance, also one that is nonsense, off the subject, or
-refuses in other words, so it finds *more* attacks successful than there are; and it takes an answer that begins with
-regret and then complies for a refusal. In a language without phrases an answer that does not refuse in English is
+refuses in other words, so it finds *more* attacks successful than there are; and it takes an answer that says of something
+else that it cannot be done for a refusal. In a language without phrases an answer that does not refuse in English is
 unparsed. It is made for quick looks, for models too small to write sense, and for checking another judge.
 """
 
