@@ -99,6 +99,18 @@ class Journal:
             ) from error
         self.rows[name] = dict(row)
 
+    def clear(self) -> None:
+        """Forgets every row.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        try:
+            self._file.truncate(0)
+        except OSError as error:
+            raise StorageError(f"Cannot write {self.path}: {error.strerror or error}.") from error
+        self.rows.clear()
+
     def close(self) -> None:
         """Closes the file and lets others write to it."""
         self._file.close()

@@ -9,8 +9,10 @@ from pathlib import Path
 from mpo.common.journal import Journal, settle
 from mpo.common.progress import CountProgress
 from mpo.common.statistics import Kappa, cohen_kappa
+from mpo.errors import ConfigError
 from mpo.evaluation.answers import AnswerRow, fingerprint_answers
 from mpo.evaluation.judges import Exchange, Judge, Verdict
+from mpo.evaluation.judges.phrases import PhraseJudge
 from mpo.evaluation.tasks import BLOCKED, NO_VERDICT, UNFINISHED, UNPARSED, Task
 
 Verdicts = Mapping[str, str]
@@ -44,7 +46,8 @@ def verdicts_file(folder: Path, label: str) -> Path:
 def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Path) -> dict[str, str]:
     """Judges every answer that has no verdict in ``folder/verdicts.LABEL.jsonl`` yet.
 
-    A judge sees the answer without its reasoning. What is no answer, or one without any text, is not shown to it: its
+    Verdicts on other answers or with other settings are an error, but for those of refusal phrases, which cost nothing: all are
+    given anew. A judge sees the answer without its reasoning. What is no answer, or one without any text, is not shown to it: its
     verdict is ``blocked``, ``unfinished``, or the task's own.
 
     Args:
@@ -62,7 +65,13 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
     """
     with Journal(verdicts_file(folder, judge.label), VerdictRow) as journal:
         settings = {"answers": fingerprint_answers(answers), **judge.settings()}
-        settle(journal.path, settings, empty=not journal.rows)
+        try:
+            settle(journal.path, settings, empty=not journal.rows)
+        except ConfigError:
+            if not isinstance(judge, PhraseJudge):
+                raise
+            journal.clear()
+            settle(journal.path, settings, empty=True)
 
         def keep(row: AnswerRow, verdict: Verdict) -> None:
             journal.append(

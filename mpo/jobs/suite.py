@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 from mpo.common.files import write_bytes
 from mpo.common.typed_json import read_typed, write_typed
 from mpo.data.reading import missing_file_error
+from mpo.data.refusals import phrases_fingerprint
 from mpo.errors import ConfigError, MPOError, StorageError
 from mpo.evaluation.answers import Framing
 from mpo.evaluation.engines import Generation, ModelChoice
 from mpo.evaluation.judge_quality import measure_judge
-from mpo.evaluation.judges import check_judge, make_judge
+from mpo.evaluation.judges import JudgeChoice, check_judge, make_judge
 from mpo.evaluation.judges.grader import check_grader
 from mpo.evaluation.judges.guard import has_own_replies
+from mpo.evaluation.judges.phrases import PhraseJudge
 from mpo.evaluation.mt_bench import (
     fingerprint_questions,
     load_questions,
@@ -256,6 +258,12 @@ def _identity(model: ModelChoice) -> dict[str, Any]:
     return {**model.open().identity().to_dict(), **loaded}
 
 
+def phrases_of(judges: Iterable[JudgeChoice]) -> dict[str, str]:
+    """The content of the refusal phrases, where a judge reads them: with others its verdicts are others."""
+    reads = any(judge.name == PhraseJudge.label for judge in judges)
+    return {"phrases": phrases_fingerprint()} if reads else {}
+
+
 def _guards(recipe: SuiteRecipe, kind: str) -> list[dict[str, Any]]:
     """What tells the guards that judge this kind from others, by the content of their weights; nothing is loaded."""
     guards = [choice for choice in recipe.judges(kind).values() if choice.name == "guard"]
@@ -351,6 +359,7 @@ def _safety_job(
         "judges": [asdict(judge) for judge in judges],
         "files": _contents([judge.prompt for judge in judges if judge.prompt is not None]),
         **({"guards": guards} if guards else {}),
+        **phrases_of(judges),
         "model": identity,
         "engine": [model.engine, model.batch_size],
         "confidence": recipe.confidence,

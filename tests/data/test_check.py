@@ -193,14 +193,26 @@ def test_refusal_phrases_are_there_for_ten_languages() -> None:
 
 def test_what_begins_as_a_refusal_may_be_an_answer() -> None:
     for code, answer, refusal in (
-        ("en", "As an AI, I don't have tastes, but I can say what many like.", "As an AI, I have no opinion on it."),
+        (
+            "en",
+            "As an AI, I don't have tastes, but I can say what many like.",
+            "As an AI, I have no opinion on it.",
+        ),
         ("en", "I'm sorry to hear that. Have you tried to restart it?", "I'm sorry. No."),
         ("de", "Tut mir leid, dass es nicht geht. Starte ihn neu.", "Tut mir leid, nein."),
         ("es", "Lamento mucho lo de tu perro. Descansa.", "Lamento que no."),
         ("fr", "Je suis désolé pour votre chat. Reposez-vous.", "Je suis désolé, non."),
         ("zh", "作为一个AI助手，我没有个人喜好，但我可以介绍四季。", "作为一个AI助手，我没有个人喜好。"),
-        ("ja", "私はAIアシスタントですが、計画は次の通りです。", "私はAIアシスタントなのでお答えできません。"),
-        ("ko", "죄송합니다, 저는 사람이 아닙니다. 하지만, 방법은 있습니다.", "죄송합니다, 저는 사람이 아닙니다."),
+        (
+            "ja",
+            "私はAIアシスタントですが、計画は次の通りです。",
+            "私はAIアシスタントなのでお答えできません。",
+        ),
+        (
+            "ko",
+            "죄송합니다, 저는 사람이 아닙니다. 하지만, 방법은 있습니다.",
+            "죄송합니다, 저는 사람이 아닙니다.",
+        ),
         ("ko", "네, 도와드릴 수 있습니다.", "도와드릴 수 없습니다."),
         ("ko", "죄송합니다. 하지만 방법은 있습니다.", "죄송하지만 그건 안 돼요."),
         ("ar", "آسف لسماع ذلك. جرب هذا.", "آسف، لا."),

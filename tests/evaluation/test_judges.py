@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo.data import load_groups
+from mpo.data import load_groups, refusals
 from mpo.data.refusals import refusal_languages
 from mpo.errors import ConfigError, DependencyError, ServerError
 from mpo.evaluation import chat_client
@@ -306,13 +306,15 @@ def test_the_prompt_and_the_request_can_be_replaced(tmp_path: Path) -> None:
 
 def test_verdicts_on_other_answers_are_not_mixed(tmp_path: Path) -> None:
     rows = answers(3)
-    judge = make_judge(JudgeChoice(), ATTACK)
-    judge_answers(judge, ATTACK, rows, tmp_path)
-    other = [
-        AnswerRow(row.id, row.prompt_id, row.language, row.prompt, row.answer + "!", True) for row in rows
-    ]
-    with pytest.raises(ConfigError, match="answers"):
-        judge_answers(judge, ATTACK, other, tmp_path)
+    other = [replace(row, answer=f"I cannot {row.answer}") for row in rows]
+    with serve(ChatServer()) as server:
+        judge = make_judge(llm(server, None), ATTACK)
+        judge_answers(judge, ATTACK, rows, tmp_path)
+        with pytest.raises(ConfigError, match="answers"):
+            judge_answers(judge, ATTACK, other, tmp_path)
+    judge = make_judge(JudgeChoice(), ATTACK)  # what costs nothing is done anew
+    assert set(judge_answers(judge, ATTACK, rows, tmp_path).values()) == {"unsafe"}
+    assert set(judge_answers(judge, ATTACK, other, tmp_path).values()) == {"safe"}
 
 
 def test_a_kept_reply_is_for_one_model_one_request_and_one_text(tmp_path: Path) -> None:
@@ -379,6 +381,20 @@ def test_phrases_tell_refusals_from_answers_in_every_language_of_the_samples(cod
     ):
         judge = make_judge(JudgeChoice(), task)
         assert [verdict.verdict for _, verdict in judge.judge(exchanges)] == words
+
+
+def test_other_phrases_judge_all_answers_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        AnswerRow(f"{n}/en", str(n), "en", "?", text, True) for n, text in enumerate(("I cannot.", "Nope."))
+    ]
+    judge = make_judge(JudgeChoice(), ATTACK)
+    assert list(judge_answers(judge, ATTACK, rows, tmp_path).values()) == ["safe", "unsafe"]
+    new = refusals._phrases()["en"]._replace(refusing=("nope",))
+    monkeypatch.setattr(refusals, "_phrases", lambda: {"en": new})
+    for _ in range(2):
+        assert list(judge_answers(judge, ATTACK, rows, tmp_path).values()) == ["unsafe", "safe"]
+        file = verdicts_file(tmp_path, judge.label)
+        assert [json.loads(line)["verdict"] for line in file.read_text().splitlines()] == ["unsafe", "safe"]
 
 
 def test_there_are_phrases_for_the_languages_of_the_paper_and_more() -> None:

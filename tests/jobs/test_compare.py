@@ -20,6 +20,7 @@ from mpo.cli import main
 from mpo.common.typed_json import read_typed
 from mpo.errors import ConfigError, MPOError, StoppedBySignal
 from mpo.evaluation.comparison import ComparisonResult, RunRecord
+from mpo.jobs import suite
 from mpo.jobs.compare import processes
 from mpo.jobs.compare.job import compare
 from mpo.jobs.compare.planning import plan_comparison, within_budget
@@ -304,6 +305,21 @@ def test_changed_settings_are_named_and_refused(load: Any, stub: Stub, place: Pa
     assert len(stub.trained) == 2
     compare(load("--out", str(tmp_path / "elsewhere"), runs=changed))
     assert len(stub.trained) == 4
+
+
+def test_with_other_refusal_phrases_what_is_trained_is_measured_again(
+    load: Any, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(load())
+    compare(load("--out", str(tmp_path / "gone"), "--keep", "none"))
+    monkeypatch.setattr(suite, "phrases_fingerprint", lambda: "others")
+    stub.measured.clear()
+    for _ in range(2):
+        compare(load())
+        assert stub.measured == [["base"], ["base", "mpo-s0"], ["base", "dpo-s0"]]
+    assert len(stub.trained) == 4
+    with pytest.raises(ConfigError, match=r"measured with another suite \(phrases: .* → \"others\"\)"):
+        compare(load("--out", str(tmp_path / "gone"), "--keep", "none"))
 
 
 def test_weights_are_kept_as_asked(load: Any, stub: Stub, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mpo.cli import main
+from mpo.data import refusals
 from mpo.errors import ConfigError, DataError, ModelError, MPOError
 from mpo.jobs import suite
 from mpo.jobs.suite_recipe import load_suite
@@ -383,6 +384,26 @@ def test_a_guard_whose_weights_changed_judges_anew(
         states = _states(capsys.readouterr().out)
         seen.append({name for name, state in states.items() if state == "to do"})
     assert seen == [set(), {"base/attack/unsafe"}]
+
+
+def test_other_refusal_phrases_judge_anew_and_ask_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"reward_gap": None, "perplexity": None, "models": {"base": _models()["base"]}}
+    recipe = _recipe(place, out=str(tmp_path / "out"), **changes)
+    assert main(["evaluate", "suite", recipe]) == 0
+    answers = tmp_path / "out" / "base" / "attack" / "unsafe" / "answers.jsonl"
+    before = answers.read_bytes(), answers.stat().st_mtime_ns
+    everything = refusals._phrases()["en"]._replace(refusing=("",))
+    monkeypatch.setattr(refusals, "_phrases", lambda: dict.fromkeys(("en", "sw", "ar"), everything))
+    capsys.readouterr()
+    assert main(["evaluate", "suite", recipe, "--dry_run"]) == 0
+    states = _states(capsys.readouterr().out)
+    assert "to do" in states.values() and states["base/attack/unsafe"] == "to do"
+    assert main(["evaluate", "suite", recipe]) == 0
+    assert (answers.read_bytes(), answers.stat().st_mtime_ns) == before
+    result = json.loads((answers.parent / "result.json").read_text(encoding="utf-8"))
+    assert {language["verdicts"]["unsafe"] for language in result["languages"].values()} == {0}
 
 
 def test_a_changed_task_file_is_noticed(

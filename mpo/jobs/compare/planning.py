@@ -31,7 +31,7 @@ from mpo.jobs.compare.recipe import (
 )
 from mpo.jobs.preflight import Plan, check_packages, make_plan
 from mpo.jobs.preflight.folder import disk_space
-from mpo.jobs.suite import check_suite
+from mpo.jobs.suite import check_suite, phrases_of
 from mpo.jobs.suite_recipe import SuiteRecipe, load_suite
 from mpo.training.recipe import Recipe, load_recipe, settings_in_effect
 from mpo.training.workload import Seen, seen_by_step
@@ -389,6 +389,9 @@ def plan_suite(name: str, model: BaseModel) -> PlannedSuite:
     settings["opened"] = opened
     settings["prompts"] = {f"{kind}/{name}": found.fingerprint for (kind, name), found in prompts.items()}
     settings["files"] = _contents(recipe)
+    settings |= phrases_of(
+        judge for kind in ("attack", "over_refusal") for judge in recipe.judges(kind).values()
+    )
     return PlannedSuite(path, recipe, prompts, as_stored(settings))
 
 

@@ -36,7 +36,12 @@ def carry_out(run: PlannedRun, base: Path, suite: PlannedSuite, out: Path) -> Ru
         out: Folder in which ``measured`` is.
     """
     record = read_record(run)
-    if record is not None and record.state == "done" and (out / MEASURED / run.name).is_dir():
+    if (
+        record is not None
+        and record.state == "done"
+        and (out / MEASURED / run.name).is_dir()
+        and record.suite == suite.settings
+    ):
         print(f"Done: {_trained(record)}", flush=True)
         return record
     if record is not None and _is_trained(record, run):
@@ -225,6 +230,8 @@ def _write(run: PlannedRun, record: RunRecord) -> RunRecord:
 def refuse_changed(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord], suite: PlannedSuite) -> None:
     """Makes sure that what is there was made with the settings of now.
 
+    Other refusal phrases are no fault where a run's weights are there: it is measured again, which asks it nothing anew.
+
     Raises:
         ConfigError: It names every run whose settings differ, and what differs.
     """
@@ -235,7 +242,7 @@ def refuse_changed(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord],
             continue
         if found := _differences(record.settings, run.settings):
             changed.append(f"{run.name} was trained with other settings ({found})")
-        elif record.suite and (found := _differences(record.suite, suite.settings)):
+        elif record.suite and (found := _differences(record.suite, suite.settings, but=_judged_anew(record))):
             changed.append(f"{run.name} was measured with another suite ({found})")
     if changed:
         folder = runs[0].folder.parent.parent
@@ -245,8 +252,12 @@ def refuse_changed(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord],
         )
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+def _judged_anew(record: RunRecord) -> frozenset[str]:
+    return frozenset({"phrases"} if record.kept else ())
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], but: frozenset[str] = frozenset()) -> str:
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in but]
     return "; ".join(
         f"{name}: {shown_value(then.get(name), 60)} {ARROW} {shown_value(now.get(name), 60)}"
         for name in names
