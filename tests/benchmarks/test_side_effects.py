@@ -123,21 +123,22 @@ def test_harmless_prompts_of_polyrefuse_are_trained_on_and_others_measured(
 def test_prompts_of_pairs_are_trained_on_where_they_are_refused(
     multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same prompt in two files is one; languages that are not trained, and pairs that are answered, are left out."""
+    """The same prompt in two files is one; languages that are not trained, pairs that are answered and several turns are left out."""
     model, out = save_tiny("llama", tmp_path / "model"), tmp_path / "out"
     rows = [{**row, "origin": None} for row in random_groups(3, 12, (2, 2), ("bn", "ja"))]
     for n, row in enumerate(rows):
         if n % 3 == 0:
             row["source"]["chosen"][0]["content"] = "I cannot help with that."
+    rows[9]["source"]["prompt"][:0] = [{"role": role, "content": "Hello."} for role in ("user", "assistant")]
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     for file, kept in zip(files, (rows[:9], rows[6:]), strict=True):
         file.write_text(json.dumps(kept), encoding="utf-8")
     words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
     run(monkeypatch, *words, "--pairs", *map(str, files))
     printed = capsys.readouterr().out
-    assert "74 harmful and 349 harmless" in printed
-    assert "349 in zh" not in printed and "419 in zh" in printed and "423 in bn" in printed
-    refused = {row["source"]["prompt"][0]["content"] for row in rows[::3]}
+    assert "73 harmful and 349 harmless" in printed
+    assert "349 in zh" not in printed and "419 in zh" in printed and "422 in bn" in printed
+    refused = {row["source"]["prompt"][0]["content"] for row in rows[:9:3]}
     assert read(out / "prompts" / "pairs-train.csv") == refused
     header = (out / "prompts" / "pairs-train.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header == "id,en,zh,ko,ar,bn,sw"
