@@ -1,8 +1,7 @@
 """What safety training costs: from public red-team prompts to a page of attack success against harmless prompts refused.
 
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --dry_run
-    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --pairs llama_mpo_data.json gemma_mpo_data.json \\
-        --polyrefuse FOLDER --seeds 0 1 2
+    python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --polyrefuse FOLDER --seeds 0 1 2
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --paper gemma_mpo_data.json --part tune
 
 MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: the first 70 are trained on, those

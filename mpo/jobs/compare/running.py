@@ -242,7 +242,9 @@ def refuse_changed(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord],
             continue
         if found := _differences(record.settings, run.settings):
             changed.append(f"{run.name} was trained with other settings ({found})")
-        elif record.suite and (found := _differences(record.suite, suite.settings, but=_judged_anew(record))):
+        elif record.suite and (
+            found := _differences(record.suite, suite.settings, but=["phrases"] if record.kept else ())
+        ):
             changed.append(f"{run.name} was measured with another suite ({found})")
     if changed:
         folder = runs[0].folder.parent.parent
@@ -252,11 +254,7 @@ def refuse_changed(runs: Sequence[PlannedRun], records: Mapping[str, RunRecord],
         )
 
 
-def _judged_anew(record: RunRecord) -> frozenset[str]:
-    return frozenset({"phrases"} if record.kept else ())
-
-
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any], but: frozenset[str] = frozenset()) -> str:
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], but: Sequence[str] = ()) -> str:
     names = [name for name in {**then, **now} if then.get(name) != now.get(name) and name not in but]
     return "; ".join(
         f"{name}: {shown_value(then.get(name), 60)} {ARROW} {shown_value(now.get(name), 60)}"
