@@ -4,13 +4,14 @@
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --polyrefuse FOLDER --seeds 0 1 2
     python -m benchmarks.side_effects --model MODEL --multijail MultiJail.csv --paper gemma_mpo_data.json --part tune
 
-MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: the first 70 are trained on, those
-from 70 to 100 are for choosing settings (``--part tune``), and of those from 100 on, 48 are measured (``--part test``). Harmless
-prompts are trained on from the package's starter sets and measured on its probe set, 14 of whose prompts are for choosing and the
-others for measuring. With ``--polyrefuse``, a folder of PolyRefuse's files (https://github.com/mainlp/Multilingual-Refusal), its
-harmless training prompts are trained on as well, in the languages that it has, and of its harmless test prompts 30 of the first 120
-are for choosing and 48 of the others are measured; ``--harmless NAME=FILE.csv`` adds sets. Nothing is in two parts. With ``--pairs``,
-published preference pairs, their prompts are trained on as harmful ones where the dominant language's chosen response is a refusal.
+MultiJail (https://github.com/DAMO-NLP-SG/multilingual-safety-for-LLMs) is divided by its rows: those from 70 to 100 are for
+choosing settings by (``--part tune``), trained on the 70 before; with settings chosen, the first 100 are trained on, and of the
+others 48 are measured (``--part test``). Harmless prompts are trained on from the package's starter sets and measured on its probe
+set, 14 of whose prompts are for choosing and the others for measuring. With ``--polyrefuse``, a folder of PolyRefuse's files
+(https://github.com/mainlp/Multilingual-Refusal), its harmless training prompts are trained on as well, in the languages that it
+has, and of its harmless test prompts 30 of the first 120 are for choosing and 48 of the others are measured; ``--harmless
+NAME=FILE.csv`` adds sets. Nothing is trained on and measured. With ``--pairs``, published preference pairs, their prompts are
+trained on as harmful ones where the dominant language's chosen response is a refusal.
 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
 2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
@@ -56,7 +57,8 @@ from mpo.report.folder import ModelResults
 
 LANGUAGES = ("en", "zh", "ko", "ar", "bn", "sw")
 UNTRAINED = ("ja", "de", "fr", "es")
-TRAINED_ON, CHOSEN_WITH, MEASURED = slice(0, 70), slice(70, 100), slice(100, None)
+MULTIJAIL_PARTS = {"tune": (slice(0, 70), slice(70, 100)), "test": (slice(0, 100), slice(100, None))}
+"""Its rows that are trained on, and those that are measured or chosen from."""
 POLYREFUSE_PARTS = {"tune": (slice(0, 120), 30), "test": (slice(120, None), 48)}
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "refuse_or_answer.yaml"
@@ -182,12 +184,10 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     """Writes the prompts and the recipes; returns that of the build, and where those of comparison and hidden space are."""
     out = Path(options.out)
     rows = read_multijail(Path(options.multijail))
-    train = write_table(out / "prompts" / "train.csv", rows[TRAINED_ON], LANGUAGES)
-    parts = {"tune": rows[CHOSEN_WITH], "test": spread(rows[MEASURED], 48)}
-    attacks = {
-        part: write_table(out / "prompts" / f"attack-{part}.csv", attacked, LANGUAGES)
-        for part, attacked in parts.items()
-    }
+    trained_on, measured_on = MULTIJAIL_PARTS[options.part]
+    train = write_table(out / "prompts" / f"train-{options.part}.csv", rows[trained_on], LANGUAGES)
+    attacked = spread(rows[measured_on], 48)
+    attack = write_table(out / "prompts" / f"attack-{options.part}.csv", attacked, LANGUAGES)
     asked, own = [*LANGUAGES, *UNTRAINED], probe_part(options.part)
     harmless = {}
     texts = {}
@@ -202,7 +202,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
         {"text": text, "kind": kind, "language": code}
         for code in LANGUAGES
         for kind, texts_of_kind in (
-            ("harmful", [row[code] for row in parts[options.part]]),
+            ("harmful", [row[code] for row in attacked]),
             ("harmless", [row.texts[code] for row in own]),
         )
         for text in texts_of_kind
@@ -235,7 +235,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     written = {
         f"suite-{options.part}": {
             "models": {"base": model},
-            "attack": {"multijail": {"prompts": [str(attacks[options.part])]}},
+            "attack": {"multijail": {"prompts": [str(attack)]}},
             "over_refusal": harmless,
             "generation": {"max_new_tokens": options.max_new_tokens},
             "judge": {"name": "refusal-phrases"},
@@ -246,7 +246,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
             "suite": str(out / f"suite-{options.part}.yaml"),
             "shared": {
                 "model_name_or_path": options.model,
-                "dataset": str(out / "data" / "groups.jsonl"),
+                "dataset": str(out / f"data-{options.part}" / "groups.jsonl"),
                 **({"use_cpu": True} if options.cpu else {}),
             },
             "runs": runs,
@@ -282,9 +282,9 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     for name, recipe in written.items():
         write_text(out / f"{name}.yaml", yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False))
     missing = ["--prompts.missing", "skip"] if options.polyrefuse or options.pairs else []
-    data = ["--prompts.data", *train_files, *missing, "--out", str(out / "data")]
+    data = ["--prompts.data", *train_files, *missing, "--out", str(out / f"data-{options.part}")]
     choice = [word for name, value in model.items() for word in (f"--model.{name}", str(value))]
-    build = load_build(BUILD, [*data, *choice, "--leaks.against", *map(str, attacks.values())])
+    build = load_build(BUILD, [*data, *choice, "--leaks.against", str(attack)])
     return build, *(out / f"{kind}-{options.part}.yaml" for kind in ("compare", "hidden_space"))
 
 
@@ -382,7 +382,7 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="check everything and stop")
     options = parser.parse_args()
     build, comparison, space = prepare(options)
-    groups = Path(options.out) / "data" / "groups.jsonl"
+    groups = Path(options.out) / f"data-{options.part}" / "groups.jsonl"
     if not options.dry_run or not groups.is_file():
         build_data(build, dry_run=options.dry_run)
     if groups.is_file():

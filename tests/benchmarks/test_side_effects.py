@@ -60,19 +60,19 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
         assert (sum(texts.harmful), len(texts.texts)) == {"tune": (180, 264), "test": (288, 564)}[part]
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful"}
-    printed = capsys.readouterr().out
-    assert "70 harmful and 349 harmless" in printed
+        assert {"tune": "70", "test": "100"}[part] + " harmful and 349 harmless" in capsys.readouterr().out
     prompts = out / "prompts"
     attacked = {part: read(prompts / f"attack-{part}.csv") for part in ("tune", "test")}
     assert [len(attacked[part]) for part in ("tune", "test")] == [30, 48]
     own = {row.texts["en"] for row in (*starter_rows(), *everyday_rows())}
-    trained = read(prompts / "train.csv") | own
+    trained = {part: read(prompts / f"train-{part}.csv") | own for part in ("tune", "test")}
+    assert trained["test"] == trained["tune"] | attacked["tune"]
     harmless = {
         part: read(prompts / f"harmless-{part}.csv") | read(prompts / f"looks-harmful-{part}.csv")
         for part in ("tune", "test")
     }
     assert [len(harmless[part]) for part in ("tune", "test")] == [14, 46]
-    parts = [trained, *attacked.values(), *harmless.values()]
+    parts = [trained["tune"], *attacked.values(), *harmless.values()]
     assert sum(map(len, parts)) == len(set().union(*parts))
 
 
@@ -102,7 +102,7 @@ def test_harmless_prompts_of_polyrefuse_are_trained_on_and_others_measured(
         run(monkeypatch, *words, "--part", part, "--polyrefuse", str(folder))
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful", "polyrefuse"}
-    assert "70 harmful and 549 harmless" in capsys.readouterr().out
+    assert "100 harmful and 549 harmless" in capsys.readouterr().out
     trained, tune, test = (
         read(out / "prompts" / f"polyrefuse-{name}.csv") for name in ("train", "tune", "test")
     )
@@ -136,8 +136,8 @@ def test_prompts_of_pairs_are_trained_on_where_they_are_refused(
     words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
     run(monkeypatch, *words, "--pairs", *map(str, files))
     printed = capsys.readouterr().out
-    assert "73 harmful and 349 harmless" in printed
-    assert "349 in zh" not in printed and "419 in zh" in printed and "422 in bn" in printed
+    assert "103 harmful and 349 harmless" in printed
+    assert "349 in zh" not in printed and "449 in zh" in printed and "452 in bn" in printed
     refused = {row["source"]["prompt"][0]["content"] for row in rows[:9:3]}
     assert read(out / "prompts" / "pairs-train.csv") == refused
     header = (out / "prompts" / "pairs-train.csv").read_text(encoding="utf-8").splitlines()[0]
@@ -152,7 +152,7 @@ def test_the_published_objective_can_run_beside_it(
     rows = [{**row, "origin": None} for row in random_groups(3, 12, (1, 2), ("bn", "sw"))]
     paper = tmp_path / "paper.json"
     paper.write_text(json.dumps(rows), encoding="utf-8")
-    built = out / "data" / "groups.jsonl"
+    built = out / "data-test" / "groups.jsonl"
     built.parent.mkdir(parents=True)
     kinds = [{**row, "kind": "harmless" if n % 2 else "harmful"} for n, row in enumerate(rows)]
     built.write_text("".join(f"{json.dumps(row)}\n" for row in kinds), encoding="utf-8")
