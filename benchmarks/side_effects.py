@@ -43,7 +43,7 @@ from mpo.data.contract import messages_text
 from mpo.data.loading import load_groups
 from mpo.data.refusals import opens_with_refusal
 from mpo.errors import DataError
-from mpo.evaluation.comparison import LANGUAGE
+from mpo.evaluation.comparison import LANGUAGE, REFUSAL
 from mpo.evaluation.contrast import ContrastRow
 from mpo.evaluation.probe import probe_rows
 from mpo.hidden_space.recipe import load_analysis_recipe
@@ -291,8 +291,8 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
 def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTable:
     """What training did, before and after in per cent, by language and set of prompts; after is the mean over seeds.
 
-    A row has attack success, refusals of each set of harmless prompts, answers to those in the language asked, and how much more
-    perplexing the harmless prompts are. The last row is the mean over the languages trained, with 95 % intervals over prompts of the
+    A row has attack success, refusals of each set of harmless prompts and of all of them, answers to them in the language asked, and
+    how much more perplexing they are. The last row is the mean over the languages trained, with 95 % intervals over prompts of the
     change; notes have each seed's.
     """
     sets = sorted(base.safety, key=lambda key: (key[0] != "attack", key))
@@ -300,6 +300,8 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
     for key in sets:
         of_each = [model.safety[key].outcomes() for model in (base, *seeds)]
         columns.append((key[1], of_each[0], mean_over_seeds(of_each[1:]), of_each[1:]))
+    refused = [outcomes(model, REFUSAL) for model in (base, *seeds)]
+    columns.append(("all harmless", refused[0], mean_over_seeds(refused[1:]), refused[1:]))
     asked = [
         {
             code: {key: value for key, value in values.items() if key[0] != "attack"}
@@ -312,7 +314,7 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
     rows = []
     for code in (*LANGUAGES, *UNTRAINED):
         cells = [
-            f"{100 * statistics.fmean(before[code].values()):.0f} -> {100 * statistics.fmean(after[code].values()):.0f}"
+            f"{100 * statistics.fmean(before[code].values()):.1f} -> {100 * statistics.fmean(after[code].values()):.1f}"
             if before.get(code) and after.get(code)
             else ""
             for _, before, after, _ in columns

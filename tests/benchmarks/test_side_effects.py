@@ -201,16 +201,21 @@ def test_the_table_of_effects_has_means_over_seeds_and_changes_of_the_trained_la
 
     base, *seeds = (model() for _ in range(3))
     table = side_effects.effects("t", base, seeds)
-    assert table.header == ("", "multijail", "a", "b", "in the language asked", "perplexity")
+    assert table.header == ("", "multijail", "a", "b", "all harmless", "in the language asked", "perplexity")
 
     def percent(models: Sequence[Any], key: tuple[str, str], code: str) -> float:
         return 100 * mean(mean(m.safety[key].outcomes()[code].values()) for m in models)
 
     for row, code in zip(table.rows, codes, strict=False):
         cells = [
-            f"{percent([base], key, code):.0f} -> {percent(seeds, key, code):.0f}" if code in of else ""
+            f"{percent([base], key, code):.1f} -> {percent(seeds, key, code):.1f}" if code in of else ""
             for key, of in sets.items()
         ]
+        every = [
+            100 * mean(x for key in list(sets)[1:] for x in m.safety[key].outcomes().get(code, {}).values())
+            for m in (base, *seeds)
+        ]
+        cells.append(f"{every[0]:.1f} -> {mean(every[1:]):.1f}")
         asked = [
             100
             * mean(
@@ -220,7 +225,7 @@ def test_the_table_of_effects_has_means_over_seeds_and_changes_of_the_trained_la
         ]
         nats = [sum(m.perplexity.languages[code].nats_per_text) / 11 for m in (base, *seeds)]
         more = 100 * (exp(mean(nats[1:]) - nats[0]) - 1)
-        assert row == (code, *cells, f"{asked[0]:.0f} -> {mean(asked[1:]):.0f}", f"{more:+.1f} %")
+        assert row == (code, *cells, f"{asked[0]:.1f} -> {mean(asked[1:]):.1f}", f"{more:+.1f} %")
     before, after = (mean(percent(m, ("attack", "multijail"), c) for c in codes[:6]) for m in ([base], seeds))
     assert table.rows[-1][1].startswith(f"{before:.1f} -> {after:.1f} ({after - before:+.1f} [")
     each = [mean(percent([m], ("attack", "multijail"), c) for c in codes[:6]) for m in seeds]

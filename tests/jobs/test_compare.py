@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -308,14 +309,17 @@ def test_changed_settings_are_named_and_refused(load: Any, stub: Stub, place: Pa
 
 
 def test_with_other_refusal_phrases_what_is_trained_is_measured_again(
-    load: Any, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compare(load())
     compare(load("--out", str(tmp_path / "gone"), "--keep", "none"))
     monkeypatch.setattr(suite, "phrases_fingerprint", lambda: "others")
     stub.measured.clear()
-    for _ in range(2):
+    capsys.readouterr()
+    for states in (["to measure"] * 2, ["done"] * 2):
         compare(load())
+        plan = capsys.readouterr().out.split("In all")[0]
+        assert re.findall(r"-s0 .*?(to measure|to do|done)", plan) == states
         assert stub.measured == [["base"], ["base", "mpo-s0"], ["base", "dpo-s0"]]
     assert len(stub.trained) == 4
     with pytest.raises(ConfigError, match=r"measured with another suite \(phrases: .* → \"others\"\)"):

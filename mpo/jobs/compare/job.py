@@ -29,6 +29,7 @@ from mpo.jobs.compare.running import (
     read_record,
     read_records,
     refuse_changed,
+    state,
 )
 from mpo.report.comparison import comparison_table, write_comparison
 from mpo.report.page import write_report
@@ -63,7 +64,12 @@ def compare(recipe: CompareRecipe, *, dry_run: bool = False) -> Path | None:
         refuse_changed(plan.runs, records, plan.suite)
     if not dry_run:
         check_room(plan, records)
-    print(f"\n{plan_text(plan, {name: record.state for name, record in records.items()})}\n", flush=True)
+    states = {
+        run.name: state(run, records[run.name], plan.suite, plan.out)
+        for run in plan.runs
+        if run.name in records
+    }
+    print(f"\n{plan_text(plan, states)}\n", flush=True)
     if dry_run:
         print("This was a dry run: nothing was trained and nothing was measured.")
         return None

@@ -36,12 +36,7 @@ def carry_out(run: PlannedRun, base: Path, suite: PlannedSuite, out: Path) -> Ru
         out: Folder in which ``measured`` is.
     """
     record = read_record(run)
-    if (
-        record is not None
-        and record.state == "done"
-        and (out / MEASURED / run.name).is_dir()
-        and record.suite == suite.settings
-    ):
+    if record is not None and _is_done(record, run, suite, out):
         print(f"Done: {_trained(record)}", flush=True)
         return record
     if record is not None and _is_trained(record, run):
@@ -53,6 +48,18 @@ def carry_out(run: PlannedRun, base: Path, suite: PlannedSuite, out: Path) -> Ru
     if record.state == "failed":
         print(f"Failed: {record.error}", flush=True)
     return record
+
+
+def state(run: PlannedRun, record: RunRecord, suite: PlannedSuite, out: Path) -> str:
+    """How far a run is that has begun, for the plan: one that is done is measured again where its measurement no longer holds."""
+    if record.state != "done" or _is_done(record, run, suite, out):
+        return record.state
+    return "to measure" if _is_trained(record, run) else "to do"
+
+
+def _is_done(record: RunRecord, run: PlannedRun, suite: PlannedSuite, out: Path) -> bool:
+    """Whether it was measured by this very suite, and its results are there."""
+    return record.state == "done" and (out / MEASURED / run.name).is_dir() and record.suite == suite.settings
 
 
 def _is_trained(record: RunRecord, run: PlannedRun) -> bool:
