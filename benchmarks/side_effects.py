@@ -42,7 +42,7 @@ from mpo.common.tables import TextTable
 from mpo.data.contract import messages_text
 from mpo.data.loading import load_groups
 from mpo.data.refusals import opens_with_refusal
-from mpo.errors import DataError
+from mpo.errors import ConfigError, DataError
 from mpo.evaluation.comparison import LANGUAGE, REFUSAL
 from mpo.evaluation.contrast import ContrastRow
 from mpo.evaluation.probe import probe_rows
@@ -69,16 +69,23 @@ PAPER = {
     "beta": 1.0,
     "retain_weight": 1.0,
     "train_on": "targets",
-    "min_source_gap": 0.0,
+    "retain_pooling": "mean",
+    "min_source_gap": None,
+    "language_weights": None,
     "max_response_length": 64,
     "bad_rows": "drop",
+    "lora_first_layer": 0.0,
     "learning_rate": 2.0e-4,
+    "max_steps": -1,
+    "num_train_epochs": 2,
+    "save_strategy": "epoch",
     "harmless_loss_type": None,
     "harmless_retention": "none",
     "harmless_retain_target": None,
     "harmless_share": None,
 }
-"""What the published objective changes in the recipe."""
+"""What the published objective changes in the recipe: nothing of the remedy stays, and the settings are those of
+recipes/compare/paper.yaml but for the learning rate and the responses' length."""
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, str]], languages: Iterable[str]) -> Path:
@@ -213,6 +220,11 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
         texts[code] = str(path)
     for each in options.harmless:
         name, _, file = each.partition("=")
+        taken = [*harmless, "polyrefuse"]
+        if not file or name in taken:
+            raise ConfigError(
+                f"`--harmless {each}` should be NAME=FILE, with another name than {', '.join(taken)}."
+            )
         harmless[name] = {"prompts": [file], "limit": 48}
     train_files = [str(train), "starter-harmless", "starter-everyday"]
     if options.pairs:
@@ -227,7 +239,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
         harmless["polyrefuse"] = {"prompts": [str(write_table(path, spread(rows[of_part], count), codes))]}
     texts_of_space = out / "prompts" / f"hidden_space-{options.part}.jsonl"
     write_text(texts_of_space, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in labelled))
-    model = {"model": options.model, "dtype": "bfloat16", "batch_size": options.batch_size}
+    model = {"model": options.model, "dtype": options.dtype, "batch_size": options.batch_size}
     runs = [
         {"name": "refuse-or-answer"},
         *([{"name": "mpo", "dataset": options.paper, **PAPER}] if options.paper else []),
@@ -240,6 +252,11 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
             "generation": {"max_new_tokens": options.max_new_tokens},
             "judge": {"name": "refusal-phrases"},
             "perplexity": {"texts": texts},
+            **(
+                {"reward_gap": {"data": [options.gap], "max_response_length": 64, "bad_rows": "drop"}}
+                if options.gap
+                else {}
+            ),
         },
         f"compare-{options.part}": {
             "base": str(RECIPE),
@@ -247,6 +264,8 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
             "shared": {
                 "model_name_or_path": options.model,
                 "dataset": str(out / f"data-{options.part}" / "groups.jsonl"),
+                "dtype": options.dtype,
+                "bf16": options.dtype == "bfloat16",
                 **({"use_cpu": True} if options.cpu else {}),
             },
             "runs": runs,
@@ -269,13 +288,14 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
                 "harmful_values": ["harmful"],
                 "harmless_values": ["harmless"],
                 "language_column": "language",
+                "parallel": True,
             },
             "languages": list(LANGUAGES),
             "source_language": LANGUAGES[0],
             "layers": "all",
             "pooling": "last",
             "template": "chat",
-            "dtype": "bfloat16",
+            "dtype": options.dtype,
             "out": str(out / f"hidden_space-{options.part}"),
         },
     }
@@ -293,7 +313,7 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
 
     A row has attack success, refusals of each set of harmless prompts and of all of them, answers to them in the language asked, and
     how much more perplexing they are. The last row is the mean over the languages trained, with 95 % intervals over prompts of the
-    change; notes have each seed's.
+    change; notes have each seed's, and the dominant language's reward gap where it was measured.
     """
     sets = sorted(base.safety, key=lambda key: (key[0] != "attack", key))
     columns = []
@@ -336,6 +356,14 @@ def effects(title: str, base: ModelResults, seeds: list[ModelResults]) -> TextTa
         of_seeds = [100 * statistics.fmean(mean_by_language(values).values()) for values in own[2:]]
         notes.append(f"{name}, each seed: {', '.join(f'{value:.1f}' for value in of_seeds)}")
     rows.append(("those trained", *last, ""))
+    gaps = [
+        model.reward_gap.source.gap
+        for model in (base, *seeds)
+        if model.reward_gap and model.reward_gap.source
+    ]
+    if gaps:
+        shown = ", ".join(f"{gap:+.3f}" for gap in gaps[1:])
+        notes.append(f"reward gap in {LANGUAGES[0]}, before and each seed: {gaps[0]:+.3f}; {shown}")
     header = ("", *(name for name, *_ in columns), "perplexity")
     return TextTable(title, header, tuple(rows), rules=frozenset({len(rows) - 1}), notes=tuple(notes))
 
@@ -368,6 +396,9 @@ def main() -> None:
         "--paper", help="the published MPO pairs, to train the published objective on them beside it"
     )
     parser.add_argument(
+        "--gap", metavar="FILE", help="preference pairs that are not trained on, to measure the reward gap of"
+    )
+    parser.add_argument(
         "--harmless", nargs="+", default=[], metavar="NAME=FILE", help="more harmless prompts to measure"
     )
     parser.add_argument(
@@ -379,6 +410,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer that is measured")
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="float32 for a processor without bf16",
+    )
     parser.add_argument("--cpu", action="store_true", help="train on the CPU")
     parser.add_argument("--out", default="runs/side_effects")
     parser.add_argument("--dry_run", action="store_true", help="check everything and stop")

@@ -35,7 +35,7 @@ from mpo.hidden_space.separation import (
     full_moments,
 )
 from mpo.hidden_space.silhouette import silhouette
-from mpo.hidden_space.similarity import cosine, drift, linear_cka
+from mpo.hidden_space.similarity import cosine, drift, linear_cka, mean_points, way_gone
 
 BEFORE, AFTER = "before", "after"
 
@@ -64,6 +64,10 @@ _LIMITS = {
     "cka": (-math.inf, 1.0),
     "harmless_drift": (0.0, math.inf),
     "harmful_drift": (0.0, math.inf),
+    "harmless_to_harmful": (-math.inf, math.inf),
+    "harmful_to_harmful": (-math.inf, math.inf),
+    "harmless_to_source": (-math.inf, math.inf),
+    "harmful_to_source": (-math.inf, math.inf),
 }
 
 
@@ -213,6 +217,7 @@ def measure_layer(
     result = LayerResult()
     probes: dict[str, Probe] = {}
     directions: dict[str, dict[str, Array]] = {state: {} for state in states}
+    source_mean: Array | None = None
     for language in (source, *(code for code in texts if code != source)):
         raw = {state: np.asarray(load(state, language), dtype=np.float32) for state in states}
         for state in states:
@@ -230,7 +235,11 @@ def measure_layer(
             directions[state][language] = found.full.difference
             if language != source:
                 found.replicates["source_cosine"] = cosine(found.full.difference, directions[state][source])
-        result.languages[language] = _summarize(measured, raw, texts[language], weights, settings)
+        result.languages[language] = _summarize(
+            measured, raw, texts[language], weights, settings, source_mean
+        )
+        if source_mean is None:
+            source_mean = mean_points(raw[states[0]], weights)
     result.languages = {code: result.languages[code] for code in texts}
     result.cosines = {state: _cosines(directions[state], list(texts), settings) for state in states}
     return result
@@ -313,6 +322,7 @@ def _summarize(
     texts: LanguageTexts,
     weights: Array,
     settings: Settings,
+    source_mean: Array | None,
 ) -> LanguageResult:
     result = LanguageResult({"harmful": int(texts.harmful.sum()), "harmless": int((~texts.harmful).sum())})
     shared: dict[str, dict[str, Array]] = {state: {} for state in measured}
@@ -323,7 +333,7 @@ def _summarize(
         if raw[BEFORE].shape == raw[AFTER].shape:
             shared, more = _in_shared_space(measured, texts, weights, masks, settings)
             tests.update(more)
-        result.between = _between(measured, raw, texts, weights, settings)
+        result.between = _between(measured, raw, texts, weights, settings, source_mean)
     for name, state in measured.items():
         for measure, values in {**state.replicates, **shared[name]}.items():
             p_value = state.pairing_p if measure == "pair_distance_ratio" else None
@@ -401,16 +411,27 @@ def _between(
     texts: LanguageTexts,
     weights: Array,
     settings: Settings,
+    source_mean: Array | None,
 ) -> dict[str, Estimate]:
-    """Measures of the two models' embeddings of the same texts."""
+    """Measures of the two models' embeddings of the same texts.
+
+    The ways on which a class's mean may go are two, both before: from the mean of the language's harmless to that of its harmful
+    texts, and from the mean of all its texts to that of the source language's, which is None in the source language.
+    """
     values = {"cka": linear_cka(measured[BEFORE].points, measured[AFTER].points, weights)}
     if raw[BEFORE].shape == raw[AFTER].shape:
         old, new = measured[BEFORE].full, measured[AFTER].full
         assert old is not None and new is not None
         values["direction_cosine"] = cosine(old.difference, new.difference)
         scale = np.sqrt(np.maximum(old.total, 0))
-        for name, rows in (("harmless_drift", ~texts.harmful), ("harmful_drift", texts.harmful)):
-            values[name] = drift(raw[BEFORE][rows], raw[AFTER][rows], scale, weights[:, rows])
+        ways = {"to_harmful": old.difference}
+        if source_mean is not None and source_mean.shape[1] == raw[BEFORE].shape[1]:
+            ways["to_source"] = source_mean - mean_points(raw[BEFORE], weights)
+        for name, rows in (("harmless", ~texts.harmful), ("harmful", texts.harmful)):
+            before, after, own = raw[BEFORE][rows], raw[AFTER][rows], weights[:, rows]
+            values[f"{name}_drift"] = drift(before, after, scale, own)
+            shift = mean_points(after - before, own)
+            values.update({f"{name}_{where}": way_gone(shift, way) for where, way in ways.items()})
     return {name: estimate(some, settings.confidence, limits=limits(name)) for name, some in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""How alike two sets of embeddings are: harm directions, centred kernel alignment, drift."""
+"""How alike two sets of embeddings are: harm directions, centred kernel alignment, drift, and where to."""
 
 from __future__ import annotations
 
@@ -103,3 +103,19 @@ def drift(before: Array, after: Array, scale: Array | float, weights: Array | No
     with np.errstate(invalid="ignore", divide="ignore"):
         value: Array = (weights @ moved) / weights.sum(axis=1) / scale
     return value
+
+
+def mean_points(points: Array, weights: Array) -> Array:
+    """``[R, d]`` mean of ``[n, d]`` points under each row of ``[R, n]`` weights."""
+    weights = np.asarray(weights, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Array = weights @ points.astype(np.float64) / weights.sum(axis=1, keepdims=True)
+    return mean
+
+
+def way_gone(shift: Array, way: Array) -> Array:
+    """``[R]`` the part of a way that a shift goes, ``shift . way / |way|^2``: 1 if it ends beside the way's end, 0 if it goes
+    square to it, below 0 if it goes back. Both are ``[R, d]``; NaN where the way is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part: Array = np.einsum("rd,rd->r", shift, way) / np.einsum("rd,rd->r", way, way)
+    return part

@@ -18,7 +18,7 @@ import yaml
 
 from benchmarks import side_effects
 from mpo.building.starter import everyday_rows, starter_rows
-from mpo.errors import DataError
+from mpo.errors import ConfigError, DataError
 from mpo.hidden_space.recipe import load_analysis_recipe
 from mpo.hidden_space.texts import load_texts
 from mpo.jobs.compare.recipe import load_comparison
@@ -157,9 +157,59 @@ def test_the_published_objective_can_run_beside_it(
     kinds = [{**row, "kind": "harmless" if n % 2 else "harmful"} for n, row in enumerate(rows)]
     built.write_text("".join(f"{json.dumps(row)}\n" for row in kinds), encoding="utf-8")
     words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
-    run(monkeypatch, *words, "--paper", str(paper))
+    run(monkeypatch, *words, "--paper", str(paper), "--gap", str(paper), "--dtype", "float32")
+    suite = yaml.safe_load((out / "suite-test.yaml").read_text(encoding="utf-8"))
+    assert suite["reward_gap"]["data"] == [str(paper)] and suite["models"]["base"]["dtype"] == "float32"
     printed = capsys.readouterr().out
     assert "refuse-or-answer-s0" in printed and "mpo-s0" in printed
+    remedy = yaml.safe_load(side_effects.RECIPE.read_text(encoding="utf-8"))
+    of_any = {
+        "model_name_or_path",
+        "use_peft",
+        "lora_r",
+        "lora_alpha",
+        "lora_target_modules",
+        "dataset",
+        "source_language",
+        "held_out",
+        "max_length",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "per_device_train_batch_size",
+        "bf16",
+        "dtype",
+        "seed",
+        "logging_steps",
+        "save_steps",
+        "output_dir",
+        "harmless_max_response_length",
+    }
+    assert set(remedy) - of_any <= set(
+        side_effects.PAPER
+    )  # what is left of the remedy would be measured as the paper's way
+
+
+@pytest.mark.parametrize(
+    "given", ["harmless=a.csv", "polyrefuse=a.csv", "looks-harmful=a.csv", "a.csv", "more="]
+)
+def test_a_set_needs_a_name_of_its_own(
+    given: str, multijail: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"`--harmless {given}` should be NAME=FILE, with another name than harmless, looks",
+    ):
+        run(
+            monkeypatch,
+            "--model",
+            "m",
+            "--multijail",
+            str(multijail),
+            "--out",
+            str(tmp_path),
+            "--harmless",
+            given,
+        )
 
 
 def test_another_table_than_multijail_is_refused(
@@ -197,7 +247,12 @@ def test_the_table_of_effects_has_means_over_seeds_and_changes_of_the_trained_la
             code: SimpleNamespace(nats_per_text=found, tokens=11, perplexity=exp(sum(found) / 11))
             for code, found in nats.items()
         }
-        return SimpleNamespace(safety=safety, perplexity=SimpleNamespace(languages=texts))
+        source = SimpleNamespace(gap=draw.uniform(-1, 1))
+        return SimpleNamespace(
+            safety=safety,
+            perplexity=SimpleNamespace(languages=texts),
+            reward_gap=SimpleNamespace(source=source),
+        )
 
     base, *seeds = (model() for _ in range(3))
     table = side_effects.effects("t", base, seeds)
@@ -230,3 +285,5 @@ def test_the_table_of_effects_has_means_over_seeds_and_changes_of_the_trained_la
     assert table.rows[-1][1].startswith(f"{before:.1f} -> {after:.1f} ({after - before:+.1f} [")
     each = [mean(percent([m], ("attack", "multijail"), c) for c in codes[:6]) for m in seeds]
     assert table.notes[0] == f"multijail, each seed: {each[0]:.1f}, {each[1]:.1f}"
+    gap = [f"{m.reward_gap.source.gap:+.3f}" for m in (base, *seeds)]
+    assert table.notes[-1] == f"reward gap in en, before and each seed: {gap[0]}; {gap[1]}, {gap[2]}"

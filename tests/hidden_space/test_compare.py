@@ -123,6 +123,32 @@ def test_only_the_moved_texts_count_as_moved_more(planted_result: LayerResult) -
     assert hindi["cka"].value < german["cka"].value
 
 
+def test_where_texts_go_is_told_from_how_far() -> None:
+    """Harmless Hindi texts go half the way to the harmful ones, harmful German ones a quarter of it to English; all else is held."""
+    clouds = planted(1, moved=None)
+    harmful = labels(PER_CLASS, PER_CLASS)
+    for code in LANGUAGES:
+        clouds["after", code] = clouds["before", code].copy()
+    means = {
+        code: [clouds["before", code][rows].mean(axis=0) for rows in (~harmful, harmful, ...)]
+        for code in LANGUAGES
+    }
+    harm, to_english = means["hi"][1] - means["hi"][0], means["en"][2] - means["de"][2]
+    clouds["after", "hi"][~harmful] += 0.5 * harm
+    clouds["after", "de"][harmful] += 0.25 * to_english
+    found = measure(clouds)
+    hindi, german, english = (found.languages[code].between for code in ("hi", "de", "en"))
+    assert hindi["harmless_to_harmful"].value == pytest.approx(0.5, abs=1e-4)
+    assert hindi["harmful_to_harmful"].value == pytest.approx(0, abs=1e-4)
+    aside = means["en"][2] - means["hi"][2]
+    assert hindi["harmless_to_source"].value == pytest.approx(0.5 * harm @ aside / (aside @ aside), abs=1e-4)
+    assert german["harmful_to_source"].value == pytest.approx(0.25, abs=1e-4)
+    assert german["harmless_to_source"].value == pytest.approx(0, abs=1e-4)
+    assert english["harmless_to_harmful"].value == 0 and "harmless_to_source" not in english
+    low, high = hindi["harmless_to_harmful"].low, hindi["harmless_to_harmful"].high
+    assert low is not None and high is not None and 0.3 < low < 0.5 < high < 0.9
+
+
 def test_intervals_hold_their_estimates(planted_result: LayerResult) -> None:
     for result in planted_result.languages.values():
         for group in (result.before, result.after, result.change, result.between):
