@@ -92,7 +92,8 @@ class Row:
         searched: Those of them that a search has found.
         measures: By name.
         languages: Mean over seeds of each measure that has languages, by measure and language.
-        balanced: See :func:`mpo.evaluation.rates.balanced_share`; None where one of the two was not measured.
+        balanced: Mean over seeds of :func:`mpo.evaluation.rates.balanced_share`; None where one of the two was not measured.
+        balanced_seeds: That of each seed, in order; empty for the model that is not trained.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Row:
     measures: dict[str, Estimate] = field(default_factory=dict)
     languages: dict[str, dict[str, Number]] = field(default_factory=dict)
     balanced: Number | None = None
+    balanced_seeds: list[Number] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

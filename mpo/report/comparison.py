@@ -53,6 +53,10 @@ TITLES = {
 }
 
 _MOST_BARS = 8  # runs: the bars of more hide their marks
+_UNTESTED = (
+    "Reward gap and perplexity have no test: bold, they have an interval that leaves zero out and is not adjusted for the number "
+    "of settings, and every seed moved the same way."
+)
 _SHORT = {
     ATTACK: "attack",
     REFUSAL: "refused",
@@ -77,8 +81,9 @@ def write_comparison(
         StorageError: They cannot be written.
     """
     folder = Path(folder)
+    link = None if details is None else os.path.relpath(details, folder)
     sections = [
-        _plane_section(comparison),
+        _plane_section(comparison, link),
         _glance_section(comparison),
         _measures_section(comparison, "Attack success and refusals", "measures", (ATTACK, REFUSAL)),
         _measures_section(
@@ -102,7 +107,7 @@ def write_comparison(
         failed=[(run.name, run.error) for run in comparison.runs if run.state == "failed"],
         findings=_findings(comparison),
         sections=[section for section in sections if section is not None],
-        details=None if details is None else os.path.relpath(details, folder),
+        details=link,
     )
     return (
         write_text(folder / PAGE, shown),
@@ -175,12 +180,11 @@ def _change_interval(found: Estimate, measure: str) -> str:
     return "" if ends is None else UNITS[measure].write_change_interval(*ends)
 
 
-def spread(found: Estimate, measure: str) -> str:
+def spread(seeds: Sequence[float], unit: Unit) -> str:
     """Standard deviation over seeds, and the range; nothing with one seed."""
-    if len(found.seeds) < 2:
+    if len(seeds) < 2:
         return ""
-    unit = UNITS[measure]
-    values = [value * unit.scale for value in found.seeds]
+    values = [value * unit.scale for value in seeds]
     low, high = (number(value, unit.digits, unit.signed) for value in (min(values), max(values)))
     return (
         f"\N{PLUS-MINUS SIGN}\N{THIN SPACE}{number(statistics.stdev(values), unit.digits)} ({low} to {high})"
@@ -213,7 +217,7 @@ def _within(ends: tuple[float, float] | None) -> tuple[float, float] | None:
     return None if ends is None else (max(0.0, ends[0]), min(1.0, ends[1]))
 
 
-def _plane_section(comparison: ComparisonResult) -> Section | None:
+def _plane_section(comparison: ComparisonResult, details: str | None) -> Section | None:
     runs = [run for run in comparison.runs if run.point is not None]
     if comparison.base_point is None and not runs:
         return None
@@ -231,15 +235,13 @@ def _plane_section(comparison: ComparisonResult) -> Section | None:
         "Every run is a point: the mean over languages of the share of harmful prompts with an unsafe answer, and of the "
         "share of harmless prompts that are refused. The lower left is where one wants to be. A run that moves along a thin "
         "line has paid a point of one for a point of the other: it has learnt to refuse, not to tell apart. "
-        + (
-            f"Bars are {100 * comparison.confidence:g} % intervals over prompts."
-            if bars
-            else "The intervals over prompts are in the table below."
-        )
     )
-    return Section(
-        "plane", "What a run costs and what it brings", html("comparison_plane.html", lead=lead, drawn=drawn)
-    )
+    if bars:
+        lead += f"Bars are {100 * comparison.confidence:g} % intervals over prompts."
+    elif alone:
+        lead += "The intervals over prompts are in the tables below."
+    body = html("comparison_plane.html", lead=lead, drawn=drawn, details=None if bars or alone else details)
+    return Section("plane", "What a run costs and what it brings", body)
 
 
 def _table(
@@ -281,13 +283,17 @@ def _measures_section(
         for measure in measures:
             cells += _cells(row.measures.get(measure), measure, several)
         rows.append((row.name, cells))
-    return _table(anchor, title, head, rows, _notes(comparison) if ATTACK in measures else [])
+    notes = (
+        _notes(comparison) if ATTACK in measures else [_UNTESTED] if {GAP, PERPLEXITY} & {*measures} else []
+    )
+    return _table(anchor, title, head, rows, notes)
 
 
 def _glance_section(comparison: ComparisonResult) -> Section | None:
     """The two shares of the plane, what is made of them, and where they are worst."""
     if not any({ATTACK, REFUSAL} & {*row.measures} for row in comparison.rows):
         return None
+    several = _seeds(comparison) > 1
     rows = []
     for row in comparison.rows:
         cells: list[Shown | str] = [
@@ -296,11 +302,13 @@ def _glance_section(comparison: ComparisonResult) -> Section | None:
             else NONE
             for measure in (ATTACK, REFUSAL)
         ]
-        rows.append((row.name, [*cells, _percent(row.balanced), worst(row, ATTACK), worst(row, REFUSAL)]))
+        cells += [_percent(row.balanced), *([spread(row.balanced_seeds, SHARE) or NONE] if several else [])]
+        rows.append((row.name, [*cells, worst(row, ATTACK), worst(row, REFUSAL)]))
     head = [
         TITLES[ATTACK],
         TITLES[REFUSAL],
         "Balanced, %",
+        *(["Over seeds"] if several else []),
         "Most attacks succeed in",
         "Most is refused in",
     ]
@@ -314,7 +322,7 @@ def _cells(found: Estimate | None, measure: str, several: bool) -> list[Shown]:
     return [
         Shown(_value(found, measure), _interval(found, measure)),
         Shown(_change(found, measure), _change_interval(found, measure), verdict(found, measure)),
-        *([Shown(spread(found, measure) or NONE)] if several else []),
+        *([Shown(spread(found.seeds, UNITS[measure]) or NONE)] if several else []),
     ]
 
 
@@ -361,7 +369,8 @@ def _cost_section(comparison: ComparisonResult) -> Section:
     note = (
         "Means over seeds. Pairs are those trained on, each counted as often as it was; tokens those that were run for them, a "
         "prompt once for both answers. Wall time is of the training process, loading the model and the reference pass "
-        "included. The memory is the accelerator's where there is one, else the process's."
+        "included; of a process that was killed, up to the last line of its log. The memory is the accelerator's where there is "
+        "one, else the process's."
     )
     head = ["Runs", "Steps", "Pairs", "Tokens", "Wall time", "Peak memory"]
     return _table("cost", "What it took", head, rows, [note])
@@ -458,7 +467,7 @@ def comparison_table(comparison: ComparisonResult) -> TextTable:
     notes = [
         f"{_summary(comparison)} Attack: harmful prompts with an unsafe answer, %. Refused: of harmless prompts, %.",
         "Worst: languages of the most attack success and the most refusals. Changes are from the base model, paired by",
-        "prompt. * better, ! worse beyond doubt: interval, adjusted test and every seed say so.",
+        "prompt. * better, ! worse beyond doubt: interval, adjusted test and every seed say so; gap and perplexity have no test.",
     ]
     notes += [f"{run.name} failed: {run.error}" for run in comparison.runs if run.state == "failed"]
     return TextTable(comparison.title, tuple(head), tuple(rows), frozenset({1}), tuple(notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +20,16 @@ from typing import Any
 import pytest
 
 from mpo.cli import main
-from mpo.common.typed_json import read_typed
+from mpo.common.typed_json import read_typed, write_typed
 from mpo.errors import ConfigError, MPOError, StoppedBySignal
 from mpo.evaluation.comparison import ComparisonResult, RunRecord
 from mpo.jobs import suite
-from mpo.jobs.compare import processes
+from mpo.jobs.compare import processes, running
 from mpo.jobs.compare.job import compare
-from mpo.jobs.compare.planning import plan_comparison, within_budget
+from mpo.jobs.compare.planning import inherited_notes, plan_comparison, within_budget
 from mpo.jobs.compare.processes import Ended
-from mpo.jobs.compare.recipe import Budget, check_early, load_comparison, settings_of
+from mpo.jobs.compare.recipe import Budget, base_of, check_early, load_comparison, settings_of
+from mpo.training.recipe import load_recipe
 from mpo.training.workload import Seen
 from tests.jobs.comparing import BASE, SUITE, Stub, dump, loader, prepare, stub
 from tests.processes import start
@@ -123,6 +126,28 @@ def test_runs_that_are_the_same_once_defaults_are_filled_in_are_named(load: Any)
     runs = [{"name": "a", "loss_type": "sigmoid"}, {"name": "b", "loss_type": "sigmoid", "beta": 0.1}]
     with pytest.raises(ConfigError, match="'a' and 'b' are the same run, defaults filled in"):
         plan_comparison(load(runs=runs))
+
+
+def test_a_row_that_takes_a_value_of_the_base_recipe_for_a_published_one_is_remarked_on(
+    load: Any, place: Path
+) -> None:
+    base = dump(place / "with_beta.yaml", {**BASE, "beta": 1.0})
+    runs = [
+        {"name": "mpo"},
+        {"name": "as-mpo", "loss_type": "mpo", "lora_r": 4},
+        {"name": "rdpo", "loss_type": "robust"},
+        {"name": "own", "loss_type": "robust", "beta": 2.0},
+        {"name": "both", "loss_type": ["mpo", "sigmoid"]},
+    ]
+
+    def noted(**changes: Any) -> list[str]:
+        return [note for note in plan_comparison(load(runs=runs, **changes)).notes if "published" in note]
+
+    assert noted(base=base) == [
+        "rdpo takes `beta: 1` from with_beta.yaml; published for `robust` is 0.01. Set `beta` for rdpo to say which is meant",
+        "both takes `beta: 1` from with_beta.yaml; published for `sigmoid` is 0.1. Set `beta` for both to say which is meant",
+    ]
+    assert not noted(base=base, shared={"beta": 1.0})
 
 
 def test_what_only_the_model_and_the_data_show_is_said_of_all_runs_before_the_first_starts(
@@ -271,6 +296,23 @@ def test_a_base_model_that_cannot_be_measured_ends_it_before_any_training(
     assert not stub.trained
 
 
+def test_a_base_measurement_that_is_gone_is_made_again(load: Any, stub: Stub, tmp_path: Path) -> None:
+    compare(load())
+    shutil.rmtree(tmp_path / "out" / "measured" / "base")
+    compare(load())
+    assert stub.measured == [["base"], ["base", "mpo-s0"], ["base", "dpo-s0"], ["base"]]
+    result = read_typed(tmp_path / "out" / "compare.json", ComparisonResult)
+    assert [row.name for row in result.rows] == ["base", "mpo", "dpo"]
+
+
+@pytest.fixture
+def ten_seconds_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every training process takes ten seconds by the clock, however it ends."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
+@pytest.mark.usefixtures("ten_seconds_each")
 def test_what_was_interrupted_is_gone_on_with_and_nothing_that_is_done_is_repeated(
     load: Any, stub: Stub, tmp_path: Path
 ) -> None:
@@ -278,7 +320,8 @@ def test_what_was_interrupted_is_gone_on_with_and_nothing_that_is_done_is_repeat
     with pytest.raises(StoppedBySignal, match="the same command goes on from there") as stop:
         compare(load())
     assert stop.value.exit_code == 143
-    assert records(tmp_path / "out")["dpo-s0"].state == "started"
+    interrupted = records(tmp_path / "out")["dpo-s0"]
+    assert (interrupted.state, interrupted.seconds) == ("started", 10)
     checkpoint = tmp_path / "out" / "runs" / "dpo-s0" / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "complete.json").write_text('{"files": {}}')
@@ -291,6 +334,29 @@ def test_what_was_interrupted_is_gone_on_with_and_nothing_that_is_done_is_repeat
     )
     assert not checkpoint.exists()  # its weights are saved
     assert stub.measured == [["base"], ["base", "mpo-s0"], ["base", "dpo-s0"]]
+    assert {name: record.seconds for name, record in records(tmp_path / "out").items()} == {
+        "mpo-s0": 10,
+        "dpo-s0": 20,
+    }
+
+
+@pytest.mark.usefixtures("ten_seconds_each")
+@pytest.mark.parametrize(("has_checkpoint", "seconds"), [(True, 45), (False, 10)])
+def test_the_time_of_a_killed_process_counts_up_to_the_last_line_of_its_log_where_it_is_gone_on_with(
+    load: Any, stub: Stub, tmp_path: Path, has_checkpoint: bool, seconds: float
+) -> None:
+    compare(load())
+    folder = tmp_path / "out" / "runs" / "dpo-s0"
+    record = replace(records(tmp_path / "out")["dpo-s0"], state="started", pairs=None, seconds=5.0)
+    write_typed(folder / "run.json", record)
+    (folder / "train.log").touch()
+    os.utime(folder / "run.json", (1000, 1000))
+    os.utime(folder / "train.log", (1030, 1030))
+    if has_checkpoint:
+        (folder / "checkpoint-3").mkdir()
+        (folder / "checkpoint-3" / "complete.json").write_text('{"files": {}}')
+    compare(load())
+    assert records(tmp_path / "out")["dpo-s0"].seconds == seconds
 
 
 def test_changed_settings_are_named_and_refused(load: Any, stub: Stub, place: Path, tmp_path: Path) -> None:
@@ -441,6 +507,42 @@ def test_a_comparison_of_two_objectives_from_one_command_to_its_page(
     assert "<svg" in page and "<script" not in page and "measured/report.html" in page
     printed = capsys.readouterr().out
     assert "dpo" in printed and str(tmp_path / "out" / "index.html") in printed
+
+
+def test_the_papers_ten_rows_train_with_the_settings_that_their_comments_name() -> None:
+    recipe = load_comparison(Path(__file__).parents[2] / "recipes" / "compare" / "paper.yaml")
+    base, settings = base_of(recipe), settings_of(recipe)
+    loaded = [load_recipe(base, setting.words()) for setting in settings]
+    usual = {
+        "label_smoothing": 0.0,
+        "simpo_gamma": 0.5,
+        "cpo_alpha": 1.0,
+        "rdpo_alpha": 0.01,
+        "desirable_weight": 1.0,
+        "undesirable_weight": 1.0,
+        "retain_weight": 1.0,
+        "train_on": "targets",
+        "loss_weights": None,
+        "harmless_loss_type": None,
+    }
+    wanted: dict[str, dict[str, Any]] = {
+        "mpo": {"loss_type": ["mpo"], "beta": 1.0},
+        "sft": {"loss_type": ["sft"], "beta": 1.0},  # which it does not read
+        "dpo": {"loss_type": ["sigmoid"], "beta": 0.1},
+        "ipo": {"loss_type": ["ipo"], "beta": 0.1},
+        "rdpo": {"loss_type": ["robust"], "beta": 0.01, "label_smoothing": 0.1},
+        "cpo": {"loss_type": ["cpo"], "beta": 0.1},
+        "kto": {"loss_type": ["kto"], "beta": 0.1},
+        "orpo": {"loss_type": ["orpo"], "beta": 0.1},
+        "r-dpo": {"loss_type": ["rdpo"], "beta": 0.1},
+        "simpo": {"loss_type": ["simpo"], "beta": 2.5, "simpo_gamma": 1.375},
+    }
+    found = {
+        setting.name: {key: getattr(one.training, key) for key in ("loss_type", "beta", *usual)}
+        for setting, one in zip(settings, loaded, strict=True)
+    }
+    assert found == {name: {**usual, **own} for name, own in wanted.items()}
+    assert not inherited_notes(base, settings, loaded)
 
 
 def test_the_shipped_demo_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

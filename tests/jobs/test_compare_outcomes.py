@@ -19,12 +19,15 @@ from mpo.evaluation.comparison import (
     UTILITY,
     ComparisonResult,
     Estimate,
+    Point,
     Row,
+    Run,
 )
 from mpo.jobs.compare.outcomes import adjusted, mean_over_seeds, outcomes, point_of, row_of, score_of
-from mpo.jobs.compare.recipe import Weights
+from mpo.jobs.compare.recipe import Target, Weights
 from mpo.report.comparison import comparison_table, spread, verdict, worst, write_comparison
 from mpo.report.folder import ModelResults, read_results
+from mpo.report.measurement import SHARE
 from tests.report.result_folder import CODES, write_results, write_safety
 
 
@@ -45,6 +48,21 @@ def share(model: ModelResults, kind: str) -> dict[str, dict[str, float]]:
     (run,) = [run for (task, _), run in model.safety.items() if task == kind]
     counted = "unsafe" if kind == "attack" else "refusal"
     return {code: {p: float(v == counted) for p, v in rows.items()} for code, rows in run.verdicts.items()}
+
+
+def comparison_of(rows: list[Row], seeds: int) -> ComparisonResult:
+    runs = [
+        Run(
+            f"{row.name}-s{seed}",
+            row.name,
+            seed,
+            "done",
+            point=Point(0.1 * seed, 0.2, (0.0, 0.3), (0.1, 0.3)),
+        )
+        for row in rows
+        for seed in range(seeds)
+    ]
+    return ComparisonResult(title="T", base="m", rows=rows, runs=runs, base_point=Point(0.5, 0.1))
 
 
 @pytest.mark.parametrize(("measure", "kind"), [(ATTACK, "attack"), (REFUSAL, "over_refusal")])
@@ -104,10 +122,67 @@ def test_the_balanced_score_is_over_the_languages_that_have_both(models: list[Mo
     assert score_of(models[1]) == pytest.approx(statistics.fmean(map(min, shares)))
     weighted = [(2 * harmful + harmless) / 3 for harmful, harmless in shares]
     assert score_of(models[1], Weights(harmful=2.0)) == pytest.approx(statistics.fmean(weighted))
+    unsafe, refused = (1 - statistics.fmean(side) for side in zip(*shares, strict=True))
+    for attack_, refusal_ in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)):
+        excess = max(0.0, unsafe - attack_) + max(0.0, refused - refusal_)
+        assert score_of(models[1], Target(attack_, refusal_)) == pytest.approx(-excess)
     assert score_of(ModelResults("none")) is None and score_of(ModelResults("none"), Weights()) is None
     point = point_of(models[1], 0.95)
     assert point is not None and point.attack_interval is not None
     assert point.attack_interval[0] < point.attack < point.attack_interval[1]
+
+
+def test_the_balanced_column_is_the_mean_of_the_runs_scores_and_never_above_all_of_them(
+    tmp_path: Path,
+) -> None:
+    for name, attack, refusal in (
+        ("base", "unsafe", "answer"),
+        ("a-s0", "safe", "refusal"),
+        ("a-s1", "unsafe", "answer"),
+    ):
+        for kind, verdict_ in (("attack", attack), ("over_refusal", refusal)):
+            write_safety(tmp_path / name / kind / "p", kind, {code: [verdict_] * 4 for code in ("en", "sw")})
+    base, *seeds = read_results(tmp_path, ["base", "a-s0", "a-s1"]).models
+    row = row_of("a", base, seeds, 0.95)
+    assert row.measures[ATTACK].value == row.measures[REFUSAL].value == 0.5
+    assert (row.balanced, row.balanced_seeds) == (0, [0, 0])
+
+
+def test_the_balanced_column_has_the_spread_of_the_seeds_beside_it(
+    models: list[ModelResults], row: Row, tmp_path: Path
+) -> None:
+    scores = [score_of(model) for model in models[1:]]
+    assert row.balanced_seeds == pytest.approx(scores) and scores[0] != scores[1]
+    assert row.balanced == pytest.approx(statistics.fmean(row.balanced_seeds))
+    base = row_of("base", None, [models[0]], 0.95)
+    assert (base.balanced, base.balanced_seeds) == (score_of(models[0]), [])
+    page, _ = write_comparison(comparison_of([base, row], seeds=2), tmp_path)
+    glance = page.read_text(encoding="utf-8").split('id="glance"')[1].split("</section>")[0]
+    assert glance.count("Over seeds") == 1 and spread(row.balanced_seeds, SHARE) in glance
+
+
+def test_the_plane_says_where_the_intervals_of_its_runs_are(row: Row, tmp_path: Path) -> None:
+    def lead(seeds: int, rows: int, details: bool = True) -> str:
+        many = comparison_of([replace(row, name=f"r{n}") for n in range(rows)], seeds=seeds)
+        page, _ = write_comparison(many, tmp_path, details=tmp_path / "m" / "r.html" if details else None)
+        return page.read_text(encoding="utf-8").split('id="plane"')[1].split("</p>")[0]
+
+    assert "Bars are 95" in lead(2, 3) and "r.html" not in lead(2, 3)
+    assert 'intervals over prompts of each are in <a href="m/r.html">' in lead(2, 4)
+    assert "tables below" not in lead(2, 4) and "intervals" not in lead(2, 4, details=False)
+    assert "intervals over prompts are in the tables below" in lead(1, 8)
+
+
+def test_a_note_says_which_measures_have_no_test(row: Row, tmp_path: Path) -> None:
+    def shown(*measures: str) -> str:
+        some = replace(row, measures={name: row.measures[name] for name in measures})
+        page, _ = write_comparison(comparison_of([some], seeds=2), tmp_path)
+        return page.read_text(encoding="utf-8").split('id="others"')[1].split("</section>")[0]
+
+    assert all(row.measures[name].p_value is None for name in (GAP, PERPLEXITY))
+    assert all(row.measures[name].p_value is not None for name in (ATTACK, REFUSAL, UTILITY))
+    assert "Reward gap and perplexity have no test" in shown(UTILITY, PERPLEXITY)
+    assert "have no test" not in shown(UTILITY)
 
 
 def test_gap_utility_and_perplexity_are_paired_with_the_base_models(
@@ -180,8 +255,8 @@ def test_what_the_page_and_the_table_show(models: list[ModelResults], row: Row, 
     twice = {ATTACK, REFUSAL}  # at a glance, and in their own table
     assert text.count('class="clear better"') == sum(1 + (name in twice) for name in better)
     low, high = (100 * value for value in sorted(clear.seeds))
-    assert f"({low:.1f} to {high:.1f})" in spread(clear, ATTACK)
-    assert spread(replace(clear, seeds=[0.5]), ATTACK) == ""
+    assert f"({low:.1f} to {high:.1f})" in spread(clear.seeds, SHARE)
+    assert spread([0.5], SHARE) == ""
     worst_code = max(row.languages[ATTACK], key=lambda code: row.languages[ATTACK][code])
     assert f"{100 * row.languages[ATTACK][worst_code]:.0f}" in worst(row, ATTACK)
     assert worst(Row("x", languages={LANGUAGE: {"en": 0.5, "sw": 0.5}}), LANGUAGE) == "–"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -114,6 +115,70 @@ def test_a_trial_that_fails_is_a_failed_trial(load: Any, stub: Stub, tmp_path: P
         compare(load("--out", str(tmp_path / "none"), runs=[{"name": "mpo"}]))
 
 
+def test_a_failed_trial_is_tried_again_with_its_values_until_a_run_has_begun_with_what_was_found(
+    load: Any, stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tried() -> list[str]:
+        found = [given["learning_rate"] for given in trials_of(stub)]
+        stub.trained.clear()
+        return found
+
+    def stored() -> list[float | None]:
+        (search,) = read_typed(tmp_path / "out" / "compare.json", ComparisonResult).searches
+        return [trial.score for trial in search.trials]
+
+    recipe = load(runs=[{"name": "mpo"}])
+    stub.effect = rate_matters
+    stub.fails = lambda given: "The GPU is taken."
+    with pytest.raises(MPOError, match=r"Every trial of every search failed.*tries them again"):
+        compare(recipe)
+    first = tried()
+    with pytest.raises(MPOError, match="Every trial of every search failed"):
+        compare(recipe)
+    assert tried() == first and len(set(first)) == 4
+    stub.fails = lambda given: "The GPU is taken." if given["learning_rate"] in first[:2] else None
+    compare(recipe)
+    assert tried() == first
+    assert [score is None for score in stored()] == [True, True, False, False]
+    stub.fails = lambda given: None
+    capsys.readouterr()
+    compare(recipe)
+    assert not tried() and len(stored()) == 4
+    assert "2 trials of mpo failed; its runs have begun" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out" / "runs")
+    compare(recipe)
+    assert tried() == first[:2]
+    assert len(stored()) == 4 and None not in stored()
+
+
+def test_a_point_is_aimed_at_by_what_exceeds_it(load: Any, stub: Stub, tmp_path: Path) -> None:
+    def traded(given: dict[str, str]) -> tuple[float, float]:
+        share = (math.log10(float(given["learning_rate"])) + 5) / 4
+        return 1 - share, share
+
+    stub.effect, stub.prompts = traded, 500
+    search = {"parameters": {"learning_rate": SEARCH["parameters"]["learning_rate"]}, "trials": 8}
+    point = {"attack": 0.3, "refusal": 0.5}
+    compare(load(runs=[{"name": "mpo"}], search={**search, "point": point}))
+
+    def excess(given: dict[str, str]) -> float:
+        attack, refusal = traded(given)
+        return max(0.0, attack - 0.3) + max(0.0, refusal - 0.5)
+
+    (found,) = read_typed(tmp_path / "out" / "compare.json", ComparisonResult).searches
+    scores = [trial.score for trial in found.trials]
+    assert scores == pytest.approx([-excess(given) for given in trials_of(stub)], abs=2 / 500)
+    assert len(set(scores)) > 1
+    best = min(trials_of(stub), key=excess)
+    assert stub.trained[-1]["learning_rate"] == best["learning_rate"]
+    for wrong, said in (
+        ({"point": {"attack": 5, "refusal": 0.1}}, "`attack` is 5; expected a share from 0 to 1"),
+        ({"point": point, "weights": {"harmful": 2}}, "`weights` and `point` both say what a search aims at"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load(search={**SEARCH, **wrong})
+
+
 def test_weights_of_the_aim_decide_what_is_best(load: Any, stub: Stub, tmp_path: Path) -> None:
     def traded(given: dict[str, str]) -> tuple[float, float]:
         share = (math.log10(float(given["learning_rate"])) + 5) / 4
@@ -130,7 +195,7 @@ def test_weights_of_the_aim_decide_what_is_best(load: Any, stub: Stub, tmp_path:
 
 
 def test_prompts_of_the_page_are_not_searched_on(load: Any, place: Path) -> None:
-    with pytest.raises(ConfigError, match=r"6 prompts of the validation suite.*also in the suite"):
+    with pytest.raises(ConfigError, match=r"2 prompts of the validation suite.*also in the suite"):
         plan_comparison(
             load(
                 validation_suite=dump(
@@ -139,6 +204,33 @@ def test_prompts_of_the_page_are_not_searched_on(load: Any, place: Path) -> None
                 )
             )
         )
+    for kind in ("unsafe", "harmless"):
+        with open(place / f"{kind}.csv", encoding="utf-8") as file:
+            names, *rows = [line.rstrip("\n").split(",") for line in file]
+        for column, code in enumerate(names[1:], 1):
+            lines = ["id,prompt", *(f"{row[0]},{row[column]}" for row in rows)]
+            (place / f"{kind}_only_{code}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        shutil.copy(place / f"{kind}.csv", place / f"{kind}_copy.csv")
+
+    def suite(name: str, file: str, **more: Any) -> str:
+        sets = {"attack": "unsafe", "over_refusal": "harmless"}
+        asked = {kind: {"x": {"prompts": [f"{of}{file}.csv"], **more}} for kind, of in sets.items()}
+        return dump(place / f"{name}.yaml", {**SUITE, **asked})
+
+    for final, other in (
+        (("", {"languages": ["en"]}), ("", {"languages": ["sw"]})),
+        (("", {"languages": ["en"], "limit": 1}), ("_copy", {"languages": ["ar"]})),
+        (("_only_en", {}), ("_only_sw", {})),
+    ):
+        count = 2 if "limit" in final[1] else 4
+        with pytest.raises(ConfigError, match=f"{count} prompts of the .* in the same language or another"):
+            plan_comparison(
+                load(
+                    suite=suite("final", final[0], **final[1]),
+                    validation_suite=suite("other", other[0], **other[1]),
+                )
+            )
+    plan_comparison(load(validation_suite=suite("fine", "_2", languages=["sw"])))
     alone = {key: value for key, value in SUITE.items() if key != "attack"}
     alone["over_refusal"] = {"x": {"prompts": ["harmless_2.csv"]}}
     with pytest.raises(ConfigError, match="`validation_suite` needs both"):

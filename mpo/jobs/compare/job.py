@@ -95,7 +95,9 @@ def _compare(plan: Comparing) -> Path:
 
         searches, settings = search_settings(plan)
         if not settings:
-            raise MPOError(f"Every trial of every search failed. The logs are in {out}.")
+            raise MPOError(
+                f"Every trial of every search failed. The logs are in {out}; the same command tries them again."
+            )
         found = plan_runs(recipe, plan.base, settings).runs
         runs = [run for seed in recipe.seeds for run in found if run.seed == seed]
         refuse_changed(runs, read_records(runs), plan.suite)

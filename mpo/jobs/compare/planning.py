@@ -13,6 +13,7 @@ from mpo.common.files import check_writable
 from mpo.common.redaction import redact
 from mpo.common.tables import TextTable
 from mpo.common.words import counted, listed
+from mpo.data.languages import language_of_file
 from mpo.errors import ConfigError, MPOError
 from mpo.evaluation.comparison import RUN
 from mpo.evaluation.engines import ModelChoice
@@ -32,7 +33,7 @@ from mpo.jobs.compare.recipe import (
 from mpo.jobs.preflight import Plan, check_packages, make_plan
 from mpo.jobs.preflight.folder import disk_space
 from mpo.jobs.suite import check_suite, phrases_of
-from mpo.jobs.suite_recipe import SuiteRecipe, load_suite
+from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe, load_suite
 from mpo.training.recipe import Recipe, load_recipe, settings_in_effect
 from mpo.training.workload import Seen, seen_by_step
 
@@ -183,7 +184,32 @@ def plan_comparison(recipe: CompareRecipe, *, on_this_machine: bool = True) -> C
         raise ConfigError(f"{suite.path}: `keep: best` needs a suite with both `attack` and `over_refusal`.")
     plans = plan_runs(recipe, base, examples, on_this_machine=on_this_machine)
     runs = tuple(run for seed in recipe.seeds for run in plans.runs if run.seed == seed)
-    return Comparing(recipe, base, tuple(settings), model, runs, suite, validation, plans.facts, plans.notes)
+    notes = (*plans.notes, *inherited_notes(base, examples, loaded))
+    return Comparing(recipe, base, tuple(settings), model, runs, suite, validation, plans.facts, notes)
+
+
+def inherited_notes(base: Path, settings: Sequence[Setting], loaded: Sequence[Recipe]) -> list[str]:
+    """Sentences about rows whose objective takes a value of the base recipe in place of its published one.
+
+    Args:
+        base: The training recipe.
+        settings: The rows.
+        loaded: The recipe of each.
+    """
+    notes = []
+    for setting, found in zip(settings, loaded, strict=True):
+        own = {**setting.shared, **setting.changes}
+        if "loss_type" not in own:
+            continue
+        for name, objective in found.training.objectives.by_name.items():
+            for key, published in objective.published.items():
+                value = getattr(found.training, key)
+                if key in found.given and key not in own and value != published:
+                    notes.append(
+                        f"{setting.name} takes `{key}: {value:g}` from {base.name}; published for `{name}` is {published:g}. "
+                        f"Set `{key}` for {setting.name} to say which is meant"
+                    )
+    return notes
 
 
 def _asks(key: str, value: Any) -> bool:
@@ -403,23 +429,44 @@ def _contents(recipe: SuiteRecipe) -> list[str]:
 
 
 def _refuse_overlap(suite: PlannedSuite, validation: PlannedSuite) -> None:
-    """A search must not see the prompts of the final page."""
-
-    def texts(found: PlannedSuite) -> dict[str, str]:
-        return {
-            " ".join(prompt.text.split()).casefold(): f"{kind}/{name}"
-            for (kind, name), prompts in found.prompts.items()
-            for prompt in prompts.prompts
-        }
-
-    final, searched_on = texts(suite), texts(validation)
+    """A search must see the prompts of the final page in no language."""
+    final, searched_on = _marks(suite), _marks(validation)
     if shared := final.keys() & searched_on.keys():
-        places = listed(sorted({f"{final[text]} and {searched_on[text]}" for text in shared}))
+        count = len({searched_on[mark] for mark in shared})
+        places = listed(sorted({f"{final[mark][0]} and {searched_on[mark][0]}" for mark in shared}))
         raise ConfigError(
-            f"{counted(len(shared), 'prompt')} of the validation suite {validation.path} {'are' if len(shared) > 1 else 'is'} "
-            f"also in the suite {suite.path} ({places}). A setting that is searched on the prompts it is then judged by looks "
-            "better than it is. Take other prompts for the validation."
+            f"{counted(count, 'prompt')} of the validation suite {validation.path} {'are' if count > 1 else 'is'} also in the "
+            f"suite {suite.path}, in the same language or another ({places}). A setting that is searched on the prompts it is "
+            "then judged by looks better than it is. Take other prompts for the validation."
         )
+
+
+def _marks(suite: PlannedSuite) -> dict[Any, tuple[str, str]]:
+    """Set and id of each prompt, by its text in all languages of its file, asked or not, and by its file and id."""
+    recipe = suite.recipe
+
+    def every(sets: Mapping[str, PromptSettings]) -> dict[str, PromptSettings]:
+        return {name: replace(one, languages=None, limit=None) for name, one in sets.items()}
+
+    whole = check_suite(replace(recipe, attack=every(recipe.attack), over_refusal=every(recipe.over_refusal)))
+    marks: dict[Any, tuple[str, str]] = {}
+    for (kind, name), found in suite.prompts.items():
+        asked = {prompt.prompt_id for prompt in found.prompts}
+        settings: PromptSettings = getattr(recipe, kind)[name]
+        files = [_without_language(file) for file in settings.prompts]
+        for prompt in whole[kind, name].prompts:
+            if prompt.prompt_id in asked:
+                places = [(file, settings.dataset_split, prompt.prompt_id) for file in files]
+                for mark in (" ".join(prompt.text.split()).casefold(), *places):
+                    marks[mark] = (f"{kind}/{name}", prompt.prompt_id)
+    return marks
+
+
+def _without_language(source: str) -> Path:
+    """A file or dataset less the language that its name ends in: those of other languages have the same prompts."""
+    path = Path(source).expanduser().resolve()
+    code = language_of_file(path)
+    return path if code is None else path.with_name(path.stem[: -len(code) - 1] + path.suffix)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan

@@ -122,6 +122,24 @@ class Weights:
             )
 
 
+@dataclass(frozen=True)
+class Target:
+    """A point of the plane that is good enough; what lies below it in one share does not make up for the other.
+
+    Attributes:
+        attack: Share of harmful prompts with an unsafe answer.
+        refusal: Share of harmless prompts that are refused.
+    """
+
+    attack: float
+    refusal: float
+
+    def __post_init__(self) -> None:
+        for name in ("attack", "refusal"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"`{name}` is {value:g}; expected a share from 0 to 1.")
+
+
 OBJECTIVES = ("balanced",)
 """What a search may make as large as possible, by name."""
 
@@ -136,6 +154,7 @@ class Search:
         sampler_seed: Seed of what proposes values.
         objective: What is made as large as possible: ``balanced``, see :func:`mpo.evaluation.rates.balanced_share`.
         weights: In its place the mean of the two shares, with these weights.
+        point: In its place the negative sum by which attack success and refusals exceed it.
     """
 
     parameters: dict[str, Parameter]
@@ -143,8 +162,16 @@ class Search:
     sampler_seed: int = 0
     objective: str = "balanced"
     weights: Weights | None = None
+    point: Target | None = None
+
+    @property
+    def aim(self) -> Weights | Target | None:
+        """What takes the place of `objective`."""
+        return self.weights or self.point
 
     def __post_init__(self) -> None:
+        if self.weights and self.point:
+            raise ConfigError("`weights` and `point` both say what a search aims at; remove one.")
         if not self.parameters:
             raise ConfigError(
                 "`parameters` is empty; expected keys of a training recipe, such as "
@@ -154,8 +181,8 @@ class Search:
             raise ConfigError(f"`trials` is {self.trials}; expected a whole number of at least 1.")
         if self.objective not in OBJECTIVES:
             raise ConfigError(
-                f"`objective` is {self.objective!r}; expected {listed(OBJECTIVES)}, or other `weights` such as "
-                "`{harmful: 2, harmless: 1}`."
+                f"`objective` is {self.objective!r}; expected {listed(OBJECTIVES)}, or in its place `weights` such as "
+                "`{harmful: 2, harmless: 1}` or a `point` such as `{attack: 0.05, refusal: 0.1}`."
             )
 
 

@@ -68,25 +68,23 @@ def _is_trained(record: RunRecord, run: PlannedRun) -> bool:
 
 
 def _train(run: PlannedRun, base: Path, record: RunRecord | None) -> RunRecord:
-    before = 0.0 if record is None else record.seconds
-    record = _write(run, RunRecord(state="started", settings=run.settings, seconds=before))
+    how, before = "--overwrite_output_dir=true", 0.0
     if last_complete_checkpoint(run.folder) is not None:
-        how = "--resume_from_checkpoint=auto"
-    else:
-        how, record = "--overwrite_output_dir=true", replace(record, seconds=0.0)
+        how, before = "--resume_from_checkpoint=auto", _seconds(run, record)
+    record = _write(run, RunRecord(state="started", settings=run.settings, seconds=before))
     started = time.monotonic()
-    ended = processes.run_mpo(
-        ["train", str(base), *run.words, f"--output_dir={run.folder}", how], run.folder / TRAIN_LOG
-    )
-    seconds = record.seconds + time.monotonic() - started
-    if ended.code != 0:
-        return _write(
-            run, replace(record, state="failed", seconds=seconds, error=f"Training: {ended.reason}")
+    try:
+        ended = processes.run_mpo(
+            ["train", str(base), *run.words, f"--output_dir={run.folder}", how], run.folder / TRAIN_LOG
         )
+    finally:  # also where it is interrupted
+        record = _write(run, replace(record, seconds=before + time.monotonic() - started))
+    if ended.code != 0:
+        return _write(run, replace(record, state="failed", error=f"Training: {ended.reason}"))
     try:
         metrics = read_typed(run.folder / METRICS, TrainingMetrics)
     except StorageError as error:
-        return _write(run, replace(record, state="failed", seconds=seconds, error=f"Training: {error}"))
+        return _write(run, replace(record, state="failed", error=f"Training: {error}"))
     for checkpoint in run.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     return _write(
@@ -94,13 +92,21 @@ def _train(run: PlannedRun, base: Path, record: RunRecord | None) -> RunRecord:
         replace(
             record,
             state="trained",
-            seconds=seconds,
             steps=metrics.steps,
             pairs=metrics.pairs or 0,
             tokens=metrics.tokens,
             peak_memory=metrics.peak_memory,
         ),
     )
+
+
+def _seconds(run: PlannedRun, record: RunRecord | None) -> float:
+    """How long a run has been trained; where this process was killed meanwhile, up to the last line of the run's log."""
+    if record is None:
+        return 0.0
+    log = run.folder / TRAIN_LOG
+    lost = log.stat().st_mtime - run.record.stat().st_mtime if log.is_file() else 0.0
+    return record.seconds + max(0.0, lost)
 
 
 def _measure(run: PlannedRun, record: RunRecord, suite: PlannedSuite, out: Path) -> RunRecord:
@@ -146,6 +152,7 @@ def measure_base(plan: Comparing) -> None:
     settings = as_stored({"model": plan.model, "suite": plan.suite.settings})
     if (
         done.is_file()
+        and (plan.out / MEASURED / BASE).is_dir()
         and read_typed(done, dict[str, Any], "Delete it, and the base model is measured again.") == settings
     ):
         return

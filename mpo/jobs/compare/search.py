@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mpo.common.tables import TextTable
-from mpo.common.words import number
+from mpo.common.words import counted, number
 from mpo.errors import DependencyError, MPOError
 from mpo.evaluation.comparison import Searched, Trial
 from mpo.jobs.compare.outcomes import measured, score_of
@@ -23,7 +24,7 @@ from mpo.jobs.compare.recipe import Parameter, Search, Setting, searched
 from mpo.jobs.compare.running import carry_out, drop_weights, read_record
 
 FOLDER, STUDY = "search", "study.jsonl"
-_ERROR = "error"
+_ERROR, _REPEATS = "error", "repeats"  # why a trial failed; number of the failed one that it repeats
 
 
 def require_optuna() -> None:
@@ -45,7 +46,8 @@ def require_optuna() -> None:
 def search_settings(plan: Comparing) -> tuple[list[Searched], list[Setting]]:
     """Searches every setting that something is searched for.
 
-    What is done is not done again; a trial that was interrupted goes on with the values it had.
+    What is done is not done again; a trial that was interrupted goes on with the values it had. One that failed is tried
+    again, unless a run of the setting has begun, which another find would not fit.
 
     Args:
         plan: The comparison.
@@ -86,10 +88,20 @@ def _search(plan: Comparing, search: Search, setting: Setting) -> Searched:
         load_if_exists=True,
     )
     state = optuna.trial.TrialState
+    has_begun = any(run.record.is_file() for run in plan.runs if run.setting.name == setting.name)
+    failed = [trial.number for trial in _finished(study) if trial.state == state.FAIL]
     for trial in study.trials:
         if trial.state == state.RUNNING:  # it was interrupted
             study.enqueue_trial(trial.params)
             study.tell(trial.number, state=state.FAIL)
+        elif trial.number in failed and not has_begun:
+            study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
+    if failed and has_begun:
+        print(
+            f"{counted(len(failed), 'trial')} of {setting.name} failed; its runs have begun with the best of the others. To try "
+            f"again, remove {plan.runs[0].folder.parent / setting.name}-s*.",
+            flush=True,
+        )
     while (done := len(_finished(study))) < search.trials:
         study.sampler = optuna.samplers.TPESampler(seed=search.sampler_seed + done)
         asked = study.ask(space)
@@ -103,15 +115,17 @@ def _search(plan: Comparing, search: Search, setting: Setting) -> Searched:
         print(f"Score: {score:.4f}", flush=True)
         study.tell(asked, score)
     trials = [Trial(dict(t.params), t.value, t.user_attrs.get(_ERROR, "")) for t in _finished(study)]
-    ranked = [trial for trial in trials if trial.score is not None]
-    best = max(ranked, key=lambda trial: trial.score or 0.0).values if ranked else {}
+    first = max(trials, key=_score)
+    best = {} if first.score is None else first.values
     _show(setting.name, trials)
     return Searched(setting.name, trials, best)
 
 
 def _finished(study: Any) -> list[Any]:
-    """The trials that came to an end, in order."""
-    return [t for t in study.trials if t.state.name == "COMPLETE" or _ERROR in t.user_attrs]
+    """The trials that came to an end and that no other repeats, in order."""
+    repeated = {t.user_attrs.get(_REPEATS) for t in study.trials}
+    ended = [t for t in study.trials if t.state.name == "COMPLETE" or _ERROR in t.user_attrs]
+    return [t for t in ended if t.number not in repeated]
 
 
 def _study_name(plan: Comparing, search: Search, setting: Setting) -> str:
@@ -121,7 +135,7 @@ def _study_name(plan: Comparing, search: Search, setting: Setting) -> str:
     run = next(run for run in plan.runs if run.setting.name == setting.name)
     what = {
         "space": {key: str(parameter) for key, parameter in space.items()},
-        "aim": search.objective if search.weights is None else str(search.weights),
+        "aim": search.objective if search.aim is None else str(search.aim),
         "settings": {key: value for key, value in run.settings.items() if key not in space},
         "suite": plan.validation.settings,
     }
@@ -159,7 +173,7 @@ def _try(
         record = carry_out(run, plan.base, plan.validation, folder)
         if record.state != "done":
             return None, record.error
-        score = score_of(measured(folder, run.name), search.weights)
+        score = score_of(measured(folder, run.name), search.aim)
     except MPOError as error:
         return None, str(error)
     if read_record(run) is not None:
@@ -167,6 +181,10 @@ def _try(
     if score is None:
         return None, "No language has both a harmful and a harmless prompt with a verdict."
     return score, ""
+
+
+def _score(trial: Trial) -> float:
+    return -math.inf if trial.score is None else trial.score
 
 
 def _show(name: str, trials: list[Trial]) -> None:
@@ -177,7 +195,7 @@ def _show(name: str, trials: list[Trial]) -> None:
             *(_shown(trial.values.get(key)) for key in keys),
             "failed" if trial.score is None else number(100 * trial.score, 1),
         )
-        for place, trial in enumerate(sorted(trials, key=lambda one: -(one.score or 0.0)), 1)
+        for place, trial in enumerate(sorted(trials, key=_score, reverse=True), 1)
     )
     print()
     TextTable(f"Search of {name}", ("Rank", *keys, "score, %"), rows).show()
