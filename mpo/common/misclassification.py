@@ -64,7 +64,7 @@ def accuracy_intervals(
     The number of trials is an effective one, ``s (1 - s) / Var(s)`` (Korn and Graubard, 1998, *Survey Methodology* 24(2)). The
     variance is that of the answers as a sample, ``s (1 - s) / n``, and that of labelling only some of them: of a ratio of
     independent stratum totals, by linearisation, with the finite population correction. Where all are labelled, this is
-    Wilson's interval of the counts. Shares in the variance are ``(positive + 1/2) / (labels + 1)``: twenty answers without one
+    Wilson's interval of the counts. Shares in the variance are smoothed (:func:`drawn_shares`): twenty answers without one
     mistake do not say that there is none among a thousand.
 
     Args:
@@ -91,9 +91,10 @@ def _interval(
     """Of ``share``, the part that is in the strata ``good``, of all answers like the ``count`` labelled ones."""
     if np.isnan(share):
         return 0.0, 1.0
-    part = (count + 0.5) / (labels + 1)
+    yes, no = _smoothed(labels, count, good)
+    part = yes / (yes + no)
     left = 1 - np.minimum(labels / sizes, 1)  # share of each stratum that is not labelled
-    spread = sizes**2 * left * part * (1 - part) / labels
+    spread = sizes**2 * left * part * (1 - part) / (yes + no + 1)  # the variance of a beta distribution
     totals = [float((sizes * part)[side].sum()) for side in (good, ~good)]
     per_trial = 1 / float((sizes * count / labels).sum())
     if min(totals) > 0:
@@ -127,13 +128,35 @@ def rogan_gladen(rate: Array, sensitivity: Array, specificity: Array) -> Array:
     return np.clip(raw, 0.0, 1.0)
 
 
-def drawn_shares(labels: Array, positive: Array, resamples: int, random: np.random.Generator) -> Array:
-    """Shares of the counted label as other labelled samples of the same size would make them seem, ``[resamples, strata]``.
+def drawn_shares(
+    labels: Array, positive: Array, flagged: Flags, resamples: int, random: np.random.Generator
+) -> Array:
+    """Shares of the counted label as other labelled samples of the same size would make them seem, ``[resamples, ..., strata]``.
 
-    The Bayesian bootstrap (Rubin, 1981, *Annals of Statistics* 9(1)) with half a label of each kind added, which is Jeffreys'
-    prior: resampling a stratum without a single mistake would never show one.
+    The Bayesian bootstrap (Rubin, 1981, *Annals of Statistics* 9(1)), with two changes that a sum over many small strata needs.
+    Half a label of each kind, Jeffreys' prior, is added to all strata of a verdict together, in equal parts, as Tiwari, Clegg
+    and Zou (2006, *Statistical Methods in Medical Research* 15(6)) add one event to a weighted sum of counts: resampling a
+    sample without a single mistake would never show one, but half a mistake in each stratum would add up to many. And the
+    counts are scaled by ``n / (n + 2)``, so that a stratum of n labels has about the variance ``p (1 - p) / (n - 1)``, which is
+    unbiased, as in the rescaling bootstrap of Rao and Wu (1988, *Journal of the American Statistical Association* 83(401)).
+
+    The strata should be those of one estimate: draws for one language differ from the same language's among others.
+
+    Args:
+        labels: ``[..., strata]`` labelled answers; strata without any have no part in the prior, and draws that say nothing.
+        positive: ``[..., strata]``, how many of them have the counted label.
+        flagged: ``[strata]``, whether the judge's verdict is the counted one.
+        resamples: Number of draws.
+        random: Source of the draws.
     """
-    return random.beta(positive + 0.5, labels - positive + 0.5, size=(resamples, len(labels)))
+    return random.beta(*_smoothed(labels, positive, flagged), size=(resamples, *labels.shape))
+
+
+def _smoothed(labels: Array, positive: Array, flagged: Flags) -> tuple[Array, Array]:
+    """Parameters of :func:`drawn_shares`' beta distributions, ``[..., strata]`` each."""
+    strata = ((labels > 0)[..., None, :] & (flagged[:, None] == flagged)).sum(axis=-1)  # of the same verdict
+    half, scale = 0.5 / np.maximum(strata, 1), labels / (labels + 2)
+    return scale * positive + half, scale * (labels - positive) + half
 
 
 def drawn_interval(draws: Array, value: float, confidence: float, ends: Interval = (0.0, 1.0)) -> Interval:

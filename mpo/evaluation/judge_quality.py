@@ -25,7 +25,7 @@ from mpo.common.provenance import collect
 from mpo.common.tables import TextTable, printable_name
 from mpo.common.typed_json import write_typed
 from mpo.errors import DataError
-from mpo.evaluation.labels import JudgedRun, read_judged, read_labels
+from mpo.evaluation.labels import JudgedRun, fingerprints, read_judged, read_labels
 from mpo.evaluation.rates import shown_language, shown_share
 from mpo.evaluation.results import JUDGE, CorrectedRate, JudgeAccuracy, JudgeResult, MeasuredJudge
 from mpo.evaluation.tasks import NO_VERDICT, Task
@@ -76,6 +76,7 @@ def measure_judge(
         labels=len(given),
         confidence=confidence,
         judges=judges,
+        judged=fingerprints(runs, [measured.measurement for measured in judges]),
         provenance=collect(seed=seed),
     )
     for measured in judges:
@@ -131,20 +132,16 @@ def compare_judge(
     Raises:
         DataError: None of the runs has an answer with a readable verdict.
     """
-    task, random = runs[0].task, np.random.default_rng(seed)
-    found = _count(judge, task, runs, labels, resamples, random)
-    shares = drawn_shares(found.labels, found.positive, resamples, random)
+    task = runs[0].task
+    found = _count(judge, task, runs, labels, resamples, np.random.default_rng(seed))
     codes = tuple(dict.fromkeys(found.languages))
     places = {code: np.array([code == other for other in found.languages]) for code in codes}
-    draws: dict[str, dict[str, Array]] = {run.name: {} for run in runs}
     languages = {}
     for code, here in places.items():
-        measured, rates = _measure(task, found, shares, here, runs, confidence)
-        pairs = _pairs(judge, runs, labels, code)
-        languages[code] = JudgeAccuracy(**measured, counts=pairs, rates={n: r for n, (r, _) in rates.items()})
-        for name, (_, drawn) in rates.items():
-            draws[name][code] = drawn
+        measured, rates = _measure(task, found, _drawn(found, here, seed), here, runs, confidence)
+        languages[code] = JudgeAccuracy(**measured, counts=_pairs(judge, runs, labels, code), rates=rates)
     everywhere = np.ones(len(found.languages), dtype=bool)
+    shares = _drawn(found, everywhere, seed)
     overall, _ = _measure(task, found, shares, everywhere, (), confidence)
     return MeasuredJudge(
         judge=judge,
@@ -153,11 +150,40 @@ def compare_judge(
         languages=languages,
         overall=JudgeAccuracy(**overall, counts=_pairs(judge, runs, labels, None)),
         means={
-            run.name: _mean(run.name, languages, draws[run.name], confidence)
-            for run in runs
-            if draws[run.name]
+            run.name: _mean(
+                [row.rates[run.name] for row in languages.values() if run.name in row.rates],
+                [
+                    _drawn_rates(found, shares, here, n)
+                    for here in places.values()
+                    if found.sizes[n, here].any()
+                ],
+                confidence,
+            )
+            for n, run in enumerate(runs)
+            if found.sizes[n].any()
         },
     )
+
+
+def _drawn(found: _Counts, here: Flags, seed: int) -> Array:
+    """Shares in the strata `here`, ``[resamples, strata]``; those elsewhere say nothing."""
+    random = np.random.default_rng([seed, 1])  # not the draws of the prompts
+    return drawn_shares(
+        found.labels * here, found.positive * here, found.flagged, found.drawn.shape[1], random
+    )
+
+
+def _drawn_accuracy(found: _Counts, shares: Array, here: Flags) -> Accuracy:
+    known = here & (found.labels > 0)
+    return accuracy(found.drawn.sum(axis=0)[:, known], found.flagged[known], shares[:, known])
+
+
+def _drawn_rates(found: _Counts, shares: Array, here: Flags, run: int) -> Array:
+    """Corrected rates of one run, ``[resamples]``."""
+    again, drawn = _drawn_accuracy(found, shares, here), found.drawn[run]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate = drawn[:, here & found.flagged].sum(axis=1) / drawn[:, here].sum(axis=1)
+    return rogan_gladen(rate, again.sensitivity, again.specificity)
 
 
 def _count(
@@ -216,45 +242,40 @@ def _count(
 
 def _measure(
     task: Task, found: _Counts, shares: Array, here: Flags, runs: Sequence[JudgedRun], confidence: float
-) -> tuple[dict[str, Any], dict[str, tuple[CorrectedRate, Array]]]:
-    """Accuracy in the strata of one language, and each run's rate with its resamples."""
+) -> tuple[dict[str, Any], dict[str, CorrectedRate]]:
+    """Accuracy in the strata `here`, and each run's rate."""
     sizes = found.sizes.sum(axis=0)
     known = here & (found.labels > 0) & (sizes > 0)
     flagged, labels, positive = found.flagged[known], found.labels[known], found.positive[known]
     measured: dict[str, Any] = {"answers": round(sizes[here].sum()), "labels": round(labels.sum())}
-    of_judge = again = Accuracy(*(np.array(np.nan) for _ in range(3)))
+    of_judge = Accuracy(*(np.array(np.nan) for _ in range(3)))
     if known.any():
         of_judge = accuracy(sizes[known], flagged, positive / labels)
-        again = accuracy(found.drawn.sum(axis=0)[:, known], flagged, shares[:, known])
         ends = accuracy_intervals(sizes[known], flagged, labels, positive, confidence)
         for name, value, own_ends in zip(("sensitivity", "specificity"), of_judge[:2], ends, strict=True):
             if not np.isnan(value):
                 measured |= {name: float(value), f"{name}_interval": own_ends}
         if not np.isnan(of_judge.kappa):
-            kappa = float(of_judge.kappa)
+            kappa, again = float(of_judge.kappa), _drawn_accuracy(found, shares, here).kappa
             measured |= {
                 "kappa": kappa,
-                "kappa_interval": drawn_interval(again.kappa, kappa, confidence, (-1.0, 1.0)),
+                "kappa_interval": drawn_interval(again, kappa, confidence, (-1.0, 1.0)),
             }
     unseen = 1 - float(sizes[known].sum() / sizes[here].sum())
     reason = _reason(task, labels, positive, of_judge, unseen)
     rates = {}
     for n, run in enumerate(runs):
-        own, drawn = found.sizes[n], found.drawn[n]
+        own = found.sizes[n]
         total = own[here].sum()
         if not total:
             continue
         raw = float(own[here & found.flagged].sum() / total)
         corrected: float | None = None
         interval: tuple[float, float] | None = None
-        spread = np.full(len(drawn), np.nan)
         if reason is None:
             corrected = float(rogan_gladen(np.array(raw), of_judge.sensitivity, of_judge.specificity))
-            with np.errstate(invalid="ignore", divide="ignore"):
-                rate = drawn[:, here & found.flagged].sum(axis=1) / drawn[:, here].sum(axis=1)
-            spread = rogan_gladen(rate, again.sensitivity, again.specificity)
-            interval = drawn_interval(spread, corrected, confidence)
-        rates[run.name] = CorrectedRate(round(total), raw, corrected, interval), spread
+            interval = drawn_interval(_drawn_rates(found, shares, here, n), corrected, confidence)
+        rates[run.name] = CorrectedRate(round(total), raw, corrected, interval)
     return {**measured, "reason": reason}, rates
 
 
@@ -289,17 +310,14 @@ def _pairs(
     )
 
 
-def _mean(
-    name: str, languages: Mapping[str, JudgeAccuracy], draws: Mapping[str, Array], confidence: float
-) -> CorrectedRate:
+def _mean(rates: Sequence[CorrectedRate], draws: Sequence[Array], confidence: float) -> CorrectedRate:
     """Mean over the languages of a run, each weighing the same."""
-    rates = [row.rates[name] for row in languages.values() if name in row.rates]
     answers, raw = sum(rate.answers for rate in rates), float(np.mean([rate.raw for rate in rates]))
     known = [rate.corrected for rate in rates if rate.corrected is not None]
     if len(known) < len(rates):
         return CorrectedRate(answers, raw)
     value = float(np.mean(known))
-    ends = [np.mean([np.where(np.isnan(d), end, d) for d in draws.values()], axis=0) for end in (0.0, 1.0)]
+    ends = [np.mean([np.where(np.isnan(d), end, d) for d in draws], axis=0) for end in (0.0, 1.0)]
     low = drawn_interval(ends[0], value, confidence)[0]
     high = drawn_interval(ends[1], value, confidence)[1]
     return CorrectedRate(answers, raw, value, (low, high))

@@ -66,6 +66,20 @@ class JudgedRun:
         """
         return {_label_id(self, row): name for name, row in self.answers.items()}
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of its answers with their verdicts, of all judges."""
+        judged = sorted(
+            [label_id, [[judge, given.get(name)] for judge, given in self.verdicts.items()]]
+            for label_id, name in self.label_ids.items()
+        )
+        return hashlib.sha256(json.dumps(judged).encode("ascii")).hexdigest()
+
+
+def fingerprints(runs: Sequence[JudgedRun], tasks: Sequence[str]) -> dict[str, str]:
+    """That of each run of the tasks, by ``TASK/MODEL/PROMPTS``."""
+    return {f"{run.task.name}/{run.name}": run.fingerprint for run in runs if run.task.name in tasks}
+
 
 def _label_id(run: JudgedRun, row: AnswerRow) -> str:
     text = json.dumps([run.model, run.task.name, run.prompt_set, row.id, row.parts.answer])

@@ -282,6 +282,8 @@ class JudgeResult(Result):
         labels: Number of labels in it.
         confidence: Coverage of the intervals.
         judges: One per judge and task.
+        judged: Hashes of the answers with their verdicts that the judges were measured on, by ``TASK/MODEL/PROMPTS``; empty in
+            older files.
     """
 
     measurement: Literal["judge"] = "judge"
@@ -289,6 +291,7 @@ class JudgeResult(Result):
     labels: Count = 0
     confidence: Confidence = 0.95
     judges: list[MeasuredJudge]
+    judged: Annotated[dict[str, str], NO_KEY_IF_EMPTY] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------- utility and perplexity
@@ -428,6 +431,11 @@ class MTBenchResult(Result):
         categories: By category, over all languages.
         average: Mean of the languages, each weighing the same.
         items: Grades of a question's turns, by ``QUESTION_ID/LANGUAGE``.
+        wording: Language and repetition of the answers, by the questions' language; empty in older files, as the next three.
+        in_language: ``{language: {QUESTION_ID/TURN: 1 or 0}}``: is the answer in the language of its question? Left out where
+            that cannot be told.
+        unknown: The same for answers whose language cannot be told, in languages that can.
+        repetitive: The same for repetition, where the answer is long enough.
     """
 
     measurement: Literal["mt_bench"] = "mt_bench"
@@ -440,6 +448,12 @@ class MTBenchResult(Result):
     categories: dict[str, GradeMean] = field(default_factory=dict)
     average: GradeMean
     items: dict[str, list[GradeOf10 | None]] = field(default_factory=dict)
+    wording: Annotated[dict[str, Wording], named_by_key("language"), NO_KEY_IF_EMPTY] = field(
+        default_factory=dict
+    )
+    in_language: Annotated[dict[str, dict[str, Share]], NO_KEY_IF_EMPTY] = field(default_factory=dict)
+    unknown: Annotated[dict[str, dict[str, Share]], NO_KEY_IF_EMPTY] = field(default_factory=dict)
+    repetitive: Annotated[dict[str, dict[str, Share]], NO_KEY_IF_EMPTY] = field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------------------------------------- suite

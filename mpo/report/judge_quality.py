@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpo.common.tables import escape_markdown
+from mpo.common.tables import escape_markdown, printable_name
 from mpo.common.typed_json import read_typed
-from mpo.common.words import ARROW
+from mpo.common.words import ARROW, listed
+from mpo.errors import MPOError
 from mpo.evaluation.judge_quality import judge_tables, uncorrected
+from mpo.evaluation.labels import JudgedRun, fingerprints, read_judged
 from mpo.evaluation.results import JUDGE, CorrectedRate, JudgeResult, MeasuredJudge
+from mpo.evaluation.tasks import NO_VERDICT
 from mpo.report.measurement import NONE, SHARE, shown_language
 from mpo.report.rendering import Section, html
 from mpo.report.tables import Shown, bare
 
 _TASKS = {"attack": "attack success", "over_refusal": "refusals of harmless prompts"}
+_TITLE = "The judge against people"
 
 
 def judge_section(folder: Path) -> Section | None:
     """The section of a result folder, or None where no judge was measured against labels.
+
+    Where answers or verdicts are others than those that were measured, it says so and shows no number.
 
     Raises:
         StorageError: The measurement is damaged.
@@ -26,15 +32,64 @@ def judge_section(folder: Path) -> Section | None:
     if not file.is_file():
         return None
     result = read_typed(file, JudgeResult)
+    if changed := outdated(folder, result):
+        runs = listed([printable_name(name, 80) for name in changed])
+        text = (
+            f"Left out: the answers or verdicts of {runs} are others than those that the judges were measured on. To measure them "
+            f"anew: mpo evaluate judge FOLDER --gold {printable_name(result.labels_file or 'LABELS', 80)}. Where it is the answers "
+            "that were made anew, they need new labels first: mpo evaluate label."
+        )
+        return Section("judges", _TITLE, html("judges.html", outdated=text), escape_markdown(text))
     percent = f"[{100 * result.confidence:g}\N{NO-BREAK SPACE}%]"
     judges = [_judge(measured, percent) for measured in result.judges]
-    body = html("judges.html", labels=result.labels, judges=judges)
+    body = html("judges.html", outdated=None, labels=result.labels, judges=judges)
     parts = []
     for measured in result.judges:
         for table in judge_tables(measured, result.confidence):
             notes = "\n\n".join(escape_markdown(note) for note in table.notes)
             parts.append(f"**{escape_markdown(table.title)}**\n\n{table.markdown()}\n\n{notes}")
-    return Section("judges", "The judge against people", body, "\n\n".join(parts))
+    return Section("judges", _TITLE, body, "\n\n".join(parts))
+
+
+def outdated(folder: Path, result: JudgeResult) -> list[str]:
+    """``TASK/MODEL/PROMPTS`` of what is no longer as it was measured, as far as that can be told.
+
+    It cannot where answers or verdicts are gone. A file without fingerprints is compared by its raw rates.
+    """
+    try:
+        runs = read_judged(folder)
+    except MPOError:
+        return []
+    if result.judged:
+        now = fingerprints(runs, [measured.measurement for measured in result.judges])
+        return [name for name, mark in result.judged.items() if now.get(name) != mark]
+    return [
+        f"{run.task.name}/{run.name}"
+        for run in runs
+        if any(
+            measured.measurement == run.task.name and not _has_rates(run, measured)
+            for measured in result.judges
+        )
+    ]
+
+
+def _has_rates(run: JudgedRun, measured: MeasuredJudge) -> bool:
+    """Whether a run's verdicts have the raw rates of a measurement, where it has some of this run."""
+    if (verdicts := run.verdicts.get(measured.judge)) is None:
+        return True
+    for code, row in measured.languages.items():
+        own = [
+            verdict
+            for name, answer in run.answers.items()
+            if answer.language == code
+            if (verdict := verdicts.get(name)) is not None and verdict not in NO_VERDICT
+        ]
+        rate = row.rates.get(run.name)
+        if rate is not None and (
+            len(own) != rate.answers or abs(own.count(measured.counted) - rate.raw * rate.answers) > 1e-6
+        ):
+            return False
+    return True
 
 
 def _judge(measured: MeasuredJudge, percent: str) -> dict[str, object]:

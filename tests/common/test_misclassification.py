@@ -100,7 +100,7 @@ def test_a_stratified_sample_is_unbiased_and_its_intervals_cover(
         corrected = float(rogan_gladen(sizes[1] / 400, measured.sensitivity, measured.specificity))
         found.append((float((sizes * positive / labels).sum() / 400), corrected))
         drawn = random.multinomial(400, sizes / 400, size=resamples).astype(float)
-        again = accuracy(drawn, flagged, drawn_shares(labels, positive, resamples, random))
+        again = accuracy(drawn, flagged, drawn_shares(labels, positive, flagged, resamples, random))
         draws = rogan_gladen(drawn[:, 1] / 400, again.sensitivity, again.specificity)
         ends = [
             *accuracy_intervals(sizes, flagged, labels, positive),
@@ -125,3 +125,70 @@ def test_counting_the_labels_without_weights_would_be_biased() -> None:
         plain.append(float(accuracy(labels, flagged, positive / labels).sensitivity))
     assert np.mean(weighted) == pytest.approx(0.6, abs=0.02)
     assert np.mean(plain) > 0.8
+
+
+Quality = float | tuple[float, float]  # of each language, or of the first and the last
+
+
+@pytest.mark.parametrize(
+    ("languages", "settings"),
+    [
+        (1, [(24, 0.9, 0.985, 0.15), (24, 0.8, 0.95, 0.3), (50, 0.95, 0.99, 0.6)]),
+        (3, [(12, 0.9, 0.985, 0.15), (24, 0.75, 0.99, 0.3), (50, 0.95, 0.95, 0.05)]),
+        (10, [(12, 0.9, 0.985, 0.15), (12, 0.75, 0.99, 0.08)]),
+        (10, [(24, (0.99, 0.75), (0.99, 0.85), (0.5, 0.1)), (50, 0.95, 0.95, 0.05)]),
+    ],
+)
+def test_intervals_over_languages_cover_as_often_as_they_say(
+    languages: int, settings: list[tuple[int, Quality, Quality, Quality]]
+) -> None:
+    """Sensitivity, specificity and kappa of all together, the corrected rate of the first language, and the mean of them."""
+    random = np.random.default_rng(languages)
+    covered = np.array([_covered(random, languages, each, *quality) for each, *quality in settings])
+    assert (covered.mean(axis=0) > 0.93).all() and covered.min() > 0.9, covered
+
+
+def _covered(random: np.random.Generator, languages: int, each: int, *quality: Quality) -> np.ndarray:
+    """How often intervals of 95 % hold the truth, with as many labels of either verdict in each language."""
+    rounds, answers, resamples, flagged = 300, 150, 200, np.array([True, False])
+    everywhere = np.tile(flagged, languages)
+    found, right, rate = (np.linspace(*np.broadcast_to(ends, 2), languages) for ends in quality)
+    cells = np.stack(
+        [rate * found, (1 - rate) * (1 - right), rate * (1 - found), (1 - rate) * right], axis=-1
+    )
+    totals = cells.reshape(-1, 2).sum(axis=1)  # by language and verdict; of cells also by label
+    truths = np.array([*accuracy(totals, everywhere, cells[:, ::2].ravel() / totals), rate[0], rate.mean()])
+
+    def corrected(weights: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        by_language = (*weights.shape[:-1], -1, 2)
+        weights = weights.reshape(by_language)
+        of_judge = accuracy(weights, flagged, shares.reshape(by_language))
+        return rogan_gladen(weights[..., 0] / answers, of_judge.sensitivity, of_judge.specificity)
+
+    counts = random.multinomial(answers, cells, size=(rounds, languages)).reshape(rounds, -1, 2)
+    sizes = counts.sum(axis=-1).astype(float)
+    labels = np.minimum(each, sizes)
+    positive = random.hypergeometric(counts[..., 0], counts[..., 1], labels.astype(int)).astype(float)
+    verdicts = sizes.reshape(rounds, languages, 2) / answers
+    again = random.multinomial(answers, verdicts, size=(resamples, rounds, languages))
+    again = again.reshape(resamples, rounds, -1).astype(float)
+    shares = drawn_shares(labels, positive, everywhere, resamples, random)
+    alone = drawn_shares(labels[:, :2], positive[:, :2], flagged, resamples, random)
+    estimates = [
+        accuracy(sizes, everywhere, positive / labels).kappa,
+        corrected(sizes, positive / labels)[:, 0],
+        corrected(sizes, positive / labels).mean(axis=-1),
+    ]
+    draws = [
+        accuracy(again, everywhere, shares).kappa,
+        corrected(again[..., :2], alone)[..., 0],
+        corrected(again, shares).mean(axis=-1),
+    ]
+    hits = np.zeros(5)
+    for n in range(rounds):
+        ends = [
+            *accuracy_intervals(sizes[n], everywhere, labels[n], positive[n]),
+            *(drawn_interval(d[:, n], float(e[n]), 0.95) for d, e in zip(draws, estimates, strict=True)),
+        ]
+        hits += [low <= true <= high for (low, high), true in zip(ends, truths, strict=True)]
+    return hits / rounds
