@@ -6,7 +6,8 @@
     python -m benchmarks.gpu --tiny --device cpu                 # shows that every part runs, in tiny shapes
 
 The parts run one after another, the most important first, each in a process and with a time limit of its own: what fails
-or takes too long is said and costs the others nothing. A part whose package is missing is skipped. After each part
+or takes too long is said and costs the others nothing. A part is told to come to an end before its limit, and what it has
+measured by then counts, also where it is ended by force. A part whose package is missing is skipped. After each part
 ``OUT/results.json`` is written, and ``OUT/performance.md``; the tables also go between the two markers of
 ``docs/performance.md``, unless they are tiny.
 
@@ -28,7 +29,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ PAGE = ROOT / "docs" / "performance.md"
 MARKERS = "<!-- make gpu: begin -->", "<!-- make gpu: end -->"
 SHAPES = {"llama-3.1-8b": "gemma", "gemma-2-9b": "gemma", "qwen2.5-7b": "llama"}
 SMALL = "llama-3.2-1b"
+_IN_HAND = 15  # seconds of a part for its imports and its last step
 
 # Deciles of the tokens of the paper's two files under the tokenizer of Gemma-3: prompt, chosen, rejected.
 _SOURCE_PROMPT = (10, 13, 17, 18, 24, 31, 34, 40, 45)
@@ -109,7 +112,7 @@ class Part:
     Attributes:
         name: in the results.
         seconds: time limit.
-        arguments: of Python, given the file that the result goes to.
+        arguments: of Python, given the file that the result goes to and the seconds after which it should come to an end.
         tables: of its result.
         package: that must be installed.
         runs_tiny_without: whether tiny shapes run without it.
@@ -117,7 +120,7 @@ class Part:
 
     name: str
     seconds: int
-    arguments: Callable[[Run, Path], list[str]]
+    arguments: Callable[[Run, Path, float], list[str]]
     tables: Callable[[dict[str, Any]], list[TextTable]]
     package: str | None = None
     runs_tiny_without: bool = False
@@ -126,60 +129,73 @@ class Part:
 def parts(shapes: Sequence[str] = tuple(SHAPES)) -> list[Part]:
     """All parts, the most important first."""
     return [
-        Part("numerics", 110, _inner("numerics"), _numerics_tables),
-        *(Part(f"step {shape}", 65, _step(shape), _step_tables) for shape in shapes),
-        Part("attention", 75, _attention, _step_tables),
-        Part("memory", 50, _inner("memory"), _memory_tables),
-        Part("options plain", 35, _inner("options plain"), _option_tables),
-        Part("options liger", 35, _inner("options liger"), _option_tables, package="liger_kernel"),
+        Part("numerics", 95, _inner("numerics"), _numerics_tables),
+        *(Part(f"step {shape}", 55, _step(shape), _step_tables) for shape in shapes),
+        Part("attention", 70, _attention, _step_tables),
+        Part("memory", 40, _inner("memory"), _memory_tables),
+        Part("options plain", 25, _inner("options plain"), _option_tables),
+        Part("options liger", 25, _inner("options liger"), _option_tables, package="liger_kernel"),
         Part(
             "options 4-bit",
-            40,
+            30,
             _inner("options 4-bit"),
             _option_tables,
             package="bitsandbytes",
             runs_tiny_without=True,
         ),
-        Part("options compile", 70, _inner("options compile"), _option_tables),
-        Part("options full", 40, _inner("options full"), _option_tables),
+        Part("options compile", 50, _inner("options compile"), _option_tables),
+        Part("options full", 25, _inner("options full"), _option_tables),
     ]
 
 
-def _inner(name: str) -> Callable[[Run, Path], list[str]]:
-    def arguments(run: Run, result: Path) -> list[str]:
+def _inner(name: str) -> Callable[[Run, Path, float], list[str]]:
+    def arguments(run: Run, result: Path, seconds: float) -> list[str]:
         tiny = ["--tiny"] if run.tiny else []
-        given = ["--device", run.device, "--out", str(run.out), "--lengths", run.lengths, *tiny]
+        given = [
+            "--seconds",
+            str(seconds),
+            "--device",
+            run.device,
+            "--out",
+            str(run.out),
+            "--lengths",
+            run.lengths,
+            *tiny,
+        ]
         return ["-m", "benchmarks.gpu", "--part", name, "--result", str(result), *given]
 
     return arguments
 
 
-def _of_step(run: Run, result: Path, shape: str, names: Sequence[str], quantiles: Sequence[str]) -> list[str]:
+def _of_step(
+    run: Run, result: Path, seconds: float, shape: str, names: Sequence[str], quantiles: Sequence[str]
+) -> list[str]:
     return [
-        *("-m", "benchmarks.step", *run.model(shape), "--lengths", run.lengths, "--file", SHAPES[shape]),
+        *("-m", "benchmarks.step", "--seconds", str(seconds)),
+        *(*run.model(shape), "--lengths", run.lengths, "--file", SHAPES[shape]),
         *("--device", run.device, "--quantiles", *quantiles, "--formulations", *names, "--out", str(result)),
         *(["--template_tokens", "1", "--rounds", "1", "--lora", "2", "--targets", "2"] if run.tiny else []),
     ]
 
 
-def _step(shape: str) -> Callable[[Run, Path], list[str]]:
-    names = ["official", "TRL DPO", "trees (tree)"]
+def _step(shape: str) -> Callable[[Run, Path, float], list[str]]:
+    names = ["trees (tree)", "official", "TRL DPO"]
 
-    def arguments(run: Run, result: Path) -> list[str]:
-        return _of_step(run, result, shape, names, ["0.5"] if run.tiny else ["0.2", "0.5", "0.8"])
+    def arguments(run: Run, result: Path, seconds: float) -> list[str]:
+        return _of_step(run, result, seconds, shape, names, ["0.5"] if run.tiny else ["0.2", "0.5", "0.8"])
 
     return arguments
 
 
-def _attention(run: Run, result: Path) -> list[str]:
+def _attention(run: Run, result: Path, seconds: float) -> list[str]:
     names = ["trees (tree)", "trees (sdpa)", "trees (varlen)"]
     if run.device != "cpu":  # where flex_attention does not train
-        names.insert(1, "trees (flex_attention)")
+        names.append("trees (flex_attention)")  # the last, since it is compiled
         from benchmarks.varlen import torch_kernel
 
         if torch_kernel() is None:
             names.remove("trees (varlen)")
-    return _of_step(run, result, "llama-3.1-8b", names, ["0.5"])
+    return _of_step(run, result, seconds, "llama-3.1-8b", names, ["0.5"])
 
 
 def tiny_config(shape: str) -> Any:
@@ -209,7 +225,7 @@ def tiny_folder(shape: str, out: Path) -> Path:
     """The same with random weights, as a model folder."""
     from transformers import AutoModelForCausalLM
 
-    folder = out / "models" / shape
+    folder = out / "models" / f"tiny-{shape}"
     if not (folder / "config.json").is_file():
         AutoModelForCausalLM.from_config(tiny_config(shape)).save_pretrained(folder)
     return folder
@@ -218,7 +234,17 @@ def tiny_folder(shape: str, out: Path) -> Path:
 # ---- What runs in a part's own process -----------------------------------------------------------------------------
 
 
-def numerics(run: Run) -> dict[str, Any]:
+def outcomes(log: str) -> dict[str, list[str]]:
+    """Names of tests by outcome, from what ``pytest -v`` has printed so far; ``unfinished`` is the one that was running."""
+    found: dict[str, list[str]] = {}
+    for name, outcome in re.findall(
+        r"^(tests/\S+::.+?)(?: (PASSED|FAILED|ERROR|SKIPPED)\b.*$| *\Z)", log, re.MULTILINE
+    ):
+        found.setdefault(outcome.lower() or "unfinished", []).append(name)
+    return found
+
+
+def numerics(run: Run, seconds: float) -> dict[str, Any]:
     """The tests that need the device: float64 on the CPU against every attention, precision and kernel."""
     chosen = (
         ["-k", "packed_trees and fp32 and llama or frozen_head and fp32 or one_kernel"] if run.tiny else []
@@ -233,19 +259,13 @@ def numerics(run: Run) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             env={**os.environ, "MPO_GPU_SUITE_DEVICE": run.device},
         )
-        limit = next(part.seconds for part in parts() if part.name == "numerics") - 10
         try:
-            code: int | None = process.wait(timeout=600 if run.tiny else limit)
+            code: int | None = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             code = None
-    found: dict[str, list[str]] = {}
-    for name, outcome in re.findall(
-        r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", log.read_text(), re.MULTILINE
-    ):
-        found.setdefault(outcome.lower(), []).append(name)
-    return {"outcomes": found, "finished": code is not None, "exit_code": code}
+    return {"outcomes": outcomes(log.read_text()), "finished": code is not None, "exit_code": code}
 
 
 def memory_cases(tiny: bool) -> list[tuple[str, Any]]:
@@ -262,10 +282,8 @@ def memory_cases(tiny: bool) -> list[tuple[str, Any]]:
     ]
 
 
-def memory(run: Run) -> dict[str, Any]:
-    """What ``mpo plan`` counts of a step against what torch had allocated in it."""
-    import torch
-
+def memory(run: Run) -> Iterator[dict[str, Any]]:
+    """What ``mpo plan`` counts of a step against what torch had allocated in it; all cases so far, after each."""
     from benchmarks.plan_memory import counted, measured
     from mpo.planning.known_models import shape_config
 
@@ -281,25 +299,31 @@ def memory(run: Run) -> dict[str, Any]:
         }
         try:
             record["measured_bytes"] = measured(config, case, run.device)
-        except torch.OutOfMemoryError as error:
-            record["error"] = str(error).splitlines()[0]
-        if run.device != "cpu":
-            torch.cuda.empty_cache()
+        except Exception as error:
+            traceback.print_exc()
+            record["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         records.append(record)
-    return {"cases": records}
+        yield {"cases": records}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "liger": {"settings": {"use_liger_kernel": True}},
-    "4-bit": {"four_bit": True},
-    "compile": {"settings": {"torch_compile": True}},
+    "4-bit": {"four_bit": True, "folder": True},  # a base is quantised while it is read
+    # Read from a folder, a model gets the attention that the trainer chooses for what is compiled.
+    "compile": {"settings": {"torch_compile": True}, "folder": True},
     "full": {"lora": 0},
 }
 
 
-def option(name: str, run: Run) -> dict[str, Any]:
-    """Steps of the trainer with one of its options, on a small shape and the same groups for all options."""
+class _Late(Exception):
+    pass
+
+
+def option(name: str, run: Run, seconds: float) -> dict[str, Any]:
+    """Steps of the trainer with one of its options, on a small shape and the same groups for all options; no new one after
+    so many seconds."""
+    deadline = time.monotonic() + seconds
     import torch
 
     from benchmarks import lengths, race
@@ -313,15 +337,15 @@ def option(name: str, run: Run) -> dict[str, Any]:
     if name == "compile" and run.device == "cpu":
         settings = {**settings, "torch_compile_backend": "aot_eager"}
     model = config
-    if of.get("four_bit"):  # which is made while a folder is read
-        model = str(run.out / "models" / SMALL)
-        if run.device == "cpu":
-            tiny_folder(SMALL, run.out)
-            of["four_bit"] = False
+    if of.pop("folder", False):
+        if run.tiny:
+            model = str(tiny_folder(SMALL, run.out))
         else:
-            race.Case("mpo", "targets", 16, config, (), device=run.device, half=True).load(
-                None
-            ).save_pretrained(model)
+            model = str(run.out / "models" / SMALL)
+            plain = race.Case("mpo", "targets", 16, config, (), device=run.device, half=True)
+            plain.load(None).save_pretrained(model)
+    if run.device == "cpu":
+        of["four_bit"] = False
     warmup = 1 if run.tiny else 3  # a step on each of the groups, which compilation needs
     order = [step % len(groups) for step in range(warmup + (1 if run.tiny else 9))]
     case = race.Case(
@@ -346,6 +370,8 @@ def option(name: str, run: Run) -> dict[str, Any]:
         return time.perf_counter()
 
     def wait() -> None:
+        if len(steps) > warmup and time.monotonic() >= deadline:
+            raise _Late
         if len(steps) == warmup:
             reset_peak(device)
 
@@ -355,11 +381,11 @@ def option(name: str, run: Run) -> dict[str, Any]:
     def stop() -> dict[str, Any]:
         return {"seconds": clock() - started[0], "peak_bytes": peak(device)}
 
-    race.run("here", case, wait=wait, start=start, stop=stop, report=steps.append)
+    with contextlib.suppress(_Late):
+        race.run("here", case, wait=wait, start=start, stop=stop, report=steps.append)
     measured = steps[warmup:]
-    rates = [
-        len(case.pairs(place)) / step["seconds"] for place, step in zip(order[warmup:], measured, strict=True)
-    ]
+    taken = order[warmup : len(steps)]
+    rates = [len(case.pairs(place)) / step["seconds"] for place, step in zip(taken, measured, strict=True)]
     return {
         "option": name,
         "shape": SMALL,
@@ -371,13 +397,14 @@ def option(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def run_part(name: str, run: Run) -> dict[str, Any]:
-    """The result of a part that is measured by this module."""
-    if name == "numerics":
-        return numerics(run)
+def run_part(name: str, run: Run, seconds: float) -> Iterator[dict[str, Any]]:
+    """The result of a part that is measured by this module, each time that there is more of it."""
     if name == "memory":
-        return memory(run)
-    return option(name.removeprefix("options "), run)
+        yield from memory(run)
+    elif name == "numerics":
+        yield numerics(run, seconds)
+    else:
+        yield option(name.removeprefix("options "), run, seconds)
 
 
 # ---- Tables --------------------------------------------------------------------------------------------------------
@@ -388,7 +415,8 @@ def _numerics_tables(result: dict[str, Any]) -> list[TextTable]:
     kinds = ("passed", "failed", "error", "skipped")
     notes = [f"{kind}: {name}" for kind in ("failed", "error") for name in outcomes.get(kind, [])]
     if not result["finished"]:
-        notes.append("its time was up before all tests had run")
+        running = ", ".join(outcomes.get("unfinished", [])) or "none"
+        notes.append(f"its time was up before all tests had run; running then: {running}")
     row = ("tests that need the device", *(str(len(outcomes.get(kind, []))) for kind in kinds))
     return [TextTable("Numerics", ("", *(kind.capitalize() for kind in kinds)), (row,), notes=tuple(notes))]
 
@@ -462,7 +490,7 @@ def page(results: dict[str, Any]) -> str:
             missing.append(f"- {part.name}: not run")
         elif found["error"]:
             missing.append(f"- {part.name}: {found['error']}")
-        else:
+        if found is not None and found["result"]:
             for table in part.tables(found["result"]):
                 title = f"Attention: {table.title}" if part.name == "attention" else table.title
                 if title in sections:  # a row each of one table
@@ -477,7 +505,7 @@ def page(results: dict[str, Any]) -> str:
             "\n".join([f"**{title}**", "", table.markdown(), *(f"\n{note}" for note in table.notes)])
         )
     if missing:
-        blocks.append("Not measured:\n\n" + "\n".join(missing))
+        blocks.append("Not measured, or not to the end:\n\n" + "\n".join(missing))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -509,14 +537,18 @@ def carry_out(part: Part, run: Run, seconds: float) -> dict[str, Any]:
     name = part.name.replace(" ", "-")
     result, log = run.out / f"{name}.json", run.out / f"{name}.log"
     result.unlink(missing_ok=True)
+    # One GPU, as the trainers expect of one process, and no requests.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "HF_HUB_OFFLINE": "1"}
     began = time.monotonic()
     error = None
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, *part.arguments(run, result)],
+            [sys.executable, *part.arguments(run, result, max(1.0, seconds - _IN_HAND))],
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,
+            env=environment,
             start_new_session=True,
         )
         try:
@@ -536,9 +568,8 @@ def carry_out(part: Part, run: Run, seconds: float) -> dict[str, Any]:
                 error = f"exit code {code}: {last[-1] if last else 'no output'}"
     _end(process)
     found = None
-    if result.is_file():  # also of a part that hung after it was done
+    if result.is_file():  # also what a part had by the time it was stopped
         found = json.loads(result.read_text(encoding="utf-8"))
-        error = None
     elif error is None:
         error = "it wrote no result"
     return {"error": error, "result": found, "seconds": time.monotonic() - began}
@@ -598,7 +629,8 @@ def main() -> None:
         return
     run = Run(options.out.resolve(), options.device, options.tiny, options.lengths)
     if options.part:
-        write_json(options.result, run_part(options.part, run))
+        for result in run_part(options.part, run, options.seconds):
+            write_json(options.result, result)
         return
     names = [part.name for part in parts()]
     if unknown := sorted(set(options.only or ()) - set(names)):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -118,8 +119,12 @@ def head_peak(model_config: PretrainedConfig, case: Case) -> int:
 
 
 def measured(model_config: PretrainedConfig, case: Case, device: str = "cpu") -> int:
-    """Peak bytes of the second of two real training steps: of all live tensors, on CUDA what torch had allocated."""
+    """Peak bytes of the second of two real training steps: of all live tensors, on CUDA what torch had allocated for it."""
     cuda = torch.device(device).type == "cuda"
+    gc.collect()  # a model with the head is a cycle, and an earlier one would still lie on the GPU
+    if cuda:
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() if cuda else 0
     inputs = to_device(batch(model_config, case), torch.device(device))
     counter = LiveMemory()
     with nullcontext() if cuda else counter:
@@ -142,7 +147,7 @@ def measured(model_config: PretrainedConfig, case: Case, device: str = "cpu") ->
             backward(model, inputs, case)
             optimizer.step()
             optimizer.zero_grad()
-    return torch.cuda.max_memory_allocated() if cuda else counter.peak
+    return torch.cuda.max_memory_allocated() - before if cuda else counter.peak
 
 
 def batch(model_config: PretrainedConfig, case: Case) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import gc
 import math
@@ -44,8 +45,9 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -148,10 +150,15 @@ def measure(
     warmup: int,
     keep_memory: bool = True,
     peaks: bool = True,
+    deadline: float | None = None,
+    report: Callable[[dict[str, Measured]], None] = lambda found: None,
     **options: Any,
 ) -> dict[str, Measured]:
     """
     Run every formulation on every group, in turns.
+
+    With a deadline each formulation makes its first round by itself as soon as it is ready, so that a later one that is slow
+    to prepare costs it nothing.
 
     Args:
         setting: models.
@@ -162,10 +169,12 @@ def measure(
         keep_memory: on a CPU, keep freed memory once the peaks are known, as a run of the trainer does. It cannot be
             undone, and no peak can be measured in the process afterwards.
         peaks: run a step of each formulation first, to measure its memory.
+        deadline: of :func:`time.monotonic`, after which no step begins.
+        report: called with what is known after each formulation's preparation and each round.
         options: of :func:`benchmarks.formulations.prepare`.
 
     Returns:
-        By name. A formulation that runs out of memory has ``error`` set and no more times.
+        By name. A formulation that fails, or is not measured by the deadline, has ``error`` set and no more times.
     """
     device = setting.device
     trained = [p for p in setting.policy.parameters() if p.requires_grad]
@@ -176,15 +185,28 @@ def measure(
         groups, key=lambda group: len(group["source_prompt"]) + sum(map(len, group["target_chosen"]))
     )
 
+    def late() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
     def attempt(name: str, function: Callable[[], Any]) -> None:
-        if found[name].error is not None:
+        if found[name].error is not None or late():
             return
         try:
             function()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            found[name].error = f"out of memory: {str(error).splitlines()[0]}"
+        except Exception as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            what = "out of memory" if full else type(error).__name__
+            found[name].error = f"{what}: {(str(error).splitlines() or [''])[0]}"
+            if not full:
+                traceback.print_exc()
         finally:
             optimizer.zero_grad(set_to_none=True)
+        if (
+            found[name].error is not None
+        ):  # only now, since an error holds the tensors of the step that it ended
+            steps.pop(name, None)
+            with contextlib.suppress(RuntimeError):
+                reset_peak(device)
 
     def one(name: str, group: Group) -> None:
         def whole() -> None:
@@ -198,29 +220,42 @@ def measure(
         found[name].loss.append(float(loss[0]))
 
     def memory(name: str) -> None:
+        optimizer.state.clear()  # the first formulation has none yet
         reset_peak(device)
         steps[name]([longest])
         found[name].peak_bytes = peak(device)
 
-    for name in names:
-
-        def setup(name: str = name) -> None:
+    def prepare(name: str) -> None:
+        def setup() -> None:
             steps[name] = formulations.prepare(name, setting, groups, **options)
 
         attempt(name, setup)
         if peaks:
-            attempt(name, lambda name=name: memory(name))
-    if device.type == "cpu" and keep_memory:
+            attempt(name, lambda: memory(name))
+
+    keeps = device.type == "cpu" and keep_memory
+    if keeps:
+        for name in names:
+            prepare(name)
         keep_freed_memory()
     for name in names:
+        if not keeps:
+            prepare(name)
         for _ in range(warmup):
             attempt(name, lambda name=name: one(name, groups[0]))
         for measured in (found[name].seconds, found[name].cpu_seconds, found[name].loss):
             measured.clear()
-    for _ in range(rounds):
+        for group in groups if deadline is not None else ():
+            attempt(name, lambda name=name, group=group: one(name, group))
+        report(found)
+    for _ in range(rounds if deadline is None else rounds - 1):
         for group in groups:
             for name in names:
                 attempt(name, lambda name=name, group=group: one(name, group))
+        report(found)
+    for entry in found.values():
+        if entry.error is None and len(entry.seconds) < len(groups) and late():
+            entry.error = "no time was left for a round"
     return found
 
 
@@ -334,6 +369,29 @@ def _mean_of_medians(seconds: Sequence[float], groups: int) -> float | None:
     )
 
 
+def costs_of_alike_layers(config: Any, lora: int) -> flops.Costs:
+    """What :func:`benchmarks.flops.measure` counts for a model whose layers cost the same, from two of them and four."""
+
+    def measured(layers: int) -> flops.Costs:
+        shallow = copy.deepcopy(config)
+        text = shallow.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        return flops.measure(shallow, lora)
+
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= 4:
+        return flops.measure(config, lora)
+    two, four = measured(2), measured(4)
+
+    def whole(part: str) -> flops.Backbone:
+        ends = zip(getattr(two, part), getattr(four, part), strict=True)
+        return flops.Backbone(*(low + (high - low) // 2 * (layers - 2) for low, high in ends))
+
+    return replace(two, train=whole("train"), reference=whole("reference"), policy=whole("policy"))
+
+
 def counted_ratios(
     costs: flops.Costs, groups: Sequence[GroupLengths], row_tokens: int | None
 ) -> dict[str, float]:
@@ -380,6 +438,9 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3, help="times that all groups are run (3)")
+    parser.add_argument(
+        "--seconds", type=float, help="begin no step after so many, and write what was measured by then"
+    )
     parser.add_argument("--warmup", type=int, default=1, help="steps before, not counted (1)")
     parser.add_argument(
         "--no_memory", action="store_true", help="measure times alone, which saves a step each"
@@ -391,6 +452,7 @@ def main() -> None:
     objectives.add_options(parser)
     parser.add_argument("--out", help="runs/benchmarks/step.json, or objectives.json beside it")
     options = parser.parse_args()
+    deadline = None if options.seconds is None else time.monotonic() + options.seconds
     options.out = options.out or f"runs/benchmarks/{'objectives' if options.loss_type else 'step'}.json"
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -452,40 +514,28 @@ def main() -> None:
                     call_tokens=options.call_tokens,
                 ).show()
         return
-    costs = flops.measure(config, lora)
+    # Known shapes have layers that cost the same.
+    costs = costs_of_alike_layers(config, lora) if options.shape else flops.measure(config, lora)
     rate = matmul_rate(device, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(
-            setting,
-            groups,
-            names,
-            rounds=options.rounds,
-            warmup=options.warmup,
-            peaks=not options.no_memory,
-            folder=folder,
-            row_tokens=options.row_tokens,
-            call_tokens=options.call_tokens,
-        )
     needed = math.fsum(needed_operations(costs, group) for group in chosen) / len(chosen)
     counted = counted_ratios(costs, chosen, options.row_tokens)
     name = options.shape or os.path.basename(options.model.rstrip("/"))
     precision = str(dtype).removeprefix("torch.")
-    shown, records = table(
-        found,
-        chosen,
-        needed=needed,
-        rate=rate,
-        counted=counted,
-        title=(
-            f"{name}, {precision}, {'LoRA ' + str(lora) if lora else 'full'}: {len(chosen)} groups of "
-            f"{options.file or 'the file'}, {sum(len(g.targets) for g in chosen)} pairs, {options.rounds} rounds"
-        ),
-        note=f"matrix product: {rate / 1e12:.3g} TFLOP/s; needed per step: {needed / 1e12:.3g} TFLOP",
-    )
-    shown.show()
-    command.save(
-        options.out,
-        {
+
+    def result(found: dict[str, Measured]) -> tuple[TextTable, dict[str, Any]]:
+        shown, records = table(
+            found,
+            chosen,
+            needed=needed,
+            rate=rate,
+            counted=counted,
+            title=(
+                f"{name}, {precision}, {'LoRA ' + str(lora) if lora else 'full'}: {len(chosen)} groups of "
+                f"{options.file or 'the file'}, {sum(len(g.targets) for g in chosen)} pairs, {options.rounds} rounds"
+            ),
+            note=f"matrix product: {rate / 1e12:.3g} TFLOP/s; needed per step: {needed / 1e12:.3g} TFLOP",
+        )
+        return shown, {
             "model": name,
             "random_weights": bool(options.shape),
             "lora": lora,
@@ -500,9 +550,25 @@ def main() -> None:
             "counted_official_over": counted,
             "lengths": [{"source": group.source, "targets": group.targets} for group in chosen],
             "formulations": records,
-        },
-        precision=precision,
-    )
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(
+            setting,
+            groups,
+            names,
+            rounds=options.rounds,
+            warmup=options.warmup,
+            peaks=not options.no_memory,
+            deadline=deadline,
+            report=lambda found: command.write(options.out, result(found)[1], precision=precision),
+            folder=folder,
+            row_tokens=options.row_tokens,
+            call_tokens=options.call_tokens,
+        )
+    shown, content = result(found)
+    shown.show()
+    command.save(options.out, content, precision=precision)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,73 @@ def test_a_formulation_that_runs_out_of_memory_is_reported_and_the_others_go_on(
     assert found["official"].seconds == []
     assert len(found["trees (tree)"].seconds) == 2 * len(groups)
     assert found["trees (tree)"].error is None
+
+
+def stubbed(
+    monkeypatch: pytest.MonkeyPatch, steps: dict[str, Callable[[], None]], **options: Any
+) -> dict[str, step.Measured]:
+    """A measurement of formulations that only call a function."""
+
+    def prepare(name: str, *arguments: Any, **named: Any) -> Callable[[Any], Tensor]:
+        def run(groups: Any) -> Tensor:
+            steps[name]()
+            return torch.zeros(())
+
+        return run
+
+    monkeypatch.setattr("benchmarks.formulations.prepare", prepare)
+    setting = Setting(torch.nn.Linear(1, 1), None)
+    monkeypatch.setattr(Setting, "device", CPU)
+    groups = lengths.draw_tokens(LENGTHS, 500)
+    return step.measure(setting, groups, list(steps), rounds=2, warmup=1, keep_memory=False, **options)
+
+
+@pytest.mark.parametrize("good_steps", [0, 3])
+def test_a_formulation_that_fails_is_reported_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, good_steps: int
+) -> None:
+    calls = []
+
+    def fails() -> None:
+        calls.append(1)
+        if len(calls) > good_steps:
+            raise RuntimeError("no such kernel\nfor these heads")
+
+    found = stubbed(monkeypatch, {"fails": fails, "works": lambda: None})
+    assert found["fails"].error == "RuntimeError: no such kernel" and len(calls) == good_steps + 1
+    assert found["works"].error is None and len(found["works"].seconds) == 2 * len(LENGTHS)
+
+
+def test_a_slow_formulation_costs_those_before_it_no_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(step.time, "monotonic", lambda: clock[0])
+    reports: list[dict[str, int]] = []
+
+    def slow() -> None:
+        assert reports == [{"quick": len(LENGTHS), "slow": 0}]
+        clock[0] += 100
+
+    found = stubbed(
+        monkeypatch,
+        {"quick": lambda: None, "slow": slow},
+        deadline=50.0,
+        report=lambda found: reports.append({name: len(entry.seconds) for name, entry in found.items()}),
+    )
+    assert found["quick"].error is None and len(found["quick"].seconds) == len(LENGTHS)
+    assert found["slow"].error == "no time was left for a round" and found["slow"].seconds == []
+
+
+def test_with_a_deadline_there_are_as_many_rounds_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {"one": lambda: None, "other": lambda: None}
+    for options in ({}, {"deadline": time.monotonic() + 600}):
+        found = stubbed(monkeypatch, steps, **options)
+        assert {len(entry.seconds) for entry in found.values()} == {2 * len(LENGTHS)}
+
+
+@pytest.mark.parametrize(("family", "lora"), [("llama", 4), ("gemma2", 0)])
+def test_costs_of_alike_layers_are_those_of_the_whole_model(family: str, lora: int) -> None:
+    config = build_model(family, layers=6).config
+    assert step.costs_of_alike_layers(config, lora) == flops.measure(config, lora)
 
 
 def test_groups_are_taken_at_quantiles_of_their_tokens() -> None:

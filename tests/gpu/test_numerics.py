@@ -28,10 +28,19 @@ ATTENTIONS = [
     ("gemma2", "tree"),
     ("llama", "sdpa"),
     ("llama", "eager"),
-    ("llama", "flex_attention"),
     ("qwen2", "sdpa"),
     ("gemma2", "eager"),
-    ("gemma2", "flex_attention"),
+]
+FLOAT64_CASES = [
+    *(
+        (family, attention, layout, dtype)
+        for family, attention in ATTENTIONS
+        for layout in ("tree", "padded")
+        for dtype in TOLERANCES
+    ),
+    # Each is compiled, which takes longer than all of the others.
+    ("llama", "flex_attention", "tree", torch.float32),
+    ("gemma2", "flex_attention", "tree", torch.bfloat16),
 ]
 
 
@@ -111,9 +120,11 @@ def can_go_back(attention: str, device: torch.device) -> bool:
     return attention != "flex_attention" or device.type == "cuda"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("layout", ["tree", "padded"])
-@pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
+@pytest.mark.parametrize(
+    ("family", "attention", "layout", "dtype"),
+    FLOAT64_CASES,
+    ids=["-".join([*names, {torch.float32: "fp32"}.get(dtype, "bf16")]) for *names, dtype in FLOAT64_CASES],
+)
 def test_loss_and_gradient_are_those_of_float64_on_the_cpu(
     device: torch.device, family: str, attention: str, layout: str, dtype: torch.dtype
 ) -> None:
@@ -132,12 +143,12 @@ def test_loss_and_gradient_are_those_of_float64_on_the_cpu(
         assert error(found.gradient, expected.gradient) <= of_gradient
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3"])
 def test_flex_attention_gives_what_eager_gives(device: torch.device, family: str) -> None:
     eager = built(family, "eager", device, torch.float32)
     flex = built(family, "flex_attention", device, torch.float32)
     backward = can_go_back("flex_attention", device)
-    for seed, row in ((1, 128), (2, 300), (3, 64)):
+    for seed, row in ((1, 128), (2, 300)):
         items = trees(seed)
         expected, found = (step(model, items, "tree", row=row, backward=backward) for model in (eager, flex))
         assert (found.logps - expected.logps).abs().max() <= 1e-4
