@@ -14,8 +14,9 @@ NAME=FILE.csv`` adds sets. Nothing is trained on and measured. With ``--pairs``,
 trained on as harmful ones where the dominant language's chosen response is a refusal.
 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
-2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--paper`` also the published objective
-   on the published pairs (``mpo``), once with each seed, and measures the model before and after.
+2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--ways`` others of :data:`WAYS` on the
+   same groups, with ``--paper`` also the published objective on the published pairs (``mpo``), once with each seed, and measures the
+   model before and after.
 3. ``mpo analyze hidden-space`` says how far the measured harmful and harmless prompts lie apart before and after each run.
 
 What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page, ``OUT/effects-PART.md`` a table for each
@@ -86,6 +87,28 @@ PAPER = {
 }
 """What the published objective changes in the recipe: nothing of the remedy stays, and the settings are those of
 recipes/compare/paper.yaml but for the learning rate and the responses' length."""
+
+WAY = "refuse-or-answer"
+_NOT_HELD = {"harmless_retention": "none", "harmless_max_response_length": None}
+_MPO = {"loss_type": "mpo", "beta": 1.0, "train_on": "targets", "retain_weight": 0.0}
+WAYS: dict[str, dict[str, Any]] = {
+    WAY: {},
+    "forward-kl": {"harmless_retention": "kl"},
+    "states": {"harmless_retention": "states"},
+    "pooled-states": {"harmless_retention": "hidden"},
+    "a-third-as-heavy": {"harmless_retain_weight": 0.5},
+    "three-times-as-heavy": {"harmless_retain_weight": 4.5},
+    "answers-taught": {"harmless_loss_type": "sft", **_NOT_HELD},
+    "gap-kept": {"harmless_loss_type": "gap_retention", **_NOT_HELD},
+    "gap-of-the-source": {"harmless_loss_type": "mpo", "harmless_train_on": "targets", **_NOT_HELD},
+    "preferences": {"loss_type": "sigmoid", "harmless_loss_type": "sigmoid", **_NOT_HELD},
+    "mpo-and-held": _MPO,
+    "bounded-mpo-and-held": {**_MPO, "mpo_delta": 1.0},
+    "all-layers": {"lora_first_layer": 0.0},
+    "half-the-rate": {"learning_rate": 3.0e-4},
+    "stopped-by-the-probe": {"behavior_probe": 10, "probe_steps": 25, "stop_on_over_refusal": 0.1},
+}
+"""What each way changes in the recipe, on the same groups and in as many steps."""
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, str]], languages: Iterable[str]) -> Path:
@@ -241,7 +264,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     write_text(texts_of_space, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in labelled))
     model = {"model": options.model, "dtype": options.dtype, "batch_size": options.batch_size}
     runs = [
-        {"name": "refuse-or-answer"},
+        *({"name": name, **WAYS[name]} for name in options.ways),
         *([{"name": "mpo", "dataset": options.paper, **PAPER}] if options.paper else []),
     ]
     written = {
@@ -407,6 +430,9 @@ def main() -> None:
         help="PolyRefuse's files, to train on its harmless prompts and measure others",
     )
     parser.add_argument("--part", choices=["tune", "test"], default="test")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=[WAY], help="other ways beside the recipe's"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer that is measured")
@@ -427,7 +453,7 @@ def main() -> None:
     if groups.is_file():
         compare(load_comparison(comparison), dry_run=options.dry_run)
     if not options.dry_run:
-        runs = ["refuse-or-answer", *(["mpo"] if options.paper else [])]
+        runs = [*options.ways, *(["mpo"] if options.paper else [])]
         show_effects(Path(options.out), options.part, runs, options.seeds)
         run_analysis(load_analysis_recipe(space))
 

@@ -157,11 +157,22 @@ def test_the_published_objective_can_run_beside_it(
     kinds = [{**row, "kind": "harmless" if n % 2 else "harmful"} for n, row in enumerate(rows)]
     built.write_text("".join(f"{json.dumps(row)}\n" for row in kinds), encoding="utf-8")
     words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
-    run(monkeypatch, *words, "--paper", str(paper), "--gap", str(paper), "--dtype", "float32")
+    run(
+        monkeypatch,
+        *words,
+        "--paper",
+        str(paper),
+        "--gap",
+        str(paper),
+        "--dtype",
+        "float32",
+        "--ways",
+        *side_effects.WAYS,
+    )
     suite = yaml.safe_load((out / "suite-test.yaml").read_text(encoding="utf-8"))
     assert suite["reward_gap"]["data"] == [str(paper)] and suite["models"]["base"]["dtype"] == "float32"
     printed = capsys.readouterr().out
-    assert "refuse-or-answer-s0" in printed and "mpo-s0" in printed
+    assert all(f"{name}-s0" in printed for name in ("mpo", *side_effects.WAYS))
     remedy = yaml.safe_load(side_effects.RECIPE.read_text(encoding="utf-8"))
     of_any = {
         "model_name_or_path",
@@ -183,6 +194,7 @@ def test_the_published_objective_can_run_beside_it(
         "save_steps",
         "output_dir",
         "harmless_max_response_length",
+        "harmless_retain_weight",
     }
     assert set(remedy) - of_any <= set(
         side_effects.PAPER
