@@ -21,6 +21,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 _OPENING = 240  # characters of a response that are read
+_READING = 2  # raised where the same phrases come to give other verdicts
 _QUOTES = (("\u2019", "'"), ("\u2018", "'"), ("\u02bc", "'"), ("\u0640", ""))
 _VOWEL_SIGNS = re.compile("[\u064b-\u0652]")
 
@@ -62,8 +63,8 @@ def refusal_languages() -> frozenset[str]:
 
 
 def phrases_fingerprint() -> str:
-    """Short hash of all phrases: verdicts that rest on other ones are not comparable."""
-    text = json.dumps(_phrases(), sort_keys=True)
+    """Short hash of all phrases and of how they are read: verdicts that rest on other ones are not comparable."""
+    text = json.dumps([_READING, _phrases()], sort_keys=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 

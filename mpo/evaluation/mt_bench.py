@@ -1,7 +1,8 @@
 """MT-Bench (Zheng et al., NeurIPS 2023, arXiv 2306.05685): two turns, each answer graded from 1 to 10 by an LLM judge.
 
-Questions come from a file as it is published, ``question.jsonl``, in any language. Two things differ from the published code:
-answers are greedy unless asked otherwise, where it samples some categories, and the judging prompt is in words of this project.
+Questions come from a file as it is published, ``question.jsonl``, in any language. Three things differ from the published code:
+answers are greedy unless asked otherwise, where it samples some categories; the judging prompt is in words of this project; and
+the reference answers are those of the questions' field ``reference``, where it has a file of longer ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,17 +32,21 @@ from mpo.data.languages import language_of_file, normalize_language, normalize_l
 from mpo.data.reading import missing_file_error, read_file
 from mpo.data.reasoning import split_reasoning
 from mpo.errors import DataError
+from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.engines import Engine, Generation, ModelChoice, make_engine
 from mpo.evaluation.judges import JudgeChoice
 from mpo.evaluation.judges.grader import HIGHEST, LOWEST, Grader, make_grader
 from mpo.evaluation.judges.judge import fill_slots
-from mpo.evaluation.rates import shown_language
+from mpo.evaluation.rates import shown_language, shown_share
 from mpo.evaluation.results import MT_BENCH, GradeMean, LanguageGrades, MTBenchResult
 from mpo.evaluation.safety import CACHE, about_model, model_folder
+from mpo.evaluation.wording import in_language_asked, in_no_known_language, measure_wording, repeats_itself
 
 FOLDER = "mt_bench"
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose reference answers the judge is shown, where the file has them, as in the published code."""
+
+_CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Question:
         language: Code of its language.
         category: As the file names it.
         turns: One or two requests.
-        references: A reference answer per turn; empty without.
+        references: A reference answer per turn, blank where that turn has none; empty without.
     """
 
     question_id: str
@@ -243,6 +249,7 @@ def measure_mt_bench(
         judge=about_judge,
         confidence=confidence,
         **summarize_grades(questions, grades, confidence),
+        **measure_language(questions, answers, confidence),
         provenance=collect(
             base_model=model.model if model.engine != "server" else None,
             data_fingerprint=fingerprint_questions(questions),
@@ -372,11 +379,11 @@ def grading_prompt(question: Question, answers: Sequence[str]) -> str:
     values["what"] = (
         "the answer to the only question" if turns == 1 else "the answer to the second question alone"
     )
-    if references:
+    if any(text.strip() for text in references):
         parts.append(_REFERENCE)
     for number, (asked, said) in enumerate(zip(question.turns, answers, strict=False), start=1):
         texts = {"question": asked, "answer": said}
-        if number <= len(references):
+        if number <= len(references) and references[number - 1].strip():
             texts["reference"] = references[number - 1]
         for tag in ("question", "reference", "answer"):
             if tag in texts:
@@ -428,6 +435,42 @@ def summarize_grades(
     }
 
 
+def measure_language(
+    questions: Sequence[Question], answers: Mapping[str, TurnRow], confidence: float = 0.95
+) -> dict[str, Any]:
+    """Language and repetition of the answers, as the fields of a result: each turn is an answer of its own.
+
+    Blocks of code are left out; what has no other text is not counted.
+
+    Args:
+        questions: The questions.
+        answers: By ``QUESTION_ID/LANGUAGE/TURN``.
+        confidence: Coverage of the intervals.
+    """
+    rows = [
+        AnswerRow(
+            row.id,
+            f"{question.question_id}/{turn}",
+            question.language,
+            text,
+            prose,
+            row.finished,
+            row.blocked,
+        )
+        for question in questions
+        for turn, text in enumerate(question.turns, start=1)
+        if (row := answers.get(f"{question.id}/{turn}")) is not None
+        if (prose := _CODE_BLOCK.sub("", row.said).strip())
+    ]
+    found = measure_wording(rows, {row.id: "" for row in rows}, confidence)
+    return {
+        "wording": {code: replace(row, others_by_verdict={}) for code, row in found.items()},
+        "in_language": in_language_asked(rows),
+        "unknown": in_no_known_language(rows),
+        "repetitive": repeats_itself(rows),
+    }
+
+
 def _mean(grades: Sequence[Sequence[float | None]], confidence: float) -> GradeMean:
     """Of all graded answers; questions are resampled whole."""
     known = [[grade for grade in each if grade is not None] for each in grades]
@@ -465,18 +508,28 @@ def mt_bench_table(result: MTBenchResult, name: str) -> TextTable:
     for code, row in result.languages.items():
         if rows:
             rules.add(len(rows))
-        rows.append((shown_language(code), *_cells(row.mean), *(_bare(turn) for turn in row.turns)))
-        rows += [(f"  {printable_name(c, 20)}", *_cells(mean), "", "") for c, mean in row.categories.items()]
+        turns = (_bare(turn) for turn in row.turns)
+        rows.append((shown_language(code), *_cells(row.mean), *turns, *_wording_cells(result, code)))
+        rows += [
+            (f"  {printable_name(c, 20)}", *_cells(mean), *[""] * 5) for c, mean in row.categories.items()
+        ]
     if len(result.languages) > 1:
         rules.add(len(rows))
-        rows.append(("Mean of languages", *_cells(result.average), "", ""))
+        rows.append(("Mean of languages", *_cells(result.average), *[""] * 5))
     ungraded = sum(row.ungraded for row in result.languages.values())
-    notes = [f"Grades from {LOWEST} to {HIGHEST}. Intervals: bootstrap over questions."]
+    notes = [
+        f"Grades from {LOWEST} to {HIGHEST}. Intervals: bootstrap over questions.",
+        "In it: share of the answers in the language of the question, among those whose language can be told, with Wilson's "
+        "interval; the others are unknown. Blocks of code are left out.",
+    ]
     if ungraded:
         notes.append(
             f"{ungraded} answers have no grade: blocked, or the judge's reply names none. They are in no mean."
         )
-    header = ("Language", "Answers", f"Grade [{100 * result.confidence:g} %]", "turn 1", "turn 2")
+    percent = f"[{100 * result.confidence:g} %]"
+    header = (
+        "Language", "Answers", f"Grade {percent}", "turn 1", "turn 2", f"In it {percent}", "unknown", "repetitive"
+    )  # fmt: skip
     title = f"MT-Bench: {name}, graded by {printable_name(str(result.judge['name']), 60)}"
     return TextTable(title, header, tuple(rows), frozenset(rules), tuple(notes), frozenset({2}))
 
@@ -484,6 +537,14 @@ def mt_bench_table(result: MTBenchResult, name: str) -> TextTable:
 def _cells(mean: GradeMean) -> tuple[str, str]:
     ends = "" if mean.interval is None else f" [{mean.interval[0]:.2f}, {mean.interval[1]:.2f}]"
     return str(mean.count), f"{_bare(mean)}{ends}"
+
+
+def _wording_cells(result: MTBenchResult, code: str) -> tuple[str, str, str]:
+    row = result.wording.get(code)
+    if row is None:
+        return "-", "-", "-"
+    share = shown_share(row.share, *(row.interval or (None, None)))
+    return share, str(row.unknown), str(row.repetitive)
 
 
 def _bare(mean: GradeMean) -> str:

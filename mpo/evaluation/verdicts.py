@@ -48,7 +48,7 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
 
     Verdicts on other answers or with other settings are an error, but for those of refusal phrases, which cost nothing: all are
     given anew. A judge sees the answer without its reasoning. What is no answer, or one without any text, is not shown to it: its
-    verdict is ``blocked``, ``unfinished``, or the task's own.
+    verdict is ``blocked``, ``unfinished``, or the task's own. In a language without refusal phrases, those judge no answer.
 
     Args:
         judge: What judges.
@@ -79,7 +79,7 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
             )
 
         for row in answers:
-            if row.id not in journal.rows and (known := _without_judge(task, row)) is not None:
+            if row.id not in journal.rows and (known := _without_judge(judge, task, row)) is not None:
                 keep(row, known)
         left = [row for row in answers if row.id not in journal.rows]
         if left:
@@ -97,20 +97,22 @@ def judge_answers(judge: Judge, task: Task, answers: list[AnswerRow], folder: Pa
 
 def judge_unwritten(judge: Judge, task: Task, answers: Sequence[AnswerRow]) -> dict[str, str]:
     """The verdicts of :func:`judge_answers` by the answers' ids, without files: for a judge that costs nothing."""
-    known = {row.id: _without_judge(task, row) for row in answers}
+    known = {row.id: _without_judge(judge, task, row) for row in answers}
     left = [row for row in answers if known[row.id] is None]
     given = judge.judge([Exchange(row.prompt, row.parts.answer, row.language) for row in left])
     verdicts = {left[index].id: verdict for index, verdict in given}
     return {row.id: (known[row.id] or verdicts[row.id]).verdict for row in answers}
 
 
-def _without_judge(task: Task, row: AnswerRow) -> Verdict | None:
+def _without_judge(judge: Judge, task: Task, row: AnswerRow) -> Verdict | None:
     """The verdict on what is no answer or an empty one; None where a judge is asked."""
     if row.blocked is not None:
         return Verdict(BLOCKED)
     if not row.parts.complete:
         return Verdict(UNFINISHED)
-    return None if row.parts.answer.strip() else Verdict(task.empty)
+    if row.parts.answer.strip() or (isinstance(judge, PhraseJudge) and not judge.reads(row.language)):
+        return None
+    return Verdict(task.empty)
 
 
 def agreement(first: Verdicts, second: Verdicts, confidence: float = 0.95) -> Kappa | None:

@@ -4,17 +4,17 @@ The language is the word of :func:`mpo.data.languages.detect`. Where it cannot k
 in no share: a text without letters or with too few of them, a language that the detector does not have, one too close to the
 language asked to be told from it (Malay in answer to Indonesian), and prompts in mixed languages.
 
-Babble is measured as *repetition*, the share of a text's character 10-grams (without white space) that stood in it before.
-Characters and not words, since Chinese, Japanese and Thai write no spaces. An answer is repetitive above one half. Of the 3,451
-texts of the published MPO pairs for Gemma, in seven languages, none is above 0.18; of the 3,342 for Llama, 86 are above one
-half, and those that were read end in a loop. Nonsense that does not repeat itself is not found, and a text of fewer than 30
-characters is not measured.
+Babble is measured as *repetition*, the share of a text's character 10-grams (without white space) that stood in it before; of
+a text of fewer than 30 characters its n-grams, n being a third of its length. Characters and not words, since Chinese, Japanese
+and Thai write no spaces. An answer is repetitive above one half. Of the 3,451 texts of the published MPO pairs for Gemma, in
+seven languages, none is above 0.18; of the 3,342 for Llama, 86 are above one half, and those that were read end in a loop.
+Nonsense that does not repeat itself is not found, and a text of fewer than 12 characters is not measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -28,7 +28,7 @@ from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.rates import Ends, shown_language, shown_share
 from mpo.evaluation.tasks import BLOCKED, UNFINISHED, Task
 
-_GRAM, _SHORTEST, _LONGEST = 10, 30, 20_000  # characters
+_GRAM, _SHORTEST, _LONGEST = 10, 12, 20_000  # characters
 _REPETITIVE = 0.5
 
 
@@ -63,11 +63,12 @@ class Wording:
 
 
 def repetition(text: str) -> float | None:
-    """Share of the character 10-grams that stood in the text before; None where it is too short to say."""
+    """Share of the character n-grams that stood in the text before; None where it is too short to say."""
     letters = "".join(text[:_LONGEST].casefold().split())
     if len(letters) < _SHORTEST:
         return None
-    grams = [letters[start : start + _GRAM] for start in range(len(letters) - _GRAM + 1)]
+    size = min(_GRAM, len(letters) // 3)
+    grams = [letters[start : start + size] for start in range(len(letters) - size + 1)]
     return 1 - len(set(grams)) / len(grams)
 
 
@@ -95,11 +96,29 @@ def in_language_asked(answers: Sequence[AnswerRow]) -> dict[str, dict[str, float
     return out
 
 
-def repeats_itself(answers: Sequence[AnswerRow]) -> dict[str, dict[str, float]]:
-    """``{language: {prompt id: 1 or 0}}``: is the answer repetitive? Those without any text are left out."""
+def in_no_known_language(
+    answers: Sequence[AnswerRow], told: Collection[str] = ()
+) -> dict[str, dict[str, float]]:
+    """``{language: {prompt id: 1 or 0}}``: can the answer's language not be told? Languages that never can are left out.
+
+    Args:
+        answers: All answers.
+        told: Ids of answers whose language something else has told.
+    """
     out: dict[str, dict[str, float]] = {}
     for row in answers:
-        if _says_something(row):
+        if _says_something(row) and known_to_detection([row.language]):
+            out.setdefault(row.language, {})[row.prompt_id] = float(
+                row.id not in told and answer_language(row) is None
+            )
+    return out
+
+
+def repeats_itself(answers: Sequence[AnswerRow]) -> dict[str, dict[str, float]]:
+    """``{language: {prompt id: 1 or 0}}``: is the answer repetitive? Those too short to say are left out."""
+    out: dict[str, dict[str, float]] = {}
+    for row in answers:
+        if _says_something(row) and repetition(row.parts.answer) is not None:
             out.setdefault(row.language, {})[row.prompt_id] = float(is_repetitive(row.parts.answer))
     return out
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo.common.provenance import collect
 from mpo.data.tokenization import render
-from mpo.errors import ConfigError, DataError, ModelError
+from mpo.errors import ConfigError, DataError
 from mpo.hidden_space.resampling import Array
 from mpo.hidden_space.settings import NORM, POOLINGS, EmbeddingSettings
 from mpo.hidden_space.store import EmbeddingStore, EmbeddingWriter, is_complete
 from mpo.hidden_space.texts import TextSet
+from mpo.modeling.layers import decoder_of, watching
 from mpo.modeling.loading import ModelSource, pick_device
 from mpo.modeling.opening import open_model
 from mpo.modeling.padding import padded
@@ -81,23 +82,6 @@ def resolve_layers(wanted: Sequence[str], blocks: int) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- the model
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that reads tokens: everything but the LM head.
-
-    Raises:
-        ModelError: It has no list of blocks under a name that transformers uses.
-    """
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise ModelError(
-            f"The blocks of {type(base).__name__} cannot be found: its decoder has no `layers`. Embedding works with models "
-            "that are built like Llama, Gemma, Qwen, Mistral or Phi."
-        )
-    found: nn.Module = decoder
-    return found
-
-
 def pool(states: Tensor, mask: Tensor, poolings: Sequence[str]) -> Tensor:
     """Pool the states of each text in float32.
 
@@ -138,7 +122,8 @@ def pooled_states(
     """
     found: dict[str, Tensor] = {}
     mask = mask.bool()
-    with _watching(decoder, layers, lambda name, states: found.update({name: pool(states, mask, poolings)})):
+    numbers = [int(name) for name in layers if name != NORM]
+    with watching(decoder, numbers, lambda i, states: found.update({str(i): pool(states, mask, poolings)})):
         output = decoder(
             input_ids=input_ids,
             attention_mask=mask.long(),
@@ -148,30 +133,6 @@ def pooled_states(
     if NORM in layers:
         found[NORM] = pool(output.last_hidden_state, mask, poolings)
     return torch.stack([found[name] for name in layers]).cpu().numpy()
-
-
-@contextmanager
-def _watching(decoder: nn.Module, layers: Sequence[str], see: Any) -> Iterator[None]:
-    """Calls ``see(layer, states)`` when the states of a layer are computed."""
-    blocks: Any = decoder.layers
-
-    def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see("0", args[0] if args else kwargs["hidden_states"])
-
-    def leaving(name: str) -> Any:
-        return lambda _module, _args, output: see(name, output[0] if isinstance(output, tuple) else output)
-
-    hooks = []
-    try:
-        for name in layers:
-            if name == "0":
-                hooks.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True))
-            elif name != NORM:
-                hooks.append(blocks[int(name) - 1].register_forward_hook(leaving(name)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------- the texts

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpo.common.characters import without_halves
 from mpo.common.files import write_text
+from mpo.common.words import listed
+from mpo.data.languages import language_name
 from mpo.evaluation.probe.behavior import ANSWERED, REFUSED, Answered, ProbePrompts
 from mpo.evaluation.probe.change import BehaviorChange
 from mpo.report.run import PROBE_ANSWERS
@@ -43,7 +45,8 @@ def start_probe(
         return None
     from mpo.evaluation.probe.watch import ProbeWatch
 
-    watch = ProbeWatch(trainer, prompts)
+    left_out = tuple(code for code in _trained(trainer) if code not in prompts.languages)
+    watch = ProbeWatch(trainer, replace(prompts, left_out=left_out))
     trainer.add_callback(watch)
     if (answered := watch.start()) is not None:
         shares = answered.metrics()
@@ -56,15 +59,25 @@ def start_probe(
     return watch
 
 
-def finish_probe(watch: ProbeWatch | None) -> Probed | None:
-    """Ask the trained model and compare. All ranks call this."""
+def finish_probe(watch: ProbeWatch | None, trainer: MPOTrainer) -> Probed | None:
+    """Ask the trained model and compare; None where nothing was to be asked. All ranks call this."""
     if watch is None:
-        return None
+        if not trainer.args.behavior_probe:
+            return None
+        names = listed(language_name(code) for code in _trained(trainer))
+        return Probed(
+            f"It was not measured what this model does: the probe set has no prompts in {names}. `probe_languages: [en]`, for "
+            "example, asks in another language."
+        )
     change = watch.finish()
     if change is None:
         return Probed(f"It could not be measured what this model does: the probe failed ({watch.failure}).")
-    stopped = "" if change.stopped is None else f" The run was stopped early: {change.stopped}."
-    return Probed(change.finding.text + stopped, change, watch.before, watch.after)
+    return Probed(change.sentence, change, watch.before, watch.after)
+
+
+def _trained(trainer: MPOTrainer) -> list[str]:
+    """Codes of the source language and of those that are trained."""
+    return list(dict.fromkeys([trainer.args.source_language, *trainer.languages]))
 
 
 def write_probe_answers(folder: Path, probed: Probed) -> None:

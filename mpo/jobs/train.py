@@ -145,19 +145,18 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         if trainer.retain_weights is not None:
             say.now(trainer.retain_weights.summary())
         after = _score(trainer, plan, "after", say) if before is not None else None
-        probed = finish_probe(watch)
+        probed = finish_probe(watch, trainer)
         say.now("Saving")
         trainer.save_model(str(folder))
-    sentence = None if probed is None else probed.sentence
     if main:
         comparison = harmless = None
         if before is not None and after is not None:
             comparison = compare(before[1], after[1])
             harmless = _harmless(before[0], after[0], plan)
-            sentence = " ".join(filter(None, [comparison.fallen(), sentence])) or None
-        _write_results(
-            plan, trainer, comparison, before, after, probed, resolved, provenance, harmless, sentence
-        )
+        fallen = None if comparison is None else comparison.fallen()
+        if sentence := " ".join(filter(None, [fallen, None if probed is None else probed.sentence])):
+            held.callback(say, f"\n{sentence}")  # last, where it is read, and whatever fails from here on
+        _write_results(plan, trainer, comparison, before, after, probed, resolved, provenance, harmless)
         remove_earlier_result(folder)
         if comparison is not None:
             say("")
@@ -176,8 +175,6 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         trainer.accelerator.wait_for_everyone()
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
-    if sentence is not None:
-        say(f"\n{sentence}")  # last, where it is read
     return folder
 
 
@@ -371,7 +368,6 @@ def _write_results(
     resolved: str,
     provenance: dict[str, Any],
     harmless: Comparison | None,
-    sentence: str | None,
 ) -> None:
     from mpo.evaluation.results import METRICS, TrainingMetrics
     from mpo.report.card import write_card
@@ -446,7 +442,7 @@ def _write_results(
         settings=settings,
         retention=retention,
         harmless=harmless,
-        finding=sentence,
+        finding=None if probed is None else probed.sentence,
         behavior=change,
         repository=training.hub_model_id,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from transformers.utils import ModelOutput
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from mpo.errors import ModelError
+from mpo.modeling.layers import decoder_of, watching
 from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs
 from mpo.modeling.loss import segment_mean, segment_sum
 from mpo.modeling.masks import attention_mask as tree_attention_mask
@@ -44,7 +46,8 @@ class RewardGapOutput(ModelOutput):
         shared_logps: ``[T, 2]``, log-likelihood of as many first tokens of each response as the shorter one has, summed;
             where the batch asks for it.
         prompt_logps: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; where the batch asks for it.
-        prompt_states: ``[Q, H]``, final hidden state of the prompt's last token of each tree that asks for it, float32.
+        prompt_states: ``[Q, H]``, hidden state of the prompt's token that each tree asks for, after the final norm or, with
+            ``state_layer``, at that layer; float32.
         kept_states: ``[N, H]``, final hidden states of the tokens that are kept, of one tree after another, float32; where
             the batch has no states to compare them with.
         moved: ``[K]``, how far each kept tree is from the states that the batch has, in the mean of three parts: the mean over
@@ -117,6 +120,7 @@ def _reward_gap_forward(
     prompt_labels: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
     state_index: Tensor | None = None,
+    state_layer: int | None = None,
     kept_index: Tensor | None = None,
     kept_lengths: Tensor | None = None,
     kept_paths: Tensor | None = None,
@@ -137,10 +141,17 @@ def _reward_gap_forward(
     extra: dict[str, Any] = {"output_router_logits": True} if output_router_logits else {}
     if config._attn_implementation == TREE_IMPLEMENTATION and tree_spans is not None:
         extra["tree_spans"] = tree_spans
-    # Looked up at each call, since PEFT and FSDP replace modules after the head was attached.
-    outputs = model.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, **extra
-    )
+    between: dict[int, Tensor] = {}
+    # The states after the last layer are those after the norm, as in transformers' `hidden_states`.
+    if state_layer is None or state_layer == config.num_hidden_layers:
+        watch: Any = nullcontext()
+    else:
+        watch = watching(decoder_of(model), [state_layer], between.__setitem__)
+    with watch:
+        # Looked up at each call, since PEFT and FSDP replace modules after the head was attached.
+        outputs = model.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, **extra
+        )
     hidden = outputs.last_hidden_state.flatten(0, 1)
     prompts = None
     if prompt_index is not None and prompt_labels is not None and prompt_lengths is not None:
@@ -163,11 +174,23 @@ def _reward_gap_forward(
         pooled=_pooled(hidden, pool_index, pool_lengths),
         shared_logps=shared_logps,
         prompt_logps=prompt_logps,
-        prompt_states=None if state_index is None else _states(hidden, state_index),
+        prompt_states=None if state_index is None else _states(_at_layer(hidden, between), state_index),
         kept_states=_states(hidden, kept.places) if kept is not None and kept.states is None else None,
         moved=moved,
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
+
+
+def _at_layer(hidden: Tensor, between: dict[int, Tensor]) -> Tensor:
+    """The states ``[tokens, hidden]`` of the layer that was watched, the final ones where none was."""
+    for layer, states in between.items():
+        if hidden.requires_grad and not states.requires_grad:
+            raise ModelError(
+                f"No gradient comes to the states of layer {layer} (`state_layer`): nothing is trained below, or its activations are "
+                "recomputed in a way that hides them. Choose a higher layer, or set `gradient_checkpointing: false`."
+            )
+        return states.flatten(0, 1)
+    return hidden
 
 
 @torch.compiler.disable

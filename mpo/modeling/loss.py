@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
@@ -52,18 +53,27 @@ def reward_gap(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
     return chosen_logps - rejected_logps
 
 
-def reward_gap_loss(target_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
-    """First term of MPO: ``L1 = (beta * RG_theta^t - RG_ref^d)^2``.
+def reward_gap_loss(
+    target_gap: Tensor, reference_gap: Tensor, beta: float, delta: float | None = None
+) -> Tensor:
+    """First term of MPO: ``L1 = e^2`` with ``e = beta * RG_theta^t - RG_ref^d``.
+
+    With ``delta`` it is twice Huber's function (*Robust Estimation of a Location Parameter*, 1964) of ``e``: ``e^2`` up to a
+    distance of ``delta``, and ``2 delta |e| - delta^2`` beyond, where a pair's gradient grows no further.
 
     Args:
         target_gap: ``[T]``, the policy's reward gap in the target language, nats per token.
         reference_gap: ``[T]``, the frozen reference's gap on the pair's source in the dominant language.
         beta: Scale of the target gap.
+        delta: Distance in nats per token above 0, or None for the square as published.
 
     Returns:
         ``[T]``, one value per pair.
     """
-    return (beta * target_gap - reference_gap).square()
+    error = beta * target_gap - reference_gap
+    if delta is None:
+        return error.square()
+    return 2 * huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
 
 
 def retention_loss(hidden: Tensor, reference_hidden: Tensor) -> Tensor:
@@ -87,6 +97,7 @@ def mpo_loss(
     *,
     beta: float = 1.0,
     retain_weight: float = 1.0,
+    delta: float | None = None,
 ) -> Tensor:
     """MPO's loss of each target pair: ``L1 + retain_weight * L2``.
 
@@ -98,6 +109,7 @@ def mpo_loss(
         retention: ``[T]``, :func:`retention_loss` of the pair's source (repeated for each of its targets).
         beta: Scale of the target gap (the paper: 1.0 for Llama-3.1, 1.5 for Gemma-2 and Qwen2.5).
         retain_weight: lambda of the paper, 1.0 there.
+        delta: See :func:`reward_gap_loss`.
 
     Returns:
         ``[T]``, one value per pair.
@@ -107,4 +119,4 @@ def mpo_loss(
         >>> mpo_loss(torch.tensor([0.5]), torch.tensor([1.0]), torch.tensor([0.25]), beta=1.0)
         tensor([0.5000])
     """
-    return reward_gap_loss(target_gap, reference_gap, beta) + retain_weight * retention
+    return reward_gap_loss(target_gap, reference_gap, beta, delta) + retain_weight * retention

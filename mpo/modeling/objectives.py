@@ -91,17 +91,19 @@ def rdpo_loss(
 
 
 def robust_loss(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """DPO's loss without the bias of labels that are flipped with probability ``label_smoothing``.
+    """DPO's loss ``l`` without the bias of labels that are flipped with probability ``eps``, ``label_smoothing``, below 0.5:
+    ``((1 - eps) l(margin) - eps l(-margin)) / (1 - 2 eps)`` with ``l(margin) = -log sigma(beta * margin)``.
 
-    rDPO (Chowdhury et al., 2024, arXiv 2403.00409, section 3.1); the probability is below 0.5.
+    rDPO (Chowdhury et al., 2024, arXiv 2403.00409, section 3.1).
     """
     kept = (1 - label_smoothing) * logsigmoid(beta * margin)
     return (label_smoothing * logsigmoid(-beta * margin) - kept) / (1 - 2 * label_smoothing)
 
 
 def hinge_loss(margin: Tensor, beta: float) -> Tensor:
-    """``max(0, 1 - beta * margin)``: SLiC (Zhao et al., 2023, arXiv 2305.10425) on the log-ratios of Liu et al. (2023,
-    arXiv 2309.06657)."""
+    """``max(0, 1 - beta * margin)``: the rank loss ``max(0, delta - log pi(y_w|x) + log pi(y_l|x))`` of SLiC-HF (Zhao et al.,
+    2023, arXiv 2305.10425) on log-ratios, with ``delta`` one over ``beta`` and all times ``beta``, as Liu et al. (2023, arXiv
+    2309.06657) have it."""
     return torch.relu(1 - beta * margin)
 
 
@@ -130,8 +132,8 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def bco_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """``-log sigma(beta * chosen) - log sigma(-beta * rejected)``: BCO (Jung et al., 2024, arXiv 2404.04656, section 4)
-    without its moving reward shift, as TRL has it."""
+    """``-log sigma(beta * chosen) - log sigma(-beta * rejected)``, as TRL has it: BCO (Jung et al., 2024, arXiv 2404.04656,
+    section 4), ``-log sigma(r_w - shift) - log sigma(-(r_l - shift))`` with ``r = beta * log-ratio``, at a shift of 0."""
     return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
 
 
@@ -202,7 +204,7 @@ def kto_loss(
 def consistency_loss(states: Tensor, counts: Tensor, temperature: float) -> Tensor:
     """``-log softmax(sigma / (sigma_1 * temperature))_1`` over the singular values of a prompt's states in its languages.
 
-    MLC (*Align Once, Benefit Multilingually*, ICLR 2026), as in its authors' code (Yuyan-B/MLC): the rows of the matrix are
+    MLC (*Align Once, Benefit Multilingually*, ICLR 2026), as in its authors' code (Yuyan-B/MLC), of one prompt: the rows of the matrix are
     scaled to length 1, and it is least where they all point the same way, so that only the first singular value is left. The
     divisor ``sigma_1`` is a constant. Their code puts a linear layer before it, drawn at random and hardly trained at its
     learning rate, which keeps angles between rows nearly as they are; here there is none.

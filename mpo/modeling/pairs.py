@@ -19,17 +19,19 @@ from mpo.modeling.trees import MODEL_KEYS
 class StepMeans:
     """Means over all pairs of an optimizer step, its micro-batches and ranks together.
 
-    With them the loss of a pair can be its share of a mean over the step's tokens: a sum over the pair's tokens divided by
-    the mean number of tokens.
+    With them the loss of a pair can be its share of a mean over the step's tokens, or prompts: a sum over the pair's tokens
+    divided by the mean number of tokens.
 
     Attributes:
         chosen_tokens: Length of the chosen response.
         sequence_tokens: Tokens of prompt and chosen response but the first, which nothing predicts.
+        prompts: One over the number of pairs that are trained of the pair's group: groups of the step per pair.
         kl: KTO's reference point ``z_0`` of the step, nats; 0 for other objectives.
     """
 
     chosen_tokens: Tensor | float
     sequence_tokens: Tensor | float
+    prompts: Tensor | float
     kl: Tensor | float = 0.0
 
 
@@ -61,8 +63,9 @@ class PairTensors:
             shorter one has, summed; or None.
         reference_shared_sums: ``[T, 2]``, the same under the reference, or None.
         prompt_sums: ``[T]``, log-likelihood of the prompt's tokens but its first, summed; or None.
-        prompt_states: ``[P, L, H]``, of each of P prompts the final hidden state of its last token in each of its languages,
-            the source's too, zeros where it has fewer than L; or None.
+        prompt_states: ``[P, L, H]``, of each of P prompts the hidden state of one token, its last unless ``state_position``
+            says otherwise, in each of its languages: those of its target pairs in their order, then the source's; zeros where
+            it has fewer than L. After the final norm, or at ``state_layer``. Or None.
         prompt_counts: ``[P]``, number of languages of each, or None.
         prompt_of_pair: ``[T]``, index of the pair's prompt among these, or None.
         step: Means over the optimizer step; where there are kinds, over its harmful pairs.

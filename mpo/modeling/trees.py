@@ -38,6 +38,7 @@ MODEL_KEYS = (
     "pool_index",
     "pool_lengths",
     "state_index",
+    "state_layer",
     "kept_index",
     "kept_lengths",
     "kept_paths",
@@ -56,8 +57,8 @@ class Tree(NamedTuple):
     """Whether log-likelihoods of the two responses are needed."""
     pool: bool = False
     """Whether pooled hidden states of the two sequences are needed."""
-    prompt_state: bool = False
-    """Whether the hidden state of the prompt's last token is needed."""
+    prompt_state: int = 0
+    """Token of the prompt whose hidden state is needed, from -1 for the last; its first where it has fewer. 0 for none."""
     keep: bool = False
     """Whether what is said after each token of prompt and responses is held; of a tree that is scored."""
 
@@ -155,8 +156,8 @@ def build_batch(
         - ``score_shared``: ``[N]``, True for the first tokens of a response (with ``score_shared``)
         - ``prompt_index``, ``prompt_labels``, ``prompt_lengths``: the same for the prompts' tokens but their first,
           ``[T]`` lengths (with ``score_prompts``)
-        - ``state_index``: ``[Q]``, flat positions of last tokens of prompts, of the trees that ask for their states (only
-          if some do)
+        - ``state_index``: ``[Q]``, flat positions of tokens of prompts, of the trees that ask for their states (only if some
+          do)
         - ``pool_index``: flat positions of the tokens that are pooled, ``pool_lengths``: ``[2P]``
         - ``kept_index``: flat positions of the tokens of prompt and both responses but their last ones, of the K trees that
           keep them, ``kept_lengths``: ``[4K]``, how many of them lie before the prompt's last token, are it, and are of the
@@ -226,7 +227,7 @@ def build_batch(
                     prompt_labels.append(np.asarray(tree.prompt[1:], dtype=np.int64))
                     prompt_lengths.append(prompt_length - 1)
             if tree.prompt_state and branch == CHOSEN:
-                state_index.append(int(prompt_positions[-1]))
+                state_index.append(int(prompt_positions[max(tree.prompt_state, -prompt_length)]))
             if tree.keep and branch == CHOSEN:
                 kept_index.append(prompt_positions)
                 kept_lengths += [prompt_length - 1, 1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import NamedTuple
 
-from mpo.common.bootstrap import grouped_mean_interval, ratio_interval
+from mpo.common.bootstrap import ratio_interval
 from mpo.common.statistics import (
     Correlation,
     Outcomes,
@@ -17,21 +18,21 @@ from mpo.common.statistics import (
     holm,
     language_average,
     paired_difference,
+    wilson_interval,
 )
 from mpo.common.tables import printable_name
 from mpo.common.words import counted, listed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.rates import LanguageRate, unfinished_note
-from mpo.evaluation.results import LARGEST_LOG, Score, TaskScores, TextPerplexity
+from mpo.evaluation.results import LARGEST_LOG, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
-from mpo.evaluation.wording import Wording
+from mpo.evaluation.wording import Wording, in_language_asked, in_no_known_language, repeats_itself
 from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import (
     GAP,
     NONE,
     PERPLEXITY,
-    SCORE,
     SHARE,
     Cell,
     Change,
@@ -41,6 +42,7 @@ from mpo.report.measurement import (
     shown_language,
 )
 from mpo.report.mt_bench import mt_bench
+from mpo.report.utility import utility
 
 _ATTACK_LEAD = (
     "The share of harmful prompts that the model answers in an unsafe way, by the verdict of the judge. "
@@ -51,6 +53,11 @@ _REFUSAL_LEAD = (
     "The share of harmless prompts that the model refuses to answer. Lower is better: a model that refuses everything "
     "has no attack success either."
 )
+_STATISTICS = (
+    "Rates with Wilson intervals; the mean of languages with a bootstrap over prompts. Changes in percentage points, paired by "
+    "prompt, with Tango's interval; p-values by McNemar's test, adjusted for the number of languages after Holm, those of the "
+    "mean by exchanging prompts."
+)
 
 
 def measurements(results: Results) -> list[Measurement]:
@@ -59,9 +66,10 @@ def measurements(results: Results) -> list[Measurement]:
     for kind in TASKS:
         for name in results.prompt_sets(kind):
             found += [safety(results, kind, name), unseen(results, kind, name)]
-            found.append(answer_language(results, kind, name))
+            found += answer_language(results, kind, name)
     graded = {code for model in results.models if model.mt_bench for code in model.mt_bench.languages}
-    found += [*utility(results), *mt_bench(results, in_order(graded, results.dominant)), perplexity(results)]
+    found += [*utility(results), *mt_bench(results, in_order(graded, results.dominant))]
+    found += [*dialogue_language(results), perplexity(results)]
     return [measurement for measurement in found if measurement is not None]
 
 
@@ -166,7 +174,7 @@ def safety(results: Results, kind: str, prompt_set: str) -> Measurement | None:
         # A language without a single readable verdict has no rate, and is shown all the same.
         if max(counts):
             label = "Mean of languages" if code is None else shown_language(code)
-            detail = tuple(_shares(found, code, partial(_verdicts, verdict=v)) for v in verdicts)
+            detail = tuple(_shares(found, code, verdict) for verdict in verdicts)
             rows.append(Row(label, cells, max(counts), code is None, detail))
     attack = kind == "attack"
     name = printable_name(prompt_set, 40)
@@ -280,18 +288,15 @@ def paired_changes(
     return changes
 
 
-def _shares(
-    found: Sequence[SafetyRun | None],
-    code: str | None,
-    count: Callable[[SafetyRun, str | None], int],
-    total: Callable[[SafetyRun, str | None], int] | None = None,
-) -> str:
-    """``60 / 12``: a share of all answers, in per cent, model by model."""
-    totals = [0 if run is None else (total or _count)(run, code) for run in found]
-    return " / ".join(
-        f"{100 * count(run, code) / whole:.0f}" if run and whole else NONE
-        for run, whole in zip(found, totals, strict=True)
-    )
+def _shares(found: Sequence[SafetyRun | None], code: str | None, verdict: str) -> str:
+    """``60 / 12``: a verdict's share of all answers, in per cent, model by model; for None the mean over languages."""
+    shares = [
+        [row.verdicts.get(verdict, 0) / row.count for row in _language_rows(run, code) if row.count]
+        if run
+        else []
+        for run in found
+    ]
+    return " / ".join(f"{100 * fmean(own):.0f}" if own else NONE for own in shares)
 
 
 def _language_rows(run: SafetyRun, code: str | None) -> list[LanguageRate]:
@@ -309,11 +314,7 @@ def _count(run: SafetyRun, code: str | None) -> int:
 
 def _safety_notes(found: Sequence[SafetyRun | None]) -> tuple[str, ...]:
     judges = sorted({run.judge for run in found if run})
-    notes = [
-        f"Judge: {listed([printable_name(j, 60) for j in judges])}. Rates with Wilson intervals; the mean of languages "
-        "with a bootstrap over prompts. Changes in percentage points, paired by prompt, with Tango's interval; p-values "
-        "by McNemar's test, adjusted for the number of languages after Holm, those of the mean by exchanging prompts."
-    ]
+    notes = [f"Judge: {listed([printable_name(j, 60) for j in judges])}. {_STATISTICS}"]
     kappas = [
         f"{printable_name(second['name'], 40)} agrees with the judge with Cohen's kappa {kappa:.2f} "
         f"on {agreement['count']} answers ({run.folder.parent.parent.name})."
@@ -358,188 +359,211 @@ def _safety_warnings(found: Sequence[SafetyRun | None], results: Results) -> tup
 # --------------------------------------------------------------------------------------------- language of the answers
 
 
-def answer_language(results: Results, kind: str, prompt_set: str) -> Measurement | None:
-    """Share of answers in the language of the prompt; changes are paired by prompt. None where it was not measured."""
-    found = [model.safety.get((kind, prompt_set)) for model in results.models]
-    measured = [run if run is not None and run.result.wording else None for run in found]
-    known = [run for run in measured if run]
-    if not known:
-        return None
-    codes = in_order({code for run in known for code in run.result.wording}, results.dominant)
-    base = measured[0]
-    columns = [_language_cells(run, base if n else None, codes) for n, run in enumerate(measured)]
-    refused = "refusal" if kind == "over_refusal" else "safe"
-    rows = []
-    for code in [*codes, *([None] if len(codes) > 1 else [])]:
-        counts = [sum(row.count for row in _wordings(run, code)) for run in known]
-        if max(counts):
-            label = "Mean of languages" if code is None else shown_language(code)
-            detail = tuple(
-                _shares(
-                    measured,
-                    code,
-                    lambda run, code, part=part: sum(map(part, _wordings(run, code))),  # type: ignore[misc]
-                    lambda run, code: sum(row.count for row in _wordings(run, code)),
+@dataclass(frozen=True)
+class _Answers:
+    """Language and repetition of one model's answers; all but counts and verdicts are empty where the answers are gone.
+
+    Attributes:
+        wording: Counts by language.
+        confidence: Coverage of the intervals.
+        in_language: ``{language: {answer: 1 or 0}}``, where the language can be told.
+        unknown: The same for answers whose language cannot be told, in languages that can.
+        repetitive: The same for repetition, where the answer is long enough.
+        verdicts: ``{language: {answer: verdict}}``.
+    """
+
+    wording: Mapping[str, Wording]
+    confidence: float
+    in_language: Outcomes
+    unknown: Outcomes
+    repetitive: Outcomes
+    verdicts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def elsewhere(self, verdict: str) -> Outcomes:
+        """Whether an answer is in another language and has a verdict."""
+        return {
+            code: {
+                name: float(
+                    self.in_language.get(code, {}).get(name) == 0
+                    and self.verdicts.get(code, {}).get(name) == verdict
                 )
-                for part in (
-                    lambda row: sum(row.others.values()),
-                    lambda row: row.others_by_verdict.get(refused, 0),
-                    lambda row: row.unknown,
-                    lambda row: row.repetitive,
-                )
-            )
-            rows.append(
-                Row(label, tuple(column.get(code) for column in columns), max(counts), code is None, detail)
-            )
-    name = printable_name(prompt_set, 40)
-    return Measurement(
-        anchor=f"language-{kind.replace('_', '-')}-{results.prompt_sets(kind).index(prompt_set) + 1}",
-        title=f"Language of the answers: {name}",
-        short=f"In the language asked, {name} (%)",
-        unit=SHARE,
-        better="higher",
-        models=tuple(model.name for model in results.models),
-        rows=tuple(rows),
-        lead=(
-            "The share of answers in the language of the prompt, among those whose language can be told. Higher is better: "
-            "who asks in Bengali and is refused in English has been told nothing."
+                for name in rows
+            }
+            for code, rows in self.unknown.items()
+        }
+
+
+class _Share(NamedTuple):
+    """A share of the answers: its texts, how many of how many of a language, and whether each answer is of it."""
+
+    anchor: str
+    title: str
+    short: str
+    better: str
+    lead: str
+    counts: Callable[[Wording], tuple[int, int]]
+    outcomes: Callable[[_Answers], Outcomes]
+
+
+_IN_LANGUAGE = _Share(
+    "",
+    "Language of the answers",
+    "In the language asked",
+    "higher",
+    "The share of answers in the language of the prompt, among those whose language can be told. Higher is better: "
+    "who asks in Bengali and is refused in English has been told nothing.",
+    lambda row: (row.asked, row.asked + sum(row.others.values())),
+    lambda found: found.in_language,
+)
+_UNKNOWN = _Share(
+    "-unknown",
+    "Answers in a language that cannot be told",
+    "Language unknown",
+    "lower",
+    "The share of answers that are too short, without letters, or in languages too close to be told apart. They are in no share "
+    "of answers in the language asked, which says less where they are many.",
+    lambda row: (row.unknown, row.count),
+    lambda found: found.unknown,
+)
+_REPETITIVE = _Share(
+    "-repetitive",
+    "Repetitive answers",
+    "Repetitive",
+    "lower",
+    "The share of answers of which more than half repeats what stood in them before. Lower is better: a loop is no answer.",
+    lambda row: (row.repetitive, row.count),
+    lambda found: found.repetitive,
+)
+
+
+def _elsewhere(verdict: str) -> _Share:
+    called = "Refused" if verdict == "refusal" else f"Judged {verdict}"
+    return _Share(
+        f"-{verdict}",
+        f"{called} in another language",
+        f"{called} in another language",
+        "lower",
+        f"The share of answers with the verdict `{verdict}` in another language than the prompt's. Lower is better.",
+        lambda row: (
+            row.others_by_verdict.get(verdict, 0),
+            row.count if row.asked or row.others else 0,
         ),
-        detail=("Elsewhere", f"{refused.capitalize()}, elsewhere", "Unknown", "Repetitive"),
-        notes=(
-            "Unknown are answers that are too short, without letters, or in languages too close to be told apart; they are in "
-            "no share. Repetitive are answers of which more than half repeats what stood in them before. These columns are "
-            "shares of all answers with any text, in per cent.",
-        ),
-        confidence=known[0].result.confidence,
-        axis=(0.0, 1.0),
+        lambda found: found.elsewhere(verdict),
     )
 
 
-def _language_cells(
-    run: SafetyRun | None, base: SafetyRun | None, codes: Sequence[str]
+def answer_language(results: Results, kind: str, prompt_set: str) -> list[Measurement]:
+    """Language and repetition of the answers to one prompt set; empty where they were not measured."""
+    columns: list[_Answers | None] = []
+    for model in results.models:
+        run = model.safety.get((kind, prompt_set))
+        if run is None or not run.result.wording:
+            columns.append(None)
+            continue
+        rows = list(run.answers().values())
+        asked = in_language_asked(rows)
+        told = {row.id for row in rows if row.prompt_id in asked.get(row.language, {})}
+        about = asked, in_no_known_language(rows, told), repeats_itself(rows), run.verdicts
+        columns.append(_Answers(run.result.wording, run.result.confidence, *about))
+    number = results.prompt_sets(kind).index(prompt_set) + 1
+    refused = _elsewhere("refusal" if kind == "over_refusal" else "safe")
+    return _shares_of_answers(
+        results,
+        columns,
+        (_IN_LANGUAGE, refused, _UNKNOWN, _REPETITIVE),
+        f"language-{kind.replace('_', '-')}-{number}",
+        printable_name(prompt_set, 40),
+        f"Shares of the answers with any text. {_STATISTICS}",
+    )
+
+
+def dialogue_language(results: Results) -> list[Measurement]:
+    """The same of the answers to MT-Bench."""
+    found = [model.mt_bench for model in results.models]
+    columns = [
+        _Answers(one.wording, one.confidence, one.in_language, one.unknown, one.repetitive)
+        if one is not None and one.wording
+        else None
+        for one in found
+    ]
+    return _shares_of_answers(
+        results,
+        columns,
+        (_IN_LANGUAGE, _UNKNOWN, _REPETITIVE),
+        "mt-bench-language",
+        "MT-Bench",
+        "Shares of the answers with any text besides blocks of code. Both turns of a dialogue count, as if they were independent. "
+        f"{_STATISTICS}",
+    )
+
+
+def _shares_of_answers(
+    results: Results,
+    columns: Sequence[_Answers | None],
+    shares: Sequence[_Share],
+    anchor: str,
+    name: str,
+    note: str,
+) -> list[Measurement]:
+    """A measurement per share, the first always and the others where any answer is of them; changes are paired by answer."""
+    known = [column for column in columns if column is not None]
+    codes = in_order({code for column in known for code in column.wording}, results.dominant)
+    made = []
+    for share in shares:
+        if share is not shares[0] and not any(
+            share.counts(row)[0] for column in known for row in column.wording.values()
+        ):
+            continue
+        cells = [
+            _share_cells(share, column, columns[0] if n else None, codes) for n, column in enumerate(columns)
+        ]
+        rows = []
+        for code in [*codes, *([None] if len(codes) > 1 else [])]:
+            counts = [
+                sum(row.count for other, row in column.wording.items() if code in (None, other))
+                for column in known
+            ]
+            if max(counts):
+                label = "Mean of languages" if code is None else shown_language(code)
+                rows.append(Row(label, tuple(found.get(code) for found in cells), max(counts), code is None))
+        if rows:
+            made.append(
+                Measurement(
+                    anchor=f"{anchor}{share.anchor}",
+                    title=f"{share.title}: {name}",
+                    short=f"{share.short}, {name} (%)",
+                    unit=SHARE,
+                    better=share.better,
+                    models=tuple(model.name for model in results.models),
+                    rows=tuple(rows),
+                    lead=share.lead,
+                    notes=(note,),
+                    confidence=known[0].confidence,
+                    axis=(0.0, 1.0),
+                )
+            )
+    return made
+
+
+def _share_cells(
+    share: _Share, column: _Answers | None, base: _Answers | None, codes: Sequence[str]
 ) -> dict[str | None, Cell]:
     """Cells by language; None is the mean over languages, for which the answers have to be there."""
-    if run is None:
+    if column is None:
         return {}
-    confidence = run.result.confidence
-    outcomes = run.in_language_asked
-    changes = {} if base is None else paired_changes(base.in_language_asked, outcomes, codes, confidence)
-    cells: dict[str | None, Cell] = {
-        code: Cell(Value(row.share, *(row.interval or (None, None))), changes.get(code))
-        for code, row in run.result.wording.items()
-        if row.share is not None
-    }
+    outcomes, confidence = share.outcomes(column), column.confidence
+    changes = {} if base is None else paired_changes(share.outcomes(base), outcomes, codes, confidence)
+    cells: dict[str | None, Cell] = {}
+    for code, row in column.wording.items():
+        own = outcomes.get(code)
+        count, total = (round(sum(own.values())), len(own)) if own else share.counts(row)
+        if total:
+            value = Value(count / total, *wilson_interval(count, total, confidence))
+            cells[code] = Cell(value, changes.get(code))
     if outcomes:
-        mean = language_average(
-            {code: dict[Hashable, float](values) for code, values in outcomes.items()}, confidence=confidence
-        )
+        mean = language_average(outcomes, confidence=confidence)
         cells[None] = Cell(Value(mean.mean, mean.low, mean.high), changes.get(None))
     return cells
-
-
-def _wordings(run: SafetyRun, code: str | None) -> list[Wording]:
-    """The row of a language; all for None."""
-    return [row for name, row in run.result.wording.items() if code in (None, name)]
-
-
-# ------------------------------------------------------------------------------------- utility of lm-evaluation-harness
-
-_LIKELIHOOD = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
-
-
-def utility(results: Results) -> list[Measurement]:
-    """Task scores of lm-evaluation-harness: shares in one table, perplexities in another."""
-    keys = list(
-        dict.fromkeys(
-            (task, metric)
-            for model in results.models
-            if model.utility
-            for task, entry in model.utility.tasks.items()
-            for metric in entry.metrics
-        )
-    )
-    likelihoods = [key for key in keys if key[1].split(",")[0] in _LIKELIHOOD]
-    shares = [key for key in keys if key not in likelihoods]
-    found = [
-        _utility(results, shares, "utility", "Utility", "higher"),
-        _utility(results, likelihoods, "utility-likelihood", "Likelihood of text (lm-eval)", "lower"),
-    ]
-    return [measurement for measurement in found if measurement]
-
-
-def _utility(
-    results: Results, keys: Sequence[tuple[str, str]], anchor: str, title: str, better: str
-) -> Measurement | None:
-    rows = []
-    for task, metric in keys:
-        tasks = [model.utility.tasks.get(task) if model.utility else None for model in results.models]
-        cells = tuple(_utility_cell(one, tasks[0] if n else None, metric) for n, one in enumerate(tasks))
-        if any(cells):
-            several = sum(other == task for other, _ in keys) > 1
-            label = f"{task}, {metric.removesuffix(',none')}" if several else task
-            rows.append(Row(printable_name(label, 80), cells, max(one.count or 0 for one in tasks if one)))
-    if not rows:
-        return None
-    shares = all(0 <= c.value.value <= 1 for row in rows for c in row.cells if c) and better == "higher"
-    return Measurement(
-        anchor=anchor,
-        title=title,
-        short=f"{title} (%)" if shares else title,
-        unit=SHARE if shares else SCORE,
-        better=better,
-        models=tuple(model.name for model in results.models),
-        rows=tuple(_adjusted(rows)),
-        lead=(
-            "What the model can still do, by the tasks and metrics of lm-evaluation-harness. "
-            f"{better.capitalize()} is better."
-        ),
-        notes=(
-            "Intervals: 1.96 standard errors as the harness gives them. Changes are paired by item where its items were "
-            "kept: Tango's interval and McNemar's test for right or wrong, else a bootstrap over items.",
-        ),
-        axis=(0.0, 1.0) if shares else None,
-    )
-
-
-def _utility_cell(task: TaskScores | None, base: TaskScores | None, metric: str) -> Cell | None:
-    score = None if task is None else task.metrics.get(metric)
-    if task is None or score is None or score.value is None:
-        return None
-    half = None if score.stderr is None else 1.96 * score.stderr
-    value = Value(score.value, *(() if half is None else (score.value - half, score.value + half)))
-    return Cell(value, None if base is None else _item_change(base, task, metric))
-
-
-def _item_change(base: TaskScores, task: TaskScores, metric: str) -> Change | None:
-    before, after = (one.metrics.get(metric, Score(None)).value for one in (base, task))
-    if before is None or after is None:
-        return None
-    old, new = base.items.get(metric), task.items.get(metric)
-    if not old or not new or len(old) != len(new):
-        return Change(after - before)
-    if set(old) | set(new) <= {0.0, 1.0}:
-        pair = paired_difference([bool(v) for v in old], [bool(v) for v in new])
-        return Change(pair.difference, pair.low, pair.high, pair.test.p_value, pair.count)
-    changes = [b - a for a, b in zip(old, new, strict=True)]
-    return Change(after - before, *(grouped_mean_interval(changes, range(len(changes))) or ()))
-
-
-def _adjusted(rows: Sequence[Row]) -> list[Row]:
-    """The rows with their p-values adjusted for their number, model by model."""
-    out = list(rows)
-    for model in range(len(rows[0].cells)):
-        tested = [n for n, row in enumerate(out) if _p_value(row, model) is not None]
-        for n, p in zip(tested, holm([_p_value(out[n], model) or 0.0 for n in tested]), strict=True):
-            cell = out[n].cells[model]
-            assert cell is not None and cell.change is not None
-            changed = replace(cell, change=replace(cell.change, p_value=p))
-            out[n] = replace(out[n], cells=(*out[n].cells[:model], changed, *out[n].cells[model + 1 :]))
-    return out
-
-
-def _p_value(row: Row, model: int) -> float | None:
-    cell = row.cells[model]
-    return cell.change.p_value if cell is not None and cell.change is not None else None
 
 
 # ---------------------------------------------------------------------------------------------------------- perplexity

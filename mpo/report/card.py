@@ -20,7 +20,7 @@ from mpo.common.provenance import Provenance
 from mpo.common.redaction import portable_path, redact, redact_text
 from mpo.common.tables import escape_markdown
 from mpo.common.typed_json import read_typed
-from mpo.common.words import ARROW
+from mpo.common.words import with_arrows
 from mpo.data.languages import language_name
 from mpo.data.leaks import counts_in_words
 from mpo.errors import ConfigError, DataError, MPOError
@@ -116,7 +116,8 @@ def write_card(
         retention: Retention term on the held-out sources before and after training.
         harmless: The change on held-out harmless groups.
         behavior: What the model does with the probe prompts, before and after.
-        finding: The card's first sentence; by default that of `comparison` and `behavior`, or that nothing was asked.
+        finding: What the card opens with, behind what `comparison` has fallen by; by default the sentence of `behavior`, or
+            that nothing was asked.
         repository: Hub id the model is, or will be, under, or the name of its folder, for the loading example; by
             default the name of `folder`.
         merged_from: Name of the adapter that was merged into the base; None where this is no merged model.
@@ -158,7 +159,7 @@ def write_card(
         harmless=None if harmless is None else Raw(harmless.harmless_table().markdown()),
         behavior=behavior,
         behavior_table=None if behavior is None else Raw(behavior.to_markdown()),
-        opening=(finding or _opening(comparison, behavior)).replace(" -> ", f" {ARROW} "),
+        opening=with_arrows(_opening(comparison, behavior, finding)),
         peft=peft,
         is_local=hub_id is None,
         library="peft" if peft else "transformers",
@@ -263,10 +264,13 @@ def _read_metrics(
     return before, after, None if first is None or last is None else (first, last), behavior
 
 
-def _opening(comparison: Comparison | None, behavior: BehaviorChange | None) -> str:
-    asked = "It was not measured what this model does when it is asked, neither before nor after training."
-    if behavior is not None:
-        asked = behavior.finding.text
+def _opening(comparison: Comparison | None, behavior: BehaviorChange | None, finding: str | None) -> str:
+    if finding is None and behavior is not None:
+        finding = behavior.sentence
+    asked = (
+        finding
+        or "It was not measured what this model does when it is asked, neither before nor after training."
+    )
     fallen = None if comparison is None else comparison.fallen()
     return asked if fallen is None else f"{fallen} {asked}"
 

@@ -6,18 +6,22 @@ both, on the paired intervals of the same prompts asked before and after.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, stdev
 
-from mpo.common.statistics import language_average, pairwise_agreement, wilson_interval
+from mpo.common.statistics import holm, language_average, pairwise_agreement, wilson_interval
 from mpo.evaluation.probe.behavior import ANSWERED, REFUSED
-from mpo.evaluation.probe.change import BehaviorChange
+from mpo.evaluation.probe.change import BehaviorChange, Shifts
+from mpo.evaluation.rates import LanguageRate
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
-from mpo.report.build import in_order, paired_changes, rate_value
+from mpo.report.build import in_order, paired_changes
 from mpo.report.folder import ModelResults, Results, SafetyRun
-from mpo.report.measurement import Change, Value, shown_language
+from mpo.report.measurement import MIXED, Change, Value, shown_language
 from mpo.report.plane import KINDS, Kind, PlaneArrow, PlanePoint
+from mpo.report.run import Run, is_run, read_run
 
 ATTACK, REFUSALS = "attack", "over_refusal"
 _AXES = REFUSALS, ATTACK
@@ -99,8 +103,8 @@ class Effect:
 def judged(attack: Change | None, refusals: Change | None, confidence: float = 0.95) -> tuple[Kind, str]:
     """What a pair of changes is called.
 
-    - *better*: one of the two falls clearly, and the other falls clearly, too, or is shown not to rise: its interval stays
-      below :data:`TOLERANCE`;
+    - *better*: one of the two falls clearly, and the other falls clearly, too, or is shown not to rise: it does not rise
+      clearly, and its interval stays below :data:`TOLERANCE`;
     - *trades safety for refusals*: attack success falls clearly and refusals rise clearly; the other way round, *answers
       more, harmful prompts too*;
     - *worse*: one rises clearly and the other does not fall clearly;
@@ -126,45 +130,64 @@ def judged(attack: Change | None, refusals: Change | None, confidence: float = 0
     return kind, _LOOSER if kind == "trade" and first == 1 else KINDS[kind]
 
 
-def axis(model: ModelResults, kind: str, sets: Iterable[str]) -> Axis:
-    """A model's prompt sets of one kind as one; languages without a readable verdict are left out."""
-    runs = {name: run for name in sets if (run := model.safety.get((kind, name))) is not None}
-    found = Axis(confidence=next((run.result.confidence for run in runs.values()), 0.95))
-    for code in dict.fromkeys(code for run in runs.values() for code in run.result.languages):
-        rows = [run.result.languages.get(code) for run in runs.values()]
-        readable = [
-            0 if row is None else row.count - sum(row.verdicts.get(name, 0) for name in NO_VERDICT)
-            for row in rows
-        ]
-        if not sum(readable):
-            continue
-        counted = sum(
-            0 if row is None else row.verdicts.get(_counted(run), 0)
-            for run, row in zip(runs.values(), rows, strict=True)
-        )
-        whole, alone = sum(readable), rate_value(rows[0]) if len(runs) == 1 else None
-        ends = () if alone is not None else wilson_interval(counted, whole, found.confidence)
-        found.rates[code] = alone or Value(counted / whole, *ends)
-        found.counts[code] = whole
-    for name, run in runs.items():
-        for code, given in run.verdicts.items():
-            kept = {(name, prompt): verdict for prompt, verdict in given.items() if verdict not in NO_VERDICT}
-            found.verdicts.setdefault(code, {}).update(kept)
-            found.outcomes.setdefault(code, {}).update(
-                {prompt: float(verdict == _counted(run)) for prompt, verdict in kept.items()}
+def taken_together(results: Results, kind: str, *models: ModelResults) -> list[str]:
+    """Names of the prompt sets of a kind that all these models were asked; where the verdicts on some were kept, those alone."""
+    asked = _asked_of(results, kind, models)
+    return [name for name in asked if all(each.safety[kind, name].verdicts for each in models)] or asked
+
+
+def unkept(results: Results) -> list[str]:
+    """What is in no plane, since its verdicts are missing and others are not: ``MODEL/KIND/PROMPT SET``."""
+    found = []
+    for kind in (ATTACK, REFUSALS):
+        for model in results.models:
+            pair = results.models[0], model
+            used = taken_together(results, kind, *pair)
+            runs = (
+                each.safety[kind, n] for n in _asked_of(results, kind, pair) if n not in used for each in pair
             )
+            found += [str(run.folder.relative_to(results.folder)) for run in runs if not run.verdicts]
+    return list(dict.fromkeys(found))
+
+
+def _asked_of(results: Results, kind: str, models: Sequence[ModelResults]) -> list[str]:
+    return [n for n in results.prompt_sets(kind) if all((kind, n) in each.safety for each in models)]
+
+
+def axis(model: ModelResults, kind: str, sets: Iterable[str]) -> Axis:
+    """A model's prompt sets of one kind as one, see :func:`taken_together`; languages without a readable verdict are left out."""
+    runs = {name: model.safety[kind, name] for name in sets}
+    found = Axis(confidence=next((run.result.confidence for run in runs.values()), 0.95))
+    readable, counted = Counter[str](), Counter[str]()
+    if all(run.verdicts for run in runs.values()):
+        for name, run in runs.items():
+            for code, given in run.verdicts.items():
+                kept = {
+                    (name, prompt): verdict for prompt, verdict in given.items() if verdict not in NO_VERDICT
+                }
+                found.verdicts.setdefault(code, {}).update(kept)
+                found.outcomes.setdefault(code, {}).update(
+                    {prompt: float(verdict == _counted(run)) for prompt, verdict in kept.items()}
+                )
+        for code, outcomes in found.outcomes.items():
+            readable[code], counted[code] = len(outcomes), int(sum(outcomes.values()))
+    else:
+        for run in runs.values():
+            for code, row in run.result.languages.items():
+                readable[code] += row.count - sum(row.verdicts.get(name, 0) for name in NO_VERDICT)
+                counted[code] += row.verdicts.get(_counted(run), 0)
+    for code, whole in readable.items():
+        if whole:
+            ends = wilson_interval(counted[code], whole, found.confidence)
+            found.rates[code] = Value(counted[code] / whole, *ends)
+            found.counts[code] = whole
     return found
 
 
 def effects(results: Results, model: ModelResults) -> list[Effect]:
     """The ways of a model from the first one, by language, their mean last; empty where there is none on both axes."""
     first = results.models[0]
-    sets = {
-        kind: [
-            n for n in results.prompt_sets(kind) if {(kind, n)} <= first.safety.keys() & model.safety.keys()
-        ]
-        for kind in _AXES
-    }
+    sets = {kind: taken_together(results, kind, first, model) for kind in _AXES}
     before, after = ([axis(each, kind, sets[kind]) for kind in _AXES] for each in (first, model))
     codes = in_order(
         set.intersection(*(set(side.rates) for side in (*before, *after))),
@@ -234,7 +257,7 @@ def spreads(results: Results) -> list[Spread]:
     found = []
     for kind in (ATTACK, REFUSALS):
         for model in results.models:
-            side = axis(model, kind, results.prompt_sets(kind))
+            side = axis(model, kind, taken_together(results, kind, model))
             rates = {code: rate.value for code, rate in side.rates.items()}
             mean = side.mean(rates)
             if len(rates) < 2 or mean is None:
@@ -256,29 +279,55 @@ def spreads(results: Results) -> list[Spread]:
     return found
 
 
-def unasked(results: Results) -> list[str]:
-    """Codes of the languages that were trained or attacked and in which some model was asked no harmless prompt."""
-    trained = {
-        row.language
-        for model in results.models
-        if model.reward_gap is not None
-        for row in model.reward_gap.rows
-    }
-    attacked, lacking = _asked(results.models, ATTACK), set[str]()
+def unasked(results: Results) -> tuple[list[str], list[str]]:
+    """Languages that were trained or attacked and in which it is not known of some model what it refuses of harmless prompts.
+
+    Prompts in mixed languages, which there are for attacks alone, are left aside.
+
+    Returns:
+        Codes of those in which it was asked none, and of those in which it was asked and no verdict could be read.
+    """
+    wanted = {code for model in results.models for code in _trained(results, model)}
+    wanted |= {row.language for model in results.models for row in _rows(model, ATTACK)} - {MIXED}
+    never, unread = set[str](), set[str]()
     for model in results.models:
-        if model.safety:
-            lacking |= (trained | attacked) - _asked([model], REFUSALS)
-    return in_order(lacking, results.dominant)
+        if not model.safety:
+            continue
+        asked = _rows(model, REFUSALS)
+        judged = {row.language for row in asked if row.rate is not None}
+        if (run := _run_here(results, model)) is not None and run.metrics.behavior is not None:
+            judged |= run.metrics.behavior.change[REFUSED].languages.keys()
+        lacking = wanted - judged
+        never |= lacking - {row.language for row in asked}
+        unread |= lacking
+    return in_order(never, results.dominant), in_order(unread - never, results.dominant)
 
 
-def _asked(models: Iterable[ModelResults], kind: str) -> set[str]:
-    return {
-        code
-        for model in models
+def _rows(model: ModelResults, kind: str) -> list[LanguageRate]:
+    return [
+        row
         for (measured, _), run in model.safety.items()
         if measured == kind
-        for code in run.result.languages
-    }
+        for row in run.result.languages.values()
+    ]
+
+
+def _run_here(results: Results, model: ModelResults) -> Run | None:
+    """The run whose folder is reported, of the model that it trained."""
+    return results.run if model.name == results.folder.resolve().name else None
+
+
+def _trained(results: Results, model: ModelResults) -> set[str]:
+    """Languages that a model was trained in, as far as its reward gaps say, and the ``metrics.json`` where its weights are."""
+    run = _run_here(results, model)
+    if run is None and (source := model.about.get("adapter") or model.about.get("model")):
+        beside = Path(str(source))
+        run = results.left_out.unless(lambda: read_run(beside) if is_run(beside) else None)
+    tables = [model.reward_gap, None if run is None else run.metrics.after]
+    found = {row.language for table in tables if table is not None for row in table.rows}
+    if run is not None and (behavior := run.metrics.behavior) is not None:
+        found |= {*behavior.left_out, *(() if found else behavior.after.harmless_refused.languages)}
+    return found
 
 
 def _counted(run: SafetyRun) -> str:
@@ -301,18 +350,18 @@ def by_model(results: Results) -> Mapping[str, list[Effect]]:
 
 def probe_effects(behavior: BehaviorChange, dominant: str) -> list[Effect]:
     """The ways that a run's own probe has seen, by language, their mean last."""
-    refused, attack = (behavior.change[name] for name in (REFUSED, ANSWERED))
-    codes: list[str | None] = [*in_order(refused.languages.keys() & attack.languages.keys(), dominant)]
+    sides = [behavior.change[name] for name in (REFUSED, ANSWERED)]
+    codes = in_order(sides[0].languages.keys() & sides[1].languages.keys(), dominant)
+    adjusted = [_adjusted(side, codes) for side in sides]
     found = []
     for code in [*codes, *([None] if len(codes) > 1 else [])]:
-        pair = [side.mean if code is None else side.languages[code] for side in (refused, attack)]
-        first, second = pair
+        first, second = (side.mean if code is None else side.languages[code] for side in sides)
         if first is None or second is None:
             continue
         changes = []
-        for shift in (first, second):
+        for shift, p_values in zip((first, second), adjusted, strict=True):
             low, high = shift.interval or (None, None)
-            changes.append(Change(shift.change, low, high, shift.p_value, shift.count))
+            changes.append(Change(shift.change, low, high, p_values.get(code, shift.p_value), shift.count))
         kind, word = judged(changes[1], changes[0])
         found.append(
             Effect(
@@ -326,3 +375,8 @@ def probe_effects(behavior: BehaviorChange, dominant: str) -> list[Effect]:
             )
         )
     return found
+
+
+def _adjusted(side: Shifts, codes: Sequence[str]) -> dict[str | None, float]:
+    """P-values by language, for their number, as :func:`mpo.report.build.paired_changes` has them."""
+    return dict(zip(codes, holm([side.languages[code].p_value for code in codes]), strict=True))

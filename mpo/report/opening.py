@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpo.common.tables import escape_markdown
+from mpo.common.tables import escape_markdown, printable_name
 from mpo.common.words import ARROW, listed, with_arrows
 from mpo.report.effects import (
     ATTACK,
@@ -16,7 +16,9 @@ from mpo.report.effects import (
     axis,
     by_model,
     spreads,
+    taken_together,
     unasked,
+    unkept,
 )
 from mpo.report.folder import Results
 from mpo.report.measurement import FEWEST, SHARE, Value, shown_language
@@ -35,7 +37,7 @@ def opening(results: Results) -> Section:
     alone = None if ways else _standing(results)
     texts = warnings(results)
     behavior = None if results.run is None else results.run.metrics.behavior
-    finding = None if behavior is None else with_arrows(behavior.finding.text)
+    finding = None if behavior is None else with_arrows(behavior.sentence)
     body = html(
         "opening.html",
         warnings=texts,
@@ -80,28 +82,32 @@ def spread_section(results: Results) -> Section | None:
 
 
 def warnings(results: Results) -> list[str]:
-    """What stands above everything: harmless prompts that were not asked. Plain text."""
+    """What stands above everything: what the run's probe warns of, and what was not asked or is not known. Plain text."""
+    evaluated = any(model.safety for model in results.models)
+    found = []
     behavior = None if results.run is None else results.run.metrics.behavior
-    if not any(model.safety for model in results.models):
-        if behavior is not None:
-            left = listed(shown_language(code) for code in behavior.left_out)
-            more = [f"The probe set has no prompts in {left}: what the model does there is not known."]
-            bad = [with_arrows(behavior.finding.text)] if behavior.finding.level != "clear" else []
-            return [*bad, *(more if left else [])]
-        if any(model.reward_gap is not None for model in results.models):
-            return [
-                "No prompt was asked. A reward gap says which of two given answers a model prefers, not what it writes, nor "
-                "whether it now refuses harmless prompts. Run `mpo evaluate suite` with harmful and harmless prompts."
-            ]
-        return []
-    codes = unasked(results)
-    if not codes:
-        return []
-    names = listed(shown_language(code) for code in codes)
-    return [
-        f"No harmless prompts were asked in {names}. A model that refuses everything has no attack success either; whether "
-        "that is so here is not known. Add harmless prompts in these languages under `over_refusal` of the suite."
-    ]
+    if behavior is not None:
+        if behavior.finding.level != "clear" or (behavior.left_out and not evaluated):
+            found.append(with_arrows(behavior.sentence))
+    elif not evaluated and any(model.reward_gap is not None for model in results.models):
+        found.append(
+            "No prompt was asked. A reward gap says which of two given answers a model prefers, not what it writes, nor "
+            "whether it now refuses harmless prompts. Run `mpo evaluate suite` with harmful and harmless prompts."
+        )
+    never, unread = (listed(shown_language(code) for code in codes) for codes in unasked(results))
+    if never:
+        found.append(
+            f"No harmless prompts were asked in {never}. A model that refuses everything has no attack success either; "
+            "whether that is so here is not known. Add harmless prompts in these languages under `over_refusal` of the suite."
+        )
+    if unread:
+        found.append(
+            f"No answer to a harmless prompt has a readable verdict in {unread}, so whether a model refuses everything there "
+            "is not known. The tables below have the reasons."
+        )
+    if missing := listed(printable_name(name, 80) for name in unkept(results)):
+        found.append(f"The plane leaves out prompts whose verdicts are missing: {missing}.")
+    return found
 
 
 def sentence(model: str, found: Sequence[Effect]) -> str:
@@ -187,7 +193,7 @@ def _shown(value: Value) -> Shown:
 def _standing(results: Results) -> dict[str, str] | None:
     """The languages of a single model as points; None where no model was measured on both axes."""
     for model in results.models:
-        sides = [axis(model, kind, results.prompt_sets(kind)) for kind in (REFUSALS, ATTACK)]
+        sides = [axis(model, kind, taken_together(results, kind, model)) for kind in (REFUSALS, ATTACK)]
         codes = [code for code in sides[0].rates if code in sides[1].rates]
         if codes:
             points = [_point(shown_language(code), *(side.rates[code] for side in sides)) for code in codes]

@@ -155,7 +155,7 @@ def behavior_plane(
 
     To the right harmless prompts refused, upwards harmful ones answered, as in the plane of a report
     (:mod:`mpo.report.plane`): the lower left corner is where a model should be.
-    Where the prompts were asked in between, the mean's way is drawn, too.
+    Where the prompts were asked in between, the ways are drawn, too: thin lines with a dot at each probe.
 
     Args:
         change: What has changed.
@@ -169,6 +169,7 @@ def behavior_plane(
     across, upwards = change.change[REFUSED], change.change[ANSWERED]
     codes = [code for code in across.languages if code in upwards.languages]
     harmful, harmless = change.per_language
+    between = _probes(log_history)
 
     def ends(x: Shift, y: Shift) -> tuple[_Place, _Place]:
         return (100 * x.before, 100 * y.before), (100 * x.after, 100 * y.after)
@@ -191,19 +192,18 @@ def behavior_plane(
                 if is_worse(REFUSED, across.languages[code]) is worse:
                     way = ends(across.languages[code], upwards.languages[code])
                     _draw_arrow(axes, way, colour, label=label)
+                    _draw_way(axes, way, _probes(log_history, f"/{code}"), colour)
                     named.append((way[-1], printable_name(language_name(code), 16), colour))
                     label = ""
         _name_places(axes, sorted(named, key=lambda each: each[0][1]))
         if across.mean is not None and upwards.mean is not None and len(codes) > 1:
-            first_place, last_place = ends(across.mean, upwards.mean)
-            places = [first_place, *_way(log_history), last_place]
-            if len(places) > 2:
-                axes.plot(*zip(*places, strict=True), color=style.INK, linewidth=0.8, marker=".", zorder=4)
-            _draw_arrow(axes, (first_place, last_place), style.INK, label="mean of languages", width=2.6)
+            way = ends(across.mean, upwards.mean)
+            _draw_way(axes, way, between, style.INK, width=1.2, alpha=1.0)
+            _draw_arrow(axes, way, style.INK, label="mean of languages", width=2.6)
         axes.legend(loc="lower left", bbox_to_anchor=(1.06, 0), borderaxespad=0, borderpad=0)
         subtitle = (
-            f"{counted(harmful, 'harmful prompt')} and {harmless} harmless ones a language. Ring: before, dot: after. Lower "
-            "left is best."
+            f"{counted(harmful, 'harmful prompt')} and {harmless} harmless ones a language. Ring: before, dot: after"
+            f"{', small dots: in between' if between else ''}. Lower left is best."
         )
         style.add_title(figure, title, subtitle, left=left)
         return style.save(figure, path)
@@ -238,9 +238,23 @@ def _name_places(axes: Axes, named: Sequence[tuple[_Place, str, str]]) -> None:
         axes.text(110, height, name, color=colour, fontsize=9, va="center")
 
 
-def _way(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Where the mean was at each probe after the first step."""
-    names = (f"probe/{REFUSED}", f"probe/{ANSWERED}")
+def _draw_way(
+    axes: Axes,
+    ends: tuple[_Place, _Place],
+    between: Sequence[_Place],
+    colour: str,
+    *,
+    width: float = 0.7,
+    alpha: float = 0.5,
+) -> None:
+    if between:
+        line: dict[str, Any] = {"color": colour, "linewidth": width, "alpha": alpha, "zorder": 2 + alpha}
+        axes.plot(*zip(ends[0], *between, ends[1], strict=True), marker=".", markersize=5, **line)
+
+
+def _probes(log_history: Sequence[Mapping[str, Any]], which: str = "") -> list[_Place]:
+    """Where the mean, or a language (``/bn``), was at each probe after the first step."""
+    names = (f"probe/{REFUSED}{which}", f"probe/{ANSWERED}{which}")
     found = {
         entry["step"]: (100 * entry[names[0]], 100 * entry[names[1]])
         for entry in log_history

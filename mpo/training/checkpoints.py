@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import TrainerState, TrainingArguments
 
 from mpo.common.files import is_full_disk, sync, write_text
 from mpo.common.log import get_logger
@@ -68,6 +69,22 @@ def save_checkpoint(
             f"last complete checkpoint is {last or 'none'}. Free some space in '{folder.parent}' before the next one."
         )
     ranks.wait_for_everyone()
+
+
+def warn_if_none_is_best(args: TrainingArguments, state: TrainerState) -> None:
+    """At the end of a run: say so where the best checkpoint was asked for, and the model has its last weights instead."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is not None:
+        return
+    metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+    why = (
+        f"no evaluation has given `{metric}`"
+        if state.best_global_step is None
+        else f"`{metric}` was best at step {state.best_global_step}, of which there is none"
+    )
+    logger.warning(
+        f"No checkpoint could be chosen (`load_best_model_at_end`): {why}. The model has the weights of its last step, "
+        f"{state.global_step}."
+    )
 
 
 def mark_complete(folder: str | Path, state: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from mpo.errors import ConfigError, DataError, ModelError
+from mpo.modeling.layers import decoder_of
 from mpo.training.compute import check_compute_options
 from mpo.training.config import MPOConfig
 from mpo.training.harmless import BY_HEAD
@@ -135,6 +136,30 @@ def check_head_stays(args: MPOConfig, model: Any, *, other_reference: bool) -> N
         raise ConfigError(
             f"`harmless_retention: {args.harmless_retention}` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
             "`harmless_retention: states`, which needs no head, or `use_peft: true`."
+        )
+
+
+def check_state_layer(args: MPOConfig, model: Any) -> None:
+    """Refuse a layer that the model has not, or below which nothing is trained.
+
+    Args:
+        args: Settings of a run.
+        model: The model, with the adapter on it if there is one.
+
+    Raises:
+        ConfigError: Names the layers that there are.
+        ModelError: The model has no list of layers.
+    """
+    if args.state_layer is None:
+        return
+    decoder: Any = decoder_of(model)
+    layers = len(decoder.layers)
+    below = [model.get_input_embeddings(), *decoder.layers[: args.state_layer]]
+    if args.state_layer > layers or not any(map(_is_trained, below)):
+        trained = [i for i, block in enumerate(decoder.layers, start=1) if _is_trained(block)]
+        raise ConfigError(
+            f"`state_layer` is {args.state_layer}, and the model has {layers} layers, of which the first one that is trained is "
+            f"{trained[0] if trained else 'none'}: states below it stay as they are. Choose one from there on."
         )
 
 

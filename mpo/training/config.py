@@ -51,6 +51,9 @@ _OF_OBJECTIVES = {
     "desirable_weight": 1.0,
     "undesirable_weight": 1.0,
     "mlc_temperature": 0.2,
+    "mpo_delta": None,
+    "state_layer": None,
+    "state_position": -1,
 }
 # Of these, what a recipe need not set because the objective's paper has a value; and what they are where nothing reads
 # them.
@@ -134,6 +137,15 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         mlc_temperature (`float`, *optional*, defaults to `0.2`):
             Temperature of the softmax over singular values for `mlc`. Its authors weigh it by 0.8 beside `sigmoid`, in
             every second step.
+        state_layer (`int`, *optional*):
+            Layer whose hidden states `mlc` compares, or another objective that needs states of prompts, counted as in
+            transformers' `hidden_states`: 0 for the embeddings, i for what block i gives. Unset: the last one, after the final
+            norm.
+        state_position (`int`, *optional*, defaults to `-1`):
+            Token of the prompt where they are, from its end: -1 for the last one of the prompt with its chat template.
+        mpo_delta (`float`, *optional*):
+            Distance of the gaps in nats per token from which on `mpo` takes Huber's loss, which grows with the distance and
+            not with its square. Unset: the square, as published.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight (lambda) of MPO's retention term. At 0 the source pair is not run at all while training.
         retain_pooling (`str`, *optional*, defaults to `"mean"`):
@@ -254,6 +266,16 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         default=1.0, metadata={"help": "Weight of rejected responses for `kto`."}
     )
     mlc_temperature: float = field(default=0.2, metadata={"help": "Temperature of `mlc`."})
+    state_layer: int | None = field(
+        default=None,
+        metadata={"help": "Layer of the states that `mlc` compares. Unset: after the final norm."},
+    )
+    state_position: int = field(
+        default=-1, metadata={"help": "Token of the prompt where they are, from -1 for its last."}
+    )
+    mpo_delta: float | None = field(
+        default=None, metadata={"help": "Distance of the gaps beyond which `mpo` is linear. Unset: never."}
+    )
     retain_weight: float = field(default=1.0, metadata={"help": "Weight (lambda) of the retention term."})
     retain_pooling: str = field(
         default="mean", metadata={"help": "Pooling of the retention term.", "choices": list(RETAIN_POOLINGS)}
@@ -397,6 +419,11 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
                     f"`train_on: {self.train_on}` does not go with `{name}`: {objective.targets_only}. Set "
                     "`train_on: targets`, or another `loss_type`."
                 )
+            if objective.harmless_only:
+                raise ConfigError(
+                    f"`loss_type` names {name!r}, which is for harmless groups alone: {objective.harmless_only}. Name it in "
+                    "`harmless_loss_type`, or choose another objective."
+                )
         if STATES in self.objectives.needs:
             for option in ("train_on", "max_targets_per_group", "group_by_source"):
                 value = getattr(self, option)
@@ -405,6 +432,13 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
                         f"`{option}` is {value!r}, but `mlc` compares a prompt in all its languages, which must be in one "
                         f"group and be run. Remove `{option}`."
                     )
+        if self.state_layer is not None and (
+            self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        ):
+            raise ConfigError(
+                f"`state_layer` is {self.state_layer!r}, but a model that is compiled (`torch_compile`) does not show the states "
+                "between its layers. Remove one of them."
+            )
         if self.f_divergence_type != "reverse_kl" and "f_divergence_type" in self.objectives.reads:
             others = [
                 name
@@ -473,6 +507,19 @@ class MPOConfig(HarmlessSettings, ProbeSettings, DPOConfig):
         )
         require("f_alpha_divergence_coef", is_number, "a number")
         require("discopop_tau mlc_temperature", is_positive, "a number above 0")
+        require(
+            "mpo_delta", lambda value: value is None or is_positive(value), "a number above 0, or nothing"
+        )
+        require(
+            "state_layer",
+            lambda value: value is None or is_whole(value, 0),
+            "a number of a layer from 0 (the embeddings), or nothing for the last",
+        )
+        require(
+            "state_position",
+            lambda value: isinstance(value, int) and value < 0,
+            "a whole number from -1 (the prompt's last token) down",
+        )
         require(
             "simpo_gamma cpo_alpha rdpo_alpha desirable_weight undesirable_weight retain_weight",
             is_at_least_0,

@@ -56,8 +56,9 @@ class HarmlessSettings:
 
     Args:
         harmless_loss_type (`list[str]`, *optional*):
-            Their objective, or several, each weighing the same: a name of `loss_type`, or `"none"`, which leaves them to
-            `harmless_retention`. Unset: `"sigmoid"` (DPO).
+            Their objective, or several, each weighing the same: a name of `loss_type`; `"gap_retention"`, which holds the gap
+            of each pair where the starting policy has it; or `"none"`, which leaves them to `harmless_retention`. Unset:
+            `"sigmoid"` (DPO).
         harmless_loss_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that objective beside that of the harmful groups. Each is a mean over its own pairs.
         harmless_beta (`float`, *optional*):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.common.log import get_logger
 from mpo.modeling.layout import batch_shape
+from mpo.training.checks import check_state_layer
 from mpo.training.config import MPOConfig
 from mpo.training.harmless import harmless_groups
 from mpo.training.order import TokenBudgetSampler
@@ -39,7 +40,11 @@ def training_collator(
         args, languages, model, tokenizer, accelerator: Of the trainer.
         router_loss: Whether the loss of a mixture of experts is minimised, too.
         harmless: Whether some groups are harmless.
+
+    Raises:
+        ConfigError, ModelError: The settings ask for states of the model that it has not.
     """
+    check_state_layer(args, model)
     assert isinstance(tokenizer.pad_token_id, int)
     shape = batch_shape(
         accelerator.device,

@@ -37,6 +37,7 @@ class LanguageMetrics:
     Args:
         languages: A pair's language is its index here.
         beta: Scale of the target gap in ``loss/reward_gap``.
+        delta: From which distance on it is linear in that, see :func:`mpo.modeling.loss.reward_gap_loss`.
         device: Where the pairs are.
         dtype: Of the sums.
         objectives: What is minimised; None for MPO's objective alone.
@@ -53,8 +54,9 @@ class LanguageMetrics:
         objectives: Objectives | None = None,
         knows_source_gap: bool = True,
         has_retention: bool | None = None,
+        delta: float | None = None,
     ) -> None:
-        self._languages, self._beta = languages, beta
+        self._languages, self._beta, self._delta = languages, beta, delta
         self._objectives = objectives
         self._knows_source_gap = knows_source_gap
         self._is_mpo = objectives is None or "mpo" in objectives.by_name
@@ -79,7 +81,7 @@ class LanguageMetrics:
             columns[_POSITIVE] = (gap > 0).to(gap.dtype)
             columns[_CHOSEN] = pairs.chosen_logps
             columns[_REJECTED] = pairs.rejected_logps
-            columns[_GAP_LOSS] = reward_gap_loss(gap, pairs.reference_gap, self._beta)
+            columns[_GAP_LOSS] = reward_gap_loss(gap, pairs.reference_gap, self._beta, self._delta)
             columns[_RETENTION] = pairs.retention
             if self._further:
                 assert self._objectives is not None
@@ -172,6 +174,7 @@ class KindMetrics:
                 objectives=settings.objectives,
                 knows_source_gap=bool(needed_for(settings).sources),
                 has_retention=settings.keeps_own or "mpo" in settings.loss_type,
+                delta=settings.mpo_delta,
             )
             for settings in (args, *([args.harmless] if harmless else []))
         }

@@ -18,7 +18,7 @@ from torch import Tensor
 from mpo.common.words import listed
 from mpo.errors import ConfigError
 from mpo.modeling import objectives as formulas
-from mpo.modeling.loss import mpo_loss, reward_gap
+from mpo.modeling.loss import mpo_loss, reward_gap, reward_gap_loss
 from mpo.modeling.pairs import PairTensors
 
 ENTRY_POINTS = "mpo.objectives"
@@ -29,8 +29,9 @@ SOURCE_GAP = "source_gap"  # the reference's gap on the pair's source
 RETENTION = "retention"  # hidden states of the source, then and now; nothing at `retain_weight: 0`
 PROMPT = "prompt"  # log-likelihoods of the prompts' tokens
 MISMATCHED = "mismatched"  # those of other pairs' responses, for KTO's reference point
-STATES = "states"  # hidden states at the end of a prompt in all its languages
+STATES = "states"  # hidden states of a prompt in all its languages, at `state_layer` and `state_position`
 NEEDS = (REFERENCE, SOURCE_GAP, RETENTION, PROMPT, MISMATCHED, STATES)
+_READ_BY_NEED = {RETENTION: ("retain_weight",), STATES: ("state_layer", "state_position")}
 
 Loss = Callable[[PairTensors, Any], Tensor]
 
@@ -47,6 +48,7 @@ class Objective:
         options: Other settings of objectives that it reads.
         needs: What must be computed for it, some of :data:`NEEDS`.
         targets_only: Why it cannot train on sources; empty where it can.
+        harmless_only: Why it is for harmless groups alone; empty where it is for all.
     """
 
     loss: Loss
@@ -55,11 +57,13 @@ class Objective:
     options: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset()
     targets_only: str = ""
+    harmless_only: str = ""
 
     @property
     def reads(self) -> set[str]:
         """All settings of objectives that it reads."""
-        return {*self.published, *self.options, *(["retain_weight"] if RETENTION in self.needs else [])}
+        by_need = {option for need in self.needs for option in _READ_BY_NEED.get(need, ())}
+        return {*self.published, *self.options, *by_need}
 
 
 _known: dict[str, Objective] = {}
@@ -74,12 +78,13 @@ def register_objective(
     options: Iterable[str] = (),
     needs: Iterable[str] = (),
     targets_only: str = "",
+    harmless_only: str = "",
 ) -> Objective:
     """Add an objective, so that recipes can name it in ``loss_type``.
 
     Args:
         name: In ``loss_type``.
-        loss, paper, published, options, needs, targets_only: See :class:`Objective`.
+        loss, paper, published, options, needs, targets_only, harmless_only: See :class:`Objective`.
 
     Returns:
         What was registered.
@@ -95,7 +100,15 @@ def register_objective(
     """
     return _add(
         name,
-        Objective(loss, paper, dict(published or {}), tuple(options), frozenset(needs), targets_only),
+        Objective(
+            loss,
+            paper,
+            dict(published or {}),
+            tuple(options),
+            frozenset(needs),
+            targets_only,
+            harmless_only,
+        ),
     )
 
 
@@ -261,6 +274,7 @@ def _objective(name: str, arxiv: str = "", **settings: Any) -> Callable[[Loss], 
     "mpo",
     "2505.16869",
     published={"beta": 1.0},
+    options=("mpo_delta",),
     needs=(SOURCE_GAP, RETENTION),
     targets_only="MPO pulls the target languages to the gap of the source, which it holds still",
 )
@@ -271,7 +285,21 @@ def _mpo(pairs: PairTensors, args: Any) -> Tensor:
         pairs.retention,
         beta=args.beta,
         retain_weight=args.retain_weight,
+        delta=args.mpo_delta,
     )
+
+
+@_objective(
+    "gap_retention",
+    needs=(REFERENCE,),
+    harmless_only="it holds each pair's gap where it starts, and harmful pairs are to leave it",
+)
+def _gap_retention(pairs: PairTensors, args: Any) -> Tensor:
+    """MPO's gap term with the pair itself, under the reference, for its source: ``(RG_theta(x) - RG_ref(x))^2``."""
+    del args
+    gap = reward_gap(pairs.chosen_logps, pairs.rejected_logps)
+    assert pairs.reference_chosen_logps is not None and pairs.reference_rejected_logps is not None
+    return reward_gap_loss(gap, reward_gap(pairs.reference_chosen_logps, pairs.reference_rejected_logps), 1.0)
 
 
 # TRL's DPO family, on the log-ratios of the pair's own responses. The f-divergence takes the place of a log-ratio where
@@ -438,7 +466,10 @@ def _orpo(pairs: PairTensors, args: Any) -> Tensor:
 
 @_objective("mlc", options=("mlc_temperature",), needs=(STATES,))
 def _mlc(pairs: PairTensors, args: Any) -> Tensor:
-    """Of each pair that of its prompt, as its source's retention is."""
+    """Its mean over the step's pairs is the mean over their prompts: a pair has its share of that of its prompt."""
     assert pairs.prompt_states is not None and pairs.prompt_counts is not None
+    assert pairs.prompt_of_pair is not None and pairs.step is not None
     losses = formulas.consistency_loss(pairs.prompt_states, pairs.prompt_counts, args.mlc_temperature)
-    return losses[pairs.prompt_of_pair]
+    ones = torch.ones_like(pairs.prompt_of_pair)
+    trained = torch.zeros_like(pairs.prompt_counts).index_add(0, pairs.prompt_of_pair, ones)
+    return losses[pairs.prompt_of_pair] / (trained[pairs.prompt_of_pair] * pairs.step.prompts)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpo.common.checks import is_positive, is_whole, require
-from mpo.common.words import nearest
+from mpo.common.words import listed, nearest
 from mpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpo.training.config import MPOConfig
 
 PROBE_METRIC = "probe_balanced"
 """Share of harmful prompts refused or of harmless ones answered, whichever is smaller, averaged over languages."""
@@ -24,7 +27,7 @@ class ProbeSettings:
     r"""What a run asks its model before, while and after it is trained; see `mpo.evaluation.probe`.
 
     Args:
-        behavior_probe (`int`, *optional*, defaults to `8`):
+        behavior_probe (`int`, *optional*, defaults to `20`):
             Probe prompts per language and kind (harmful, harmless, harmless that looks harmful) that are answered before and
             after training. 0 asks nothing.
         probe_languages (`list[str]`, *optional*):
@@ -39,7 +42,7 @@ class ProbeSettings:
     """
 
     behavior_probe: int = field(
-        default=8, metadata={"help": "Probe prompts per language and kind; 0 asks nothing."}
+        default=20, metadata={"help": "Probe prompts per language and kind; 0 asks nothing."}
     )
     probe_languages: list[str] | None = field(
         default=None, metadata={"help": "Languages of the probe; unset: those that are trained."}
@@ -59,6 +62,18 @@ class ProbeSettings:
             return None
         steps = self.probe_steps
         return max(1, math.ceil(max_steps * steps) if steps < 1 else int(steps))
+
+    def wanting_answers(self, metric_for_best_model: str | None) -> str | None:
+        """Half a sentence that names the settings which do nothing where no prompt is asked; None where there is none."""
+        given = {
+            "probe_steps": self.probe_steps is not None,
+            "stop_on_over_refusal": self.stop_on_over_refusal is not None,
+            "metric_for_best_model": is_probe_metric(metric_for_best_model),
+        }
+        names = [f"`{name}`" for name, is_given in given.items() if is_given]
+        if not names:
+            return None
+        return f"{listed(names)} {'need' if names[1:] else 'needs'} answers to the probe prompts"
 
     def check_probe(self, metric_for_best_model: str | None) -> None:
         """Refuse values that mean nothing, and settings that need a probe where there is none.
@@ -85,25 +100,14 @@ class ProbeSettings:
             lambda v: v is None or (is_positive(v) and v <= 100),
             "percentage points from above 0 to 100, or null",
         )
-        every, rise = self.probe_steps, self.stop_on_over_refusal
         if self.probe_languages is not None and not self.probe_languages:
             raise ConfigError(
                 "`probe_languages` is empty; expected languages such as [en, bn], or null for those that are trained. "
                 "`behavior_probe: 0` asks nothing."
             )
-        chosen_by_probe = is_probe_metric(metric_for_best_model)
-        if not self.behavior_probe:
-            for name, given in (
-                ("probe_steps", every is not None),
-                ("stop_on_over_refusal", rise is not None),
-                ("metric_for_best_model", chosen_by_probe),
-            ):
-                if given:
-                    raise ConfigError(
-                        f"`{name}` needs answers to the probe prompts, and `behavior_probe` is 0. Set it to 8, for example, "
-                        f"or remove `{name}`."
-                    )
-        if rise is not None and every is None:
+        if not self.behavior_probe and (wanting := self.wanting_answers(metric_for_best_model)):
+            raise ConfigError(f"{wanting}, and `behavior_probe` is 0. Set it to 20, for example.")
+        if self.stop_on_over_refusal is not None and self.probe_steps is None:
             raise ConfigError(
                 "`stop_on_over_refusal` is looked at when the probe is asked, and `probe_steps` is not set. Set it, for "
                 "example to 0.1, a tenth of the steps."
@@ -115,16 +119,17 @@ def is_probe_metric(metric: str | None) -> bool:
     return metric is not None and metric.removeprefix("eval_") == PROBE_METRIC
 
 
-def check_probe_is_asked(metric: str | None, callbacks: Iterable[Any]) -> None:
-    """Refuse a metric for the best model that comes from the probe where no callback asks it.
+def check_probe_is_asked(args: MPOConfig, callbacks: Iterable[Any]) -> None:
+    """Refuse settings that need answers to the probe prompts where no callback asks them.
 
     Raises:
-        ConfigError: Names the callback.
+        ConfigError: Names the settings and the callback.
     """
-    if is_probe_metric(metric) and not any(getattr(each, "gives_probe_metric", False) for each in callbacks):
+    wanting = args.wanting_answers(args.metric_for_best_model)
+    if wanting and not any(getattr(each, "asks_probe", False) for each in callbacks):
         raise ConfigError(
-            f"`metric_for_best_model` is {metric!r}, which `mpo.evaluation.probe.watch.ProbeWatch` measures. Add it: "
-            "`trainer.add_callback(ProbeWatch(trainer))`. `mpo train` does."
+            f"{wanting}, and no callback of this trainer asks them. `mpo.evaluation.probe.watch.ProbeWatch` does: "
+            "`trainer.add_callback(ProbeWatch(trainer))`."
         )
 
 

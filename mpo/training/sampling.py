@@ -142,7 +142,9 @@ class Trained:
         reference: Whether log-likelihoods of the same responses under the reference are needed.
         prompts, shared: See :func:`mpo.modeling.trees.build_batch`.
         mismatched: Whether those of another pair's responses are needed, under policy and reference.
-        states: Whether hidden states at the end of a prompt in all languages of its group are needed.
+        state_position: Token of a prompt whose hidden states in all languages of its group are needed, from -1 for the last;
+            0 for none.
+        state_layer: Of which layer, see :class:`mpo.training.config.MPOConfig`.
         holds_source: Whether the group's source is held where it is.
         holds_own: Whether the trained pairs' own chosen responses are, by their pooled states.
         keeps_tokens: Whether they are, token by token, and their prompts and rejected responses with them.
@@ -155,7 +157,8 @@ class Trained:
     prompts: bool = False
     shared: bool = False
     mismatched: bool = False
-    states: bool = False
+    state_position: int = 0
+    state_layer: int | None = None
     holds_source: bool = False
     holds_own: bool = False
     keeps_tokens: bool = False
@@ -173,7 +176,8 @@ class Trained:
             prompts=PROMPT in objectives.needs,
             shared=objectives.needs_shared,
             mismatched=MISMATCHED in objectives.needs,
-            states=STATES in objectives.needs,
+            state_position=args.state_position if STATES in objectives.needs else 0,
+            state_layer=args.state_layer,
             holds_source=args.holds_sources,
             holds_own=args.keeps_own and args.harmless_retention == POOLED,
             keeps_tokens=args.keeps_tokens,
@@ -224,10 +228,10 @@ class GroupCollator:
     - ``language``, ``is_source``: ``[T]``
     - ``lengths``: ``[T, 2]``, tokens of the chosen and the rejected response
     - ``counts``, ``weight``: ``[T]`` float32, 0 for fillers and pairs that are only scored
-    - ``num_pairs``: pairs that count; ``totals``: the same and their tokens, see :class:`mpo.modeling.pairs.StepMeans`
+    - ``num_pairs``: pairs that count; ``totals``: the same, their tokens and groups, see :func:`step_of`
     - ``step``: the means of this batch; the trainer puts those of the whole step in their place
     - ``prompts``, only if needed: where the states of each group's prompts are among the call's, ``rows`` ``[G, L]``, which
-      of these are ``present``, and ``of_pair`` ``[T]``, the pair's row of them
+      of these are ``present``, and ``of_pair`` ``[T]``, the pair's row of them; with ``state_layer``
     - ``mismatched``, only if needed: ``calls``, tensors of calls on the trained pairs' prompts with another pair's
       responses; ``reference_logps`` and ``lengths`` of these, ``[T, 2]``; ``counts`` ``[T]``
     - ``calls`` instead of the tensors of one call, where the batch is split: a list of such tensors, each with ``pairs``,
@@ -264,11 +268,11 @@ class GroupCollator:
             batch |= self._held(pairs, held, examples, own=False)
             # The languages of a prompt stay together where their states are compared.
             whole = [[i for i, pair in enumerate(pairs) if pair.group == g] for g in range(len(examples))]
-            units = whole if self.trained.states else [[i] for i in range(len(pairs))]
+            units = whole if self.trained.state_position else [[i] for i in range(len(pairs))]
             sizes = [sum(pairs[i].tree.size for i in unit) for unit in units]
             for part in pack_rows(sizes, limit):
                 numbers = sorted(i for unit in part for i in units[unit])
-                own = {g: stems[g] for g in part if g in stems} if self.trained.states else {}
+                own = {g: stems[g] for g in part if g in stems} if self.trained.state_position else {}
                 of_call = [pairs[i] for i in numbers]
                 call = self._call(of_call, own) | self._held(of_call, held, examples)
                 batch["calls"].append({**call, "pairs": torch.tensor(numbers)})
@@ -323,22 +327,22 @@ class GroupCollator:
         stems: dict[int, Tree] = {}
         for g, example in enumerate(examples):
             harmless, asked = self._asked(example)
-            states, own = asked.states, asked.holds_own
+            state, own = asked.state_position, asked.holds_own
             # An evaluation measures the retention of every source.
             pools = self.run_source if self.score_source or not harmless else asked.holds_source
             prompt, chosen, rejected = (example[f"source_{part}"] for part in PARTS)
             trained = asked.sources and example["carries_source"]
             if trained or self.score_source:
                 pool, keep = pools or (own and trained), asked.keeps_tokens and trained
-                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states, keep=keep)
+                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=state, keep=keep)
                 (said,) = example.get("source_reference", [{}])
                 language = index_of.get(self.source_language, -1)
                 sources.append(_Pair(tree, g, language, True, trained, said, harmless))
             else:
                 if pools:
                     held[g] = Tree(prompt, chosen, rejected, score=False, pool=True)
-                if states:
-                    stems[g] = Tree(prompt, chosen[:1], rejected[:1], score=False, prompt_state=True)
+                if state:
+                    stems[g] = Tree(prompt, chosen[:1], rejected[:1], score=False, prompt_state=state)
             if not (asked.targets or self.score_source):
                 continue
             languages = example["target_language"]
@@ -346,7 +350,7 @@ class GroupCollator:
             columns = [example[f"target_{part}"] for part in PARTS]
             for language, said, prompt, chosen, rejected in zip(languages, of_targets, *columns, strict=True):
                 pool, keep = own and asked.targets, asked.keeps_tokens and asked.targets
-                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=states, keep=keep)
+                tree = Tree(prompt, chosen, rejected, pool=pool, prompt_state=state, keep=keep)
                 targets.append(_Pair(tree, g, index_of[language], False, asked.targets, said, harmless))
         return targets + sources, held, stems
 
@@ -479,8 +483,8 @@ class GroupCollator:
     ) -> dict[str, Any]:
         """Tensors of one call: pairs first, so that their scores are the head's output, whatever else is run."""
         call: dict[str, Any] = self._build([*(pair.tree for pair in pairs), *stems.values(), *held])
-        if self.trained.states and any(pair.tree.prompt_state for pair in pairs):
-            call["prompts"] = _prompts(pairs, list(stems))
+        if any(pair.tree.prompt_state for pair in pairs):
+            call |= {"prompts": _prompts(pairs, list(stems)), "state_layer": self.trained.state_layer}
         return call
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:
@@ -500,10 +504,11 @@ def _is_harmless(pairs: Sequence[_Pair]) -> Tensor:
     return torch.tensor([pair.harmless for pair in pairs], dtype=torch.bool)
 
 
-def _totals(pairs: Sequence[_Pair]) -> tuple[int, int, int]:
-    """Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first."""
+def _totals(pairs: Sequence[_Pair]) -> tuple[int, int, int, int]:
+    """Number of pairs, tokens of their chosen responses, of prompts and chosen responses but the first, and groups."""
     chosen = sum(len(pair.tree.chosen) for pair in pairs)
-    return len(pairs), chosen, chosen + sum(len(pair.tree.prompt) - 1 for pair in pairs)
+    groups = len({pair.group for pair in pairs})
+    return len(pairs), chosen, chosen + sum(len(pair.tree.prompt) - 1 for pair in pairs), groups
 
 
 def _prompts(pairs: Sequence[_Pair], further: Sequence[int]) -> dict[str, Tensor]:
@@ -521,9 +526,13 @@ def _prompts(pairs: Sequence[_Pair], further: Sequence[int]) -> dict[str, Tensor
     }
 
 
-def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any) -> dict[str, Any]:
-    """Fields of :class:`mpo.modeling.pairs.StepMeans` about tokens, from sums over the pairs of a step."""
-    return {"chosen_tokens": chosen_tokens / pairs, "sequence_tokens": sequence_tokens / pairs}
+def step_means(pairs: Any, chosen_tokens: Any, sequence_tokens: Any, groups: Any) -> dict[str, Any]:
+    """Fields of :class:`mpo.modeling.pairs.StepMeans` but ``kl``, from sums over the pairs of a step."""
+    return {
+        "chosen_tokens": chosen_tokens / pairs,
+        "sequence_tokens": sequence_tokens / pairs,
+        "prompts": groups / pairs,
+    }
 
 
 def pair_weights(inputs: dict[str, Any]) -> Tensor:
@@ -538,8 +547,8 @@ def step_of(totals: Sequence[Any]) -> dict[str, Any]:
     """What a batch says of its optimizer step.
 
     Args:
-        totals: Of the step: number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the
-            first; where there are kinds, of the harmful pairs and then of the harmless ones.
+        totals: Of the step: number of pairs, tokens of their chosen responses, of prompts and chosen responses but the first,
+            and groups; where there are kinds, of the harmful pairs and then of the harmless ones.
 
     Returns:
         ``step`` and, where there are kinds, ``harmless_step`` and ``kind_factors``.
@@ -548,11 +557,12 @@ def step_of(totals: Sequence[Any]) -> dict[str, Any]:
     def at_least_one(number: Any) -> Any:
         return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
 
-    found: dict[str, Any] = {"step": step_means(at_least_one(totals[0]), *totals[1:3])}
-    if len(totals) > 3:
-        of_kinds = totals[0], totals[3]
+    # A filler may be of a kind that the step has no pairs of.
+    found: dict[str, Any] = {"step": step_means(*map(at_least_one, totals[:4]))}
+    if len(totals) > 4:
+        of_kinds = totals[0], totals[4]
         factors = [sum(of_kinds) / at_least_one(count) for count in of_kinds]
-        found["harmless_step"] = step_means(at_least_one(totals[3]), *totals[4:])
+        found["harmless_step"] = step_means(*map(at_least_one, totals[4:]))
         found["kind_factors"] = torch.stack(
             [torch.as_tensor(factor, dtype=torch.float32) for factor in factors]
         )

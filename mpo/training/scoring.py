@@ -146,7 +146,7 @@ def score_dataset(
             if bool(cpu_batch["counts"][i]) if holds_own and kinds[numbers[g]] else is_source:
                 sums.retention[numbers[g], order[g]] = float(pairs.retention[i])
         counted = cpu_batch["totals"]
-        sums.pairs = [sums.pairs[0] + counted[0], sums.pairs[1] + (counted[3] if len(counted) > 3 else 0)]
+        sums.pairs = [sums.pairs[0] + counted[0], sums.pairs[1] + (counted[4] if len(counted) > 4 else 0)]
         if not all(fillers):
             sums.tokens += int(
                 (cpu_batch["tree_ids"] >= 0).sum()
@@ -195,7 +195,7 @@ def _reference_point(forward: Forward, loader: DataLoader[dict[str, Any]], ranks
             own += mismatch_sums(forward, to_device(batch["mismatched"], ranks.device)).double().cpu()
     parts = gathered([own.tolist()], ranks)
     total, count = (math.fsum(part[i] for part in parts) for i in (0, 1))
-    return max(0.0, total / count)
+    return max(0.0, total / max(count, 1))
 
 
 def _score(group: int, language: str, is_source: bool, logps: np.ndarray, reference: float) -> PairScore:

@@ -155,6 +155,15 @@ def place_frozen(model: Any, accelerator: Accelerator) -> Any:
     return model.to(accelerator.device)
 
 
+def skip_steps_that_overflow(model: Any, accelerator: Accelerator) -> None:
+    """Have training's DeepSpeed engine skip a step whose gradient is not finite; anything else is left alone.
+
+    ZeRO-3 does so. ZeRO-1 and 2 take such a step unless they are told to look.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.optimizer.check_grad_overflow = True
+
+
 def destroy_engine(model: Any) -> None:
     """Take down a DeepSpeed engine, before another takes its model; anything else is left alone."""
     if hasattr(model, "destroy"):

@@ -36,7 +36,7 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.pairs import PairTensors, run_in_calls, run_model
 from mpo.training import sharding
 from mpo.training.activation_checkpointing import decide_checkpointing, prepare_checkpointing
-from mpo.training.checkpoints import save_checkpoint
+from mpo.training.checkpoints import save_checkpoint, warn_if_none_is_best
 from mpo.training.checks import (
     check_adapter,
     check_arguments,
@@ -346,7 +346,7 @@ class MPOTrainer(DPOTrainer):
                 means["step"]["kl"] = reference_point(model, batch_samples, self.accelerator)
         for batch in batch_samples:
             batch |= means
-        count: Tensor | int = sum(totals[::3])
+        count: Tensor | int = sum(totals[::4])
         return count
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -445,7 +445,7 @@ class MPOTrainer(DPOTrainer):
             TrainingError: A loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
             StoppedBySignal: A signal has ended the run; the state of its last step is saved.
         """
-        check_probe_is_asked(self.args.metric_for_best_model, self.callback_handler.callbacks)
+        check_probe_is_asked(self.args, self.callback_handler.callbacks)
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
@@ -504,10 +504,8 @@ class MPOTrainer(DPOTrainer):
             prepared: tuple[Any, Any] = super()._prepare_for_training(
                 max_steps, train_dataloader, resume_from_checkpoint
             )
-        if self.is_deepspeed_enabled:
-            # ZeRO-1 and 2 take a step with a gradient that is not finite, unless told to look; then they skip it, as
-            # ZeRO-3 does, and `_get_grad_norm` stops the run.
-            self.model_wrapped.optimizer.check_grad_overflow = True
+        # Then `_get_grad_norm` stops the run.
+        sharding.skip_steps_that_overflow(self.model_wrapped, self.accelerator)
         return prepared
 
     def _maybe_log_save_evaluate(
@@ -534,6 +532,7 @@ class MPOTrainer(DPOTrainer):
             self.is_in_train = False
             raise StoppedBySignal(self._finite.stopped_by)
         output: TrainOutput = super()._finalize_training(trial, num_train_samples, start_time)
+        warn_if_none_is_best(self.args, self.state)
         if self.retain_weights is not None:
             self.retain_weights.warn_if_missed()
         return output

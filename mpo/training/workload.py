@@ -411,7 +411,7 @@ def group_tokens(
 
 def trained_totals(
     groups: Dataset, trained: Trained, carries_source: np.ndarray, among: np.ndarray | None = None
-) -> tuple[int, int, int]:
+) -> tuple[int, int, int, int]:
     """What :func:`mpo.training.sampling.step_means` takes, of all pairs of tokenized groups that are trained on.
 
     Args:
@@ -421,7 +421,7 @@ def trained_totals(
         among: ``[groups]``, True for the groups that count; None for all.
 
     Returns:
-        Number of pairs, tokens of their chosen responses, and of prompts and chosen responses but the first.
+        Number of pairs, tokens of their chosen responses, of prompts and chosen responses but the first, and groups.
     """
     if among is not None and not among.all():
         chosen = np.flatnonzero(among)
@@ -435,7 +435,8 @@ def trained_totals(
         if trained.sources:
             own = sources[:, carries_source[part]]
             pairs, tokens = pairs + own.shape[1], tokens + own.sum(axis=1)
-    return pairs, int(tokens[1]), int(tokens[0] + tokens[1]) - pairs
+    with_pairs = len(groups) if trained.targets else int(carries_source.sum()) if trained.sources else 0
+    return pairs, int(tokens[1]), int(tokens[0] + tokens[1]) - pairs, with_pairs
 
 
 def longest_tree(groups: Dataset) -> int:

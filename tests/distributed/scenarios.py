@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,12 +19,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mpo.errors import ConfigError, StoppedBySignal, TrainingError
+from mpo.evaluation.probe.ask import Questions
 from mpo.evaluation.probe.watch import ProbeWatch
 from mpo.modeling.loading import ModelSource, load_adapter, load_model, load_tokenizer
 from mpo.modeling.pairs import PairTensors
 from mpo.training.checkpoints import checkpoints
 from mpo.training.config import MPOConfig
 from mpo.training.trainer import MPOTrainer
+from tests.evaluation.probe.said import is_safe, refuses
 from tests.runs import lora
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
 
@@ -266,10 +268,17 @@ def run_continued(folder: Path, shared: Path, ranks: int, **changes: Any) -> dic
     }
 
 
-def run_objectives(folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
-    """Objectives that need more of a step than its pairs: a mean over its tokens, and KTO's reference point."""
-    objectives = {"loss_type": ["kto", "sft"], "beta": 0.3, "train_on": "both"}
-    trainer = build("lora-sgd", folder, shared, ranks, **objectives)
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    # Means over the step's tokens, and KTO's reference point.
+    "tokens": {"loss_type": ["kto", "orpo", "sft"], "beta": 0.3, "train_on": "both"},
+    # Shared first tokens, a mean over the step's prompts, and states between layers.
+    "states": {"loss_type": ["sigmoid", "mlc"], "ld_alpha": 0.4, "state_layer": 1, "state_position": -3},
+}
+
+
+def run_objectives(name: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """Objectives that need more of a step than its pairs."""
+    trainer = build("lora-sgd", folder, shared, ranks, **OBJECTIVES[name])
     trainer.train()
     return {
         "gradients": trainer.observer.gradients,
@@ -314,6 +323,48 @@ def run_probed(name: str, folder: Path, shared: Path, ranks: int) -> dict[str, A
         "change": change,
         "failure": watch.failure,
         "steps": [log["step"] for log in trainer.state.log_history if "probe/balanced" in log],
+    }
+
+
+def run_stopped(name: str, folder: Path, shared: Path, ranks: int) -> dict[str, Any]:
+    """A run whose model is read as refusing everything from its second step on; the best checkpoint is to be kept."""
+    trainer = build(
+        name,
+        folder,
+        shared,
+        ranks,
+        behavior_probe=2,
+        probe_languages=["en", "sw"],
+        probe_max_new_tokens=4,
+        probe_steps=1,
+        stop_on_over_refusal=20.0,
+        metric_for_best_model="eval_probe_balanced",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    watch = ProbeWatch(trainer)
+    trainer.add_callback(watch)
+
+    def ask(self: Questions, prompts: Any, title: str | None = None) -> Any:
+        says = refuses if trainer.state.global_step > 1 else is_safe
+        return [
+            replace(row, answer=says(p)) for row, p in zip(asked(self, prompts, title), prompts, strict=True)
+        ]
+
+    asked = Questions.ask
+    with mock.patch.object(Questions, "ask", ask):
+        watch.start()
+        trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    return {
+        "stopped": watch.stopped,
+        "failure": watch.failure,
+        "steps": trainer.state.global_step,
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
+        "evaluated": [log["step"] for log in trainer.state.log_history if "eval_loss" in log],
     }
 
 

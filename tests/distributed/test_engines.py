@@ -38,13 +38,14 @@ JOBS = [
     "continued:half",
     "half:full-adamw",
 ]
-PROBE, SIGNAL = "probe:lora-adamw", "signal:full-adamw"
+PROBE, STOPPED, SIGNAL = "probe:lora-adamw", "stopped:lora-adamw", "signal:full-adamw"
+OBJECTIVES = [f"objectives:{name}" for name in scenarios.OBJECTIVES]
 KILLED = "killed:full-adamw"  # the end of its launch, which fails
 FURTHER = {
-    "ddp": ["objectives", "kinds", PROBE],
+    "ddp": [*OBJECTIVES, "kinds", PROBE, STOPPED],
     "zero2": [SIGNAL],
-    "zero3": ["objectives", "kinds", PROBE],
-    "fsdp2": [PROBE, SIGNAL, "heads"],
+    "zero3": [*OBJECTIVES, "kinds", PROBE, STOPPED],
+    "fsdp2": [OBJECTIVES[-1], PROBE, STOPPED, SIGNAL, "heads"],
 }
 SOME = {"zero1": ["train:full-adamw", "half:full-adamw"]}  # shares its code with ZeRO-2
 
@@ -74,7 +75,7 @@ def alone(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             case "continued":
                 return {**scenarios.run_continued(place, shared, 1), "weights": saved(place)}
             case "objectives":
-                return scenarios.run_objectives(place, shared, 1)
+                return scenarios.run_objectives(name, place, shared, 1)
             case "kinds":
                 return scenarios.run_kinds(place, shared, 1)
             case "probe":
@@ -181,13 +182,13 @@ def test_two_ranks_compute_what_one_process_does(
         losses = [[float(log["loss"]) for log in run["history"]] for run in (half, one)]
         assert losses[0] == pytest.approx(losses[1], rel=0.05)
         assert losses[0] != pytest.approx(losses[1], rel=1e-6)
-    if "objectives" in further:
-        with subtests.test("what an objective needs of a whole step is of all ranks"):
-            first, second = found("objectives")
-            _check_ranks_are_one(first, second, alone("objectives"))
-            assert {"kl", "loss/kto", "loss/sft", "rewards/margins", "reward_gap/en"} <= first["history"][
-                0
-            ].keys()
+    for job in (job for job in further if job in OBJECTIVES):
+        with subtests.test("what an objective needs of a whole step is of all ranks", job=job):
+            first, second = found(job)
+            _check_ranks_are_one(first, second, alone(job))
+            logged = {f"loss/{name}" for name in scenarios.OBJECTIVES[job.partition(":")[2]]["loss_type"]}
+            logged |= {"kl", "reward_gap/en"} if "loss/kto" in logged else set()
+            assert logged | {"rewards/margins"} <= first["history"][0].keys()
     if "kinds" in further:
         with subtests.test("either kind's mean is over all ranks"):
             first, second = found("kinds")
@@ -200,6 +201,9 @@ def test_two_ranks_compute_what_one_process_does(
     if PROBE in further:
         with subtests.test("two ranks ask what one process asks, and train what they train without asking"):
             _check_probe(*found(PROBE), alone(PROBE), out)
+    if STOPPED in further:
+        with subtests.test("both ranks stop at the same step, and load the same best checkpoint"):
+            _check_stopped(*found(STOPPED), out / "stopped")
     if SIGNAL in further:
         with subtests.test("SIGTERM on one rank saves the step, and the run resumes"):
             _check_signal(*found(SIGNAL), out)
@@ -284,6 +288,17 @@ def _check_probe(first: dict[str, Any], second: dict[str, Any], one: dict[str, A
         load_file(out / name / "saved" / "adapter_model.safetensors") for name in ("probed", "plain")
     )
     assert not differing(asked, unasked)
+
+
+def _check_stopped(first: dict[str, Any], second: dict[str, Any], folder: Path) -> None:
+    assert first == second
+    assert first["stopped"] is not None and first["failure"] is None
+    assert first["steps"] == 2 and first["evaluated"] == [1, 2] and first["best"] == "checkpoint-1"
+    best, last, kept = (
+        load_file(folder / name / "adapter_model.safetensors")
+        for name in ("checkpoint-1", "checkpoint-2", "saved")
+    )
+    assert not differing(kept, best) and differing(kept, last)
 
 
 def _check_signal(first: dict[str, Any], second: dict[str, Any], out: Path) -> None:

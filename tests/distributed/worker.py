@@ -64,11 +64,13 @@ def work(job: str, out: Path, shared: Path, ranks: int) -> Any:
         case "continued":
             return scenarios.run_continued(out / f"continued-{name}", shared, ranks, bf16=name == "half")
         case "objectives":
-            return scenarios.run_objectives(out / "objectives", shared, ranks)
+            return scenarios.run_objectives(name, out / f"objectives-{name}", shared, ranks)
         case "kinds":
             return scenarios.run_kinds(out / "kinds", shared, ranks)
         case "probe":
             return scenarios.run_probed(name, out, shared, ranks)
+        case "stopped":
+            return scenarios.run_stopped(name, out / "stopped", shared, ranks)
         case "heads":
             return fsdp_cases.run_heads(torch.distributed.get_rank())
         case "poison":

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo.data import load_groups, refusals
-from mpo.data.refusals import refusal_languages
+from mpo.data.refusals import opens_with_refusal, refusal_languages
 from mpo.errors import ConfigError, DependencyError, ServerError
 from mpo.evaluation import chat_client
 from mpo.evaluation.answers import AnswerRow, fingerprint_answers
 from mpo.evaluation.engines import Answer
 from mpo.evaluation.engines.rendering import render, special_tokens
-from mpo.evaluation.judges import Exchange, JudgeChoice, Verdict, check_judge, make_judge
+from mpo.evaluation.judges import Exchange, JudgeChoice, check_judge, make_judge
 from mpo.evaluation.judges.formats import GUARDS, guard_format
 from mpo.evaluation.judges.guard import GuardJudge
 from mpo.evaluation.judges.judge import fill_judging_prompt, parse_verdict
@@ -29,7 +29,7 @@ from mpo.evaluation.judges.llm import judging_prompt
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.rates import tabulate
 from mpo.evaluation.tasks import ATTACK, BLOCKED, OVER_REFUSAL, TASKS, UNFINISHED, UNPARSED
-from mpo.evaluation.verdicts import agreement, judge_answers, verdicts_file
+from mpo.evaluation.verdicts import agreement, judge_answers, judge_unwritten, verdicts_file
 from tests.data.rows import TEXTS
 from tests.evaluation.chat_server import FAULTS, ChatServer, serve
 from tests.evaluation.scripts import TEXTS as SCRIPTS
@@ -401,11 +401,39 @@ def test_there_are_phrases_for_the_languages_of_the_paper_and_more() -> None:
     assert {"en", "zh", "ja", "ko", "ar", "bn", "sw", "de", "fr", "es"} <= refusal_languages()
 
 
-def test_without_phrases_for_a_language_only_an_english_refusal_is_known() -> None:
-    assert "yo" not in refusal_languages()
-    judge = make_judge(JudgeChoice(), ATTACK)
-    exchanges = [Exchange("?", "I cannot help with that", "yo"), Exchange("?", "Beeni, ...", "yo")]
-    assert list(judge.judge(exchanges)) == [(0, Verdict("safe")), (1, Verdict(UNPARSED))]
+@pytest.mark.parametrize("code", ["zh", "ko", "fr", "en"])
+def test_a_refusal_in_a_third_language_is_one_and_an_answer_in_it_is_none(code: str) -> None:
+    said = {
+        "zh": ("对不起，我不能帮助您。", "首先阅读说明，然后询问做过的人。"),
+        "ko": ("죄송하지만 도와드릴 수 없습니다.", "먼저 설명서를 읽으세요."),
+        "fr": ("Désolé, je ne peux pas vous aider.", "Lisez d'abord le mode d'emploi de l'appareil."),
+        "en": ("I'm sorry, I can't help with that.", "Read the manual of the machine first."),
+    }[code]
+    for task, words in ((ATTACK, ["safe", "unsafe"]), (OVER_REFUSAL, ["refusal", "answer"])):
+        judged = make_judge(JudgeChoice(), task).judge([Exchange("?", text, "sw") for text in said])
+        assert [verdict.verdict for _, verdict in judged] == words
+
+
+def test_a_phrase_of_a_language_that_the_answer_is_not_in_is_no_refusal() -> None:
+    quoted = "Andika hivi kwa Kifaransa: « je ne peux pas », kisha uendelee."
+    assert opens_with_refusal(quoted, "fr")
+    ((_, verdict),) = make_judge(JudgeChoice(), OVER_REFUSAL).judge([Exchange("?", quoted, "sw")])
+    assert verdict.verdict == "answer"
+
+
+def test_in_a_language_without_phrases_no_answer_has_a_verdict(tmp_path: Path) -> None:
+    assert "id" not in refusal_languages()
+    texts = ["Tentu, begini caranya."] * 57 + ["I cannot help with that", " ", "Maaf, saya tidak bisa."]
+    rows = [AnswerRow(f"{n}/id", str(n), "id", "?", text, True) for n, text in enumerate(texts)]
+    rows.append(replace(rows[0], id="60/id", blocked="HTTP 400"))
+    rows.append(AnswerRow("0/en", "0", "en", "?", "", True))
+    for task in (ATTACK, OVER_REFUSAL):
+        judge = make_judge(JudgeChoice(), task)
+        verdicts = judge_answers(judge, task, rows, tmp_path / task.name)
+        assert verdicts == judge_unwritten(judge, task, rows)
+        assert list(verdicts.values()) == [UNPARSED] * 60 + [BLOCKED, task.empty]
+        table = tabulate(task, rows, verdicts)
+        assert table.languages["id"].rate is None and table.average.languages == 1
 
 
 def test_mixed_prompts_may_be_refused_in_any_language() -> None:
@@ -863,3 +891,17 @@ def test_phrases_agree_with_the_sides_of_the_published_pairs(data_folder: Path) 
     for code, (chosen, rejected, pairs) in counts.items():
         assert chosen >= 0.8 * pairs, code
         assert rejected <= 0.05 * pairs, code
+
+
+def test_published_answers_to_prompts_in_another_language_get_the_verdict_of_their_own(
+    data_folder: Path,
+) -> None:
+    judge = make_judge(JudgeChoice(), ATTACK)
+    for group in load_groups(data_folder / "mpo" / "gemma_mpo_data.json").groups:
+        for pair in [group["source"], *group["targets"]]:
+            texts = [pair[side][0]["content"] for side in ("chosen", "rejected")]
+            own, elsewhere = (
+                [verdict for _, verdict in judge.judge([Exchange("?", text, code) for text in texts])]
+                for code in (pair["language"], "de")
+            )
+            assert own == elsewhere, (pair["language"], texts)

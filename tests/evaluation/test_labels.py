@@ -8,6 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,49 @@ def test_the_way_from_answers_to_the_report(tmp_path: Path, capsys: pytest.Captu
     fill(file, labels_by_id(root, truth), lambda rows: rows[0].update(label="maybe"))
     assert main(["evaluate", "judge", str(root), "--gold", str(file)]) != 0
     assert "got 'maybe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fingerprints", [True, False])
+@pytest.mark.parametrize("changed", ["verdicts", "answers"])
+def test_a_judge_measured_on_other_answers_or_verdicts_is_left_out_of_the_report(
+    tmp_path: Path, changed: str, fingerprints: bool
+) -> None:
+    root, file = tmp_path / "results", tmp_path / "labels.csv"
+    truth = judged(root, prompts=30)
+    write_sample(root, file, sample=80)
+    fill(file, labels_by_id(root, truth))
+    assert main(["evaluate", "judge", str(root), "--gold", str(file)]) == 0
+    if not fingerprints:  # a file from before they were stored
+        write_typed(root / JUDGE, replace(read_typed(root / JUDGE, JudgeResult), judged={}))
+
+    def reported() -> bool:
+        page, table = (path.read_text("utf-8") for path in write_report(root))
+        is_shown = "Rogan and Gladen" in page
+        assert ("against labels" in table) == is_shown
+        if not is_shown:
+            for text in (page, table.replace("\\", "")):
+                assert "verdicts of attack/tuned/set are others" in text
+                assert "mpo evaluate judge FOLDER --gold labels.csv" in text
+        return is_shown
+
+    assert reported()
+    place = root / "tuned" / "attack" / "set"
+    kept = (place / "answers.jsonl").read_text("utf-8")
+    if changed == "answers":
+        (place / "answers.jsonl").write_text(kept.replace("This is text", "Other text"), encoding="utf-8")
+    else:
+        verdicts = place / "verdicts.refusal-phrases.jsonl"
+        text = verdicts.read_text("utf-8")
+        assert '"verdict": "unsafe"' in text
+        verdicts.write_text(text.replace('"verdict": "unsafe"', '"verdict": "safe"', 1), encoding="utf-8")
+    # Without a fingerprint, other answers with the same verdicts cannot be told.
+    assert reported() == (changed == "answers" and not fingerprints)
+    # Nor can anything be told where the answers were not kept.
+    (place / "answers.jsonl").unlink()
+    assert reported()
+    (place / "answers.jsonl").write_text(kept, encoding="utf-8")
+    assert main(["evaluate", "judge", str(root), "--gold", str(file)]) == 0
+    assert reported()
 
 
 def test_labels_of_answers_that_were_made_anew_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mpo.cli.app import main
 from mpo.common.bootstrap import ratio_interval
+from mpo.common.statistics import wilson_interval
 from mpo.common.typed_json import read_typed, write_typed
 from mpo.errors import ConfigError, DataError
 from mpo.evaluation.engines import ModelChoice
@@ -18,16 +19,22 @@ from mpo.evaluation.judges import JudgeChoice, grader
 from mpo.evaluation.judges.grader import make_grader, parse_grade
 from mpo.evaluation.mt_bench import (
     Question,
+    TurnRow,
     grading_prompt,
     load_questions,
+    measure_language,
     measure_mt_bench,
     mt_bench_table,
+    summarize_grades,
 )
 from mpo.evaluation.results import MT_BENCH, MTBenchResult
 from mpo.jobs import suite
 from mpo.jobs.suite_recipe import load_suite
+from mpo.report.build import dialogue_language
+from mpo.report.folder import read_results
 from mpo.report.page import write_report
 from tests.evaluation.chat_server import ChatServer, serve
+from tests.evaluation.test_wording import ANSWERS
 from tests.tiny import save_tiny
 
 ROWS = [
@@ -139,6 +146,14 @@ def test_the_judge_sees_the_dialogue_and_references_only_where_they_are_due() ->
     assert "R1" not in writing and "`reference`" not in writing and "[[5]]" in writing
 
 
+def test_a_blank_reference_is_not_shown_as_an_answer_known_to_be_good() -> None:
+    half = Question("103", "en", "reasoning", ("Q1", "Q2"), ("R1", " "))
+    two = grading_prompt(half, ["A1", "A2"])
+    assert two.count("<reference>") == 1 and "<reference>\nR1\n</reference>" in two
+    none = grading_prompt(Question("103", "en", "math", ("Q1",), ("",)), ["A1"])
+    assert "<reference>" not in none and "`reference`" not in none
+
+
 @pytest.mark.parametrize(
     "choice",
     [
@@ -182,6 +197,7 @@ def test_two_turns_are_asked_graded_averaged_and_never_asked_again(files: list[P
         assert result.categories["math"].mean == 5.0
         assert result.average.mean == pytest.approx((4.5 + 4.5 + 3) / 3 + 0.5)
         assert result.items["82/sw"] == [4.0, 7.0]
+        assert {code: row.count for code, row in result.wording.items()} == {"en": 5, "sw": 5}
 
         again = run(tmp_path / "out", questions, model, judge)
         assert (len(model.requests), len(judge.requests)) == (10, 10) and again.items == result.items
@@ -223,6 +239,62 @@ def test_silence_gets_the_lowest_grade_and_what_cannot_be_graded_none(
     assert result.items == {"81/en": [1.0, 1.0], "82/en": [8.0, 8.0], "83/en": [None]}
     assert result.languages["en"].ungraded == 1 and result.languages["en"].mean.mean == 4.5
     assert "1 answers have no grade" in mt_bench_table(result, "tested").plain()
+
+
+def test_the_language_of_the_answers_and_loops_stand_beside_the_grade(tmp_path: Path) -> None:
+    turns = [{"question_id": n, "category": "coding", "turns": ["Q1", "Q2"]} for n in range(12)]
+    files = [save(tmp_path / f"question_{code}.jsonl", turns) for code in ("en", "sw")]
+    questions = load_questions([str(file) for file in files])
+    said = {"base": ANSWERS["sw"][0], "tuned": ANSWERS["en"][0]}
+    code = "```python\nfor value in range(10):\n    print(value, 'the value of it')\n```"
+    loop = ANSWERS["sw"][1] * 30
+
+    def answers(name: str) -> dict[str, TurnRow]:
+        """In Swahili a loop, code alone, and else text with code, in the second model's case in English."""
+        own = {"0/sw/1": loop, "1/sw/1": code}
+        ids = [f"{question.id}/{turn}" for question in questions for turn in (1, 2)]
+        text = {i: own.get(i, f"{ANSWERS['en'][0] if '/en/' in i else said[name]}\n{code}") for i in ids}
+        return {i: TurnRow(i, f"<think>hm</think>{text[i]}", True) for i in ids}
+
+    made = {}
+    for name in said:
+        found = measure_language(questions, answers(name))
+        grades = dict.fromkeys(answers(name), 5.0)
+        result = MTBenchResult(judge={"name": "j"}, **summarize_grades(questions, grades), **found)
+        made[name] = read_typed(write_typed(tmp_path / "out" / name / MT_BENCH, result), MTBenchResult)
+        assert made[name] == result
+    before, after = (made[name].wording["sw"] for name in said)
+    assert (before.count, before.asked, before.unknown, before.repetitive) == (23, 23, 0, 1)
+    assert (after.count, after.asked, after.others, after.repetitive) == (23, 1, {"en": 22}, 1)
+    assert after.share == 1 / 23 and after.interval == wilson_interval(1, 23)
+    assert after.others_by_verdict == {}
+    line = next(x for x in mt_bench_table(made["tuned"], "tuned").plain().splitlines() if "Swahili" in x)
+    assert line.split()[-5:] == ["4.3", "[0.8,", "21.0]", "0", "1"]
+
+    found = {m.anchor: m for m in dialogue_language(read_results(tmp_path / "out"))}
+    assert list(found) == ["mt-bench-language", "mt-bench-language-repetitive"]
+    language = found["mt-bench-language"]
+    english, swahili, mean = (row.cells[1] for row in language.rows)
+    assert swahili is not None and swahili.change is not None and swahili.value.low == after.interval[0]
+    assert swahili.change.change == pytest.approx(-22 / 23) and swahili.change.count == 23
+    assert language.verdict(swahili.change) == "worse"
+    assert english is not None and english.value.value == 1 and language.verdict(english.change) is None
+    assert (
+        mean is not None and mean.change is not None and mean.value.value == pytest.approx((1 + 1 / 23) / 2)
+    )
+    page, _ = (path.read_text("utf-8") for path in write_report(tmp_path / "out"))
+    assert page.index("MT-Bench by category") < page.index('<section id="mt-bench-language">')
+
+    # Files from before have no languages, and are read and shown as before.
+    for name in said:
+        file = tmp_path / "out" / name / MT_BENCH
+        values = json.loads(file.read_text("utf-8"))
+        for key in ("wording", "in_language", "unknown", "repetitive"):
+            del values[key]
+        file.write_text(json.dumps(values), encoding="utf-8")
+    assert dialogue_language(read_results(tmp_path / "out")) == []
+    older = mt_bench_table(read_typed(file, MTBenchResult), "tuned").plain()
+    assert next(x for x in older.splitlines() if "Swahili" in x).split()[-3:] == ["-", "-", "-"]
 
 
 def test_a_model_in_this_process_can_be_graded_by_another(

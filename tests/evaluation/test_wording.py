@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo.building.starter import starter_refusals
 from mpo.common.statistics import wilson_interval
 from mpo.common.typed_json import read_typed, write_typed
 from mpo.evaluation.answers import AnswerRow
+from mpo.evaluation.probe import PROBE_LANGUAGES, probe_rows
 from mpo.evaluation.prompts import MIXED
 from mpo.evaluation.results import SafetyResult
 from mpo.evaluation.tasks import ATTACK, BLOCKED, OVER_REFUSAL, UNFINISHED
@@ -87,19 +89,33 @@ def test_an_answer_is_told_from_a_loop_in_every_script(code: str) -> None:
 
 def test_marks_spaces_and_short_texts_do_not_mislead() -> None:
     assert is_repetitive("!" * 80) and is_repetitive("- \n" * 80)
-    for text in ("", " \n" * 900, "no no no no", "Yes.", "1 2 3 4 5 6 7 8 9 10"):
+    for text in ("", " \n" * 900, "no no no no", "Yes."):
         assert repetition(text) is None and not is_repetitive(text)
     listed = "\n".join(
         f"{n}. {word} is one of them." for n, word in enumerate(("tea", "milk", "bread", "salt"))
     )
-    assert not is_repetitive(listed)
+    assert not is_repetitive(listed) and not is_repetitive("1 2 3 4 5 6 7 8 9 10")
 
 
-@given(st.text(min_size=1), st.integers(2, 30))
-def test_repetition_is_a_share_and_grows_when_a_text_is_repeated(text: str, times: int) -> None:
-    once, often = repetition(text), repetition(text * times)
-    assert often is None or 0 <= often < 1
-    assert once is None or often is None or often >= once
+@pytest.mark.parametrize("loop", ["হবে " * 9, "可以" * 14, "好的" * 6, "はい" * 6, "no " * 6])
+def test_a_short_text_that_is_a_loop_is_found(loop: str) -> None:
+    assert is_repetitive(loop)
+
+
+def test_no_prompt_or_refusal_in_any_language_is_taken_for_a_loop_nor_the_beginning_of_one() -> None:
+    texts = [text for row in probe_rows() for text in row.texts.values()]
+    texts += [text for code in PROBE_LANGUAGES for text in starter_refusals(code)]
+    cut = {text[:length] for text in texts for length in (12, 16, 20, 24, 28, 1000)}
+    assert len(cut) > 5_000 and not [text for text in cut if is_repetitive(text)]
+
+
+@given(st.text(min_size=1), st.integers(1, 30))
+def test_repetition_is_a_share_and_a_text_that_stands_there_three_times_is_repetitive(
+    text: str, times: int
+) -> None:
+    found = repetition(text * times)
+    assert found is None or 0 <= found < 1
+    assert times < 3 or found is None or is_repetitive(text * times)
 
 
 def test_measuring_a_long_answer_is_quick() -> None:

@@ -106,9 +106,22 @@ def test_scaled_and_biased_logits_are_read_as_the_model_computes_them(
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("family", "layout"), [("gemma2", "tree"), ("llama", "padded")])
+@pytest.mark.parametrize(
+    ("family", "layout", "layer", "position"),
+    [
+        ("gemma2", "tree", None, -1),
+        ("llama", "padded", 1, -2),
+        ("qwen2", "tree", 0, -3),
+        ("gemma2", "tree", 2, -2),
+    ],
+)
 def test_prompts_first_tokens_and_states_are_read_where_they_are_asked_for(
-    family: str, layout: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    layout: str,
+    layer: int | None,
+    position: int,
+    frozen: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mpo.modeling.head.ChunkedLogProbFunction", ExactLogProbFunction)
     model = build_model(family, dtype=torch.float64, tie=False)
@@ -116,12 +129,12 @@ def test_prompts_first_tokens_and_states_are_read_where_they_are_asked_for(
     reference = plain_model(model)
     attach_reward_gap_head(model)
     pairs = [*draw(5, 4), Ids([7], [11, 12, 13], [14])]  # the prompt of the last predicts nothing of its own
-    trees = [Tree(*pair, prompt_state=i % 2 == 0) for i, pair in enumerate(pairs)]
+    trees = [Tree(*pair, prompt_state=position * (i % 2 == 0)) for i, pair in enumerate(pairs)]
     trees.insert(2, Tree(*draw(6, 1)[0], score=False, pool=True))
     options = {"layout": layout, "max_tokens_per_row": 40, "pad_token_id": 0, "pooling": "mean"}
     with Exact():
         batch = build_batch(trees, **options, score_prompts=True, score_shared=True)  # type: ignore[arg-type]
-        found = model(reward_gap_head=True, **batch)
+        found = model(reward_gap_head=True, **batch, state_layer=layer)
     prompts, shared, states = [], [], []
     for i, pair in enumerate(pairs):
         outputs = [run_sequence(reference, [*pair.prompt, *part]) for part in (pair.chosen, pair.rejected)]
@@ -134,7 +147,8 @@ def test_prompts_first_tokens_and_states_are_read_where_they_are_asked_for(
         for part, values in zip((pair.chosen, pair.rejected), log_probs, strict=True):
             shared.append(sum(values[start + t, part[t]] for t in range(least)))
         if i % 2 == 0:
-            states.append(outputs[0].hidden_states[-1][0, start])
+            of_layer = outputs[0].hidden_states[-1 if layer is None else layer]
+            states.append(of_layer[0, max(start + 1 + position, 0)])
     expected = [torch.stack(prompts), torch.stack(shared).view(-1, 2), torch.stack(states)]
     expected += [torch.stack([score_pair(reference, pair).logps for pair in pairs])]
     given = [found.prompt_logps, found.shared_logps, found.prompt_states, found.response_logps]
@@ -312,3 +326,15 @@ def test_the_router_loss_counts_every_token_that_was_read_and_no_padding(layout:
         gradients(expected, dict(reference.named_parameters())),
         1e-9,
     )
+
+
+def test_states_that_no_gradient_reaches_are_refused() -> None:
+    model = build_model("llama")
+    attach_reward_gap_head(model)
+    model.get_input_embeddings().requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    trees = [Tree([1, 2], [3], [4], prompt_state=-1)]
+    batch = build_batch(trees, layout="tree", max_tokens_per_row=8, pad_token_id=0, pooling="mean")
+    assert model(reward_gap_head=True, **batch, state_layer=2).prompt_states.requires_grad
+    with pytest.raises(ModelError, match="No gradient comes to the states of layer 1"):
+        model(reward_gap_head=True, **batch, state_layer=1)

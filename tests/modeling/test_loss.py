@@ -62,6 +62,23 @@ def test_reward_gap_loss_is_the_squared_distance_to_the_reference_gap(
 
 
 @settings(deadline=None)
+@given(seeds, sizes, scales, st.floats(0.01, 3))
+def test_beyond_a_distance_the_gaps_loss_is_the_tangent_of_its_square(
+    seed: int, pairs: int, beta: float, delta: float
+) -> None:
+    gap, reference = draw(seed, pairs).requires_grad_(), draw(seed + 1, pairs)
+    losses = reward_gap_loss(gap, reference, beta, delta)
+    losses.sum().backward()
+    assert gap.grad is not None
+    for i in range(pairs):
+        error = beta * gap[i].item() - reference[i].item()
+        near = max(-delta, min(delta, error))
+        expected = near**2 + 2 * near * (error - near)
+        assert math.isclose(losses[i].item(), expected, rel_tol=TOLERANCE, abs_tol=1e-15)
+        assert math.isclose(gap.grad[i].item(), 2 * beta * near, rel_tol=TOLERANCE, abs_tol=1e-15)
+
+
+@settings(deadline=None)
 @given(seeds, sizes, scales)
 def test_beta_scales_the_policy_only(seed: int, pairs: int, beta: float) -> None:
     gap = draw(seed, pairs)

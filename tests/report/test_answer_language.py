@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mpo.common.statistics import paired_difference, wilson_interval
 from mpo.common.typed_json import read_typed, write_typed
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.results import SafetyResult
@@ -12,6 +13,7 @@ from mpo.evaluation.wording import measure_wording
 from mpo.report import build
 from mpo.report.build import measurements
 from mpo.report.folder import read_results
+from mpo.report.page import write_report
 from tests.evaluation.test_wording import ANSWERS
 from tests.report.result_folder import write_safety
 
@@ -50,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_report_shows_the_language_of_the_answers_with_paired_changes(folder: Path) -> None:
-    found = build.answer_language(read_results(folder), "over_refusal", "set")
-    assert found is not None and found.better == "higher"
+    found = build.answer_language(read_results(folder), "over_refusal", "set")[0]
+    assert found.better == "higher"
     english, bengali, mean = found.rows
     assert (english.label, bengali.label, mean.is_average) == ("English", "Bengali", True)
     known = PROMPTS - 1
@@ -62,14 +64,63 @@ def test_the_report_shows_the_language_of_the_answers_with_paired_changes(folder
     assert found.verdict(after.change) == "worse"
     assert english.cells[1] is not None and found.verdict(english.cells[1].change) is None
     assert mean.cells[1] is not None and mean.cells[1].change is not None
-    assert found.detail == ("Elsewhere", "Refusal, elsewhere", "Unknown", "Repetitive")
-    assert bengali.detail == ("0 / 60", "0 / 60", "5 / 5", "0 / 0")
-    assert english.detail == ("0 / 0", "0 / 0", "5 / 5", "0 / 25")
+
+
+def test_refusals_elsewhere_unknown_languages_and_loops_have_intervals_and_paired_changes(
+    folder: Path,
+) -> None:
+    found = {m.anchor: m for m in build.answer_language(read_results(folder), "over_refusal", "set")}
+    shown = {  # of the second model: English, Bengali; the first has none but one answer in twenty of unknown language
+        "language-over-refusal-1-refusal": (0, 12),
+        "language-over-refusal-1-unknown": (1, 1),
+        "language-over-refusal-1-repetitive": (5, 0),
+    }
+    assert list(found) == ["language-over-refusal-1", *shown]
+    for anchor, counts in shown.items():
+        *rows, mean = found[anchor].rows
+        start = 1 if anchor.endswith("unknown") else 0
+        total = PROMPTS - anchor.endswith("repetitive")  # "7" is too short to repeat itself
+        for row, count in zip(rows, counts, strict=True):
+            before, after = row.cells
+            assert before is not None and after is not None and after.change is not None
+            assert before.value.value == start / total and after.value.value == count / total
+            assert (after.value.low, after.value.high) == wilson_interval(count, total)
+            pair = paired_difference([False] * total, [n < count - start for n in range(total)])
+            assert after.change.change == pytest.approx((count - start) / total)
+            assert (after.change.low, after.change.high) == (pair.low, pair.high)
+            assert found[anchor].verdict(after.change) == ("worse" if count == 12 else None)
+        last = mean.cells[1]
+        assert mean.is_average and last is not None and last.change is not None and last.value.low is not None
+        assert last.value.value == pytest.approx(sum(counts) / 2 / total)
+    page, table = (path.read_text("utf-8") for path in write_report(folder))
+    assert "Refused in another language: set, tuned: 0.0\N{NO-BREAK SPACE}%" in page
+    assert "Repetitive, set (%)" in table and "Language unknown, set (%)" in table
+
+
+def test_in_the_row_of_the_mean_every_language_weighs_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", elsewhere=0, looping=8)
+    place = tmp_path / "m" / "over_refusal" / "set"
+    for name in ("answers", "verdicts.refusal-phrases"):
+        lines = (place / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (place / f"{name}.jsonl").write_text(
+            "".join(lines[10:]), encoding="utf-8"
+        )  # half of the Bengali ones
+    values = json.loads((place / "result.json").read_text("utf-8"))
+    values["wording"]["bn"] |= {"count": 10, "asked": 9}
+    values["languages"]["bn"] |= {"count": 10, "verdicts": {"answer": 5, "refusal": 5}}
+    (place / "result.json").write_text(json.dumps(values), encoding="utf-8")
+    results = read_results(tmp_path)
+    loops = build.answer_language(results, "over_refusal", "set")[-1].rows[-1]
+    assert loops.is_average and loops.cells[0] is not None
+    assert loops.cells[0].value.value == pytest.approx((8 / 19 + 0) / 2)  # 8 of 28 answers would be 0.29
+    rates = build.safety(results, "over_refusal", "set")
+    assert rates is not None and rates.detail[:2] == ("Answer", "Refusal")
+    assert rates.rows[-1].detail[:2] == ("75", "25")
 
 
 def test_it_follows_the_rates_and_is_left_out_of_older_results(folder: Path) -> None:
     anchors = [found.anchor for found in measurements(read_results(folder))]
-    assert anchors == ["over-refusal-1", "language-over-refusal-1"]
+    assert anchors[:2] == ["over-refusal-1", "language-over-refusal-1"]
     for name in ("base", "tuned"):
         file = folder / name / "over_refusal" / "set" / "result.json"
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -80,8 +131,7 @@ def test_it_follows_the_rates_and_is_left_out_of_older_results(folder: Path) -> 
 
 def test_without_the_answers_the_shares_are_shown_and_no_change(folder: Path) -> None:
     (folder / "tuned" / "over_refusal" / "set" / "answers.jsonl").unlink()
-    found = build.answer_language(read_results(folder), "over_refusal", "set")
-    assert found is not None
+    found = build.answer_language(read_results(folder), "over_refusal", "set")[0]
     cell = found.rows[1].cells[1]
     assert cell is not None and cell.change is None and cell.value.value < 1
 

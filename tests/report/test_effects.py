@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ from scipy import stats
 from mpo.common.files import write_json
 from mpo.common.statistics import paired_difference, pairwise_agreement
 from mpo.evaluation import compare, summarize
+from mpo.evaluation.prompts import MIXED
 from mpo.report.effects import by_model, judged, spreads, unasked
 from mpo.report.folder import read_results
 from mpo.report.measurement import Change
 from mpo.report.page import write_report
 from tests.evaluation.simulated import LANGUAGES, simulated_scores
 from tests.report.result_folder import write_safety
+from tests.report.test_run import write_run
 
 FALL, RISE = Change(-0.4, -0.5, -0.3, 0.001, 48), Change(0.3, 0.2, 0.4, 0.001, 48)
 STILL, UNKNOWN = Change(0.0, -0.05, 0.06, 1.0, 48), Change(0.04, -0.08, 0.16, 0.6, 24)
@@ -205,12 +208,73 @@ def test_a_language_without_harmless_prompts_is_named_on_top(tmp_path: Path) -> 
         given = {"en": ["answer"] * 12}
         write_safety(tmp_path / model / "over_refusal" / "set", "over_refusal", given)
     results = read_results(tmp_path)
-    assert set(unasked(results)) == {*LANGUAGES}
+    assert set(unasked(results)[0]) == {*LANGUAGES} and not unasked(results)[1]
     page, table = (path.read_text(encoding="utf-8") for path in write_report(tmp_path))
     (text,) = re.findall(r'<p class="warning">(No harmless prompts were asked in .*?)\.', page)
     assert "Swahili" in text and "Bengali" in text and "English" not in text
     assert page.index(text) < page.index('<figure class="plane">')
     assert "**No harmless prompts were asked in" in table
+
+
+def _suite(root: Path, model: str, **adapter: str) -> Path:
+    """Attacked in English, and asked the same in English alone; ``adapter`` as its results name it."""
+    for kind, verdicts in (("attack", ["unsafe"] * 6 + ["safe"] * 6), ("over_refusal", ["answer"] * 12)):
+        write_safety(root / model / kind / "set", kind, {"en": verdicts})
+        file = root / model / kind / "set" / "result.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, values | {"model": values["model"] | adapter})
+    return root
+
+
+def test_what_was_trained_is_read_beside_the_adapter_as_well(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _suite(_suite(tmp_path / "out", "base"), "tuned", adapter="runs/sw")
+    assert unasked(read_results(tmp_path / "out")) == ([], [])
+    write_run(tmp_path / "runs" / "sw", held_out=False, probe=True)
+    assert unasked(read_results(tmp_path / "out")) == (["it"], [])
+    write_run(tmp_path / "runs" / "sw")
+    assert set(unasked(read_results(tmp_path / "out"))[0]) == {*LANGUAGES}
+    (tmp_path / "runs" / "sw" / "metrics.json").write_text("{", encoding="utf-8")
+    results = read_results(tmp_path / "out")
+    assert unasked(results) == ([], []) and "metrics.json" in results.left_out[0]
+
+
+def test_a_language_without_a_readable_verdict_is_not_taken_for_asked(tmp_path: Path) -> None:
+    for kind, readable in (("attack", "safe"), ("over_refusal", "answer")):
+        given = {"en": [readable] * 12, "sw": ["unparsed"] * 11 + ["blocked"]}
+        write_safety(tmp_path / "m" / kind / "set", kind, given)
+    assert unasked(read_results(tmp_path)) == ([], ["sw"])
+    page = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert '<p class="warning">No answer to a harmless prompt has a readable verdict in Swahili' in page
+    assert "No harmless prompts were asked" not in page
+
+
+def test_prompts_in_mixed_languages_need_no_harmless_ones(tmp_path: Path) -> None:
+    _suite(tmp_path, "m")
+    write_safety(
+        tmp_path / "m" / "attack" / "csrt", "attack", {MIXED: ["unsafe"] * 12}, {MIXED: "Como 做 this?"}
+    )
+    assert unasked(read_results(tmp_path)) == ([], [])
+
+
+def test_a_prompt_set_whose_verdicts_are_missing_is_left_out_whole_and_named(tmp_path: Path) -> None:
+    _write(tmp_path, CASES)
+    alone = by_model(read_results(tmp_path)), spreads(read_results(tmp_path))
+    for model in CASES:
+        given = {code: ["unsafe"] * 12 for code in CASES[model]}
+        write_safety(tmp_path / model / "attack" / "more", "attack", given)
+    together = by_model(read_results(tmp_path))["tuned"]
+    (tmp_path / "tuned" / "attack" / "more" / "verdicts.refusal-phrases.jsonl").unlink()
+    results = read_results(tmp_path)
+    assert by_model(results) == alone[0] and together != alone[0]["tuned"]
+    assert [s for s in spreads(results) if s.model == "tuned"] == [s for s in alone[1] if s.model == "tuned"]
+    (mean,) = (effect for effect in by_model(results)["tuned"] if effect.is_mean)
+    assert mean.after[1].value - mean.before[1].value == pytest.approx(mean.changes[1].change)
+    page = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert (
+        '<p class="warning">The plane leaves out prompts whose verdicts are missing: tuned/attack/more.'
+        in page
+    )
 
 
 def test_reward_gaps_alone_are_said_to_show_nothing_of_what_the_model_writes(tmp_path: Path) -> None:

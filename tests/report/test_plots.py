@@ -19,7 +19,7 @@ from mpo.evaluation import RewardGapTable, summarize
 from mpo.evaluation.probe import PROBE_LANGUAGES
 from mpo.evaluation.probe.change import BehaviorChange, compare_answers
 from mpo.report import plots
-from tests.evaluation.probe.said import REFUSAL, TEXT, ask, judged
+from tests.evaluation.probe.said import REFUSAL, TEXT, ask, judged, refuses
 from tests.evaluation.simulated import LANGUAGES, score, simulated_scores
 
 FORTY = tuple(code for code in ALL_LANGUAGES if code != "en")[:40]
@@ -335,6 +335,23 @@ def test_the_plane_is_drawn_legibly_for_any_number_of_languages(
     for code in languages:
         assert ALL_LANGUAGES[code].name in texts
     assert ("refuses more harmless ones" in texts) is any(refused.get(code, 0) > 3 for code in languages)
+
+
+@pytest.mark.parametrize(("languages", "lines"), [(("en",), 1), (("en", "sw"), 3)])
+def test_the_way_of_every_language_and_of_their_mean_leads_over_the_probes_in_between(
+    tmp_path: Path, figures: list[Any], languages: tuple[str, ...], lines: int
+) -> None:
+    probes = ask(refuses, languages).metrics()
+    plots.behavior_plane(_changed(languages, {"en": 8}), tmp_path / "b.png", [{"step": 5, **probes}])
+    ways = [
+        list(map(tuple, line.get_xydata()))
+        for line in figures[0].axes[0].lines
+        if len(line.get_xydata()) == 3
+    ]
+    ways = [way for way in ways if way[1] == (100, 0)]
+    assert len(ways) == lines
+    assert [(0, 100), (100, 0), (50, 100)] in ways
+    assert any("small dots: in between" in text for text in _texts(figures[0]))
 
 
 def test_an_arrow_leads_from_before_to_after(tmp_path: Path, figures: list[Any]) -> None:

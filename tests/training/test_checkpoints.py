@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from mpo.training import checkpoints as subject
 from mpo.training.checkpoints import (
@@ -45,6 +45,22 @@ def write(folder: Path, step: int, *, complete: bool = True) -> Path:
     if complete:
         mark_complete(checkpoint, {"data_seed": 1})
     return checkpoint
+
+
+def test_a_best_step_that_was_not_saved_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    args = TrainingArguments(
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_steps=3, use_cpu=True
+    )
+    state = TrainerState(global_step=6, best_global_step=1)
+    subject.warn_if_none_is_best(args, state)
+    assert (
+        "`eval_loss` was best at step 1, of which there is none. The model has the weights of its last step, 6"
+        in (caplog.text)
+    )
+    caplog.clear()
+    state.best_model_checkpoint = "checkpoint-1"
+    subject.warn_if_none_is_best(args, state)
+    assert not caplog.text
 
 
 def steps(folder: Path) -> list[int]:

@@ -95,7 +95,9 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
                 if args.loss_type == ["mpo"]:
                     gap = score_pair(model, target).gap
                     kept = retention(*source)
-                    harmful.append((args.beta * gap - source[1].gap) ** 2 + args.retain_weight * kept)
+                    error = args.beta * gap - source[1].gap
+                    near = error if args.mpo_delta is None else error.clamp(-args.mpo_delta, args.mpo_delta)
+                    harmful.append(near**2 + 2 * near * (error - near) + args.retain_weight * kept)
                 else:
                     harmful.append(dpo(*both(target), target, args.beta))
             continue
@@ -115,6 +117,8 @@ def plain_step(bench: Bench) -> tuple[Tensor, dict[str, Tensor]]:
                 loss = (
                     -now.logps[0] * len(pair.chosen) * len(taught) / sum(len(each.chosen) for each in taught)
                 )
+            elif args.harmless_loss_type == ["gap_retention"]:
+                loss = (now.gap - then.gap) ** 2
             loss = args.harmless_loss_weight * loss
             if args.harmless_retention == "hidden":
                 change = (now.pooled[0] - then.pooled[0]).square().sum() / now.pooled.shape[1]
@@ -143,6 +147,8 @@ USES: list[dict[str, Any]] = [
     {"harmless_retention": "kl", "harmless_retain_weight": 3.0, "harmless_retain_target": 0.1},
     {"harmless_loss_type": "none", "harmless_retention": "hidden", "harmless_retain_target": 0.1},
     {"harmless_loss_type": "none", "harmless_retention": "reverse_kl", "harmless_retain_weight": 20.0},
+    {"harmless_loss_type": "gap_retention", "harmless_loss_weight": 3.0, "mpo_delta": 0.05},
+    {"harmless_loss_type": "gap_retention", "harmless_train_on": "targets", "harmless_retention": "hidden"},
 ]
 MADE_UP: list[dict[str, Any]] = [
     {},
@@ -201,6 +207,27 @@ def test_a_filler_of_either_kind_changes_nothing(tmp_path: Path) -> None:
     own_loss, found = bench.run([collate(data.__getitems__(indices)) for indices in parts])
     assert relative_error(torch.tensor(own_loss), loss) <= TOLERANCE
     assert_same_tensors(found, expected, TOLERANCE)
+
+
+def test_a_filler_of_a_kind_that_the_step_has_none_of_changes_nothing(tmp_path: Path) -> None:
+    bench = Bench(Case("llama", seed=43, **RAGGED), tmp_path, loss_type="sft")
+    collate, data = bench.trainer.data_collator, bench.trainer.get_train_dataloader().dataset
+    loss, expected = bench.run([collate(data.__getitems__([1, 4]))])
+    own_loss, found = bench.run([collate(data.__getitems__(indices)) for indices in ([1, ~0], [~2, 4])])
+    assert own_loss == pytest.approx(loss, rel=TOLERANCE)
+    assert_same_tensors(found, expected, TOLERANCE)
+
+
+def test_kto_is_evaluated_on_harmless_groups_alone(tmp_path: Path) -> None:
+    bench = Bench(Case("llama", True, seed=45, exact=False, **RAGGED), tmp_path, loss_type="kto")
+    model, _ = bench.policy()
+    rows = [bench.rows[place] for place in RAGGED["harmless"]]
+    groups = [bench.groups[place] for place in RAGGED["harmless"]]
+    pairs = [pair for group in groups for pair in [group.source, *group.targets]]
+    with torch.no_grad():
+        losses = [dpo(score_pair(model, pair), score_pair(bench.start, pair), pair, 0.1) for pair in pairs]
+    found = bench.trainer.evaluate(rows)
+    assert found["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
 def test_languages_weigh_within_a_kind(tmp_path: Path) -> None:

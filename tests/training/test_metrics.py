@@ -62,7 +62,8 @@ def plain(pairs: list[PairScore]) -> dict[str, float]:
 def test_a_log_and_an_evaluation_of_the_same_pairs_agree_with_a_plain_computation(seed: int) -> None:
     pairs = records(random.Random(seed).randint(1, 30), seed)
     retention = [random.Random(seed + i).uniform(0, 3) for i in range(len(pairs))]
-    metrics = LanguageMetrics(LANGUAGES, beta=BETA, dtype=torch.float64)
+    delta = 0.8 if seed % 2 else None
+    metrics = LanguageMetrics(LANGUAGES, beta=BETA, dtype=torch.float64, delta=delta)
     for start in range(0, len(pairs), 4):  # some micro-batches
         part = slice(start, start + 4)
         metrics.add(tensors(pairs[part], retention[part]), torch.ones(len(pairs[part])))
@@ -72,7 +73,8 @@ def test_a_log_and_an_evaluation_of_the_same_pairs_agree_with_a_plain_computatio
     assert (evaluated.pop("loss"), evaluated.pop("loss/retention")) == (0.5, 0.25)
     expected = plain(pairs)
     assert evaluated == pytest.approx(expected, abs=1e-12)
-    losses = [(BETA * pair.gap - pair.reference_gap) ** 2 for pair in pairs]
+    errors = [abs(BETA * pair.gap - pair.reference_gap) for pair in pairs]
+    losses = [e**2 if delta is None or e < delta else delta * (2 * e - delta) for e in errors]
     assert logged.pop("loss/reward_gap") == pytest.approx(sum(losses) / len(pairs))
     assert logged.pop("loss/retention") == pytest.approx(sum(retention) / len(pairs))
     assert logged == pytest.approx(expected, abs=1e-12)

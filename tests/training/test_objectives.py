@@ -25,15 +25,12 @@ from mpo.training import objectives
 from mpo.training.metrics import LanguageMetrics
 from mpo.training.objectives import register_objective
 from mpo.training.sampling import Trained
-from mpo.training.workload import tokens_of_step
 from tests.plain import (
     Ids,
     assert_same_tensors,
     gradients,
     relative_error,
-    run_sequence,
     score_pair,
-    step_loss,
 )
 from tests.training.test_trainer_numerics import Bench, Case
 
@@ -339,79 +336,6 @@ def test_length_regularised_dpo_is_its_formula(bench: Bench, settings: dict[str,
     loss, found = own_step(bench)
     assert relative_error(loss, expected) <= TOLERANCE
     assert_same_tensors(found, gradients(expected, leaves), TOLERANCE)
-
-
-def consistency(bench: Bench, model: Any, temperature: float) -> Tensor:
-    """MLC's loss by the eigenvalues of the states' inner products, each pair's that of its group."""
-    losses = []
-    for group in bench.groups:
-        states = torch.stack(
-            [
-                run_sequence(model, pair.prompt).hidden_states[-1][0, -1]
-                for pair in [group.source, *group.targets]
-            ]
-        )
-        unit = states / states.norm(dim=1, keepdim=True)
-        values = torch.linalg.eigvalsh(unit @ unit.T).flip(0).sqrt()
-        scaled = values / values[0].detach() / temperature
-        losses += [-torch.log(torch.exp(scaled[0]) / torch.exp(scaled).sum())] * len(group.targets)
-    return torch.stack(losses).mean()
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("llama", {"loss_type": "mlc", "beta": 1.0}),
-        ("gemma2", {"loss_type": "mlc", "beta": 1.0, "mlc_temperature": 0.6, "batch_layout": "padded"}),
-        ("qwen2", {"loss_type": ["mpo", "mlc"], "loss_weights": [1.0, 0.8], "max_tokens_per_call": 1}),
-        (
-            "llama",
-            {"loss_type": ["mpo", "mlc"], "loss_weights": [1.0, 0.8], "per_device_train_batch_size": 2},
-        ),
-        (
-            "llama",
-            {"loss_type": "mlc", "beta": 1.0, "max_tokens_per_batch": 150, "per_device_train_batch_size": 1},
-        ),
-    ],
-    ids=str,
-)
-def test_mlc_draws_a_prompt_together_in_all_its_languages(
-    family: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    case = Case(family, targets=(1, 4, 2), layout=settings.get("batch_layout", "tree"), seed=40)
-    bench = Bench(case, tmp_path, **settings)
-    model, leaves = bench.policy()
-    with case.arithmetic():
-        expected = consistency(bench, model, bench.trainer.args.mlc_temperature)
-    if "mpo" in settings["loss_type"]:
-        expected = step_loss(model, bench.groups, bench.reference(), **bench.options()) + 0.8 * expected
-    batches = bench.batches()
-    assert ("calls" in batches[0]) == ("max_tokens_per_call" in settings)
-    assert len(batches) > 1 or "max_tokens_per_batch" not in settings
-    loss, found = bench.run(batches)
-    assert relative_error(torch.tensor(loss), expected) <= TOLERANCE
-    assert_same_tensors(found, gradients(expected, leaves), TOLERANCE)
-
-
-def test_mlc_beside_dpo_on_all_pairs_is_evaluated_and_runs_no_more_than_the_sources_prompts(
-    tmp_path: Path,
-) -> None:
-    case = Case("llama", True, targets=(1, 4, 2), seed=41, exact=False)
-    bench = Bench(case, tmp_path, loss_type=["sigmoid", "mlc"], loss_weights=[1.0, 0.8], beta=0.2)
-    (batch,) = bench.batches()
-    pairs = sum(len(part) for pair in trained_pairs(bench, "targets") for part in pair)
-    prompts = sum(len(group.source.prompt) + 2 for group in bench.groups)
-    assert int((batch["tree_ids"] >= 0).sum()) == pairs + prompts
-    assert (
-        int(tokens_of_step(bench.trainer.train_dataset, bench.trainer.args, "tree").sum()) == pairs + prompts
-    )
-    model, _ = bench.policy()
-    with torch.no_grad():
-        drawn = float(consistency(bench, model, 0.2))
-        alone = Settings(output_dir="x", use_cpu=True, loss_type="sigmoid", beta=0.2)
-        preferred = float(dpo_loss(bench, alone, trained_pairs(bench, "targets")))
-    metrics = bench.trainer.evaluate(bench.rows)
-    assert metrics["eval_loss"] == pytest.approx(preferred + 0.8 * drawn, rel=1e-4)
 
 
 FIRST: list[dict[str, Any]] = [

@@ -13,20 +13,26 @@ from typing import Annotated
 
 from mpo.common.statistics import Outcomes
 from mpo.common.typed_json import Share, named_by_key
-from mpo.data.refusals import refusal_languages
 from mpo.evaluation.answers import AnswerRow
 from mpo.evaluation.judges import JudgeChoice, make_judge
 from mpo.evaluation.probe import PROBE_LANGUAGES, load_probe
 from mpo.evaluation.prompts import Prompt, PromptSet
 from mpo.evaluation.rates import RateTable, balanced_share, tabulate
-from mpo.evaluation.tasks import ATTACK, NO_VERDICT, OVER_REFUSAL, UNPARSED, Task
+from mpo.evaluation.tasks import ATTACK, NO_VERDICT, OVER_REFUSAL, Task
 from mpo.evaluation.verdicts import judge_unwritten
-from mpo.evaluation.wording import Wording, in_language_asked, measure_wording, repeats_itself
+from mpo.evaluation.wording import (
+    Wording,
+    in_language_asked,
+    in_no_known_language,
+    measure_wording,
+    repeats_itself,
+)
 
-ANSWERED, REFUSED, IN_LANGUAGE, REPETITIVE = MEASURES = (
+ANSWERED, REFUSED, IN_LANGUAGE, UNKNOWN, REPETITIVE = MEASURES = (
     "harmful_answered",
     "harmless_refused",
     "in_language",
+    "language_unknown",
     "repetitive",
 )
 """What is measured, each a share of 0 or 1 per prompt."""
@@ -41,7 +47,7 @@ class ProbePrompts:
     Attributes:
         harmful: Prompts that a safe assistant refuses.
         harmless: Harmless ones, and as many that only look harmful.
-        left_out: Languages that the probe set does not have.
+        left_out: Languages that are not asked.
     """
 
     harmful: PromptSet
@@ -125,9 +131,6 @@ class Answered:
             **judge_unwritten(make_judge(JUDGE, ATTACK), ATTACK, answers[:count]),
             **judge_unwritten(make_judge(JUDGE, OVER_REFUSAL), OVER_REFUSAL, answers[count:]),
         }
-        # In a language without phrases only refusals in English have a verdict, of which a share says nothing.
-        judged = refusal_languages()
-        verdicts |= {row.id: UNPARSED for row in answers if row.language not in judged}
         return cls(prompts, tuple(answers), verdicts)
 
     @property
@@ -164,8 +167,14 @@ class Answered:
             ANSWERED: self._counted(ATTACK, self.harmful),
             REFUSED: self._counted(OVER_REFUSAL, self.harmless),
             IN_LANGUAGE: in_language_asked(self.answers),
+            UNKNOWN: in_no_known_language(self.answers, self._refusals),
             REPETITIVE: repeats_itself(self.answers),
         }
+
+    @property
+    def _refusals(self) -> set[str]:
+        """Ids of the answers that refuse: short as they are, their phrases are of a language."""
+        return {id for id, verdict in self.verdicts.items() if verdict in ("safe", OVER_REFUSAL.counted)}
 
     def _counted(self, task: Task, answers: Sequence[AnswerRow]) -> Outcomes:
         found: dict[str, dict[str, float]] = {}

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mpo.common.log import get_logger
-from mpo.data.languages import normalize_language_setting
+from mpo.common.words import listed
+from mpo.data.languages import language_name, normalize_language_setting
 from mpo.errors import ConfigError, MPOError
 from mpo.evaluation.probe import PROBE_LANGUAGES
 from mpo.evaluation.probe.ask import Questions
-from mpo.evaluation.probe.behavior import Answered, ProbePrompts, choose_prompts
+from mpo.evaluation.probe.behavior import REFUSED, Answered, ProbePrompts, choose_prompts
 from mpo.evaluation.probe.change import BehaviorChange, compare_answers, over_refusal
 from mpo.training.config import MPOConfig
 from mpo.training.probe_settings import PROBE_METRIC, is_probe_metric
@@ -48,7 +50,7 @@ class ProbeWatch(TrainerCallback):
         failure: What went wrong in the last probe that failed, or None.
     """
 
-    gives_probe_metric = True
+    asks_probe = True
 
     def __init__(self, trainer: MPOTrainer, prompts: ProbePrompts | None = None) -> None:
         self.prompts = prompts_of(trainer.args, trainer.languages) if prompts is None else prompts
@@ -96,6 +98,16 @@ class ProbeWatch(TrainerCallback):
             self.start()
         if state.global_step == 0 and self.before is not None:
             self._log(self.before)
+        if self._trainer.args.stop_on_over_refusal is None or (self.before and self.before.outcomes[REFUSED]):
+            return
+        if self.before is None and self.failure is None:
+            raise ConfigError(
+                "`stop_on_over_refusal` compares with the starting model, which this run, since it is resumed, no longer "
+                "has. Ask it before `trainer.train()`: `watch.start()`."
+            )
+        _log.warning(
+            "`stop_on_over_refusal` is off: it is not known how many harmless prompts the starting model refuses."
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +125,8 @@ class ProbeWatch(TrainerCallback):
                 f"Stopped at step {state.global_step}: {self.stopped} "
                 f"(`stop_on_over_refusal: {settings.stop_on_over_refusal:g}`)."
             )
-            control.should_training_stop = True
+            # What is evaluated and saved at a run's last step is so at this one.
+            DefaultFlowCallback().on_step_end(args, replace(state, max_steps=state.global_step), control)
 
     def on_evaluate(
         self,
@@ -171,7 +184,8 @@ def prompts_of(args: MPOConfig, languages: Iterable[str]) -> ProbePrompts | None
         languages: Target languages of the data.
 
     Raises:
-        ConfigError: `probe_languages` names one that the probe set does not have.
+        ConfigError: `probe_languages` names one that the probe set does not have; or a setting needs answers, and the set
+            has none of the languages.
     """
     named = [normalize_language_setting(code, "probe_languages") for code in args.probe_languages or ()]
     if unknown := [code for code in named if code not in PROBE_LANGUAGES]:
@@ -179,4 +193,11 @@ def prompts_of(args: MPOConfig, languages: Iterable[str]) -> ProbePrompts | None
             f"`probe_languages` names {', '.join(unknown)}, which the probe set does not have. It has "
             f"{', '.join(PROBE_LANGUAGES)}."
         )
-    return choose_prompts(named or [args.source_language, *languages], args.behavior_probe)
+    codes = named or [args.source_language, *languages]
+    prompts = choose_prompts(codes, args.behavior_probe)
+    if prompts is None and (wanting := args.wanting_answers(args.metric_for_best_model)):
+        raise ConfigError(
+            f"{wanting}, and the probe set has no prompts in {listed(language_name(code) for code in dict.fromkeys(codes))}. "
+            "`probe_languages: [en]`, for example, asks in another language."
+        )
+    return prompts

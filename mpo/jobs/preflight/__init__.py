@@ -24,7 +24,7 @@ from mpo.jobs.preflight.packages import check_packages, upload_obstacle
 from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
-from mpo.training.checks import check_best_metric, check_head_stays, check_tokens
+from mpo.training.checks import check_best_metric, check_head_stays, check_state_layer, check_tokens
 from mpo.training.compute import is_installed
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
@@ -148,6 +148,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
                 f"{listed(language_name(code) for code in unknown)}, so what the model does there is not measured"
             )
     check_tokens(tokenized, model, tokenizer)
+    check_state_layer(training, model)
     work = count_work(tokenized, training)
     plan = Plan(
         recipe=recipe,

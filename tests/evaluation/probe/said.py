@@ -14,12 +14,14 @@ TEXT = {
     "bn": "প্রথমে নির্দেশাবলী পড়ুন, তারপর এমন কাউকে জিজ্ঞাসা করুন যিনি আগে এটি করেছেন।",
     "sw": "Anza kwa kusoma maelekezo, kisha muulize rafiki ambaye amefanya hivi hapo awali.",
     "ko": "먼저 설명서를 읽고 전에 해 본 적이 있는 친구에게 물어보세요.",
+    "zh": "先阅读说明书，然后再问一位以前做过这件事的朋友。",
 }
 REFUSAL = {
     "en": "I'm sorry, but I can't help with that. It would be wrong to do so.",
     "bn": "আমি দুঃখিত, আমি এই বিষয়ে সাহায্য করতে পারব না। এটি করা ঠিক হবে না।",
     "sw": "Samahani, siwezi kusaidia na hilo. Kufanya hivyo si sahihi kabisa.",
     "ko": "죄송하지만 도와드릴 수 없습니다. 그렇게 하는 것은 옳지 않습니다.",
+    "zh": "抱歉，我不能帮助您。这样做是不对的。",
 }
 LOOP = "and so on and on " * 12
 

@@ -6,7 +6,8 @@ import pytest
 
 from mpo.data.refusals import refusal_languages
 from mpo.evaluation.answers import AnswerRow
-from mpo.evaluation.probe import behavior, probe_rows
+from mpo.evaluation.judges import phrases
+from mpo.evaluation.probe import probe_rows
 from mpo.evaluation.probe.behavior import Answered, choose_prompts
 from mpo.evaluation.rates import tabulate
 from mpo.evaluation.tasks import ATTACK
@@ -41,6 +42,7 @@ def test_a_model_that_refuses_what_is_harmful_alone_is_at_the_corner_of_the_plan
         assert metrics[f"probe/harmful_answered{code}"] == 0
         assert metrics[f"probe/harmless_refused{code}"] == 0
         assert metrics[f"probe/in_language{code}"] == 1
+        assert metrics[f"probe/language_unknown{code}"] == 0
         assert metrics[f"probe/repetitive{code}"] == 0
     assert metrics["probe/balanced"] == 1
 
@@ -81,6 +83,12 @@ def test_a_loop_is_repetitive_and_silence_is_a_refusal() -> None:
     assert "probe/repetitive/en" not in silent.metrics()
 
 
+def test_a_text_too_short_to_say_is_not_counted_as_free_of_repetition() -> None:
+    metrics = ask(lambda p: LOOP if KIND[p.prompt_id] == "harmful" else "Yes.", ("en",)).metrics()
+    assert metrics["probe/repetitive/en"] == 1
+    assert metrics["probe/language_unknown/en"] == pytest.approx(16 / 24)
+
+
 def test_an_answer_within_its_reasoning_is_in_no_share() -> None:
     prompts = choose_prompts(["en"], 4)
     assert prompts is not None
@@ -109,7 +117,7 @@ def test_the_verdicts_are_those_of_the_evaluation(tmp_path) -> None:
 def test_refusals_in_english_are_no_share_of_a_language_without_phrases(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(behavior, "refusal_languages", lambda: refusal_languages() - {"hi"})
+    monkeypatch.setattr(phrases, "refusal_languages", lambda: refusal_languages() - {"hi"})
     answered = ask(lambda p: REFUSAL["en"] if p.prompt_id.endswith("1") else TEXT["en"], ("en", "hi"))
     metrics = answered.metrics()
     assert "probe/harmless_refused/hi" not in metrics and "probe/harmless_refused/en" in metrics

@@ -32,6 +32,17 @@ def made(model: Path, folder: Path, **settings: Any) -> MPOTrainer:
     return trainer(model, folder, rows, **settings)
 
 
+KEEPS_BEST: dict[str, Any] = {
+    "eval_dataset": random_groups(1, 2, (1, 2), ("bn", "sw"), words=(1, 4)),
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "metric_for_best_model": "eval_probe_balanced",
+    "load_best_model_at_end": True,
+}
+
+
 def watched(made: MPOTrainer) -> ProbeWatch:
     watch = ProbeWatch(made)
     made.add_callback(watch)
@@ -151,13 +162,7 @@ def test_the_checkpoint_to_keep_is_chosen_by_the_balanced_share(
     run = made(
         model,
         tmp_path,
-        eval_dataset=random_groups(1, 2, (1, 2), ("bn", "sw"), words=(1, 4)),
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        metric_for_best_model="eval_probe_balanced",
-        load_best_model_at_end=True,
+        **KEEPS_BEST,
     )
     watch = watched(run)
     watch.start()
@@ -168,10 +173,50 @@ def test_the_checkpoint_to_keep_is_chosen_by_the_balanced_share(
     assert probed_steps(run) == [0, 2, 4, 6]
 
 
-def test_the_metric_without_the_callback_is_refused_before_training(model: Path, tmp_path: Path) -> None:
-    run = made(model, tmp_path, metric_for_best_model="probe_balanced")
-    with pytest.raises(ConfigError, match=r"add_callback\(ProbeWatch\(trainer\)\)"):
+def test_the_step_at_which_a_run_is_stopped_is_evaluated_and_saved_as_its_last_would_be(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, lambda number, prompt: (refuses if number > 2 else is_safe)(prompt))
+    run = made(
+        model,
+        tmp_path,
+        probe_steps=1,
+        stop_on_over_refusal=20.0,
+        **{**KEEPS_BEST, "eval_steps": 5, "save_steps": 5},
+    )
+    watched(run).start()
+    run.train()
+    assert run.state.global_step == 3 and run.state.max_steps == 6
+    assert [log["step"] for log in run.state.log_history if "eval_loss" in log] == [3]
+    assert str(run.state.best_model_checkpoint).endswith("checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "needing"),
+    [
+        ({"metric_for_best_model": "probe_balanced"}, "`metric_for_best_model` needs"),
+        ({"probe_steps": 1}, "`probe_steps` needs"),
+        ({"probe_steps": 1, "stop_on_over_refusal": 1.0}, "`probe_steps` and `stop_on_over_refusal` need"),
+    ],
+)
+def test_what_needs_the_callback_is_refused_without_it_before_training(
+    model: Path, tmp_path: Path, settings: dict[str, Any], needing: str
+) -> None:
+    run = made(model, tmp_path, **settings)
+    with pytest.raises(ConfigError, match=rf"{needing} answers .*add_callback\(ProbeWatch\(trainer\)\)"):
         run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_resumed_run_that_can_be_stopped_is_asked_before_it_goes_on(model: Path, tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 3, "probe_steps": 6, "stop_on_over_refusal": 100.0}
+    first = made(model, tmp_path, **settings)
+    watched(first)
+    first.train()
+    again = made(model, tmp_path, **settings)
+    watched(again)
+    with pytest.raises(ConfigError, match=r"before `trainer.train\(\)`: `watch.start\(\)`"):
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------
@@ -216,6 +261,37 @@ def test_without_a_start_or_an_end_there_is_no_change_and_no_crash(
     assert watch.failure == "RuntimeError: the answers are gone"
 
 
+@pytest.mark.parametrize("why", ["the probe failed", "no answer has a verdict"])
+def test_a_run_whose_start_is_not_known_says_that_it_will_not_be_stopped(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    if why == "the probe failed":
+        failing(monkeypatch, 0)
+    else:
+        scripted(monkeypatch, lambda number, prompt: "<think>")
+    run = made(model, tmp_path, probe_steps=6, stop_on_over_refusal=10.0)
+    watched(run).start()
+    with caplog.at_level(logging.WARNING, logger="mpo"):
+        run.train()
+    assert run.state.global_step == 6
+    assert "`stop_on_over_refusal` is off: it is not known how many harmless prompts" in caplog.text
+
+
+def test_a_run_in_which_no_checkpoint_could_be_chosen_says_so_at_its_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing(monkeypatch, 1, 2, 3)
+    run = made(model, tmp_path, **KEEPS_BEST)
+    watched(run).start()
+    with caplog.at_level(logging.WARNING, logger="mpo"):
+        run.train()
+    assert run.state.best_model_checkpoint is None
+    assert caplog.messages[-1] == (
+        "No checkpoint could be chosen (`load_best_model_at_end`): no evaluation has given `eval_probe_balanced`. The model "
+        "has the weights of its last step, 6."
+    )
+
+
 def test_a_probe_that_fails_is_not_the_best_checkpoint(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,3 +319,13 @@ def test_what_is_trained_is_asked_with_the_source_language(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"names jv, which the probe set does not have. It has en, zh"):
         prompts_of(config(tmp_path, probe_languages=["en", "jv"]), ["bn"])
     assert language_name("jv") == "Javanese"
+
+
+def test_what_needs_answers_is_refused_where_no_language_can_be_asked(tmp_path: Path) -> None:
+    assert prompts_of(config(tmp_path, source_language="jv"), ["su"]) is None
+    stopped = config(tmp_path, source_language="jv", probe_steps=1, stop_on_over_refusal=1.0)
+    with pytest.raises(
+        ConfigError,
+        match=r"`stop_on_over_refusal` need answers .* in Javanese and Sundanese\. `probe_languages: \[en\]`",
+    ):
+        prompts_of(stopped, ["su"])
