@@ -80,8 +80,8 @@ def silhouette_table(name: str, layers: Mapping[str, Mapping[str, Silhouettes]])
         for layer, states in layers.items()
     )
     notes = (
-        "Semantic: harmful against harmless texts of all languages; language: one label per language. Two labels against many: compare",
-        "layers, and before with after, rather than one score with the other.",
+        "Semantic: harmful against harmless texts of all languages; language: one label per language. Compare layers, and",
+        "before with after: two labels are fewer than many, so one score says little beside the other.",
     )
     return TextTable(
         f"Silhouette scores of {name} by layer", ("Layer", "Semantic", "Language"), rows, notes=notes

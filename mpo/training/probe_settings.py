@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpo.common.checks import is_positive, is_whole, require
 from mpo.common.words import listed, nearest
 from mpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mpo.training.config import MPOConfig
 
 PROBE_METRIC = "probe_balanced"
 """Share of harmful prompts refused or of harmless ones answered, whichever is smaller, averaged over languages."""
@@ -119,13 +116,15 @@ def is_probe_metric(metric: str | None) -> bool:
     return metric is not None and metric.removeprefix("eval_") == PROBE_METRIC
 
 
-def check_probe_is_asked(args: MPOConfig, callbacks: Iterable[Any]) -> None:
+def check_probe_is_asked(
+    settings: ProbeSettings, metric_for_best_model: str | None, callbacks: Iterable[Any]
+) -> None:
     """Refuse settings that need answers to the probe prompts where no callback asks them.
 
     Raises:
         ConfigError: Names the settings and the callback.
     """
-    wanting = args.wanting_answers(args.metric_for_best_model)
+    wanting = settings.wanting_answers(metric_for_best_model)
     if wanting and not any(getattr(each, "asks_probe", False) for each in callbacks):
         raise ConfigError(
             f"{wanting}, and no callback of this trainer asks them. `mpo.evaluation.probe.watch.ProbeWatch` does: "

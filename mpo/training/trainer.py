@@ -445,7 +445,7 @@ class MPOTrainer(DPOTrainer):
             TrainingError: A loss or gradient is not finite, or a collapse was seen with ``stop_on_collapse``.
             StoppedBySignal: A signal has ended the run; the state of its last step is saved.
         """
-        check_probe_is_asked(self.args, self.callback_handler.callbacks)
+        check_probe_is_asked(self.args, self.args.metric_for_best_model, self.callback_handler.callbacks)
         checkpoint = self.resolve_checkpoint(resume_from_checkpoint)
         self._prepare_references()
         saves = self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
