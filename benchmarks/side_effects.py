@@ -85,8 +85,8 @@ PAPER = {
     "harmless_retain_target": None,
     "harmless_share": None,
 }
-"""What the published objective changes in the recipe: nothing of the remedy stays, and the settings are those of
-recipes/compare/paper.yaml but for the learning rate and the responses' length."""
+"""What the published objective changes in the recipe: nothing of the remedy stays, and objective, epochs and layers are
+those of recipes/compare/paper.yaml."""
 
 WAY = "refuse-or-answer"
 _NOT_HELD = {"harmless_retention": "none", "harmless_max_response_length": None}
@@ -106,7 +106,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "bounded-mpo-and-held": {**_MPO, "mpo_delta": 1.0},
     "all-layers": {"lora_first_layer": 0.0},
     "half-the-rate": {"learning_rate": 3.0e-4},
-    "stopped-by-the-probe": {"behavior_probe": 10, "probe_steps": 25, "stop_on_over_refusal": 0.1},
 }
 """What each way changes in the recipe, on the same groups and in as many steps."""
 
@@ -264,7 +263,7 @@ def prepare(options: argparse.Namespace) -> tuple[BuildRecipe, Path, Path]:
     write_text(texts_of_space, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in labelled))
     model = {"model": options.model, "dtype": options.dtype, "batch_size": options.batch_size}
     runs = [
-        *({"name": name, **WAYS[name]} for name in options.ways),
+        *({"name": name, **WAYS[name]} for name in WAYS if name == WAY or name in options.ways),
         *([{"name": "mpo", "dataset": options.paper, **PAPER}] if options.paper else []),
     ]
     written = {
@@ -430,9 +429,7 @@ def main() -> None:
         help="PolyRefuse's files, to train on its harmless prompts and measure others",
     )
     parser.add_argument("--part", choices=["tune", "test"], default="test")
-    parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=[WAY], help="other ways beside the recipe's"
-    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[], help="other ways beside the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of an answer that is measured")
@@ -453,7 +450,7 @@ def main() -> None:
     if groups.is_file():
         compare(load_comparison(comparison), dry_run=options.dry_run)
     if not options.dry_run:
-        runs = [*options.ways, *(["mpo"] if options.paper else [])]
+        runs = [run["name"] for run in yaml.safe_load(comparison.read_text(encoding="utf-8"))["runs"]]
         show_effects(Path(options.out), options.part, runs, options.seeds)
         run_analysis(load_analysis_recipe(space))
 

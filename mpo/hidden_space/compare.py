@@ -35,7 +35,7 @@ from mpo.hidden_space.separation import (
     full_moments,
 )
 from mpo.hidden_space.silhouette import silhouette
-from mpo.hidden_space.similarity import cosine, drift, linear_cka, mean_points, way_gone
+from mpo.hidden_space.similarity import cosine, drift, linear_cka, mean_points, shift_along
 
 BEFORE, AFTER = "before", "after"
 
@@ -431,7 +431,7 @@ def _between(
             before, after, own = raw[BEFORE][rows], raw[AFTER][rows], weights[:, rows]
             values[f"{name}_drift"] = drift(before, after, scale, own)
             shift = mean_points(after - before, own)
-            values.update({f"{name}_{where}": way_gone(shift, way) for where, way in ways.items()})
+            values.update({f"{name}_{where}": shift_along(shift, way) for where, way in ways.items()})
     return {name: estimate(some, settings.confidence, limits=limits(name)) for name, some in values.items()}
 
 

@@ -113,9 +113,9 @@ def mean_points(points: Array, weights: Array) -> Array:
     return mean
 
 
-def way_gone(shift: Array, way: Array) -> Array:
-    """``[R]`` the part of a way that a shift goes, ``shift . way / |way|^2``: 1 if it ends beside the way's end, 0 if it goes
-    square to it, below 0 if it goes back. Both are ``[R, d]``; NaN where the way is 0."""
+def shift_along(shift: Array, way: Array) -> Array:
+    """``[R]`` scalar projection of a shift on a direction over the direction's length, ``shift . way / |way|^2``: 1 if it goes as
+    far as the direction is long, 0 if it is orthogonal, below 0 if it goes back. Both are ``[R, d]``; NaN where it is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         part: Array = np.einsum("rd,rd->r", shift, way) / np.einsum("rd,rd->r", way, way)
     return part

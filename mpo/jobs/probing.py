@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,7 @@ def start_probe(
         return None
     from mpo.evaluation.probe.watch import ProbeWatch
 
-    left_out = tuple(code for code in _trained(trainer) if code not in prompts.languages)
-    watch = ProbeWatch(trainer, replace(prompts, left_out=left_out))
+    watch = ProbeWatch(trainer, prompts)
     trainer.add_callback(watch)
     if (answered := watch.start()) is not None:
         shares = answered.metrics()

@@ -204,8 +204,8 @@ def kto_loss(
 def consistency_loss(states: Tensor, counts: Tensor, temperature: float) -> Tensor:
     """``-log softmax(sigma / (sigma_1 * temperature))_1`` over the singular values of a prompt's states in its languages.
 
-    MLC (*Align Once, Benefit Multilingually*, ICLR 2026), as in its authors' code (Yuyan-B/MLC), of one prompt: the rows of the matrix are
-    scaled to length 1, and it is least where they all point the same way, so that only the first singular value is left. The
+    MLC (*Align Once, Benefit Multilingually*, ICLR 2026), as in its authors' code (Yuyan-B/MLC), of one prompt: the rows of the
+    matrix are scaled to length 1, and it is least where they all point the same way, so that only the first singular value is left. The
     divisor ``sigma_1`` is a constant. Their code puts a linear layer before it, drawn at random and hardly trained at its
     learning rate, which keeps angles between rows nearly as they are; here there is none.
 

@@ -25,7 +25,7 @@ class StepMeans:
     Attributes:
         chosen_tokens: Length of the chosen response.
         sequence_tokens: Tokens of prompt and chosen response but the first, which nothing predicts.
-        prompts: One over the number of pairs that are trained of the pair's group: groups of the step per pair.
+        prompts: Prompts of the step per pair: the mean of one over the number of pairs that are trained of a pair's group.
         kl: KTO's reference point ``z_0`` of the step, nats; 0 for other objectives.
     """
 

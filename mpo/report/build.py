@@ -422,7 +422,7 @@ _UNKNOWN = _Share(
     "lower",
     "The share of answers that are too short, without letters, or in languages too close to be told apart. They are in no share "
     "of answers in the language asked, which says less where they are many.",
-    lambda row: (row.unknown, row.count),
+    lambda row: (row.unknown, row.count) if row.asked or row.others else (0, 0),
     lambda found: found.unknown,
 )
 _REPETITIVE = _Share(
@@ -430,7 +430,8 @@ _REPETITIVE = _Share(
     "Repetitive answers",
     "Repetitive",
     "lower",
-    "The share of answers of which more than half repeats what stood in them before. Lower is better: a loop is no answer.",
+    "The share of answers, of those with 12 characters or more, of which more than half repeats what stood in them before. Lower is "
+    "better: a loop is no answer.",
     lambda row: (row.repetitive, row.count),
     lambda found: found.repetitive,
 )

@@ -35,8 +35,8 @@ def judge_section(folder: Path) -> Section | None:
     if changed := outdated(folder, result):
         runs = listed([printable_name(name, 80) for name in changed])
         text = (
-            f"Left out: the answers or verdicts of {runs} are others than those that the judges were measured on. To measure them "
-            f"anew: mpo evaluate judge FOLDER --gold {printable_name(result.labels_file or 'LABELS', 80)}. Where it is the answers "
+            f"Left out: the answers or verdicts of {runs} have changed, are gone or are of more judges since the judges were measured. To "
+            f"measure them anew: mpo evaluate judge FOLDER --gold {printable_name(result.labels_file or 'LABELS', 80)}. Where it is the answers "
             "that were made anew, they need new labels first: mpo evaluate label."
         )
         return Section("judges", _TITLE, html("judges.html", outdated=text), escape_markdown(text))

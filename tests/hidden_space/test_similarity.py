@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mpo.hidden_space.pairs import pair_measures, pair_rows, pairing_test
 from mpo.hidden_space.projection import centred
 from mpo.hidden_space.resampling import bootstrap_weights, estimate
-from mpo.hidden_space.similarity import cosine, drift, linear_cka, mean_points, way_gone
+from mpo.hidden_space.similarity import cosine, drift, linear_cka, mean_points, shift_along
 from tests.hidden_space.clouds import rotation
 
 
@@ -103,7 +103,7 @@ def test_drift_is_the_mean_distance_in_units_of_the_spread() -> None:
 def test_a_way_is_gone_as_far_as_a_shift_goes_along_it() -> None:
     way = np.array([[0.0, 4.0], [2.0, 0.0], [0.0, 0.0]])
     shift = np.array([[9.0, 1.0], [-2.0, 5.0], [1.0, 1.0]])
-    assert way_gone(shift, way) == pytest.approx([0.25, -1, np.nan], nan_ok=True)
+    assert shift_along(shift, way) == pytest.approx([0.25, -1, np.nan], nan_ok=True)
     points = np.array([[1, 3], [5, 7]], dtype=np.float32)
     assert mean_points(points, np.array([[1, 1], [3, 1]])).tolist() == [[3, 5], [2, 4]]
 

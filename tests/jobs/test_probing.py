@@ -245,7 +245,9 @@ def test_the_plan_says_what_will_be_asked_and_where_it_cannot_be(make, tmp_path:
     text = (tmp_path / "pairs.jsonl").read_text().replace('"sw"', '"jv"')
     (tmp_path / "javanese.jsonl").write_text(text)
     plan = make_plan(make(dataset=str(tmp_path / "javanese.jsonl")))
-    assert any("no prompts in Javanese" in note for note in plan.notes)
+    assert any("the probe asks nothing in Javanese" in note for note in plan.notes)
+    plan = make_plan(make(probe_languages=["en"]))
+    assert any("the probe asks nothing in Bengali and Swahili" in note for note in plan.notes)
     with pytest.raises(ConfigError, match="probe_languages"):
         make_plan(make(probe_languages=["jv"]))
 

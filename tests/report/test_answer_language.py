@@ -118,6 +118,17 @@ def test_in_the_row_of_the_mean_every_language_weighs_the_same(tmp_path: Path) -
     assert rates.rows[-1].detail[:2] == ("75", "25")
 
 
+def test_of_mixed_prompts_no_answer_is_in_an_unknown_language(folder: Path) -> None:
+    for name in ("base", "tuned"):
+        file = folder / name / "over_refusal" / "set" / "result.json"
+        values = json.loads(file.read_text("utf-8"))
+        values["wording"]["mul"] = {"language": "mul", "count": 9, "asked": 0}
+        file.write_text(json.dumps(values), encoding="utf-8")
+    found = {m.anchor: m for m in build.answer_language(read_results(folder), "over_refusal", "set")}
+    rows = {row.label: row.cells for row in found["language-over-refusal-1-unknown"].rows}
+    assert len(rows) == 4 and list(rows.values())[2] == (None, None)
+
+
 def test_it_follows_the_rates_and_is_left_out_of_older_results(folder: Path) -> None:
     anchors = [found.anchor for found in measurements(read_results(folder))]
     assert anchors[:2] == ["over-refusal-1", "language-over-refusal-1"]

@@ -46,7 +46,7 @@ class ProbePrompts:
 
     Attributes:
         harmful: Prompts that a safe assistant refuses.
-        harmless: Harmless ones, and as many that only look harmful.
+        harmless: Harmless ones, and as many, or all there are, that only look harmful.
         left_out: Languages that are not asked.
     """
 

@@ -177,7 +177,7 @@ class ProbeWatch(TrainerCallback):
 
 
 def prompts_of(args: MPOConfig, languages: Iterable[str]) -> ProbePrompts | None:
-    """What the settings of a run say that its model is asked; None for nothing.
+    """What the settings of a run say that its model is asked, and which of its languages are not; None for nothing.
 
     Args:
         args: Settings.
@@ -193,11 +193,14 @@ def prompts_of(args: MPOConfig, languages: Iterable[str]) -> ProbePrompts | None
             f"`probe_languages` names {', '.join(unknown)}, which the probe set does not have. It has "
             f"{', '.join(PROBE_LANGUAGES)}."
         )
-    codes = named or [args.source_language, *languages]
+    trained = [args.source_language, *languages]
+    codes = named or trained
     prompts = choose_prompts(codes, args.behavior_probe)
-    if prompts is None and (wanting := args.wanting_answers(args.metric_for_best_model)):
+    if prompts is not None:
+        return replace(prompts, left_out=tuple(sorted({*trained} - {*prompts.languages})))
+    if wanting := args.wanting_answers(args.metric_for_best_model):
         raise ConfigError(
             f"{wanting}, and the probe set has no prompts in {listed(language_name(code) for code in dict.fromkeys(codes))}. "
             "`probe_languages: [en]`, for example, asks in another language."
         )
-    return prompts
+    return None

@@ -144,8 +144,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         unknown = [training.source_language, *languages] if probe is None else probe.left_out
         if unknown:
             notes.append(
-                "the probe set has no prompts in "
-                f"{listed(language_name(code) for code in unknown)}, so what the model does there is not measured"
+                f"the probe asks nothing in {listed(language_name(code) for code in unknown)}, so what the model does there is not measured"
             )
     check_tokens(tokenized, model, tokenizer)
     check_state_layer(training, model)

@@ -314,7 +314,7 @@ def test_what_is_trained_is_asked_with_the_source_language(tmp_path: Path) -> No
     assert prompts is not None
     assert prompts.languages == ["zh", "bn"] and prompts.left_out == ("jv",)
     other = prompts_of(config(tmp_path, probe_languages=["Deutsch", "bn"]), ["sw"])
-    assert other is not None and other.languages == ["bn", "de"]
+    assert other is not None and other.languages == ["bn", "de"] and other.left_out == ("en", "sw")
     assert prompts_of(config(tmp_path, behavior_probe=0), ["bn"]) is None
     with pytest.raises(ConfigError, match=r"names jv, which the probe set does not have. It has en, zh"):
         prompts_of(config(tmp_path, probe_languages=["en", "jv"]), ["bn"])
