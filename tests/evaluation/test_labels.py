@@ -368,7 +368,7 @@ def test_a_judge_measured_on_other_answers_or_verdicts_is_left_out_of_the_report
         assert ("against labels" in table) == is_shown
         if not is_shown:
             for text in (page, table.replace("\\", "")):
-                assert "verdicts of attack/tuned/set are others" in text
+                assert "verdicts of attack/tuned/set have changed" in text
                 assert "mpo evaluate judge FOLDER --gold labels.csv" in text
         return is_shown
 
