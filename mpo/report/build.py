@@ -27,7 +27,7 @@ from mpo.evaluation.rates import LanguageRate, unfinished_note
 from mpo.evaluation.results import LARGEST_LOG, TextPerplexity
 from mpo.evaluation.reward_gap import ALL_TARGETS, RewardGapRow, RewardGapTable, compare, sort_languages
 from mpo.evaluation.tasks import NO_VERDICT, TASKS
-from mpo.evaluation.wording import Wording, in_language_asked, in_no_known_language, repeats_itself
+from mpo.evaluation.wording import Wording, in_no_known_language, repeats_itself
 from mpo.report.folder import ModelResults, Results, SafetyRun
 from mpo.report.measurement import (
     GAP,
@@ -462,7 +462,7 @@ def answer_language(results: Results, kind: str, prompt_set: str) -> list[Measur
             columns.append(None)
             continue
         rows = list(run.answers().values())
-        asked = in_language_asked(rows)
+        asked = run.in_language_asked
         told = {row.id for row in rows if row.prompt_id in asked.get(row.language, {})}
         about = asked, in_no_known_language(rows, told), repeats_itself(rows), run.verdicts
         columns.append(_Answers(run.result.wording, run.result.confidence, *about))
