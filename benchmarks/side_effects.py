@@ -14,7 +14,7 @@ NAME=FILE.csv`` adds sets. Nothing is trained on and measured. With ``--pairs``,
 trained on as harmful ones where the dominant language's chosen response is a refusal.
 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
-2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/refuse_or_answer.yaml), with ``--ways`` others of :data:`WAYS` on the
+2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/qwen.yaml), with ``--ways`` others of :data:`WAYS` on the
    same groups, with ``--paper`` also the published objective on the published pairs (``mpo``), once with each seed, and measures the
    model before and after.
 3. ``mpo analyze hidden-space`` says how far the measured harmful and harmless prompts lie apart before and after each run.
@@ -62,7 +62,7 @@ MULTIJAIL_PARTS = {"tune": (slice(0, 70), slice(70, 100)), "test": (slice(0, 100
 """Its rows that are trained on, and those that are measured or chosen from."""
 POLYREFUSE_PARTS = {"tune": (slice(0, 120), 30), "test": (slice(120, None), 48)}
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "refuse_or_answer.yaml"
+RECIPE = ROOT / "recipes" / "qwen.yaml"
 BUILD = ROOT / "recipes" / "data" / "refuse_or_answer.yaml"
 PAPER = {
     "loss_type": "mpo",

@@ -11,6 +11,13 @@ class MPOError(Exception):
     """Base class of all errors this package raises on purpose."""
 
 
+def advised(error: MPOError, advice: str) -> MPOError:
+    """An error of the same kind, of those in this module, whose message ends with a line of advice."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    found: MPOError = kind(f"{error}\n{advice}")
+    return found
+
+
 class ConfigError(MPOError, ValueError):
     """A setting is unknown, has the wrong type, or contradicts another one."""
 

@@ -16,14 +16,17 @@ from mpo.common.characters import printable
 from mpo.common.files import write_text
 from mpo.common.recipe_files import PackagedRecipe, packaged_recipe, packaged_recipes
 from mpo.common.words import listed, show_name
-from mpo.errors import ConfigError, MPOError, StorageError
+from mpo.errors import ConfigError, MPOError, StorageError, advised
 from mpo.jobs.demo import DEFAULT_FOLDER, prepare_demo_model
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from mpo.jobs.fit import Machine
 
-_FAMILIES = {"gemma": "gemma", "qwen": "qwen", "llama": "llama"}
-_WIDTH, _RATE = 4096, 2.0e-5  # hidden size and learning rate of the recipes for LoRA
+_FAMILIES = ("gemma", "qwen", "llama")  # each has a recipe of its name for groups of both kinds
+_HARMFUL_ALONE = "_mpo"  # and another for pairs of harmful prompts alone
+_WIDTH, _RATE = 4096, 2.0e-5  # hidden size and learning rate of the latter
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -85,15 +88,16 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
         )
     of_demo = model == str(DEFAULT_FOLDER) and Path(data).parts[-2:] == ("demo", "pairs.jsonl")
     tries = of_demo and wanted.template is None
-    template = _template("demo" if tries else wanted.template, model)
+    groups = _groups(data)
+    template = _template("demo" if tries else wanted.template, model, groups)
     machine = _machine(wanted)
     values = {
         "model_name_or_path": model,
         "dataset": data,
-        "source_language": wanted.source_language or _source_language(data),
+        "source_language": wanted.source_language or _source_language(groups),
         "bf16": "true" if _has_bf16(machine) else "false",
         "output_dir": f"runs/{name}",
-        **({} if tries else _learning_rate(model)),
+        **({} if tries or template.name in _FAMILIES else _learning_rate(model)),
     }
     comments = {
         "source_language": "language of the source pairs, whose gap the others are pulled to",
@@ -105,15 +109,22 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
     print(
         f"Written: {out}, from the recipe {template.name}. Every line in it says what it does.\n", flush=True
     )
+    if template.name.removesuffix(_HARMFUL_ALONE) in _FAMILIES and template.name not in _FAMILIES:
+        print(
+            "No prompt of these pairs is known as harmless, and a model that is trained on harmful ones alone comes to refuse "
+            "harmless ones, too; the run will measure it. `mpo data build` makes groups of both kinds, for which there is the "
+            f"recipe {template.name.removesuffix(_HARMFUL_ALONE)}.\n",
+            flush=True,
+        )
     command = f"mpo train {shlex.quote(str(out))}"
     try:
         if machine is not None:
             command = _plan(out, text, machine) or command
         _dry_run(out)
     except MPOError as error:
-        raise type(error)(
-            f"{error}\n{out} is kept. Once that is mended, check it again with:\n"
-            f"  mpo train {shlex.quote(str(out))} --dry_run"
+        raise advised(
+            error,
+            f"{out} is kept. Once that is mended, check it again with:\n  mpo train {shlex.quote(str(out))} --dry_run",
         ) from error
     print(f"\nNext:\n  {command}")
     return out
@@ -245,10 +256,13 @@ def _data(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- what is found out
 
 
-def _template(name: str | None, model: str) -> PackagedRecipe:
+def _template(name: str | None, model: str, groups: Dataset | None) -> PackagedRecipe:
     if name is None:
-        lowered = model.lower()
-        name = next((recipe for word, recipe in _FAMILIES.items() if word in lowered), "llama")
+        name = next((family for family in _FAMILIES if family in model.lower()), "llama")
+        from mpo.data.loading import count_kinds
+
+        if groups is None or not all(count_kinds(groups).values()):
+            name += _HARMFUL_ALONE
     recipe = packaged_recipe(name)
     if recipe is None or "/" in recipe.name:
         names = [recipe.name for recipe in packaged_recipes() if "/" not in recipe.name]
@@ -277,16 +291,26 @@ def _has_bf16(machine: Machine | None) -> bool:
     return machine is not None and all(device.bf16 for device in accelerators())
 
 
-def _source_language(data: str) -> str:
-    """The language of most of the first sources; English where that cannot be found out yet."""
-    from mpo.data import detect_language, load_groups
+def _groups(data: str) -> Dataset | None:
+    """The good groups of a file; None where it cannot be read, which the check of the recipe then says, or is on the Hub."""
+    from mpo.data import load_groups
 
-    if not os.path.isfile(data):
+    try:
+        return load_groups(data, bad_rows="drop").groups if os.path.isfile(data) else None
+    except MPOError:
+        return None
+
+
+def _source_language(groups: Dataset | None) -> str:
+    """The language of most of the first sources; English where that cannot be found out yet."""
+    from mpo.data import detect_language
+
+    if groups is None:
         return "en"
     try:
-        groups = load_groups(data, limit=20, bad_rows="drop").groups
-        texts = [group["source"]["chosen"][-1]["content"] for group in groups]
-        labels = Counter(str(group["source"]["language"]) for group in groups)
+        first = groups.select(range(min(20, len(groups))))
+        texts = [group["source"]["chosen"][-1]["content"] for group in first]
+        labels = Counter(str(group["source"]["language"]) for group in first)
         found = Counter(map(detect_language, texts)) if {*labels} == {"en"} else labels
         return found.most_common(1)[0][0]
     except (MPOError, LookupError, TypeError):

@@ -310,7 +310,7 @@ class Fit:
             + (f", in rows of {choice.row:,}" if choice.row < budget else "")
             + (", activations recomputed" if training.checkpointing else ", activations kept")
         }
-        facts |= self._advice(budget, training.checkpointing)
+        facts |= self._advice(budget, training.checkpointing, alone=gpus == 1 and sharding.engine == "torch")
         facts["Steps"] = (
             f"{run.steps:,} optimizer steps, {self.work.tokens * run.epochs:,.0f} tokens in {run.epochs:g} epochs"
         )
@@ -322,18 +322,26 @@ class Fit:
         facts["Launch"] = launch_command(self.recipe, choice, machine, self.rows[0])
         return facts
 
-    def _advice(self, budget: int, recomputed: bool) -> dict[str, str]:
-        """What to change where a micro-batch is too large for the machine, or could be larger."""
+    def _advice(self, budget: int, recomputed: bool, *, alone: bool) -> dict[str, str]:
+        """What to change where a micro-batch is too large for the machine, or could be larger; ``alone``: for one process whose
+        model is whole, which may take it in several calls."""
         args = self.recipe.training
         largest, micro = int(self.work.group_tokens.max()), args.per_device_train_batch_size
         by_tokens = args.max_tokens_per_batch
         if self.needed > budget:
             of = "" if by_tokens else f" of {counted(micro, 'group')}"
-            ways = [
-                f"Divide groups with `max_targets_per_group: {max(1, int(budget / max(1.0, self.work.mean_tree)) - 1)}`"
-            ]
+            trees = max(1, int(budget / max(1.0, self.work.mean_tree)) - 1)
+            ways = [f"Divide groups with `max_targets_per_group: {trees}`"]
             if by_tokens and largest <= budget:
                 ways = [f"Set `max_tokens_per_batch: {budget}`"]
+            elif alone:
+                ways = [f"Set `max_tokens_per_call: {budget}`, which changes nothing else"]
+            elif not by_tokens and largest <= budget:
+                fewer = budget // largest
+                again = math.ceil(micro / fewer) * args.gradient_accumulation_steps
+                ways = [
+                    f"Set `per_device_train_batch_size: {fewer}` and `gradient_accumulation_steps: {again}`"
+                ]
             if not recomputed:
                 ways.append("set `gradient_checkpointing: true`")
             return {"Note": f"a micro-batch{of} has up to {self.needed:,} tokens. {', or '.join(ways)}"}
@@ -485,7 +493,7 @@ def _work(recipe: Recipe, assumed: Assumptions) -> tuple[Workload, str]:
     return work, (
         f"assumed, since {origin} or its tokenizer is not here: {work.groups:,} groups of "
         f"{'' if work.pairs == most * work.groups else 'up to '}{counted(most, 'pair')}, "
-        f"{assumed.tree_tokens:,} tokens per tree"
+        f"{assumed.tree_tokens:,} tokens per tree{'' if work.harmless is None else f', {work.harmless.mean():.0%} of them harmless'}"
     )
 
 

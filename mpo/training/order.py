@@ -112,8 +112,9 @@ class ShareSampler(GroupBatchSampler):
         for kind, found in (("harmful", self._harmful), ("harmless", self._harmless)):
             if not len(found):
                 raise ConfigError(
-                    f"`harmless_share` is {share:g}, but there are no {kind} groups to train on. Add some (rows say "
-                    "`kind: harmless`), or remove `harmless_share`."
+                    f"`harmless_share` is {share:g}, but there are no {kind} groups to train on. Add some (`mpo data build` makes "
+                    "both kinds; rows of harmless ones say `kind: harmless`), or set `harmless_share: null`. Trained on harmful "
+                    "prompts alone, a model comes to refuse harmless ones, too."
                 )
         self._drawn = drawn_harmless(len(self._harmful), share)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,9 +159,15 @@ def _both_kinds(groups: Dataset, args: MPOConfig, harmless: np.ndarray) -> Workl
         for place, settings in zip(places, (args, args.harmless), strict=True)
         if len(place)
     ]
-    tokens = np.empty(len(groups), dtype=np.int64)
-    for place, part in zip([place for place in places if len(place)], parts, strict=True):
-        tokens[place] = part.group_tokens
+    return _sum_of_kinds(parts, args, harmless)
+
+
+def _sum_of_kinds(parts: Sequence[Workload], args: MPOConfig, harmless: np.ndarray) -> Workload:
+    """The work of harmful and of harmless groups as one; ``harmless`` ``[groups]`` says which these are."""
+    tokens = np.empty(len(harmless), dtype=np.int64)
+    kinds = [kind for kind in (~harmless, harmless) if kind.any()]
+    for kind, part in zip(kinds, parts, strict=True):
+        tokens[kind] = part.group_tokens
     return Workload(
         group_tokens=tokens,
         pairs=sum(part.pairs for part in parts),
@@ -183,20 +189,30 @@ def assume_work(args: MPOConfig, *, sources: int, targets: int, tree_tokens: int
         sources: Number of sources.
         targets: Target pairs of each source.
         tree_tokens: Tokens of each tree.
+
+    With ``harmless_share`` that share of the sources is taken to be harmless, and at least one is of each kind.
     """
-    run_source = args.runs_sources
-    most = (args.max_targets_per_group or targets) if args.group_by_source else 1
-    pairs_of_group = np.array([min(most, targets - start) for start in range(0, targets, most)])
-    tokens = np.tile((pairs_of_group + run_source) * tree_tokens, sources)
-    trees = sources * targets + (len(tokens) if run_source else 0)
-    return Workload(
-        group_tokens=tokens,
-        pairs=sources * targets,
-        tree_tokens=trees * tree_tokens,
-        trees=trees,
-        longest_tree=tree_tokens,
-        reference_tokens=_of_reference(args, sources * tree_tokens, sources * targets * tree_tokens),
-    )
+
+    def of(settings: MPOConfig, count: int) -> Workload:
+        run_source = settings.runs_sources
+        most = (settings.max_targets_per_group or targets) if settings.group_by_source else 1
+        pairs_of_group = np.array([min(most, targets - start) for start in range(0, targets, most)])
+        tokens = np.tile((pairs_of_group + run_source) * tree_tokens, count)
+        trees = count * targets + (len(tokens) if run_source else 0)
+        return Workload(
+            group_tokens=tokens,
+            pairs=count * targets,
+            tree_tokens=trees * tree_tokens,
+            trees=trees,
+            longest_tree=tree_tokens,
+            reference_tokens=_of_reference(settings, count * tree_tokens, count * targets * tree_tokens),
+        )
+
+    if args.harmless_share is None:
+        return of(args, sources)
+    harmless = max(1, round(args.harmless_share * sources))
+    parts = [of(args, max(1, sources - harmless)), of(args.harmless, harmless)]
+    return _sum_of_kinds(parts, args, np.repeat([False, True], [part.groups for part in parts]))
 
 
 def _of_reference(args: MPOConfig, sources: int, targets: int) -> int:

@@ -12,12 +12,12 @@ import yaml
 
 from mpo.cli import app
 from mpo.common.machine import Accelerator
-from mpo.errors import ConfigError, ModelError, StorageError
+from mpo.errors import ConfigError, DataError, ModelError, StorageError
 from mpo.jobs import begin as job
 from mpo.jobs.begin import Beginning, begin, filled
 from mpo.jobs.fit import Assumptions, Machine
 from mpo.training.recipe import Recipe, load_recipe
-from tests.data.rows import TEXTS, flat
+from tests.data.rows import TEXTS, flat, group, messages, pair
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def test_a_recipe_is_written_checked_and_named(
     monkeypatch.setattr("mpo.modeling.opening.load_model", no_weights)
     assert app.main(["init", "--model", str(model), "--data", str(PAIRS), "--yes"]) == 0
     out = capsys.readouterr().out
-    assert "Written: tiny-qwen.yaml, from the recipe qwen." in out
+    assert "Written: tiny-qwen.yaml, from the recipe qwen_mpo." in out
     assert "This was a dry run" in out and out.endswith("Next:\n  mpo train tiny-qwen.yaml\n")
     recipe = load_recipe("tiny-qwen.yaml")
     assert recipe.model.model_name_or_path == str(model) and recipe.data.dataset == str(PAIRS)
@@ -62,7 +62,7 @@ def test_a_recipe_is_written_checked_and_named(
     text = (folder / "tiny-qwen.yaml").read_text(encoding="utf-8")
     assert recipe.training.source_language == "en" and "Chinese" not in text
     assert (
-        text.startswith("# Made by `mpo init` from the recipe qwen, for a CPU.\n")
+        text.startswith("# Made by `mpo init` from the recipe qwen_mpo, for a CPU.\n")
         and "# rank 16 is" not in text
     )
     assert (
@@ -80,8 +80,25 @@ def test_the_language_of_the_sources_is_found_in_their_texts(folder: Path) -> No
     parts = ("source_prompt", "source_chosen", "source_rejected")
     row = flat("sw", **dict(zip(parts, TEXTS["zh"], strict=True)))
     (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert job._source_language("pairs.jsonl") == "zh"
-    assert job._source_language(str(PAIRS)) == "en" and job._source_language("gone.jsonl") == "en"
+    found = [job._source_language(job._groups(data)) for data in ("pairs.jsonl", str(PAIRS), "gone.jsonl")]
+    assert found == ["zh", "en", "en"]
+
+
+def test_groups_of_both_kinds_get_the_recipe_that_holds_harmless_ones(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harmless = {"source": pair("en", prompt=messages("How do I boil rice?", "user")), "kind": "harmless"}
+    other = {"source": pair("en", prompt=messages("How do I break a window?", "user"))}
+    rows = [group("bn"), group("bn", **other), group("bn", **harmless)]
+    for name, kept, template in (("both", rows, "qwen"), ("harmful", rows[:2], "qwen_mpo")):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        recipe = load_recipe(begin(Beginning(str(model), f"{name}.jsonl", out=f"{name}.yaml", yes=True)))
+        said = capsys.readouterr().out
+        assert f"from the recipe {template}." in said
+        assert ("No prompt of these pairs is known as harmless" in said) == (name == "harmful")
+        assert recipe.training.loss_type == (["sft"] if name == "both" else ["mpo"])
+        # The rate of this one was measured on a narrow model.
+        assert (recipe.training.learning_rate == 6e-4) == (name == "both")
 
 
 def test_what_is_missing_is_asked_until_it_can_be_used(
@@ -243,3 +260,12 @@ def test_the_demos_model_and_pairs_get_the_demos_settings(
     other.write_bytes(PAIRS.read_bytes())
     kept = load_recipe(begin(Beginning(model="demo", data=str(other), out="second", yes=True)))
     assert kept.training.max_response_length is None
+
+
+def test_a_faulty_row_is_said_with_what_to_do_next(model: Path) -> None:
+    rows = [group("bn"), group("bn", kind="harmless")]  # one source of two kinds
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"row 1, field `kind`(.|\n)*mine.yaml is kept(.|\n)*mine.yaml --dry_run$"
+    ):
+        begin(Beginning(str(model), "pairs.jsonl", out="mine.yaml", yes=True))

@@ -84,7 +84,7 @@ def lines(printed: str) -> dict[str, str]:
 
 
 def test_what_is_said_of_micro_batches_by_tokens_is_about_tokens(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(ROOT / "recipes" / "llama.yaml"), "--model", "llama-3.2-1b", "--gpus", "8"]
+    words = [str(ROOT / "recipes" / "llama_mpo.yaml"), "--model", "llama-3.2-1b", "--gpus", "8"]
     ample = plan(capsys, *words, "--max_tokens_per_batch", "12000", "--scaling")
     facts = lines(ample)
     room = re.fullmatch(r"for `max_tokens_per_batch: (\d+)`, .*", facts["Room"])
@@ -101,9 +101,45 @@ def test_what_is_said_of_micro_batches_by_tokens_is_about_tokens(capsys: pytest.
     assert said is not None and 4550 <= int(said[1]) < 100_000
     assert f"a micro-batch of {int(said[1]):,} tokens" in tight["Best"]
     groups = lines(plan(capsys, *words, *narrow, "--per_device_train_batch_size", "30"))
-    assert groups["Note"].startswith(
-        "a micro-batch of 30 groups has up to 136,500 tokens. Divide groups with"
+    said = re.fullmatch(
+        r"a micro-batch of 30 groups has up to 136,500 tokens\. Set `per_device_train_batch_size: (\d+)` and "
+        r"`gradient_accumulation_steps: (\d+)`",
+        groups["Note"],
     )
+    assert said is not None and int(said[1]) * int(said[2]) >= 30 > int(said[1]) * (int(said[2]) - 1)
+
+
+def test_what_is_said_of_a_micro_batch_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(ROOT / "recipes" / "llama_mpo.yaml"), "--gpus", "1", "--per_device_train_batch_size", "2"]
+    note = lines(plan(capsys, *words, "--gpu_memory", "24"))["Note"]
+    assert re.search(
+        r"up to 9,100 tokens\. Set `max_tokens_per_call: \d+`, which changes nothing else$", note
+    )
+    # Of one group, on several GPUs: nothing smaller is left but a part of it.
+    small = ["--model", "llama-3.2-1b", "--gpu_memory", "8", "--gradient_checkpointing", "true"]
+    words = [words[0], "--gpus", "8", *small, "--tree_tokens", "3000"]
+    note = lines(plan(capsys, *words))["Note"]
+    assert re.match(
+        r"a micro-batch of 1 group has .*\. Divide groups with `max_targets_per_group: [1-5]`", note
+    )
+
+
+def test_data_that_are_not_here_are_assumed_to_have_both_kinds_where_a_step_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [
+        str(ROOT / "recipes" / "llama.yaml"),
+        "--model",
+        "llama-3.2-1b",
+        "--gpus",
+        "1",
+        "--max_steps",
+        "-1",
+    ]
+    facts = lines(plan(capsys, *words, "--num_train_epochs", "1", "--harmless_share", "0.25"))
+    assert facts["Data"].endswith("100 groups of 6 pairs, 650 tokens per tree, 25% of them harmless")
+    # 75 harmful groups and 25 harmless ones, two in a step, of seven trees each.
+    assert facts["Steps"] == "50 optimizer steps, 455,000 tokens in 1 epochs"
 
 
 def test_a_tokenizer_in_the_hubs_cache_is_at_hand(
@@ -120,7 +156,7 @@ def test_a_tokenizer_in_the_hubs_cache_is_at_hand(
 
 
 def test_machines_have_nodes_of_any_size(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(ROOT / "recipes" / "llama.yaml"), "--model", "llama-3.2-1b", "--gpus_per_node", "6"]
+    words = [str(ROOT / "recipes" / "llama_mpo.yaml"), "--model", "llama-3.2-1b", "--gpus_per_node", "6"]
     assert "12 x 80 GB" in plan(capsys, *words, "--machines", "12x80")
 
 
@@ -135,7 +171,7 @@ def recomputed(printed: str) -> dict[str, str]:
 def test_activations_are_recomputed_where_the_trainer_would(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [str(ROOT / "recipes" / "llama.yaml"), "--gpus", "8", "--model", "llama-3.2-1b"]
+    words = [str(ROOT / "recipes" / "llama_mpo.yaml"), "--gpus", "8", "--model", "llama-3.2-1b"]
     ample = recomputed(plan(capsys, *words, "--gpu_memory", "80"))
     assert ample["DDP"] == "no" and ample["ZeRO-3"] == "yes"
     assert recomputed(plan(capsys, *words, "--gpu_memory", "10"))["DDP"] == "yes"
@@ -144,7 +180,7 @@ def test_activations_are_recomputed_where_the_trainer_would(
 
 
 def test_what_cannot_hold_one_target_and_its_source_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(ROOT / "recipes" / "llama.yaml"), "--model", "llama-3.2-1b", "--gpus", "8"]
+    words = [str(ROOT / "recipes" / "llama_mpo.yaml"), "--model", "llama-3.2-1b", "--gpus", "8"]
     words += ["--gpu_memory", "10"]
 
     def tokens(*more: str) -> int:

@@ -49,7 +49,7 @@ def load(write):
 
 
 def test_all_promised_recipes_are_there() -> None:
-    wanted = {"llama", "gemma", "qwen", "llama_full", "gemma_full", "qwen_full", "demo", "smoke"}
+    wanted = {f"{family}{kind}" for family in PAPER for kind in ("", "_mpo", "_full")} | {"demo", "smoke"}
     assert wanted <= {path.stem for path in SHIPPED}
 
 
@@ -82,15 +82,23 @@ def test_full_recipes_have_the_settings_of_the_paper(family: str) -> None:
 
 @pytest.mark.parametrize("family", PAPER)
 def test_lora_recipes_train_an_adapter_on_all_linear_layers_of_the_real_model(family: str) -> None:
-    lora, full = (load_recipe(RECIPES / f"{name}.yaml") for name in (family, f"{family}_full"))
-    assert lora.model.use_peft and lora.model.lora_target_modules == "all-linear"
-    assert lora.model.model_name_or_path == full.model.model_name_or_path
+    both, lora, full = (load_recipe(RECIPES / f"{family}{kind}.yaml") for kind in ("", "_mpo", "_full"))
     assert lora.training.beta == full.training.beta
-    assert lora.training.learning_rate > full.training.learning_rate
+    for recipe in (both, lora):
+        assert recipe.model.use_peft and recipe.model.lora_target_modules == "all-linear"
+        assert recipe.model.model_name_or_path == full.model.model_name_or_path
+        assert recipe.training.learning_rate > full.training.learning_rate
+
+
+def test_recipes_hold_harmless_prompts_alike_whatever_the_model() -> None:
+    own = {"model_name_or_path", "dataset", "output_dir", "attn_implementation", "learning_rate"}
+    given = [load_recipe(RECIPES / f"{family}.yaml").given for family in PAPER]
+    settings = [{key: value for key, value in each.items() if key not in own} for each in given]
+    assert settings[0]["harmless_retention"] == "reverse_kl" and settings[0] == settings[1] == settings[2]
 
 
 def test_gemma_2_recipes_do_not_use_sdpa() -> None:
-    for name in ("gemma", "gemma_full"):
+    for name in ("gemma", "gemma_mpo", "gemma_full"):
         assert load_recipe(RECIPES / f"{name}.yaml").model.attn_implementation in (
             "tree",
             "eager",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from mpo.building.writing import GROUPS, TABLE
 from mpo.common.files import did_you_mean
 from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
 from mpo.data.contract import answers_read, messages_identity
@@ -39,7 +40,8 @@ def check_data_files(recipe: Recipe) -> None:
             if Path(name).suffix.lower() in DATA_SUFFIXES or name.startswith(("/", ".", "~")):
                 places = sorted({os.getcwd(), str(recipe.source_path.resolve().parent)})
                 raise DataError(
-                    f"there is no such file (looked in {' and '.join(places)}).{did_you_mean(name)} Set `{key}`.",
+                    f"there is no such file (looked in {' and '.join(places)}).{did_you_mean(name)} Set `{key}`"
+                    f"{', or make it with `mpo data build`' if Path(name).name in (GROUPS, TABLE) else ''}.",
                     file=name,
                 )
 
