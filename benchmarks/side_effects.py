@@ -14,9 +14,9 @@ NAME=FILE.csv`` adds sets. Nothing is trained on and measured. With ``--pairs``,
 trained on as harmful ones where the dominant language's chosen response is a refusal.
 
 1. ``mpo data build`` makes groups: refusals of a list for harmful prompts, the model's own answers to harmless ones.
-2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/qwen.yaml), with ``--ways`` others of :data:`WAYS` on the
-   same groups, with ``--paper`` also the published objective on the published pairs (``mpo``), once with each seed, and measures the
-   model before and after.
+2. ``mpo compare`` trains ``refuse-or-answer`` on them (recipes/qwen.yaml), with ``--ways`` others of
+   recipes/compare/refuse_or_answer.yaml on the same groups, with ``--paper`` also the published objective on the published pairs
+   (``mpo``), once with each seed, and measures the model before and after.
 3. ``mpo analyze hidden-space`` says how far the measured harmful and harmless prompts lie apart before and after each run.
 
 What is done is skipped by the same command; ``OUT/compare-PART/index.html`` is the page, ``OUT/effects-PART.md`` a table for each
@@ -89,23 +89,11 @@ PAPER = {
 those of recipes/compare/paper.yaml."""
 
 WAY = "refuse-or-answer"
-_NOT_HELD = {"harmless_retention": "none", "harmless_max_response_length": None}
-_MPO = {"loss_type": "mpo", "beta": 1.0, "train_on": "targets", "retain_weight": 0.0}
 WAYS: dict[str, dict[str, Any]] = {
-    WAY: {},
-    "forward-kl": {"harmless_retention": "kl"},
-    "states": {"harmless_retention": "states"},
-    "pooled-states": {"harmless_retention": "hidden"},
-    "a-third-as-heavy": {"harmless_retain_weight": 0.5},
-    "three-times-as-heavy": {"harmless_retain_weight": 4.5},
-    "answers-taught": {"harmless_loss_type": "sft", **_NOT_HELD},
-    "gap-kept": {"harmless_loss_type": "gap_retention", **_NOT_HELD},
-    "gap-of-the-source": {"harmless_loss_type": "mpo", "harmless_train_on": "targets", **_NOT_HELD},
-    "preferences": {"loss_type": "sigmoid", "harmless_loss_type": "sigmoid", **_NOT_HELD},
-    "mpo-and-held": _MPO,
-    "bounded-mpo-and-held": {**_MPO, "mpo_delta": 1.0},
-    "all-layers": {"lora_first_layer": 0.0},
-    "half-the-rate": {"learning_rate": 3.0e-4},
+    run["name"]: {key: value for key, value in run.items() if key != "name"}
+    for run in yaml.safe_load(
+        (ROOT / "recipes" / "compare" / "refuse_or_answer.yaml").read_text(encoding="utf-8")
+    )["runs"]
 }
 """What each way changes in the recipe, on the same groups and in as many steps."""
 

@@ -322,7 +322,11 @@ def test_the_pages_show_the_data_check_the_dry_run_and_the_plans() -> None:
         "mpo train recipes/demo.yaml --dry_run",
         "mpo keys retain_pooling",
         "mpo plan recipes/llama_full.yaml --gpus 8 --gpu_memory 80",
-        *(f"mpo plan recipes/{name}{full}.yaml {machines}" for name in FAMILIES for full in ("_mpo", "_full")),
+        *(
+            f"mpo plan recipes/{name}{full}.yaml {machines}"
+            for name in FAMILIES
+            for full in ("_mpo", "_full")
+        ),
     }
 
 

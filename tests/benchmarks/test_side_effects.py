@@ -192,6 +192,7 @@ def test_the_published_objective_can_run_beside_it(
         "seed",
         "logging_steps",
         "save_steps",
+        "save_total_limit",
         "output_dir",
         "harmless_max_response_length",
         "harmless_retain_weight",

@@ -548,7 +548,7 @@ def test_the_papers_ten_rows_train_with_the_settings_that_their_comments_name() 
 def test_the_shipped_demo_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    for name in ("demo", "paper"):
+    for name in ("demo", "paper", "refuse_or_answer"):
         path = root / "recipes" / "compare" / f"{name}.yaml"
         if path.is_file():
             check_early(load_comparison(path))
