@@ -91,11 +91,13 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
     groups = _groups(data)
     template = _template("demo" if tries else wanted.template, model, groups)
     machine = _machine(wanted)
+    written = template.path.read_text(encoding="utf-8")
     values = {
         "model_name_or_path": model,
         "dataset": data,
         "source_language": wanted.source_language or _source_language(groups),
         "bf16": "true" if _has_bf16(machine) else "false",
+        **({} if _has_bf16(machine) or "\ndtype:" not in written else {"dtype": "float32"}),
         "output_dir": f"runs/{name}",
         **({} if tries or template.name in _FAMILIES else _learning_rate(model)),
     }
@@ -104,7 +106,7 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
         "dataset": "pairs: a prompt with a safe and an unsafe answer, and its translations",
     }
     opening = _opening(template.name, out, machine)
-    text = filled(template.path.read_text(encoding="utf-8"), values, comments, opening)
+    text = filled(written, values, comments, opening)
     write_text(out, text)
     print(
         f"Written: {out}, from the recipe {template.name}. Every line in it says what it does.\n", flush=True

@@ -99,6 +99,7 @@ def test_groups_of_both_kinds_get_the_recipe_that_holds_harmless_ones(
         assert recipe.training.loss_type == (["sft"] if name == "both" else ["mpo"])
         # The rate of this one was measured on a narrow model.
         assert (recipe.training.learning_rate == 6e-4) == (name == "both")
+        assert recipe.model.dtype == ("float32" if name == "both" else load_recipe("qwen_mpo").model.dtype)
 
 
 def test_what_is_missing_is_asked_until_it_can_be_used(
