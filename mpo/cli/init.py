@@ -24,7 +24,9 @@ def register(commands: Any) -> None:
     )
     init.add_argument("--out", metavar="FILE", help="the recipe (default: the model's name)")
     init.add_argument(
-        "--template", metavar="NAME", help="recipe to begin with (default: by the model's family)"
+        "--template",
+        metavar="NAME",
+        help="recipe to begin with (default: by the model's family and the kinds of prompts)",
     )
     init.add_argument(
         "--source_language", metavar="CODE", help="language of the sources (default: found out)"

@@ -26,7 +26,7 @@ def register(commands: Any) -> None:
     train = add_recipe_command(
         commands,
         "mpo train",
-        "recipes/llama.yaml",
+        "recipes/llama_mpo.yaml",
         help="train what a recipe describes",
         description="Train what a recipe describes; leave the model, its measurements and its card in `output_dir`.",
         changes=_CHANGES,

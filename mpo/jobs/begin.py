@@ -39,7 +39,7 @@ class Beginning:
         model: Folder or Hub name.
         data: File of pairs, or a name on the Hub.
         out: File of the recipe.
-        template: The recipe of the package to begin with; by default the one of the model's family.
+        template: The recipe of the package to begin with; by default one of the model's family, by the kinds of prompts in the data.
         source_language: Of the pairs.
         gpus: Number of GPUs; 0 for a CPU.
         gpu_memory: GB of each.
@@ -91,31 +91,37 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
     groups = _groups(data)
     template = _template("demo" if tries else wanted.template, model, groups)
     machine = _machine(wanted)
-    written = template.path.read_text(encoding="utf-8")
     values = {
         "model_name_or_path": model,
         "dataset": data,
         "source_language": wanted.source_language or _source_language(groups),
         "bf16": "true" if _has_bf16(machine) else "false",
-        **({} if _has_bf16(machine) or "\ndtype:" not in written else {"dtype": "float32"}),
         "output_dir": f"runs/{name}",
         **({} if tries or template.name in _FAMILIES else _learning_rate(model)),
     }
     comments = {
-        "source_language": "language of the source pairs, whose gap the others are pulled to",
-        "dataset": "pairs: a prompt with a safe and an unsafe answer, and its translations",
+        "source_language": "language that the prompts are translated from",
+        "dataset": "groups of both kinds: harmful prompts with a refusal, harmless ones with an answer",
     }
+    if template.name not in _FAMILIES:
+        comments = {
+            "source_language": "language of the source pairs, whose gap the others are pulled to",
+            "dataset": "pairs: a prompt with a safe and an unsafe answer, and its translations",
+        }
     opening = _opening(template.name, out, machine)
-    text = filled(written, values, comments, opening)
+    text = filled(template.path.read_text(encoding="utf-8"), values, comments, opening)
     write_text(out, text)
-    print(
-        f"Written: {out}, from the recipe {template.name}. Every line in it says what it does.\n", flush=True
-    )
-    if template.name.removesuffix(_HARMFUL_ALONE) in _FAMILIES and template.name not in _FAMILIES:
+    print(f"Written: {out}, from the recipe {template.name}. Its lines say what they do.\n", flush=True)
+    if wanted.template is None and template.name.endswith(_HARMFUL_ALONE):
+        family = template.name.removesuffix(_HARMFUL_ALONE)
         print(
-            "No prompt of these pairs is known as harmless, and a model that is trained on harmful ones alone comes to refuse "
-            "harmless ones, too; the run will measure it. `mpo data build` makes groups of both kinds, for which there is the "
-            f"recipe {template.name.removesuffix(_HARMFUL_ALONE)}.\n",
+            (
+                "These pairs were not looked at. If some of their prompts are harmless, begin with "
+                if groups is None
+                else "No prompt of these pairs is known as harmless, and a model that is trained on harmful ones alone comes to "
+                "refuse harmless ones, too; the run will measure it. For groups of both kinds, which `mpo data build` makes, there is "
+            )
+            + f"--template {family}.\n",
             flush=True,
         )
     command = f"mpo train {shlex.quote(str(out))}"

@@ -25,7 +25,7 @@ from mpo.modeling.layout import BATCH_TOKENS_DEFAULT
 from mpo.modeling.loading import ModelSource, load_config, load_tokenizer, pick_attention, translate_error
 from mpo.planning.fitting import Choice, best, choices, row_lengths
 from mpo.planning.known_models import shape_config
-from mpo.planning.memory import GB, Training, describe
+from mpo.planning.memory import GB, Sharding, Training, describe
 from mpo.planning.throughput import efficiency, reference_flops, sent_per_step, step_flops
 from mpo.training.recipe import Recipe
 from mpo.training.workload import (
@@ -247,6 +247,8 @@ class Fit:
     def facts(self) -> dict[str, str]:
         training = self.training
         what = f"an adapter of {training.trained / 1e6:.1f}M" if training.adapter else "all weights"
+        if training.adapter and self.recipe.model.lora_first_layer:
+            what += " (counted in all layers)"
         precision = "bf16" if training.half else "float32"
         base = f", base in {training.bits} bits" if training.bits < 16 else ""
         return {
@@ -310,7 +312,7 @@ class Fit:
             + (f", in rows of {choice.row:,}" if choice.row < budget else "")
             + (", activations recomputed" if training.checkpointing else ", activations kept")
         }
-        facts |= self._advice(budget, training.checkpointing, alone=gpus == 1 and sharding.engine == "torch")
+        facts |= self._advice(budget, training, splits=self._splits(gpus, sharding))
         facts["Steps"] = (
             f"{run.steps:,} optimizer steps, {self.work.tokens * run.epochs:,.0f} tokens in {run.epochs:g} epochs"
         )
@@ -322,19 +324,32 @@ class Fit:
         facts["Launch"] = launch_command(self.recipe, choice, machine, self.rows[0])
         return facts
 
-    def _advice(self, budget: int, recomputed: bool, *, alone: bool) -> dict[str, str]:
-        """What to change where a micro-batch is too large for the machine, or could be larger; ``alone``: for one process whose
-        model is whole, which may take it in several calls."""
+    def _splits(self, gpus: int, sharding: Sharding) -> bool:
+        """Whether a micro-batch may be several model calls, which leave no gradients that the plan has not counted."""
+        text = self.training.config.get_text_config()
+        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+        return bool(
+            gpus == 1
+            and sharding.engine == "torch"
+            and self.training.adapter
+            and not self.recipe.given.get("fp16")
+            and not experts
+        )
+
+    def _advice(self, budget: int, training: Training, *, splits: bool) -> dict[str, str]:
+        """What to change where a micro-batch is too large for the machine, or could be larger."""
         args = self.recipe.training
         largest, micro = int(self.work.group_tokens.max()), args.per_device_train_batch_size
         by_tokens = args.max_tokens_per_batch
+        if splits and args.max_tokens_per_call is not None and args.max_tokens_per_call <= budget:
+            return {}
         if self.needed > budget:
             of = "" if by_tokens else f" of {counted(micro, 'group')}"
             trees = max(1, int(budget / max(1.0, self.work.mean_tree)) - 1)
             ways = [f"Divide groups with `max_targets_per_group: {trees}`"]
             if by_tokens and largest <= budget:
                 ways = [f"Set `max_tokens_per_batch: {budget}`"]
-            elif alone:
+            elif splits:
                 ways = [f"Set `max_tokens_per_call: {budget}`, which changes nothing else"]
             elif not by_tokens and largest <= budget:
                 fewer = budget // largest
@@ -342,9 +357,11 @@ class Fit:
                 ways = [
                     f"Set `per_device_train_batch_size: {fewer}` and `gradient_accumulation_steps: {again}`"
                 ]
-            if not recomputed:
+            if not training.checkpointing:
                 ways.append("set `gradient_checkpointing: true`")
             return {"Note": f"a micro-batch{of} has up to {self.needed:,} tokens. {', or '.join(ways)}"}
+        if args.max_steps > 0:
+            return {}  # larger steps would be as many
         if by_tokens and budget > by_tokens:
             return {"Room": f"for `max_tokens_per_batch: {budget}`, which makes steps fewer and larger"}
         if not by_tokens and budget >= 2 * largest and micro < budget // largest:

@@ -20,7 +20,8 @@ from mpo.common.provenance import Provenance
 from mpo.common.redaction import portable_path, redact, redact_text
 from mpo.common.tables import escape_markdown
 from mpo.common.typed_json import read_typed
-from mpo.common.words import with_arrows
+from mpo.common.words import listed, with_arrows
+from mpo.data.contract import HARMLESS
 from mpo.data.languages import language_name
 from mpo.data.leaks import counts_in_words
 from mpo.errors import ConfigError, DataError, MPOError
@@ -28,16 +29,30 @@ from mpo.evaluation.probe.change import BehaviorChange
 from mpo.evaluation.results import LEAKS, LeaksResult, TrainingMetrics
 from mpo.evaluation.reward_gap import Change, Comparison, RewardGapTable, compare, sort_languages
 from mpo.report.rendering import Raw, code, fence, markdown
+from mpo.training.objectives import find_objective
 
 _log = get_logger(__name__)
 
+_OF_HARMLESS = {
+    "harmless_loss_type": "Objective of harmless groups",
+    "harmless_loss_weight": "Its weight",
+    "harmless_retention": "Harmless prompts held by",
+    "harmless_retain_weight": "Weight of that",
+    "harmless_share": "Share of harmless groups in a step",
+    "harmless_max_response_length": "Tokens of their responses",
+}
+_MPO = "*Multilingual reward gaP Optimization* (MPO)"
 # Recipe keys worth a line of their own, in the order of the card.
 _SETTINGS = {
+    "loss_type": "Objective",
+    "loss_weights": "Weights of the objectives",
+    "train_on": "Trained on",
     "beta": "\N{GREEK SMALL LETTER BETA}, scale of the target gap",
     "retain_weight": "\N{GREEK SMALL LETTER LAMDA}, weight of the retention term",
     "retain_pooling": "Pooling of the retention term",
     "min_source_gap": "Least reference gap of a source",
     "language_weights": "Weights of the languages",
+    **_OF_HARMLESS,
     "learning_rate": "Learning rate",
     "lr_scheduler_type": "Learning-rate schedule",
     "warmup_steps": "Warm-up (steps, or a ratio below 1)",
@@ -138,6 +153,9 @@ def write_card(
     folder = Path(folder)
     recipe = redact_text(recipe_yaml).strip()
     values = redact(_read_settings(recipe) if settings is None else dict(settings))
+    objectives = _objectives(values)
+    by_mpo = "mpo" in objectives
+    both_kinds = _both_kinds(provenance)
     hub_id = base_model if _is_hub_id(base_model) else None
     shown_base = hub_id or _shown_path(base_model)
     targets = sort_languages(languages)
@@ -146,7 +164,10 @@ def write_card(
     text = markdown(
         "card.md",
         metadata=Raw(_metadata(hub_id, peft, [source_language, *targets], dataset_name).to_yaml()),
-        title=f"{os.path.basename(shown_base.rstrip('/'))}-MPO",
+        title=f"{os.path.basename(shown_base.rstrip('/'))}-{'MPO' if by_mpo else 'aligned'}",
+        method=Raw(listed(_MPO if name == "mpo" else code(name) for name in objectives)),
+        by_mpo=by_mpo,
+        held=both_kinds and values.get("harmless_retention", "none") != "none",
         kind=kind if merged_from is None else "A LoRA adapter folded into",
         base=_linked(base_model),
         targets=[language_name(language) for language in targets] or ["no language"],
@@ -393,6 +414,7 @@ def _facts(
 ) -> list[tuple[str, str]]:
     """Data, settings, hardware and versions, each with its label."""
     found = redact(dict(provenance or {}))
+    idle = _idle(settings, both_kinds=_both_kinds(provenance))
     out: list[tuple[str, str]] = []
     if dataset_name:
         out.append(("Data", _linked(dataset_name, "datasets/")))
@@ -401,8 +423,10 @@ def _facts(
             out.append((label, code(found[key])))
     for key, label in _SETTINGS.items():
         value = settings.get(key)
-        unused = value is None or value is False or (key == "max_steps" and value == -1)
+        unused = value is None or value is False or key in idle or (key == "max_steps" and value == -1)
         if not unused and (adapter or key not in _ADAPTER_SETTINGS.values()):
+            if key == "beta" and "mpo" not in _objectives(settings):
+                label = label.partition(",")[0]
             out.append((label, _setting(value)))
     kinds = _mapping(found.get("groups_by_kind"))
     if kinds:
@@ -422,6 +446,33 @@ def _facts(
             ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
         )
     return out
+
+
+def _objectives(settings: Mapping[str, Any]) -> list[str]:
+    names = settings.get("loss_type") or ["mpo"]
+    return [str(name) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _both_kinds(provenance: Mapping[str, Any] | None) -> bool:
+    """Whether some of the groups are harmless."""
+    return bool(_mapping((provenance or {}).get("groups_by_kind")).get(HARMLESS))
+
+
+def _idle(settings: Mapping[str, Any], *, both_kinds: bool) -> set[str]:
+    """Settings that nothing in the run reads."""
+    idle = set() if both_kinds else {*_OF_HARMLESS}
+    if settings.get("harmless_loss_type") == ["none"]:
+        idle.add("harmless_loss_weight")
+    if settings.get("harmless_retention", "none") == "none":
+        idle |= {"harmless_retention", "harmless_retain_weight"}
+    try:
+        reads = {option for name in _objectives(settings) for option in find_objective(name).reads}
+    except MPOError:  # an objective of a package that is not installed here
+        return idle
+    idle |= {"beta", "retain_weight"} - reads
+    if "retain_weight" in idle and (not both_kinds or settings.get("harmless_retention") != "hidden"):
+        idle.add("retain_pooling")
+    return idle
 
 
 def _leak_facts(file: Path) -> list[tuple[str, str]]:

@@ -99,7 +99,13 @@ def test_groups_of_both_kinds_get_the_recipe_that_holds_harmless_ones(
         assert recipe.training.loss_type == (["sft"] if name == "both" else ["mpo"])
         # The rate of this one was measured on a narrow model.
         assert (recipe.training.learning_rate == 6e-4) == (name == "both")
-        assert recipe.model.dtype == ("float32" if name == "both" else load_recipe("qwen_mpo").model.dtype)
+        text = Path(f"{name}.yaml").read_text(encoding="utf-8")
+        assert ("groups of both kinds: harmful" in text, "whose gap the others" in text) == (
+            name == "both",
+            name == "harmful",
+        )
+    begin(Beginning(str(model), "both.jsonl", out="own.yaml", template="qwen_mpo", yes=True))
+    assert "No prompt of these" not in capsys.readouterr().out
 
 
 def test_what_is_missing_is_asked_until_it_can_be_used(

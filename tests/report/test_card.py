@@ -140,6 +140,43 @@ def test_how_it_was_trained_is_read_from_the_recipe(tmp_path: Path) -> None:
     assert re.search(r"\| Versions \| mpo .*torch .*trl ", text)
 
 
+def test_a_card_names_the_objective_and_what_was_held_and_no_setting_that_nothing_reads(
+    tmp_path: Path,
+) -> None:
+    settings = {
+        "loss_type": ["sft"],
+        "train_on": "both",
+        "beta": 1.0,
+        "retain_weight": 1.0,
+        "retain_pooling": "mean",
+        "harmless_loss_type": ["none"],
+        "harmless_loss_weight": 1.0,
+        "harmless_retention": "reverse_kl",
+        "harmless_retain_weight": 1.5,
+    }
+    kinds = {"groups_by_kind": {"harmful": 3, "harmless": 4}}
+    text = _write(tmp_path, settings=settings, provenance=kinds)
+    assert (
+        "trained with `sft`. The aim: safe responses" in text
+        and "on harmless ones the model as it was." in text
+    )
+    assert "| Harmless prompts held by | reverse\\_kl |" in text and "| Weight of that | 1.5 |" in text
+    for absent in ("moves each", "scale of the target gap", "retention term", "Its weight", "-MPO"):
+        assert absent not in text, absent
+    # On harmful groups alone nothing of harmless ones is in effect.
+    text = _write(tmp_path, settings=settings, provenance={"groups_by_kind": {"harmful": 3}})
+    assert "harmless ones" not in text.partition("## Results")[0] and "| Harmless prompts held by" not in text
+    text = _write(
+        tmp_path, settings={**settings, "loss_type": ["sigmoid", "mpo"], "harmless_retention": "none"}
+    )
+    assert (
+        "trained with `sigmoid` and *Multilingual reward gaP" in text
+        and "scale of the target gap | 1 |" in text
+    )
+    text = _write(tmp_path, settings={**settings, "loss_type": ["sigmoid"]})
+    assert "| β | 1 |" in text and "retention term" not in text
+
+
 def test_a_full_fine_tune_lists_no_lora_settings(tmp_path: Path) -> None:
     text = _write(tmp_path, peft=False, settings={"beta": 1.0, "lora_r": 16, "lora_alpha": 32})
     assert "LoRA rank" not in text and "LoRA alpha" not in text
