@@ -63,10 +63,11 @@ def sample(engine: Engine, prompts: Sequence[tuple[str | None, int]], kept: Kept
 def _read(answer: Answer) -> Row:
     parts = split_reasoning(answer.text)
     text = parts.answer.strip()
+    thought = bool(parts.reasoning or answer.reasoning)
     fault = None
     if answer.blocked is not None:
         fault = "the server withheld the answer"
-    elif not parts.complete or (not text and not answer.finished):
+    elif not parts.complete or (thought and not text and not answer.finished):
         fault = "still reasoning when it was cut off"
     elif not text:
         fault = "no text"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpo.common.characters import printable
 from mpo.common.files import write_text
@@ -266,7 +266,8 @@ def _data(name: str) -> str:
 
 def _template(name: str | None, model: str, groups: Dataset | None) -> PackagedRecipe:
     if name is None:
-        name = next((family for family in _FAMILIES if family in model.lower()), "llama")
+        told = f"{_configured(model).get('model_type', '')} {model}".lower()
+        name = min((family for family in _FAMILIES if family in told), key=told.index, default="llama")
         from mpo.data.loading import count_kinds
 
         if groups is None or not all(count_kinds(groups).values()):
@@ -325,12 +326,21 @@ def _source_language(groups: Dataset | None) -> str:
         return "en"
 
 
+def _configured(model: str) -> dict[str, Any]:
+    """What ``config.json`` of a model in a folder holds; empty where there is none."""
+    try:
+        found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _learning_rate(model: str) -> dict[str, str]:
     """For a model in a folder that is narrower than those of the recipes: their rate, scaled by its width."""
+    config = _configured(model)
     try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         width = int((config.get("text_config") or config)["hidden_size"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         return {}
     rate = f"{_RATE * _WIDTH / width:.1e}".replace("e-0", "e-")
     return {"learning_rate": rate} if 0 < width < _WIDTH / 2 else {}

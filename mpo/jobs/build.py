@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,7 +30,7 @@ from mpo.building.plan import (
 from mpo.building.prompts import Dropped, PromptRow, read_prompts
 from mpo.building.recipe import BuildRecipe
 from mpo.building.refusals import Refusals
-from mpo.building.screening import Screen, Side
+from mpo.building.screening import Counts, Screen, Side
 from mpo.building.stages import Kept, Row, Stage, dumped, note_start, read_rows
 from mpo.building.starter import starter_openings
 from mpo.building.targets import Target
@@ -38,13 +40,19 @@ from mpo.common.files import PART, check_writable, write_json
 from mpo.common.locks import locked_folder
 from mpo.common.provenance import collect
 from mpo.common.tables import TextTable
-from mpo.data.contract import HARMFUL, HARMLESS
+from mpo.common.words import counted
+from mpo.data.contract import HARMFUL, HARMLESS, KINDS
 from mpo.data.languages import language_name
 from mpo.errors import StorageError
 from mpo.evaluation.engines import Engine, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, make_judge
 
 STAGES = "stages"
+
+_WITHOUT = {
+    HARMFUL: "Nothing in these groups teaches a model to refuse.",
+    HARMLESS: "A model that is trained on harmful ones alone comes to refuse harmless ones, too.",
+}
 
 
 def build_data(recipe: BuildRecipe, *, dry_run: bool = False) -> Path | None:
@@ -143,6 +151,10 @@ class _Build:
 
     def check(self) -> None:
         """Finds out what would otherwise show only after hours, and says what will be asked how often."""
+        if self.recipe.translation.engine == "none" and not self.recipe.prompts.skips_missing:
+            missing = {code: self.facts.prompts_to_translate(code) for code in self.recipe.languages}
+            if any(missing.values()):
+                make_translator(self.recipe.translation, missing)  # raises: nothing translates
         check_build(self.recipe, self.facts, self.refusals, self.openings)
         print(plan_text(self.recipe, self.facts), flush=True)
 
@@ -428,6 +440,7 @@ class _Build:
             recipe.languages,
             any_answer=recipe.answers.takes_any_harmless,
         )
+        lost: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         with Output(self.out, recipe.page.examples) as output:
             for row in read_rows(self.folder / "left_out.jsonl"):
                 each = Dropped(**row)
@@ -436,11 +449,13 @@ class _Build:
             rows = zip(self.prompts(), self.pairs.rows(), self._all_sides(), strict=True)
             while block := list(islice(rows, recipe.block)):
                 self._check_rows(block)
-                for (_, _, sides), (group, dropped) in zip(block, screen.block(block), strict=True):
+                for (prompt, _, sides), (group, dropped) in zip(block, screen.block(block), strict=True):
                     for each in dropped:
                         output.drop(each, source_of(each, sides, recipe.source_language))
                     if group is not None:
                         output.add(group)
+                    else:
+                        lost[prompt.kind][_main_reason(dropped, recipe.source_language)] += 1
         counts = screen.counts
         write_json(
             self.out / COUNTS,
@@ -459,18 +474,30 @@ class _Build:
                 (language_name(code), f"{made:,}", f"{counts.kept[code]:,}")
                 for code, made in counts.made.items()
             ),
-            notes=tuple(
-                f"Left out by {name}: {found.total():,}."
-                for name, found in counts.by_filter().items()
-                if found
+            notes=(
+                *_by_kind(counts, lost),
+                *(
+                    f"Left out by {name}: {found.total():,}."
+                    for name, found in counts.by_filter().items()
+                    if found
+                ),
             ),
         )
         print()
         table.show()
         print(f"\nWritten: {self.out / 'groups.parquet'}, {self.out / 'README.md'}, {written}")
+        groups = self.out / "groups.parquet"
         if not counts.groups.total():
             print("No group is left: see report.html for the reasons.")
-        return self.out / "groups.parquet"
+            return groups
+        for kind, without in _WITHOUT.items():
+            if counts.prompts[kind] and not counts.groups[kind]:
+                print(
+                    f"\nWarning: of {counted(counts.prompts[kind], f'{kind} prompt')} none is left. {without} {self.out / 'report.html'} shows "
+                    "why they were left out."
+                )
+        print(_next_commands(groups, recipe.source_language))
+        return groups
 
     def _check_rows(self, block: Sequence[tuple[PromptRow, Row, Mapping[str, Side]]]) -> None:
         """Rows of stages belong to their prompts, whatever else has written into the files."""
@@ -509,6 +536,36 @@ def _answers(
 ) -> list[Row]:
     found = [[] for _ in rows] if engine is None else sample(engine, asked, kept)
     return [{"id": row.id, "answers": answers} for row, answers in zip(rows, found, strict=True)]
+
+
+def _main_reason(dropped: Sequence[Dropped], source_language: str) -> str:
+    """Why a prompt became no group: what its source lacks, else what most of its target languages do."""
+    named = [each for each in dropped if each.language is not None]
+    reasons = [each.reason for each in named if each.language == source_language]
+    reasons = reasons or [each.reason for each in named or dropped]
+    return Counter(reasons).most_common(1)[0][0] if reasons else "no reason is known"
+
+
+def _by_kind(counts: Counts, lost: Mapping[str, Counter[str]]) -> list[str]:
+    """A sentence for each kind of prompts, where there are both: its groups, and why most of the others are none."""
+    kinds = [kind for kind in KINDS if counts.prompts[kind]]
+    if len(kinds) < 2:
+        return []
+    said = []
+    for kind in kinds:
+        text = f"{kind.capitalize()}: {counted(counts.groups[kind], 'group')} of {counted(counts.prompts[kind], 'prompt')}"
+        if lost[kind]:
+            ((reason, count),) = lost[kind].most_common(1)
+            text += f"; {lost[kind].total():,} left out, {count:,} of them for: {reason}"
+        said.append(f"{text}.")
+    return said
+
+
+def _next_commands(groups: Path, source_language: str) -> str:
+    """What is done with the groups of a build."""
+    file = shlex.quote(str(groups))
+    language = "" if source_language == "en" else f" --source_language {source_language}"
+    return f"\nNext:\n  mpo data check {file}{language}\n  mpo train RECIPE --dataset {file}{language}"
 
 
 def _judge_settings(judges: Mapping[str, Judge]) -> dict[str, Any]:

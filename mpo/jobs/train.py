@@ -37,6 +37,7 @@ from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import (
     check_output_folder,
     remove_earlier_result,
+    result_steps,
     set_result_aside,
     wanted_checkpoint,
 )
@@ -48,9 +49,11 @@ from mpo.modeling.opening import folder_content
 from mpo.report.answers import PAGE as ANSWERS
 from mpo.report.run import PROBE_ANSWERS
 from mpo.training.allocator import keep_freed_memory
-from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint
+from mpo.training.checkpoints import holds_weights_only, last_complete_checkpoint, steps_of
 from mpo.training.launcher import launched_with
+from mpo.training.ranks import from_main
 from mpo.training.recipe import Recipe, settings_in_effect
+from mpo.training.resume import no_step_is_left
 from mpo.training.stopping import StopSignals
 from mpo.training.workload import seen_by_step
 
@@ -64,8 +67,8 @@ _DESCRIPTIONS = {
     "tokenizer.json": "the tokenizer",
     "recipe.yaml": "the resolved recipe",
     "provenance.json": "data fingerprint, versions, hardware, command",
-    "metrics.json": "reward gap per language, before and after",
-    "training_curve.png": "held-out gap per language and loss, over the steps",
+    "metrics.json": "all that was measured, before and after",
+    "training_curve.png": "gap per language and loss, over the steps",
     "overview.png": "gap, harmful prompts answered and harmless ones refused, before and after",
     "behavior.png": "harmless prompts refused against harmful ones answered, before and after",
     PROBE_ANSWERS: "the model's answers to the probe prompts, before and after",
@@ -125,6 +128,12 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
         trainer = _build_trainer(plan)
         # A checkpoint that does not fit is named before anything is scored.
         checkpoint = trainer.resolve_checkpoint(wanted_checkpoint(plan.recipe))
+        ended = checkpoint is not None and no_step_is_left(checkpoint, recipe.training, plan.steps)
+        if ended and (complete := _complete(plan, str(checkpoint), trainer)):
+            say(complete)
+            if recipe.training.push_to_hub and main:
+                _push(trainer, folder, say)  # an upload that has failed is made up for
+            return folder
         if trainer.resume_changes:
             provenance["resume_changes"] = trainer.resume_changes
         if main:
@@ -137,9 +146,8 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
             before = _score(trainer, plan, "before", say)
         watch = start_probe(trainer, plan.probe, say.now)
         # How many sources `min_source_gap` leaves out is known only after the reference pass.
-        say.now(
-            "Training" if recipe.training.min_source_gap is not None else f"Training for {plan.steps} steps"
-        )
+        length = "" if recipe.training.min_source_gap is not None else f" for {plan.steps} steps"
+        say.now("All steps are trained; their result is made now" if ended else f"Training{length}")
         result = trainer.train(resume_from_checkpoint=checkpoint)
         say.now(f"Trained in {duration(result.metrics.get('train_runtime', 0.0))}{_left_out(trainer)}")
         if trainer.retain_weights is not None:
@@ -176,6 +184,24 @@ def _train(recipe: Recipe, dry_run: bool, held: ExitStack) -> Path:
     if plan.recipe.training.push_to_hub and main:
         _push(trainer, folder, say)
     return folder
+
+
+def _complete(plan: Plan, checkpoint: str, trainer: MPOTrainer) -> str | None:
+    """What is said of a run whose last step this checkpoint holds, if its whole result is there; else None.
+
+    All ranks call this; the main process looks.
+    """
+    training = plan.recipe.training
+    folder, (done, _) = Path(str(training.output_dir)), steps_of(checkpoint)
+    saved = training.process_index == 0 and result_steps(folder, Path(checkpoint)) == done
+    if not from_main(saved, trainer.accelerator):
+        return None
+    length = "max_steps" if training.max_steps > 0 else "num_train_epochs"
+    return (
+        f"\nThe run is complete: {done} of {min(done, plan.steps)} steps are trained, and the result is in {folder}. Nothing "
+        f"was changed. A larger `{length}` with `resume_changes: [{length}]` goes on from here; `overwrite_output_dir: true` "
+        "without `resume_from_checkpoint` begins anew."
+    )
 
 
 def how_to_resume(recipe: Recipe) -> str:

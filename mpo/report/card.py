@@ -242,6 +242,12 @@ def write_merged_card(
         take(picture, bool, None)
     take(LEAKS, lambda file: read_typed(file, LeaksResult), None)
     languages = settings.get("languages") if after is None else [row.language for row in after.targets]
+    if languages is None and behavior is not None:
+        languages = [
+            code
+            for code in behavior.after.harmless_refused.languages
+            if code != settings.get("source_language", "en")
+        ]
     dominant = (
         settings.get("source_language") if after is None or after.source is None else after.source.language
     )

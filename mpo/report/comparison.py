@@ -10,7 +10,9 @@ from typing import Any
 
 from mpo.common.files import write_text
 from mpo.common.tables import TextTable, escape_markdown, printable_name
+from mpo.common.typed_json import read_typed
 from mpo.common.words import counted, duration, listed, number, size
+from mpo.errors import MPOError
 from mpo.evaluation.comparison import (
     ATTACK,
     GAP,
@@ -26,6 +28,7 @@ from mpo.evaluation.comparison import (
     Row,
     Run,
 )
+from mpo.evaluation.results import LEAKS, LeaksResult
 from mpo.report import plane
 from mpo.report.measurement import GAP as GAP_UNIT
 from mpo.report.measurement import NONE, SHARE, Unit, p_text, shown_language
@@ -34,6 +37,7 @@ from mpo.report.rendering import Section, html, page
 from mpo.report.tables import Shown, bare
 
 PAGE, TABLE = "index.html", "compare.md"
+_MEASURED = "measured"  # folder of the results beside the page
 
 UNITS: dict[str, Unit] = {
     ATTACK: SHARE,
@@ -105,7 +109,7 @@ def write_comparison(
         base=comparison.base,
         summary=_summary(comparison),
         failed=[(run.name, run.error) for run in comparison.runs if run.state == "failed"],
-        findings=_findings(comparison),
+        findings=[*_leaks(folder / _MEASURED / LEAKS, details is not None), *_findings(comparison)],
         sections=[section for section in sections if section is not None],
         details=link,
     )
@@ -130,6 +134,29 @@ def _summary(comparison: ComparisonResult) -> str:
         f"{counted(settings, 'setting')}, {counted(_seeds(comparison), 'seed')}: {len(done)} of "
         f"{counted(len(comparison.runs), 'run')} measured.{budget}"
     )
+
+
+def _leaks(file: Path, details: bool) -> list[str]:
+    """That measured prompts stand in the training data, one line; nothing where none does or nobody has looked."""
+    if not file.is_file():
+        return []
+    try:
+        leaks = read_typed(file, LeaksResult)
+    except MPOError:
+        return []
+    found = [
+        f"{len(leaked.found):,} of {leaked.prompts:,} in {name}"
+        for name, leaked in leaks.sets.items()
+        if leaked.found
+    ]
+    if not found:
+        return []
+    data = printable_name(listed(leaks.training), 80)
+    without = " The page of every run has the rates without them." if details else ""
+    return [
+        f"Measured prompts stand in the training data ({data}), which flatters the runs that were trained on it: "
+        f"{listed(found)}.{without}"
+    ]
 
 
 def _findings(comparison: ComparisonResult) -> list[str]:

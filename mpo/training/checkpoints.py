@@ -121,6 +121,16 @@ def saved_state(folder: str | Path) -> dict[str, Any]:
     return _marked(folder, "state")
 
 
+def steps_of(folder: str | Path) -> tuple[int, int]:
+    """The steps that had been taken when a checkpoint was saved, and all that its run was to take.
+
+    Raises:
+        OSError, ValueError, KeyError: It does not say so.
+    """
+    state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"], state["max_steps"]
+
+
 def damaged_files(folder: str | Path) -> list[str]:
     """Files of a complete checkpoint whose content is not what was saved. Reads all of it.
 
@@ -190,7 +200,7 @@ def set_aside(folder: str | Path, resumed: str | Path | None = None) -> list[Pat
     start = 0
     if resumed is not None:
         (Path(resumed) / EARLIER).unlink(missing_ok=True)
-        start = json.loads((Path(resumed) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        start, _ = steps_of(resumed)
     found = []
     for path in checkpoints(folder):
         later = int(path.name.rpartition("-")[2]) > start

@@ -112,9 +112,14 @@ class ShareSampler(GroupBatchSampler):
         for kind, found in (("harmful", self._harmful), ("harmless", self._harmless)):
             if not len(found):
                 raise ConfigError(
-                    f"`harmless_share` is {share:g}, but there are no {kind} groups to train on. Add some (`mpo data build` makes "
-                    "both kinds; rows of harmless ones say `kind: harmless`), or set `harmless_share: null`. Trained on harmful "
-                    "prompts alone, a model comes to refuse harmless ones, too."
+                    f"`harmless_share` is {share:g}, but there are no {kind} groups to train on. `mpo data build` makes both kinds; "
+                    "rows of harmless ones say `kind: harmless`, and `limit` takes the first rows of a file."
+                    + (
+                        " Trained on harmful prompts alone, a model comes to refuse harmless ones, too; who wants that takes a "
+                        "recipe for them (llama_mpo, gemma_mpo, qwen_mpo), or sets `harmless_share: null`."
+                        if kind == "harmless"
+                        else ""
+                    )
                 )
         self._drawn = drawn_harmless(len(self._harmful), share)
 

@@ -105,7 +105,11 @@ class TrainingProgress(TrainerCallback):
         words = [f"loss {logs['loss']:.4f}"]
         terms = [
             f"{name} {logs[key]:.4f}"
-            for key, name in (("loss/reward_gap", "gap"), ("loss/retention", "retain"))
+            for key, name in (
+                ("loss/reward_gap", "gap"),
+                ("loss/retention", "retain"),
+                ("harmless/loss/retention", "harmless held"),
+            )
             if key in logs
         ]
         if terms:

@@ -23,6 +23,7 @@ from mpo.training.checkpoints import (
     is_set_aside,
     saved_state,
     set_aside,
+    steps_of,
 )
 from mpo.training.config import MPOConfig
 from mpo.training.ranks import from_main
@@ -210,6 +211,13 @@ class ResumableRun:
             )
         self._optimizer_settings.apply(self._changed, optimizer, scheduler)
 
+    def position(self, started: tuple[int, int], max_steps: int, num_train_epochs: int) -> tuple[int, int]:
+        """Where the loop begins: at ``started`` (epochs, micro-batches), or past its last epoch if no step is left.
+
+        The library's loop looks at ``max_steps`` only after a step, so in the middle of an epoch it would take one more.
+        """
+        return (num_train_epochs, 0) if self._trainer.state.global_step >= max_steps else started
+
     def _last_intact(self) -> Path | StorageError | None:
         """The last complete checkpoint whose files are as they were saved; the main process looks for it."""
         if not self._trainer.accelerator.is_main_process:
@@ -257,6 +265,23 @@ def check_has_optimizer(checkpoint: str | Path, *, trains_adapter: bool) -> None
             f"the checkpoint '{checkpoint}' cannot be resumed: it was saved with `save_only_model: true`, without optimizer, "
             f"schedule and random state. Start a new run from its weights (`{key}: {checkpoint}`) in another `output_dir`."
         )
+
+
+def no_step_is_left(checkpoint: str | Path, args: MPOConfig, planned: int) -> bool:
+    """Whether the run that a checkpoint belongs to has been trained to its end.
+
+    Args:
+        checkpoint: Its folder; it fits the run.
+        args: The settings of the run that is to go on.
+        planned: The steps of the run as it is planned now, before ``min_source_gap`` has left sources out.
+    """
+    done, total = steps_of(checkpoint)
+    if done >= planned:
+        return True
+    if args.min_source_gap is None or args.max_steps > 0 or args.ignore_data_skip:
+        return False  # the plan is exact, or the epochs may have another number of steps than they had
+    then = saved_settings(saved_state(checkpoint)) or {}
+    return done >= total and then.get("num_train_epochs") == args.num_train_epochs
 
 
 def check_planned(checkpoint: str | Path, args: MPOConfig, model: Any, *, harmless: bool) -> None:

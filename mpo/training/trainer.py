@@ -495,7 +495,7 @@ class MPOTrainer(DPOTrainer):
         )
         # A checkpoint's state brings along how often its run logged, evaluated and saved.
         self.state.compute_steps(self.args, max_steps)
-        return started
+        return self._run.position(started, max_steps, num_train_epochs)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any

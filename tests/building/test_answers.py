@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from mpo.building.answers import DATA, MODEL, REFUSALS, PairMaker, own_answer
+from mpo.building.answers import DATA, MODEL, REFUSALS, PairMaker, own_answer, sample
 from mpo.building.prompts import PromptRow
 from mpo.building.recipe import AnswerSettings
 from mpo.building.refusals import Refusals
 from mpo.building.starter import starter_openings, starter_refusals
 from mpo.building.targets import Target
 from mpo.building.translation import TranslationChoice
+from mpo.evaluation.engines import Answer
 from tests.evaluation.probe.said import REFUSAL, TEXT
 
 
@@ -76,3 +77,27 @@ def test_an_own_answer_that_is_the_lists_refusal_is_held_beside_another_refusal(
         (row,) = target.texts([(prompt, pair, given, {"answers": [said(answer)]})], {})
         assert (row["chosen"], row["rejected"] == own["sw"]) == (answer, same)
         assert row["rejected"] in starter_refusals("sw")
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (Answer("\n" * 24, finished=False), "no text"),
+        (Answer("", finished=True), "no text"),
+        (Answer("<think>A fish", finished=False), "still reasoning when it was cut off"),
+        (Answer("<think>A fish.</think>\n", finished=False), "still reasoning when it was cut off"),
+        (Answer("", finished=False, reasoning="A fish"), "still reasoning when it was cut off"),
+        (Answer("", finished=True, reasoning="A fish"), "no text"),
+        (Answer("A perch.", finished=False), None),
+    ],
+)
+def test_only_what_has_begun_to_reason_was_still_reasoning(answer: Answer, fault: str | None) -> None:
+    class Engine:
+        def generate(self, conversations: Any, done: Any) -> Any:
+            yield 0, answer
+
+    class Rows(dict[str, Any]):
+        keep = dict.__setitem__
+
+    (((row,)),) = sample(Engine(), [("Name a fish.", 1)], Rows())  # type: ignore[arg-type]
+    assert row["fault"] == fault

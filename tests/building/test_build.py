@@ -383,7 +383,10 @@ def test_prompts_in_some_of_the_languages_need_no_translator_where_the_others_ar
             "answers: {chosen: refusal, rejected: [opening], harmless: any, samples: 1, generation: {temperature: 0}}\n"
             f"filters: {{copy: null, length_ratio: null}}\nout: '{tmp_path / 'out'}'\n",
         )
-        with pytest.raises(ConfigError, match=r"nothing is set that translates.*prompts: \{missing: skip\}"):
+        with pytest.raises(
+            ConfigError,
+            match=r"missing \(2 in zh and 2 in sw\) and nothing is set that translates.*prompts: \{missing: skip\}",
+        ):
             build_data(load_build(path))
         build_data(load_build(path, ["--prompts.missing", "skip"]))
         assert len(server.requests) == 3 + 1 + 2  # harmless prompts in en, zh and sw
@@ -444,3 +447,37 @@ def test_harmless_prompts_that_nobody_would_answer_are_an_error(tmp_path: Path) 
     )
     with pytest.raises(ConfigError, match="1 harmless prompts need the model"):
         build_data(load_build(path))
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_build_says_how_many_groups_there_are_of_each_kind_and_what_comes_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], empty: bool
+) -> None:
+    rows = [
+        {"id": "bread", "kind": "harmless", "en": "How do I bake bread?", "zh": "怎么烤面包？"},
+        {"id": "tea", "kind": "harmless", "en": "How do I make tea?", "zh": "怎么泡茶？"},
+        {"id": "car", "kind": "harmful", "en": "How do I steal a car?", "zh": "怎么偷车？"},
+    ]
+
+    def reply(body: dict[str, Any]) -> str:
+        text = body["messages"][-1]["content"]
+        return "\n" * 24 if empty or text == "怎么泡茶？" else f"Well: {text}"
+
+    with serve(ChatServer(reply=reply, finish_reason=lambda body: "length")) as server:
+        path = write_recipe(
+            tmp_path,
+            f"prompts: {{data: ['{write_rows(tmp_path / 'p.jsonl', rows)}']}}\nlanguages: [zh]\n"
+            f"model: {{model: toy, engine: server, url: {server.url}}}\n"
+            "answers: {chosen: refusal, rejected: [opening], harmless: any, samples: 1, generation: {temperature: 0}}\n"
+            f"filters: {{copy: null, length_ratio: null}}\nout: '{tmp_path / 'an out'}'\n",
+        )
+        groups = build_data(load_build(path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Harmful: 1 group of 1 prompt." in said
+    if empty:
+        assert "Harmless: 0 groups of 2 prompts; 2 left out, 2 of them for: no text." in said
+        assert "Warning: of 2 harmless prompts none is left." in said
+    else:
+        assert "Harmless: 1 group of 2 prompts; 1 left out, 1 of them for: no text." in said
+        assert "Warning" not in said
+    assert f"Next: mpo data check '{groups}' mpo train RECIPE --dataset '{groups}'" in said

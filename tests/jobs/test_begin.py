@@ -70,6 +70,15 @@ def test_a_recipe_is_written_checked_and_named(
     )  # comments of keys stay, those of the machine go
 
 
+def test_the_family_is_that_of_the_models_files_before_that_of_its_name(folder: Path) -> None:
+    named = folder / "llama" / "mine"
+    named.mkdir(parents=True)
+    assert job._template(None, str(named), None).name == "llama_mpo"
+    (named / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    assert job._template(None, str(named), None).name == "gemma_mpo"
+    assert job._template(None, "org/other", None).name == "llama_mpo"
+
+
 def test_the_rate_grows_for_models_narrower_than_half_of_those_of_the_recipes(folder: Path) -> None:
     for width, wanted in ((4096, {}), (2048, {}), (2047, {"learning_rate": "4.0e-5"})):
         (folder / "config.json").write_text(json.dumps({"hidden_size": width}))

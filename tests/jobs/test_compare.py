@@ -112,6 +112,17 @@ def test_all_wrong_keys_of_all_runs_are_said_at_once(load: Any) -> None:
             "`search` and `validation_suite` go together",
         ),
         ({"shared": {"seed": 3}}, "`shared.seed`: use `seeds`"),
+        ({"seed": 3}, "`seed` is not a key of a comparison; use `seeds`"),
+        (
+            {"model_name_or_path": "x"},
+            "`model_name_or_path` is not a key of a comparison; it is one of a training recipe, which "
+            "`shared.model_name_or_path` sets for every run.",
+        ),
+        (
+            {"shared": {"lerning_rate": 1}},
+            "c.yaml: `shared`: `lerning_rate` is not a key of a recipe; the nearest is `learning_rate`.",
+        ),
+        ({"titel": "x"}, "`titel` is not a key of a comparison; the nearest is `title`"),
     ],
 )
 def test_what_is_wrong_with_a_comparison_is_one_sentence(
@@ -166,6 +177,19 @@ def test_what_only_the_model_and_the_data_show_is_said_of_all_runs_before_the_fi
     assert "2 runs cannot be made" in str(error.value)
     assert "a: gone.jsonl" in str(error.value) and "c: " in str(error.value)
     assert not stub.trained and not stub.measured
+
+
+def test_a_mistake_of_many_runs_is_said_once(load: Any, stub: Stub) -> None:
+    def said(count: int) -> str:
+        runs = [{"name": f"r{n}", "beta": n + 1.0} for n in range(count)]
+        with pytest.raises(ConfigError) as error:
+            compare(load(runs=runs, shared={"dataset": "gone.jsonl"}))
+        return str(error.value)
+
+    assert said(14).count("gone.jsonl") == said(3).count("gone.jsonl") == said(1).count("gone.jsonl")
+    assert "14 runs cannot be made:\n  r0 and 13 other runs: gone.jsonl" in said(14)
+    assert "3 runs cannot be made:\n  r0, r1 and r2: gone.jsonl" in said(3)
+    assert "cannot be made" not in said(1) and not stub.trained
 
 
 def test_a_dry_run_shows_runs_steps_and_pairs_and_starts_nothing(

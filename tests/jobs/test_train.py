@@ -686,7 +686,8 @@ def test_a_run_that_holds_nothing_out_measures_nothing_and_says_so(
     out = train(make(held_out=0, **LORA))
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["held_out_groups"] == 0 and "before" not in metrics
-    assert "nothing is held out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ("nothing is held out and nothing is asked" in said) == (metrics.get("behavior") is None)
     assert not (out / "reward_gap.png").exists()
 
 
@@ -887,8 +888,13 @@ def test_a_finished_result_is_not_replaced_unless_asked_for(
 def test_a_whole_model_and_checkpoints_are_replaced_only_at_the_end(make) -> None:
     settings = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1}
     out = train(make(**settings))
+    with pytest.raises(StorageError, match=r"a run that is complete.*checkpoint-2") as error:
+        make_plan(make(**settings))
+    assert "--overwrite_output_dir true" in str(error.value) and f"--output_dir {out}-2" in str(error.value)
+    (out / "README.md").rename(out / "card")  # as if it had died while it wrote its result
     with pytest.raises(StorageError, match="holds the checkpoints of an earlier run"):
         make_plan(make(**settings))
+    (out / "card").rename(out / "README.md")
     train(make(seed=5, overwrite_output_dir=True, max_steps=1, **settings))
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1"]
     assert not (out / "earlier-result").exists()
@@ -899,6 +905,81 @@ def test_a_finished_run_may_be_resumed_in_its_own_folder(make) -> None:
     first = content(train(make(**settings)))
     second = content(train(make(**settings)))
     assert first["adapter_model.safetensors"] == second["adapter_model.safetensors"]
+
+
+BEYOND = {**LORA, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+
+
+def test_a_complete_run_that_is_resumed_trains_nothing_and_stays(
+    make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last step lies in the middle of an epoch, of four steps."""
+    make(max_steps=6, **BEYOND)
+    words = ["train", str(tmp_path / "r.yaml")]
+    assert cli.main(words) == 0
+    out = tmp_path / "out"
+    first = content(out)
+    assert "checkpoint-6/complete.json" in first
+    for resume in ("auto", "true", str(out / "checkpoint-6")):
+        capsys.readouterr()
+        assert cli.main([*words, "--resume_from_checkpoint", resume]) == 0
+        said = capsys.readouterr().out
+        assert f"The run is complete: 6 of 6 steps are trained, and the result is in {out}." in said
+        assert "Training for" not in said and "`resume_changes: [max_steps]`" in said
+        assert content(out) == first
+    # A longer run goes on, and one that is begun anew replaces the result.
+    train(make(**{**BEYOND, "max_steps": 7}, resume_from_checkpoint="auto", resume_changes=["max_steps"]))
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 7
+    train(make(**BEYOND, max_steps=1, overwrite_output_dir=True))
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 1
+
+
+def test_a_result_that_was_not_written_is_made_without_a_step(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(make(max_steps=6, output_dir=str(tmp_path / "whole"), **BEYOND))
+
+    def die(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    for place in ("mpo.jobs.train.finish_probe", "mpo.report.card.write_card"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, die)
+            with pytest.raises(ZeroDivisionError):
+                train(make(max_steps=6, output_dir=str(tmp_path / place), **BEYOND))
+        capsys.readouterr()
+        again = {"max_steps": 6, "output_dir": str(tmp_path / place), "resume_from_checkpoint": "auto"}
+        out = train(make(**again, **BEYOND))
+        assert "All steps are trained; their result is made now" in capsys.readouterr().out
+        assert not (out / "checkpoint-7").exists() and (out / "README.md").is_file()
+        first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, out))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, out))
+        assert {key: one[key] for key in ("steps", "pairs", "after")} == {
+            key: two[key] for key in ("steps", "pairs", "after")
+        }
+        train(make(**again, **BEYOND))
+        assert "The run is complete: 6 of 6 steps" in capsys.readouterr().out
+
+
+def test_the_result_of_a_shorter_run_is_not_that_of_the_last_step(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make(max_steps=5, **BEYOND))
+    longer = {**BEYOND, "max_steps": 6, "resume_from_checkpoint": "auto", "resume_changes": ["max_steps"]}
+
+    def die(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mpo.jobs.train.finish_probe", die)
+        with pytest.raises(ZeroDivisionError):
+            train(make(**longer))
+    out = Path(str(make(**longer).training.output_dir))
+    assert (out / "checkpoint-6" / "complete.json").exists()
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 5
+    train(make(**longer))
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 6
 
 
 def test_a_run_that_cannot_be_resumed_leaves_the_files_of_the_one_before(make, tmp_path: Path) -> None:

@@ -161,7 +161,15 @@ def test_a_card_names_the_objective_and_what_was_held_and_no_setting_that_nothin
         and "on harmless ones the model as it was." in text
     )
     assert "| Harmless prompts held by | reverse\\_kl |" in text and "| Weight of that | 1.5 |" in text
-    for absent in ("moves each", "scale of the target gap", "retention term", "Its weight", "-MPO"):
+    for absent in (
+        "moves each",
+        "MPO copies",
+        "The **reward gap**",
+        "scale of the target gap",
+        "retention term",
+        "Its weight",
+        "-MPO",
+    ):
         assert absent not in text, absent
     # On harmful groups alone nothing of harmless ones is in effect.
     text = _write(tmp_path, settings=settings, provenance={"groups_by_kind": {"harmful": 3}})

@@ -10,8 +10,10 @@ import pytest
 
 from mpo.common.files import write_json
 from mpo.common.statistics import wilson_interval
+from mpo.evaluation.comparison import ComparisonResult
 from mpo.report.build import measurements
 from mpo.report.card import write_card, write_merged_card
+from mpo.report.comparison import write_comparison
 from mpo.report.folder import read_results
 from mpo.report.page import write_report
 from tests.report.result_folder import write_results, write_safety
@@ -117,3 +119,15 @@ def test_the_card_says_how_many_prompts_stand_in_the_training_data(tmp_path: Pat
     assert merged is not None and line in merged.read_text(encoding="utf-8")
     (tmp_path / "leaks.json").write_text("{", encoding="utf-8")
     assert "Evaluation prompts" not in card()
+
+
+def test_the_page_of_a_comparison_says_so_in_a_line(tmp_path: Path) -> None:
+    def page(found: dict[str, str] | None) -> str:
+        if found is not None:
+            write_json(tmp_path / "measured" / "leaks.json", leaks(found))
+        comparison = ComparisonResult(title="T", base="m", rows=[], runs=[])
+        return write_comparison(comparison, tmp_path)[0].read_text(encoding="utf-8")
+
+    assert "training data" not in page(None) and "training data" not in page({})
+    assert page(LEAKED).count("Measured prompts stand in the training data (pairs.jsonl)") == 1
+    assert "2 of 40 in attack/multijail." in page(LEAKED)

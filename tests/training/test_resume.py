@@ -29,7 +29,8 @@ from mpo.errors import ConfigError, MPOError, StoppedBySignal, StorageError
 from mpo.training import checkpoints, reference
 from mpo.training import trainer as trainer_module
 from mpo.training.checkpoints import MARKER, is_complete, last_complete_checkpoint, mark_complete, saved_state
-from mpo.training.resume import check_resumable
+from mpo.training.config import MPOConfig
+from mpo.training.resume import check_resumable, no_step_is_left
 from mpo.training.run_settings import check_settings, saved_settings
 from mpo.training.stopping import SIGNALS, StopSignals
 from mpo.training.trainer import MPOTrainer
@@ -189,6 +190,46 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(
 ) -> None:
     folder = unbroken["lora"].copy(tmp_path, STEPS)
     assert runs.differing(resumed(model, folder, "lora"), unbroken["lora"].weights) == []
+
+
+def test_no_step_is_taken_beyond_the_last_one_in_the_middle_of_an_epoch(model: Path, tmp_path: Path) -> None:
+    whole = trainer(model, tmp_path, "lora", max_steps=6)
+    whole.train()
+    weights, saved = runs.weights(whole.model), sorted((tmp_path / "out").iterdir())
+    settings: list[dict[str, Any]] = [
+        {},
+        {"ignore_data_skip": True},
+        {"max_steps": 5, "resume_changes": ["max_steps"]},
+    ]
+    for changed in settings:
+        run = trainer(model, tmp_path, "lora", **{"max_steps": 6, **changed})
+        output = run.train(resume_from_checkpoint="auto")
+        assert output.global_step == run.state.global_step == 6 and output.training_loss == 0
+        assert runs.differing(runs.weights(run.model), weights) == []
+        assert sorted((tmp_path / "out").iterdir()) == saved
+    longer = trainer(model, tmp_path, "lora", max_steps=7, resume_changes=["max_steps"])
+    longer.train(resume_from_checkpoint="auto")
+    assert longer.state.global_step == 7 and runs.differing(runs.weights(longer.model), weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "planned", "ended"),
+    [
+        ({}, 6, True),
+        ({}, 7, False),
+        ({"min_source_gap": 0.1}, 7, True),  # sources that were left out have made the run shorter
+        ({"min_source_gap": 0.1, "num_train_epochs": 3}, 7, False),
+        ({"min_source_gap": 0.1, "ignore_data_skip": True}, 7, False),
+        ({"min_source_gap": 0.1, "max_steps": 7}, 7, False),
+    ],
+)
+def test_a_checkpoint_of_the_last_step_is_known(
+    tmp_path: Path, settings: dict[str, Any], planned: int, ended: bool
+) -> None:
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 6, "max_steps": 6}')
+    mark_complete(tmp_path, {"settings": {"num_train_epochs": 2}})
+    args = MPOConfig(output_dir=str(tmp_path), use_cpu=True, **{"num_train_epochs": 2, **settings})
+    assert no_step_is_left(tmp_path, args, planned) == ended
 
 
 def test_workers_that_load_the_data_change_nothing(

@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 MEASURED = "measured"
 RUNS = "runs"
+_MOST_NAMES = 3  # runs with the same mistake that are all named
 # What a run writes and where it goes on from, and not what it trains.
 _PLACES = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir")
 
@@ -366,21 +367,31 @@ def _refuse_same(recipe: CompareRecipe, settings: Sequence[Setting], loaded: Seq
 
 def _each(recipe: CompareRecipe, settings: Sequence[Setting], work: Callable[[Setting], T]) -> list[T]:
     """What a function gives for each setting; the errors of all together."""
-    found, mistakes = [], []
+    found: list[T] = []
+    names: dict[str, list[str]] = {}  # of the runs that a text is said of
     for setting in settings:
         try:
             found.append(work(setting))
         except MPOError as error:
-            mistakes.append(f"{setting.name}: {error}")
-    _refuse(recipe, mistakes)
+            names.setdefault(str(error), []).append(setting.name)
+    _refuse(
+        recipe, [f"{_runs_named(of)}: {text}" for text, of in names.items()], sum(map(len, names.values()))
+    )
     return found
 
 
-def _refuse(recipe: CompareRecipe, mistakes: Sequence[str]) -> None:
-    if len(mistakes) > 1:
-        raise ConfigError(
-            "\n  ".join([f"{recipe.source_path}: {len(mistakes)} runs cannot be made:", *mistakes])
-        )
+def _runs_named(names: Sequence[str]) -> str:
+    """The names of runs; of many the first and their number."""
+    if len(names) <= _MOST_NAMES:
+        return listed(names)
+    return f"{names[0]} and {len(names) - 1:,} other runs"
+
+
+def _refuse(recipe: CompareRecipe, mistakes: Sequence[str], runs: int | None = None) -> None:
+    """Refuses the recipe if there are mistakes; they are those of so many runs, by default of one each."""
+    runs = len(mistakes) if runs is None else runs
+    if runs > 1:
+        raise ConfigError("\n  ".join([f"{recipe.source_path}: {runs:,} runs cannot be made:", *mistakes]))
     if mistakes:
         raise ConfigError(f"{recipe.source_path}: {mistakes[0]}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -255,9 +256,26 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareR
         ConfigError: The file cannot be read; a key is unknown or missing; a value does not have the type of its key,
             or contradicts another.
     """
-    document = Document(path, overrides, noun="a comparison", manual="docs/compare.md", paths=_PATHS)
+    document = Document(
+        path,
+        overrides,
+        noun="a comparison",
+        manual="docs/compare.md",
+        renamed=_keys_of_training(),
+        paths=_PATHS,
+    )
     document.default("out", f"runs/compare/{document.path.stem}")
     return document.build(CompareRecipe, source_path=document.path)
+
+
+@functools.cache
+def _keys_of_training() -> Mapping[str, str]:
+    """What to do about the keys of a training recipe that stand among those of a comparison."""
+    changes = {
+        key: f"it is one of a training recipe, which `shared.{key}` sets for every run"
+        for key in source_keys() or {}
+    }
+    return {**changes, **_RESERVED}
 
 
 def base_of(recipe: CompareRecipe) -> Path:
@@ -422,13 +440,18 @@ def check_keys(recipe: CompareRecipe, base: Path, settings: Sequence[Setting]) -
         mistakes += _wrong_parameters(recipe, recipe.search, settings)
     keys = source_keys()
     if keys is not None:
+        of_all: list[str] = []  # said of `shared` and the base recipe, and not once more of every run
         for setting in [Setting(BASE, {}, recipe.shared), *settings]:
             examples = {} if setting.name == BASE else example_of(recipe.search, setting)
             document = read_recipe(base, replace(setting, changes={**setting.changes, **examples}).words())
             try:
                 document.values(keys)
             except ConfigError as error:
-                mistakes += [line.replace(COMMAND_LINE, setting.name) for line in _lines(error)]
+                lines = [line for line in _lines(error) if line not in of_all]
+                if setting.name == BASE:
+                    of_all = lines
+                name = "`shared`" if setting.name == BASE else setting.name
+                mistakes += [line.replace(COMMAND_LINE, name) for line in lines]
     _refuse(recipe, mistakes)
 
 

@@ -108,7 +108,8 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         unused = [name for name in recipe.given if name.startswith("harmless_")]
         if unused:
             notes.append(
-                f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect"
+                f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect: "
+                "trained on harmful prompts alone, a model comes to refuse harmless ones, too"
             )
     else:
         explicit = recipe.model.reference_model_name_or_path is not None
@@ -179,9 +180,10 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         ]
         notes.append(f"{' '.join(found)} Their results will flatter the model (`leaks.json` lists them)")
     if held_out is None:
-        notes.append(
-            "nothing is held out, so the reward gap will not be measured before and after (`held_out: 0.1`)"
-        )
+        if not training.behavior_probe:
+            notes.append(
+                "nothing is held out and nothing is asked, so what training does will not be measured"
+            )
     elif shared := shared_sources(train, held_out):
         notes.append(
             f"{shared} of the prompts of `eval_dataset` are also trained on, which flatters the result"

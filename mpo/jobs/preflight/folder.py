@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ from mpo.common.files import check_writable
 from mpo.common.words import counted, plain, size
 from mpo.errors import ConfigError, StorageError
 from mpo.jobs.preflight.plan import Plan
-from mpo.training.checkpoints import last_complete_checkpoint
+from mpo.training.checkpoints import MARKER, last_complete_checkpoint, steps_of
 from mpo.training.recipe import Recipe
 from mpo.training.resume import check_has_optimizer
 
@@ -64,6 +65,15 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
     resume = wanted_checkpoint(recipe)
     last = last_complete_checkpoint(folder) if folder.is_dir() else None
     keeps = not training.overwrite_output_dir
+    if resume is None and last is not None and keeps and _is_finished(folder, last):
+        length = "max_steps" if training.max_steps > 0 else "num_train_epochs"
+        raise StorageError(
+            f"{folder} holds a run that is complete: its result ({finished_result(folder)}) and its checkpoints (the last "
+            f"one is {last.name}). A larger `{length}` goes on from there with `resume_from_checkpoint: auto` and "
+            f"`resume_changes: [{length}]`. Otherwise write elsewhere, or replace it once the new run is complete:\n"
+            f"  {recipe.command(output_dir=str(_free_name(folder)))}\n"
+            f"  {recipe.command(overwrite_output_dir='true')}"
+        )
     if resume is None and last is not None and keeps:
         raise StorageError(
             f"{folder} holds the checkpoints of an earlier run (the last complete one is {last.name}). Go on with "
@@ -124,6 +134,32 @@ def finished_result(folder: Path) -> str | None:
     """Name of the weights that an earlier run has left, or None."""
     found = sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []
     return found[0] if found else None
+
+
+def result_steps(folder: Path, checkpoint: Path) -> int | None:
+    """Steps of the run whose result lies in the folder, if all of it was written after the checkpoint; else None.
+
+    An older one is what an earlier run has left. The card is written last; PEFT leaves one of its own with the weights.
+    """
+    weights = finished_result(folder)
+    if weights is None:
+        return None
+    try:
+        files = [checkpoint / MARKER, *(folder / name for name in (weights, "metrics.json", "README.md"))]
+        written = [path.stat().st_mtime_ns for path in files]
+        steps = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) and written == sorted(written) else None
+
+
+def _is_finished(folder: Path, last: Path) -> bool:
+    """Whether a run has come to its end, and its last checkpoint was not followed by steps of another."""
+    steps = result_steps(folder, last)
+    try:
+        return steps is not None and steps >= steps_of(last)[0]
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _goes_on(recipe: Recipe) -> bool:
