@@ -115,7 +115,8 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings:
                 )
     translates = not recipe.prompts.skips_missing and any(map(facts.prompts_to_translate, recipe.languages))
     if recipe.translation.engine != "none" or translates:
-        make_translator(recipe.translation).check(recipe.source_language, recipe.languages)
+        missing = {code: facts.prompts_to_translate(code) for code in recipe.languages}
+        make_translator(recipe.translation, missing).check(recipe.source_language, recipe.languages)
 
 
 def plan_text(recipe: BuildRecipe, facts: Facts) -> str:

@@ -151,10 +151,6 @@ class _Build:
 
     def check(self) -> None:
         """Finds out what would otherwise show only after hours, and says what will be asked how often."""
-        if self.recipe.translation.engine == "none" and not self.recipe.prompts.skips_missing:
-            missing = {code: self.facts.prompts_to_translate(code) for code in self.recipe.languages}
-            if any(missing.values()):
-                make_translator(self.recipe.translation, missing)  # raises: nothing translates
         check_build(self.recipe, self.facts, self.refusals, self.openings)
         print(plan_text(self.recipe, self.facts), flush=True)
 
