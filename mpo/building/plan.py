@@ -113,9 +113,9 @@ def check_build(recipe: BuildRecipe, facts: Facts, refusals: Refusals, openings:
                     f"answers: there are no {name} in {listed(lacking)}, and nothing translates. Give a file with some "
                     f"(`answers.{name}`), or set `translation`."
                 )
-    translates = not recipe.prompts.skips_missing and any(map(facts.prompts_to_translate, recipe.languages))
+    missing = {code: facts.prompts_to_translate(code) for code in recipe.languages}
+    translates = not recipe.prompts.skips_missing and any(missing.values())
     if recipe.translation.engine != "none" or translates:
-        missing = {code: facts.prompts_to_translate(code) for code in recipe.languages}
         make_translator(recipe.translation, missing).check(recipe.source_language, recipe.languages)
 
 

@@ -36,6 +36,7 @@ from mpo.jobs.next_steps import next_steps
 from mpo.jobs.preflight import Plan, make_plan
 from mpo.jobs.preflight.folder import (
     check_output_folder,
+    how_to_train_on,
     remove_earlier_result,
     result_steps,
     set_result_aside,
@@ -196,11 +197,9 @@ def _complete(plan: Plan, checkpoint: str, trainer: MPOTrainer) -> str | None:
     saved = training.process_index == 0 and result_steps(folder, Path(checkpoint)) == done
     if not from_main(saved, trainer.accelerator):
         return None
-    length = "max_steps" if training.max_steps > 0 else "num_train_epochs"
     return (
         f"\nThe run is complete: {done} of {min(done, plan.steps)} steps are trained, and the result is in {folder}. Nothing "
-        f"was changed. A larger `{length}` with `resume_changes: [{length}]` goes on from here; `overwrite_output_dir: true` "
-        "without `resume_from_checkpoint` begins anew."
+        f"was changed. {how_to_train_on(plan.recipe)} `overwrite_output_dir: true` without `resume_from_checkpoint` begins anew."
     )
 
 

@@ -37,7 +37,7 @@ from mpo.report.rendering import Section, html, page
 from mpo.report.tables import Shown, bare
 
 PAGE, TABLE = "index.html", "compare.md"
-_MEASURED = "measured"  # folder of the results beside the page
+MEASURED = "measured"  # folder of the results beside the page
 
 UNITS: dict[str, Unit] = {
     ATTACK: SHARE,
@@ -109,7 +109,7 @@ def write_comparison(
         base=comparison.base,
         summary=_summary(comparison),
         failed=[(run.name, run.error) for run in comparison.runs if run.state == "failed"],
-        findings=[*_leaks(folder / _MEASURED / LEAKS, details is not None), *_findings(comparison)],
+        findings=[*_leaks(folder / MEASURED / LEAKS, details is not None), *_findings(comparison)],
         sections=[section for section in sections if section is not None],
         details=link,
     )

@@ -13,7 +13,6 @@ from mpo.errors import MPOError, StoppedBySignal
 from mpo.evaluation.comparison import COMPARISON, ComparisonResult, Searched
 from mpo.jobs.compare.outcomes import compared
 from mpo.jobs.compare.planning import (
-    MEASURED,
     Comparing,
     PlannedRun,
     plan_comparison,
@@ -31,7 +30,7 @@ from mpo.jobs.compare.running import (
     refuse_changed,
     state,
 )
-from mpo.report.comparison import comparison_table, write_comparison
+from mpo.report.comparison import MEASURED, comparison_table, write_comparison
 from mpo.report.page import write_report
 
 

@@ -32,9 +32,10 @@ from mpo.evaluation.comparison import (
 from mpo.evaluation.rates import balanced_share
 from mpo.evaluation.results import LARGEST_LOG
 from mpo.evaluation.reward_gap import RewardGapTable, compare, summarize
-from mpo.jobs.compare.planning import MEASURED, Comparing, PlannedRun
+from mpo.jobs.compare.planning import Comparing, PlannedRun
 from mpo.jobs.compare.recipe import BASE, Target, Weights
 from mpo.report.build import in_order
+from mpo.report.comparison import MEASURED
 from mpo.report.folder import ModelResults, read_results
 
 Outcomes = dict[str, dict[Any, float]]

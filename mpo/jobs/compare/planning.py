@@ -39,7 +39,6 @@ from mpo.training.workload import Seen, seen_by_step
 
 T = TypeVar("T")
 
-MEASURED = "measured"
 RUNS = "runs"
 _MOST_NAMES = 3  # runs with the same mistake that are all named
 # What a run writes and where it goes on from, and not what it trains.

@@ -18,8 +18,9 @@ from mpo.evaluation.comparison import RunRecord
 from mpo.evaluation.results import METRICS, TrainingMetrics
 from mpo.jobs.compare import processes
 from mpo.jobs.compare.outcomes import measured, score_of
-from mpo.jobs.compare.planning import MEASURED, Comparing, PlannedRun, PlannedSuite, as_stored
+from mpo.jobs.compare.planning import Comparing, PlannedRun, PlannedSuite, as_stored
 from mpo.jobs.compare.recipe import BASE
+from mpo.report.comparison import MEASURED
 from mpo.training.checkpoints import last_complete_checkpoint
 
 TRAIN_LOG, BASE_SETTINGS = "train.log", "base.settings.json"

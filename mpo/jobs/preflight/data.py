@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from mpo.building.writing import GROUPS, TABLE
 from mpo.common.files import did_you_mean
 from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
 from mpo.data.contract import answers_read, messages_identity
@@ -38,6 +37,8 @@ def check_data_files(recipe: Recipe) -> None:
             if Path(name).is_file():
                 continue
             if Path(name).suffix.lower() in DATA_SUFFIXES or name.startswith(("/", ".", "~")):
+                from mpo.building.writing import GROUPS, TABLE  # of no use to a run that begins
+
                 places = sorted({os.getcwd(), str(recipe.source_path.resolve().parent)})
                 raise DataError(
                     f"there is no such file (looked in {' and '.join(places)}).{did_you_mean(name)} Set `{key}`"

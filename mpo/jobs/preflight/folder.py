@@ -66,11 +66,9 @@ def check_output_folder(recipe: Recipe, *, create: bool = True) -> None:
     last = last_complete_checkpoint(folder) if folder.is_dir() else None
     keeps = not training.overwrite_output_dir
     if resume is None and last is not None and keeps and _is_finished(folder, last):
-        length = "max_steps" if training.max_steps > 0 else "num_train_epochs"
         raise StorageError(
             f"{folder} holds a run that is complete: its result ({finished_result(folder)}) and its checkpoints (the last "
-            f"one is {last.name}). A larger `{length}` goes on from there with `resume_from_checkpoint: auto` and "
-            f"`resume_changes: [{length}]`. Otherwise write elsewhere, or replace it once the new run is complete:\n"
+            f"one is {last.name}). {how_to_train_on(recipe)} Otherwise write elsewhere, or replace it once the new run is complete:\n"
             f"  {recipe.command(output_dir=str(_free_name(folder)))}\n"
             f"  {recipe.command(overwrite_output_dir='true')}"
         )
@@ -134,6 +132,12 @@ def finished_result(folder: Path) -> str | None:
     """Name of the weights that an earlier run has left, or None."""
     found = sorted(path.name for path in folder.glob("*.safetensors")) if folder.is_dir() else []
     return found[0] if found else None
+
+
+def how_to_train_on(recipe: Recipe) -> str:
+    """How a complete run is made a longer one."""
+    length = "max_steps" if recipe.training.max_steps > 0 else "num_train_epochs"
+    return f"A larger `{length}` goes on from there with `resume_from_checkpoint: auto` and `resume_changes: [{length}]`."
 
 
 def result_steps(folder: Path, checkpoint: Path) -> int | None:
