@@ -14,7 +14,7 @@ from mpo.data.detection import detect_all, get_ready
 from mpo.data.findings import FINDINGS as FINDINGS
 from mpo.data.findings import DataReport
 from mpo.data.languages import language_name, same_language
-from mpo.data.loading import LoadedGroups, _load, count_kinds
+from mpo.data.loading import LoadedGroups, _load, count_kinds, labelled_otherwise
 from mpo.data.survey import SEVERAL_FROM, Survey
 from mpo.errors import ConfigError
 
@@ -69,6 +69,11 @@ def check_data(
             f"`source_language: {found}`. The rest of this report is as if it were."
         )
         loaded, _ = read(source_language=found)
+    elif (found := labelled_otherwise(loaded.groups, source_language)) is not None:
+        notes.append(
+            f"Every source is labelled as {language_name(found)}, but the source language is set to {source_language!r}: set "
+            f"`source_language: {found}`, or mend the labels. Nothing else takes the data as they are."
+        )
     tables = loaded.groups.with_format("arrow")
     number = processes.available() if len(tables) >= SEVERAL_FROM else 1
     if number > 1:

@@ -34,7 +34,7 @@ from mpo.data.contract import (
 from mpo.data.faults import BadRow
 from mpo.data.forms.recognition import advice, other_form
 from mpo.data.grouping import CHUNK, GroupStore
-from mpo.data.languages import normalize_language_setting
+from mpo.data.languages import language_name, normalize_language_setting, same_language
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
 
@@ -138,6 +138,39 @@ def load_groups(
     return loaded
 
 
+def check_source_language(loaded: LoadedGroups, source_language: str) -> None:
+    """Makes sure that there are sources in the dominant language: what is trained and measured goes by them.
+
+    Raises:
+        DataError: Every source is labelled with another one.
+    """
+    if (other := labelled_otherwise(loaded.groups, source_language)) is not None:
+        raise DataError(
+            f"every source is labelled as {language_name(other)}, but `source_language` is {source_language!r}. Set "
+            f"`source_language: {other}`, or mend the labels.",
+            file=loaded.origin,
+        )
+
+
+def labelled_otherwise(groups: Dataset, source_language: str) -> str | None:
+    """The language of most sources, where not one of them is in the dominant language; else None.
+
+    Args:
+        groups: Groups as text.
+        source_language: Code or name of the dominant language.
+    """
+    import pyarrow.compute as pc
+
+    dominant = normalize_language_setting(source_language, "source_language")
+    counts: Counter[str] = Counter()
+    for table in groups.with_format("arrow").select_columns(["source"]).iter(batch_size=10_000):
+        for value in pc.value_counts(pc.struct_field(table["source"], "language")).to_pylist():
+            counts[value["values"]] += value["counts"]
+    if not counts or any(same_language(code, dominant) for code in counts):
+        return None
+    return counts.most_common(1)[0][0]
+
+
 def as_groups(
     dataset: Any,
     *,
@@ -152,21 +185,23 @@ def as_groups(
 
     Args:
         dataset: A ``datasets.Dataset`` or anything else that :func:`load_groups` takes.
-        source_language: As for :func:`load_groups`, like the settings that follow.
-        bad_rows: ``"error"`` or ``"drop"``. To see what was dropped, call :func:`load_groups`.
+        source_language: The dominant language, that of sources without a label.
+        bad_rows: As for :func:`load_groups`, like the settings that follow: ``"error"`` or ``"drop"``. To see what was dropped, call :func:`load_groups`.
         group_by_source: False makes a group of every pair.
         max_targets_per_group: Divide groups with more targets.
 
     Raises:
-        DataError: A row breaks the contract, or nothing is left.
+        DataError: A row breaks the contract, nothing is left, or no source is in ``source_language``.
     """
-    return load_groups(
+    loaded = load_groups(
         dataset,
         source_language=source_language,
         bad_rows=bad_rows,
         group_by_source=group_by_source,
         max_targets_per_group=max_targets_per_group,
-    ).groups
+    )
+    check_source_language(loaded, source_language)
+    return loaded.groups
 
 
 def split_by_source(groups: Dataset, held_out: float | int, seed: int) -> tuple[Dataset, Dataset]:

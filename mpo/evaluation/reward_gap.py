@@ -223,7 +223,7 @@ class RewardGapTable(Tabular):
 
     def _aim(self) -> str:
         return (
-            f"{self.source_label} reference gap {signed(self.reference_gap)}; beta {self.beta:g}: targets are trained "
+            f"{self.source_label} reference gap {signed(self.reference_gap)}; with beta {self.beta:g}, MPO trains targets "
             f"towards {signed(self.goal)}."
         )
 

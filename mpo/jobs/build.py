@@ -7,7 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
@@ -40,10 +40,11 @@ from mpo.common.files import PART, check_writable, write_json
 from mpo.common.locks import locked_folder
 from mpo.common.provenance import collect
 from mpo.common.tables import TextTable
+from mpo.common.typed_json import read_typed
 from mpo.common.words import counted
 from mpo.data.contract import HARMFUL, HARMLESS, KINDS
 from mpo.data.languages import language_name
-from mpo.errors import StorageError
+from mpo.errors import ConfigError, StorageError
 from mpo.evaluation.engines import Engine, ModelChoice, make_engine
 from mpo.evaluation.judges import Judge, make_judge
 
@@ -124,6 +125,7 @@ class _Build:
                     else:
                         others.write(line)
                         self.facts.dropped += 1
+            self._check_same_prompts(digest.hexdigest())
             for name, path in paths.items():
                 os.replace(path, self.folder / name)
         except OSError as error:
@@ -133,6 +135,23 @@ class _Build:
             "source_language": self.recipe.source_language,
             "block": self.recipe.block,
         }
+
+    def _check_same_prompts(self, digest: str) -> None:
+        """Makes sure that what earlier runs made in the folder was made of these prompts.
+
+        Raises:
+            ConfigError: It was made of others.
+        """
+        for file in self.folder.glob("*.settings.json"):
+            rows = file.with_name(file.name.replace(".settings.json", ".jsonl"))
+            if not rows.exists() or not rows.stat().st_size:
+                continue
+            with suppress(StorageError):  # the stage itself says what is wrong with it
+                if read_typed(file, dict[str, Any]).get("prompts") != digest:
+                    raise ConfigError(
+                        f"{self.out} holds a build of other prompts, or of these in another order. Choose another `out`, or delete "
+                        "that folder to make everything anew."
+                    )
 
     def _read(self) -> Iterator[PromptRow | Dropped]:
         recipe = self.recipe
@@ -226,7 +245,10 @@ class _Build:
             settings["missing"] = "skip"
         stage = self.stage(f"prompts.{code}", (), settings)
         return self._run(
-            stage, self.prompts(), target.prompts, self._harmless(f"Translating harmless prompts ({code})")
+            stage,
+            self.prompts(),
+            target.prompts,
+            self._harmless(f"{_taking(translator)} harmless prompts ({code})"),
         )
 
     def _sample(self, given: Mapping[str, Stage]) -> None:
@@ -344,7 +366,7 @@ class _Build:
             settings["openings"] = self.openings.digest([code])
         stage = self.stage(f"texts.{code}", (self.pairs, given, self.own[code]), settings)
         rows = zip(self.prompts(), self.pairs.rows(), given.rows(), self.own[code].rows(), strict=True)
-        return self._run(stage, rows, target.texts, f"Translating ({code})")
+        return self._run(stage, rows, target.texts, f"{_taking(translator)} texts ({code})")
 
     def _back(self, code: str, choice: TranslationChoice, translator: Translator | None) -> Stage:
         target = self._target(code, translator, choice)
@@ -532,6 +554,11 @@ def _answers(
 ) -> list[Row]:
     found = [[] for _ in rows] if engine is None else sample(engine, asked, kept)
     return [{"id": row.id, "answers": answers} for row, answers in zip(rows, found, strict=True)]
+
+
+def _taking(translator: Translator | None) -> str:
+    """What is done about the texts of a language, for the progress."""
+    return "Taking" if translator is None else "Translating"
 
 
 def _main_reason(dropped: Sequence[Dropped], source_language: str) -> str:

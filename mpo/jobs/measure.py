@@ -53,7 +53,7 @@ def measure_reward_gap(
     Raises:
         MPOError: Model, adapter or data cannot be used; found out before weights are loaded where possible.
     """
-    from mpo.data import load_groups
+    from mpo.data.loading import check_source_language, load_groups
     from mpo.training.scoring import score_groups
 
     check_confidence(confidence)
@@ -70,6 +70,7 @@ def measure_reward_gap(
         limit=limit,
         languages=languages,
     )
+    check_source_language(loaded, source_language)
     if loaded.dropped:
         print(f"{len(loaded.dropped)} bad rows were dropped; `mpo data check` lists them.", flush=True)
     print(f"Loading {model.model}", flush=True)

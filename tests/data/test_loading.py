@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpo.data import as_groups, fingerprint_groups, group_features, load_groups, split_by_source
+from mpo.data import as_groups, check_data, fingerprint_groups, group_features, load_groups, split_by_source
 from mpo.errors import ConfigError, DataError
 from tests.data.rows import TEXTS, flat, group, official, pair
 
@@ -291,6 +291,17 @@ def test_a_conversation_before_the_question_is_kept() -> None:
 def test_a_label_of_the_source_wins_over_the_setting() -> None:
     assert load_groups([flat(source_language="Dutch")]).groups[0]["source"]["language"] == "nl"
     assert load_groups([flat()], source_language="zh-CN").groups[0]["source"]["language"] == "zh"
+
+
+def test_groups_without_a_source_in_the_dominant_language_are_not_trained_on() -> None:
+    rows = [flat("bn", number=number, source_language="zh") for number in range(3)]
+    with pytest.raises(DataError, match=r"labelled as Chinese.*Set `source_language: zh`"):
+        as_groups(rows)
+    assert len(as_groups(rows, source_language="zh")) == 3
+    assert len(as_groups([*rows, flat("bn", number=3)])) == 4
+    report = check_data(rows)
+    assert [note for note in report.notes if "Every source is labelled as Chinese" in note]
+    assert check_data(rows, source_language="Chinese").notes == []
 
 
 def test_sources_in_different_languages_are_different_sources() -> None:

@@ -308,3 +308,41 @@ def test_an_answer_that_begins_as_the_refusal_does_can_be_held_and_not_preferred
         return
     made = make_plan(recipe, on_this_machine=False)
     assert sum(made.languages.values()) == sum(len(row["targets"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "accepted"),
+    [
+        ({"harmless_loss_type": "none", "harmless_retention": "reverse_kl"}, False),
+        ({"harmless_loss_type": "sft", "harmless_loss_weight": 0}, False),
+        ({"harmless_loss_type": "sft"}, True),
+    ],
+)
+def test_harmless_groups_alone_that_are_only_held_would_teach_nothing(
+    make: Callable[..., Recipe], tmp_path: Path, settings: dict[str, Any], accepted: bool
+) -> None:
+    rows = [{**row, "kind": "harmless", "origin": None} for row in random_groups(5, 4, (1, 2), ("bn", "sw"))]
+    path = tmp_path / "harmless.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    recipe = make(dataset=str(path), held_out=0, **settings)
+    if accepted:
+        assert make_plan(recipe, on_this_machine=False).work.harmless is not None
+        return
+    with pytest.raises(DataError, match="all 4 groups are harmless"):
+        make_plan(recipe, on_this_machine=False)
+
+
+def test_sources_that_are_labelled_with_another_language_than_the_dominant_one_are_refused(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    rows = [{**row, "origin": None} for row in random_groups(5, 4, (1, 2), ("bn", "sw"))]
+    for row in rows:
+        row["source"]["language"] = "zh"
+    path = tmp_path / "chinese.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(DataError, match="labelled as Chinese, but `source_language` is 'en'"):
+        make_plan(make(dataset=str(path)), on_this_machine=False)
+    assert make_plan(make(dataset=str(path), source_language="zh"), on_this_machine=False).languages
+    rows[0]["source"]["language"] = "en"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    assert make_plan(make(dataset=str(path)), on_this_machine=False).languages

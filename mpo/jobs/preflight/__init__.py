@@ -6,7 +6,7 @@ from typing import Any
 
 from mpo.common.words import counted, listed
 from mpo.data import language_name
-from mpo.errors import ConfigError
+from mpo.errors import ConfigError, DataError
 from mpo.evaluation.probe.watch import prompts_of
 from mpo.jobs.preflight.data import (
     check_data_files,
@@ -101,7 +101,15 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         errors += more
         check_best_metric(training, list(measured), [])
     notes.extend(errors[:3])
-    has_harmless = bool(harmless_groups(tokenized).any())
+    harmless = harmless_groups(tokenized)
+    has_harmless = bool(harmless.any())
+    if harmless.all() and not (training.harmless.loss_type and training.harmless_loss_weight):
+        raise DataError(
+            f"all {len(harmless)} groups are harmless, and `harmless_loss_type: none` or a `harmless_loss_weight` of 0 teaches "
+            "nothing on those: the model would stay as it is. Add harmful groups, which `mpo data build` makes of prompts that "
+            "are to be refused, or set a `harmless_loss_type`.",
+            file=data.origin,
+        )
     if (checkpoint := checkpoint_to_resume(recipe)) is not None:
         check_planned(checkpoint, training, trained, harmless=has_harmless)
     if not has_harmless:

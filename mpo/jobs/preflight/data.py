@@ -14,6 +14,7 @@ from datasets import Dataset
 from mpo.common.files import did_you_mean
 from mpo.data import BadRow, LoadedGroups, load_groups, split_by_source
 from mpo.data.contract import answers_read, messages_identity
+from mpo.data.loading import check_source_language
 from mpo.data.refusals import opens_with_refusal
 from mpo.errors import DataError
 from mpo.training.harmless import harmless_groups
@@ -51,7 +52,7 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
     """What was loaded, the groups to train on, those held out (None where nothing is) and the bad rows left out.
 
     Raises:
-        DataError: The data cannot be used.
+        DataError: The data cannot be used, or none of their sources is in the dominant language.
     """
     data, training = recipe.data, recipe.training
     settings: dict[str, Any] = {
@@ -62,8 +63,10 @@ def load_data(recipe: Recipe) -> tuple[LoadedGroups, Dataset, Dataset | None, li
     }
     with training.main_process_first(desc="loading the data"):
         loaded = load_groups(data.dataset, split=data.dataset_split, limit=data.limit, **settings)
+        check_source_language(loaded, training.source_language)
         if data.eval_dataset is not None:
             other = load_groups(data.eval_dataset, split=data.dataset_split, **settings)
+            check_source_language(other, training.source_language)
             return loaded, loaded.groups, other.groups, [*loaded.dropped, *other.dropped]
         train, held_out = split_by_source(loaded.groups, data.held_out, data.held_out_seed)
     return loaded, train, held_out if len(held_out) else None, loaded.dropped
