@@ -177,7 +177,7 @@ class BuildRecipe:
         answers: Where the answers come from.
         judge: Says which answers are safe, and which refuse.
         harmless_judge: Says which answers to harmless prompts refuse, where `judge` cannot.
-        translation: What translates.
+        translation: What translates prompts and answers into the target languages.
         back_translation: What translates back, by default the same.
         filters: What is let through.
         leaks: Evaluations whose prompts must not be trained on.
@@ -264,6 +264,6 @@ def load_build(path: str | Path, overrides: Sequence[str] = ()) -> BuildRecipe:
         ConfigError: The file cannot be read; a key is unknown or missing; a value does not have the type of its key, or
             contradicts another.
     """
-    document = Document(path, overrides, noun="a build", manual="docs/data.md", paths=_PATHS)
+    document = Document(path, overrides, noun="a build", paths=_PATHS)
     document.default("out", f"runs/data/{document.path.stem}")
     return document.build(BuildRecipe)

@@ -14,7 +14,7 @@ _CHANGES = """\
   --data.folder polyrefuse    an entry           --models.0.adapter runs/a an entry of the first model
 """
 _DOCS = """\
-docs/hidden-space.md explains the keys.
+`mpo keys --of analysis` explains the keys.
 
 On several GPUs:  accelerate launch -m mpo.cli analyze hidden-space RECIPE [--key value ...]
 """

@@ -23,7 +23,7 @@ def register(commands: Any) -> None:
         description="Train every run of a comparison, measure it with one suite, and write index.html and compare.json. What "
         "is done is skipped by a second call.",
         changes=_CHANGES,
-        docs="docs/compare.md explains the keys.",
+        docs="`mpo keys --of comparison` explains the keys.",
         dry_run="check every run, print what would be trained and measured, stop",
     )
     compare.set_defaults(run=_run)

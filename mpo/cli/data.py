@@ -118,7 +118,7 @@ def _register_build(actions: Any) -> None:
         help="make preference groups in every language from prompts",
         description="Answer prompts with the model to be trained, translate, filter, and write preference groups.",
         changes=_CHANGES,
-        docs="A run that was stopped goes on where it was. docs/data.md explains the keys.",
+        docs="A run that was stopped goes on where it was. `mpo keys --of build` explains the keys.",
         out="the results",
         dry_run="check the recipe and its files, print what would be asked how often, stop",
     )

@@ -72,7 +72,7 @@ def add_recipe_command(
 ) -> argparse.ArgumentParser:
     """Adds the command ``path`` (``mpo evaluate suite``), which takes a recipe and ``--key value`` words behind it.
 
-    ``changes`` shows such words, ``docs`` says which page explains the keys. Where ``out`` says what lies in a folder and
+    ``changes`` shows such words, ``docs`` says what explains the keys. Where ``out`` says what lies in a folder and
     ``dry_run`` what it does, there are options of these names.
     """
     given = "[--out FOLDER] " * bool(out) + "[--dry_run] " * bool(dry_run)

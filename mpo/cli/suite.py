@@ -21,7 +21,7 @@ def register(measurements: Any) -> None:
         help="all measurements of a recipe on all its models, and the report",
         description="Measure what a recipe lists, skipping what is done, and write report.html and report.md.",
         changes=_CHANGES,
-        docs="docs/evaluation.md explains the keys.",
+        docs="`mpo keys --of suite` explains the keys.",
         out="results",
         dry_run="check the recipe and its files, print what is to do, stop",
     )

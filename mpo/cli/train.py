@@ -15,7 +15,7 @@ _CHANGES = """\
 """
 _DOCS = """\
 The keys are those of trl.ModelConfig, of the data (dataset, held_out, limit, languages, ...) and of mpo.MPOConfig;
-docs/recipes.md explains them.
+`mpo keys` explains them.
 
 On several GPUs:  accelerate launch scripts/train.py RECIPE [--key value ...]
 """

@@ -158,6 +158,11 @@ def home_of(noun: str) -> str:
     return next((kind.home for kind in KINDS if kind.noun == noun), "")
 
 
+def explaining(noun: str) -> str:
+    """The command that explains the keys of a kind of recipe."""
+    return "mpo keys" if noun == KINDS[0].noun else f"mpo keys --of {noun.split()[-1]}"
+
+
 def kind_of(keys: Collection[str]) -> Kind | None:
     """The kind that most keys at the top of a file belong to; None where no key tells it."""
     scores = {kind: _score(kind, keys) for kind in KINDS}

@@ -24,7 +24,7 @@ import yaml
 from mpo.common.characters import printable
 from mpo.common.files import read_named
 from mpo.common.recipe_files import find_recipe
-from mpo.common.recipe_kinds import another_kind, home_of
+from mpo.common.recipe_kinds import another_kind, explaining, home_of
 from mpo.common.redaction import REDACTED, is_secret_name, redact_text
 from mpo.common.words import nearest, shortened
 from mpo.errors import ConfigError, MPOError
@@ -121,7 +121,6 @@ class Document:
             ``--key.entry value`` (an entry of a mapping), ``--key.0.entry value`` (an entry of the first of a list),
             ``--key null``.
         noun: What messages call the recipe; :data:`~mpo.common.recipe_kinds.KINDS` tells kinds apart by it.
-        manual: The page that explains its keys.
         renamed: Names that others have for keys, each with what to do about it: ``use `max_length` ``.
         paths: Keys, on any level, whose values may be files: what is not in the working folder but beside the recipe is
             found there.
@@ -136,11 +135,10 @@ class Document:
         overrides: Sequence[str] = (),
         *,
         noun: str = "a recipe",
-        manual: str = "docs/recipes.md",
         renamed: Mapping[str, str] | None = None,
         paths: frozenset[str] = frozenset(),
     ) -> None:
-        self.path, self.noun, self.manual, self.paths = find_recipe(path, home_of(noun)), noun, manual, paths
+        self.path, self.noun, self.paths = find_recipe(path, home_of(noun)), noun, paths
         self._renamed = renamed or {}
         self._mistakes: list[str] = []
         self._translated = 0
@@ -483,8 +481,9 @@ class Document:
             text = f"is not a key of {self.noun}; {self._renamed[name]}."
             self._translated += 1
         else:
-            manual = "" if nearest(name, keys, 0.6) else f" All keys are in {self.manual}."
-            text = f"is not a key of {self.noun}; the nearest is `{prefix}{near}`.{manual}"
+            text = f"is not a key of {self.noun}; the nearest is `{prefix}{near}`."
+            if not nearest(name, keys, 0.6):
+                text += f" All keys: `{explaining(self.noun)}`."
         self.wrong(place, f"`{shown}` {text}")
         return near
 

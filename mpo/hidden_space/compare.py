@@ -89,7 +89,7 @@ class Settings:
         source_language: Language whose probe and harm direction the others are compared with.
         components: Numbers of principal components, as in the paper.
         confidence: Coverage of the intervals.
-        resamples: Bootstrap samples.
+        resamples: Number of bootstrap samples for the intervals.
         permutations: Of the tests for a change; 0 leaves them out.
         folds: Of the probes' cross-validation.
         seed: Of draws, permutations and folds.

@@ -101,5 +101,5 @@ def load_analysis_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Ana
     Raises:
         ConfigError: The file is no recipe, a key is unknown or missing, or a value has the wrong type.
     """
-    document = Document(path, overrides, noun="an analysis", manual="docs/hidden-space.md", paths=_PATHS)
+    document = Document(path, overrides, noun="an analysis", paths=_PATHS)
     return document.build(AnalysisRecipe, source_path=document.path)

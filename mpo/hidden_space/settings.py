@@ -17,7 +17,7 @@ class ReadingSettings:
     """How a model reads texts.
 
     Attributes:
-        layers: ``("all",)``, or numbers of layers and ``norm``; negative numbers count from the last block.
+        layers: ``all``, or numbers of layers and ``norm``; negative numbers count from the last block.
         template: ``chat`` renders each text as a user's turn, up to where the answer would begin; ``raw`` reads it as it is.
         max_length: Longest text in tokens; longer ones are cut at their end, with the template kept whole.
         tokens_per_batch: Tokens of a model call, padding included. Unset: 16,384 on a GPU, 2,048 on a CPU.

@@ -25,7 +25,20 @@ PAPER_TASKS = tuple(
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """One prompt set; the names and meanings are those of ``mpo evaluate attack``."""
+    """One prompt set; the names and meanings are those of ``mpo evaluate attack``.
+
+    Attributes:
+        prompts: Files (CSV, JSON, JSONL, Parquet), ``multijail``, ``csrt``, or a data set on the Hub.
+        languages: Keep only prompts in these languages.
+        limit: Keep the first so many prompts, with their translations.
+        prompt_column: Column with the prompt; found by its name where it can be.
+        language_column: Column with the language.
+        prompt_language: Language of prompts without a label.
+        dataset_split: Split of a Hub dataset.
+        bad_rows: ``error`` stops at the first bad row, ``drop`` leaves such rows out and counts them.
+        template: File with the slot ``{prompt}`` to put each prompt into.
+        system_prompt: System turn before each prompt.
+    """
 
     prompts: list[str]
     languages: list[str] | None = None
@@ -44,7 +57,19 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class RewardGapSettings:
-    """As for ``mpo evaluate reward-gap``."""
+    """As for ``mpo evaluate reward-gap``.
+
+    Attributes:
+        data: Files of pairs or groups, or a name on the Hub.
+        beta: Scale of the goal in the error column.
+        source_language: Code of the dominant language.
+        languages: Keep only these target languages.
+        limit: Keep the first so many sources, with all their targets.
+        dataset_split: Split of a Hub dataset.
+        bad_rows: ``error`` stops at the first bad row, ``drop`` leaves such rows out and counts them.
+        max_length: Longest prompt plus response, in tokens; longer responses are cut at their end.
+        max_response_length: Longest response, in tokens.
+    """
 
     data: list[str]
     beta: float = 1.0
@@ -64,7 +89,16 @@ class RewardGapSettings:
 
 @dataclass(frozen=True)
 class UtilitySettings:
-    """As for ``mpo evaluate utility``."""
+    """As for ``mpo evaluate utility``.
+
+    Attributes:
+        tasks: Tasks, groups or tags of lm-evaluation-harness; by default MGSM and Global-MMLU in the paper's languages.
+        task_folder: Folder with task files (YAML) of your own.
+        num_fewshot: Examples before each question; by default the task's.
+        limit: Take the first so many items of each task.
+        apply_chat_template: Put each question into the model's chat template.
+        seed: Seed of the harness.
+    """
 
     tasks: list[str] = field(default_factory=lambda: list(PAPER_TASKS))
     task_folder: str | None = None
@@ -79,7 +113,13 @@ class UtilitySettings:
 
 @dataclass(frozen=True)
 class PerplexitySettings:
-    """As for ``mpo evaluate perplexity``."""
+    """As for ``mpo evaluate perplexity``.
+
+    Attributes:
+        texts: A text file per language, one text per line: ``{en: a.txt, sw: b.txt}``.
+        max_length: Cut texts to so many tokens.
+        limit: Take the first so many texts of each file.
+    """
 
     texts: dict[str, str]
     max_length: int = 1024
@@ -92,7 +132,15 @@ class PerplexitySettings:
 
 @dataclass(frozen=True)
 class MTBenchSettings:
-    """As for ``mpo evaluate mt-bench``; the judge is the suite's where none is given."""
+    """As for ``mpo evaluate mt-bench``.
+
+    Attributes:
+        questions: Files as MT-Bench's ``question.jsonl`` is published, one per language or all in one.
+        judge: Grades the answers; by default the suite's judge, which then has to be an LLM.
+        language: Language of files that name none; by default from their names, or English.
+        limit: Keep the first so many questions of each language.
+        max_new_tokens: Longest answer of a turn, in tokens.
+    """
 
     questions: list[str]
     judge: JudgeChoice | None = None
@@ -107,7 +155,12 @@ class MTBenchSettings:
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """As for ``mpo report``."""
+    """As for ``mpo report``.
+
+    Attributes:
+        title: Heading of the page.
+        examples: Prompts with their answers on answers.html, per language and prompt set; 0 for no such page.
+    """
 
     title: str = "Safety in every language"
     examples: int = 40
@@ -219,6 +272,6 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteRecipe:
         ConfigError: The file cannot be read; a key is unknown or missing; a value does not have the type of its key,
             or contradicts another.
     """
-    document = Document(path, overrides, noun="a suite", manual="docs/evaluation.md", paths=_PATHS)
+    document = Document(path, overrides, noun="a suite", paths=_PATHS)
     document.default("out", f"runs/{document.path.stem}")
     return document.build(SuiteRecipe)

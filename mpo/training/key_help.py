@@ -6,12 +6,11 @@ import ast
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from mpo.common.tables import fact_lines
+from mpo.common.key_help import KeyHelp, found_text, key_detail, key_lines, plain_text, written
 from mpo.common.typed_yaml import UNKNOWN
-from mpo.common.words import nearest, shortened, show_name
+from mpo.common.words import nearest, show_name
 from mpo.errors import ConfigError
 from mpo.training.foreign_keys import TRANSLATED
 from mpo.training.recipe_keys import OWNERS, choices_of, constants_of, evaluated, source_of
@@ -50,33 +49,6 @@ _USUAL = [
     "use_liger_kernel",
 ]
 _ENTRY = re.compile(r"^(?P<names>[a-z]\w*(?:, [a-z]\w*)*) ?(?:\((?P<type>.*)\))?:\s*$")
-_WIDTH = 110
-
-
-@dataclass(frozen=True)
-class KeyHelp:
-    """A key of a recipe.
-
-    Attributes:
-        name: The key.
-        type: Its type as the source writes it.
-        default: Its default as a recipe would write it.
-        choices: The accepted values, where they are few and known.
-        text: What it is for, in paragraphs.
-        group: Whose key it is.
-    """
-
-    name: str
-    type: str
-    default: str
-    choices: tuple[Any, ...]
-    text: str
-    group: str
-
-    @property
-    def line(self) -> str:
-        """Its first sentence."""
-        return re.split(r"(?<=[a-z`)\d])\. ", self.text.replace("\n", " "))[0].rstrip(".:")
 
 
 def explained_keys() -> dict[str, KeyHelp]:
@@ -112,21 +84,16 @@ def keys_text(word: str | None = None, *, everything: bool = False) -> str:
         return _overview(keys, everything)
     name = word.removeprefix("--").replace("-", "_")
     if name in keys:
-        return _detail(keys[name])
+        return key_detail(keys[name])
     if name in TRANSLATED:
         named = [keys[key] for key in re.findall(r"`(\w+)(?::[^`]*)?`", TRANSLATED[name]) if key in keys]
-        details = "\n\n".join(map(_detail, {key.name: key for key in named}.values()))
+        details = "\n\n".join(map(key_detail, {key.name: key for key in named}.values()))
         return f"`{name}` is not a key of a recipe; {TRANSLATED[name]}.\n\n{details}".rstrip()
-    wanted = name.lower()
-    by_name = [key for key in keys.values() if wanted in key.name]
-    by_text = [key for key in keys.values() if key not in by_name and word.lower() in key.text.lower()]
-    if not (by_name or by_text):
-        near = nearest(name, keys)
-        meant = f"Did you mean `{near}`?" if near else "`mpo keys --all` shows every key."
-        raise ConfigError(f"No key of a recipe is called `{show_name(word)}` or speaks of it. {meant}")
-    if len(by_name) == 1 and not by_text:
-        return _detail(by_name[0])
-    return _lines([*by_name, *by_text]) + "\n\nOne of them explained: mpo keys NAME"
+    if found := found_text(keys, word, "mpo keys"):
+        return found
+    near = nearest(name, keys)
+    meant = f"Did you mean `{near}`?" if near else "`mpo keys --all` shows every key."
+    raise ConfigError(f"No key of a recipe is called `{show_name(word)}` or speaks of it. {meant}")
 
 
 def _overview(keys: Mapping[str, KeyHelp], everything: bool) -> str:
@@ -135,26 +102,17 @@ def _overview(keys: Mapping[str, KeyHelp], everything: bool) -> str:
         inside = [key for key in keys.values() if key.group == group]
         if group == _OTHERS and not everything:
             inside = [keys[name] for name in _USUAL if name in keys and keys[name].group == group]
-        parts += [f"Keys of {group}\n{_lines(inside)}"] if inside else []
+        parts += [f"Keys of {group}\n{key_lines(inside)}"] if inside else []
     hidden = (
         0 if everything else sum(key.group == _OTHERS and key.name not in _USUAL for key in keys.values())
     )
     more = f"{hidden} more keys of TRL and transformers: mpo keys --all\n" if hidden else ""
-    return "\n\n".join([*parts, f"{more}One of them explained, or a word looked for: mpo keys WORD"])
-
-
-def _lines(keys: list[KeyHelp]) -> str:
-    width = max(len(key.name) for key in keys)
-    return "\n".join(f"  {key.name.ljust(width)}  {shortened(key.line, _WIDTH - width)}" for key in keys)
-
-
-def _detail(key: KeyHelp) -> str:
-    facts = {"Type": key.type, "Default": key.default or "none; it has to be set"}
-    if key.choices:
-        facts["Values"] = ", ".join(map(str, key.choices))
-    facts["Of"] = key.group
-    paragraphs = [textwrap.fill(" ".join(part.split()), _WIDTH) for part in key.text.split("\n\n")]
-    return "\n\n".join([f"{key.name}\n{textwrap.indent(fact_lines(facts), '  ')}", *paragraphs])
+    return "\n\n".join(
+        [
+            *parts,
+            f"{more}One of them explained, or a word looked for: mpo keys WORD\nKeys of other recipes: mpo keys --of build (or suite, analysis, comparison)",
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the source
@@ -204,20 +162,12 @@ def _described(docstring: str) -> Iterator[tuple[str, str]]:
         depth = len(line) - len(line.lstrip())
         if line.strip() and depth <= indent:
             text = textwrap.dedent("\n".join(lines)).strip()
-            yield from ((name, _plain(text)) for name in names if text)
+            yield from ((name, plain_text(text)) for name in names if text)
             names, lines = [], []
         if (found := _ENTRY.match(line.strip())) and not names and depth:
             names, indent = found["names"].split(", "), depth
         elif names:
             lines.append(line)
-
-
-def _plain(text: str) -> str:
-    """A docstring's text without marks of Markdown and Sphinx."""
-    text = re.sub(r"<[^>]+>", "", text)
-    text = re.sub(r"\[([^\]]+)\]\([^)]*\)|\[(`[^\]]+`)\]\[[^\]]*\]", lambda m: m[1] or m[2], text)
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
-    return text.replace("**", "").replace("[`~", "`").replace("`]", "`")
 
 
 def _metadata_help(value: ast.expr | None) -> str:
@@ -244,8 +194,4 @@ def _default(value: ast.expr | None) -> str:
 
 def _written(expression: ast.expr) -> str:
     value = evaluated(expression, {})
-    if value is UNKNOWN:
-        return "chosen by transformers"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)
+    return "chosen by transformers" if value is UNKNOWN else written(value)

@@ -98,7 +98,7 @@ def test_one_entry_may_stand_for_a_list_and_an_empty_section_for_its_default(rea
         ("extra:\n  name: a\n  count: -1", "line 4: `extra`: `count` is -1; expected a number from 0."),
         ("extra:\n  nmae: a", "line 3: `extra.nmae` is not a key of a whole; the nearest is `extra.name`."),
         ("first: {name: b}", "line 2: `first` is set twice"),
-        ("zzzzzz: 1", "All keys are in docs/recipes.md."),
+        ("zzzzzz: 1", "All keys: `mpo keys --of whole`."),
     ],
 )  # fmt: skip
 def test_a_single_mistake_is_one_sentence_with_its_own_line(read: Read, text: str, expected: str) -> None:

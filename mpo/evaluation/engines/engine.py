@@ -26,19 +26,19 @@ class ModelChoice:
         adapter: Folder or Hub name of a PEFT adapter to put on it.
         engine: ``transformers``, ``vllm`` or ``server``.
         url: Base URL of an OpenAI-compatible server.
-        key_variable: Environment variable with the server's key; see :class:`mpo.evaluation.chat_client.ChatClient`.
+        key_variable: Environment variable with the server's key; by default OPENAI_API_KEY for OpenAI's own, none for others.
         concurrency: Requests to a server at the same time.
         timeout: Seconds to wait for a server's reply.
-        batch_size: Prompts per batch of the transformers engine.
+        batch_size: Prompts per batch of the ``transformers`` engine.
         dtype: Type of the weights: auto, bfloat16, float16 or float32; by default bfloat16 on a GPU that has it, else
             float32.
         device: cpu, cuda, cuda:1, ...; by default a GPU where there is one.
-        attn_implementation: As in transformers.
+        attn_implementation: As in transformers; by default the model's.
         revision: Revision of the model on the Hub.
         adapter_revision: Revision of the adapter on the Hub.
         chat_template: Jinja text or a file, in place of the one that the adapter or the model brings.
         trust_remote_code: Run code that the model brings.
-        chat_template_kwargs: Extra arguments of the chat template, for example ``{"enable_thinking": False}``; None for
+        chat_template_kwargs: Extra arguments of the chat template, for example ``{enable_thinking: false}``; by default
             those that the adapter or the model was trained with, as its ``recipe.yaml`` says. A server gets them with
             each request.
     """

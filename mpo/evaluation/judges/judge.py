@@ -36,15 +36,19 @@ class JudgeChoice:
             this process).
         model: What the server calls the model, or the guard's folder or Hub name.
         url: Base URL of the server; OpenAI's by default.
-        key_variable: Environment variable with its key; see :class:`mpo.evaluation.chat_client.ChatClient`.
+        key_variable: Environment variable with its key; by default OPENAI_API_KEY for OpenAI's own server, none for others.
         prompt: File with the judging prompt, in place of the built-in one.
-        format: How a guard is asked and what its replies mean: see :data:`mpo.evaluation.judges.formats.GUARDS`; by
-            default that of its name, which has to be a known one.
-        request: Further fields of each request to the server; None takes one out (``{"temperature": None}``).
+        format: How a guard is asked and what its replies mean: a known format such as ``llama-guard`` or ``qwen3guard``; by default
+            that of its name, which has to be a known one.
+        request: Further fields of each request to the server; null takes one out (``{temperature: null}``).
         cache: Folder for the server's replies, by content.
-        concurrency, timeout: Of requests to the server.
-        batch_size, dtype, device, revision, trust_remote_code: Of a guard, as in
-            :class:`mpo.evaluation.engines.ModelChoice`.
+        concurrency: Requests to the server at the same time.
+        timeout: Seconds to wait for its reply.
+        batch_size: Answers per batch of a guard.
+        dtype: Type of a guard's weights: auto, bfloat16, float16 or float32.
+        device: Where a guard runs: cpu, cuda, ...; by default a GPU where there is one.
+        revision: Revision of a guard on the Hub.
+        trust_remote_code: Run code that a guard brings.
     """
 
     name: str = "refusal-phrases"

@@ -153,7 +153,8 @@ class Search:
         parameters: Key of the training recipe: its range or choices.
         trials: Runs that are trained and measured for each searched run.
         sampler_seed: Seed of what proposes values.
-        objective: What is made as large as possible: ``balanced``, see :func:`mpo.evaluation.rates.balanced_share`.
+        objective: What is made as large as possible: ``balanced``, in each language the smaller of the shares of harmful
+            prompts without an unsafe answer and of harmless ones that are answered.
         weights: In its place the mean of the two shares, with these weights.
         point: In its place the negative sum by which attack success and refusals exceed it.
     """
@@ -199,7 +200,7 @@ class CompareRecipe:
         grid: Keys of the base recipe with the values to try, all combinations of which are runs. With `runs`, each of
             these in all combinations.
         seeds: Every setting is trained once with each.
-        budget: How long every run trains; None leaves it to the base recipe.
+        budget: How long every run trains; unset leaves it to the base recipe.
         keep: Which trained weights stay: ``none``, ``adapters`` (all), or ``best``.
         search: Settings to be searched before the runs.
         validation_suite: What measures the trials of a search, on other prompts than `suite`.
@@ -260,7 +261,6 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> CompareR
         path,
         overrides,
         noun="a comparison",
-        manual="docs/compare.md",
         renamed=_keys_of_training(),
         paths=_PATHS,
     )
