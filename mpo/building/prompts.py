@@ -15,8 +15,8 @@ from mpo.building.starter import everyday_rows, starter_rows
 from mpo.common.characters import half_character
 from mpo.common.words import nearest, show_name
 from mpo.data.contract import HARMFUL, HARMLESS, KINDS, RowError, is_blank, normal_form
-from mpo.data.forms.readers import PROMPT_COLUMNS, holds_turns, read_pair, read_prompt
-from mpo.data.forms.recognition import as_columns, form_of, is_group
+from mpo.data.forms.readers import PROMPT_COLUMNS, holds_turns
+from mpo.data.forms.recognition import as_columns, form_of, is_group, is_plain
 from mpo.data.languages import normalize_language
 from mpo.data.reading import Rows, looks_like_path, missing_file_error, read_file, read_hub
 from mpo.errors import DataError
@@ -144,9 +144,7 @@ def _refuse_other_forms(row: Any, name: str, source: PromptSource) -> None:
             "holds groups already: pairs with their translations. `mpo train` takes it as it is.", file=name
         )
     form = form_of(row)
-    if form is None or (
-        form.read in (read_pair, read_prompt) and form.name not in ("sharegpt-ranking", "conversations")
-    ):
+    if form is None or is_plain(form):
         return
     raise DataError(
         f"holds {form.title}. Make plain rows of it first: `mpo data convert {show_name(name)} --output pairs.jsonl`. To take "

@@ -304,11 +304,20 @@ def advice(form: Form, name: str) -> str:
         name: How the file is called.
     """
     file = name if "." in name or "/" in name else "FILE"  # data handed over in Python have no name to give
-    return (
-        f"holds {form.title}, in one language. Groups are needed here: a pair and its translations. `mpo data build` makes them, "
-        f"of plain rows such as `mpo data convert {file} --output pairs.jsonl` writes; where there is a file per language, "
-        "`mpo data convert FILE FILE --key id --output groups.jsonl` joins them."
+    made = (
+        f"of this file: `mpo data build recipes/data/build.yaml --prompts.data {file}`"
+        if is_plain(form)
+        else f"of plain rows such as `mpo data convert {file} --output pairs.jsonl` writes"
     )
+    return (
+        f"holds {form.title}. Groups are needed here: a pair and its translations. `mpo data build` makes them, {made}; where there "
+        "is a file per language with both answers, `mpo data convert FILE FILE --key id --output groups.jsonl` joins them."
+    )
+
+
+def is_plain(form: Form) -> bool:
+    """Whether a build reads rows of a form as they are, without losing answers or turns."""
+    return form.read in (read_pair, read_prompt) and form.name not in ("sharegpt-ranking", "conversations")
 
 
 def known_columns() -> str:
