@@ -12,6 +12,8 @@ import pytest
 from datasets import Dataset
 
 from mpo import cli
+from mpo.building.prompts import PromptRow, read_prompts
+from mpo.building.recipe import PromptSource
 from mpo.data import check_data, convert, load_groups
 from mpo.data.forms import FORMS, form_of
 from mpo.data.forms.recognition import as_columns
@@ -797,9 +799,14 @@ def test_where_groups_are_needed_a_file_of_another_form_is_named_once(
             load()
         message = str(caught.value)
         assert message.startswith("given.jsonl: holds ") and piece in message
-        assert (
-            "`mpo data build`" in message and "`mpo data convert given.jsonl --output pairs.jsonl`" in message
-        )
+        # What it names is what takes the file.
+        prompts = read_prompts(PromptSource([str(path)], kind="harmful"), "en", ["bn"])
+        if "`mpo data convert given.jsonl --output pairs.jsonl`" in message:
+            with pytest.raises(DataError, match="Make plain rows of it first"):
+                list(prompts)
+        else:
+            assert "`mpo data build recipes/data/build.yaml --prompts.data given.jsonl`" in message
+            assert any(isinstance(found, PromptRow) for found in prompts)
         assert "missing" not in message and PROMPT not in message
 
 
