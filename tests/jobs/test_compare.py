@@ -244,6 +244,16 @@ def test_every_run_sees_the_same_number_of_pairs_whatever_its_step_is(load: Any)
 def test_runs_of_different_length_without_a_budget_are_remarked_on(load: Any) -> None:
     plan = plan_comparison(load(runs=[{"name": "a"}, {"name": "b", "num_train_epochs": 2}]))
     assert any("different numbers of pairs" in note for note in plan.notes)
+    # Groups of different size, of which each seed draws others: no setting trains longer than another.
+    plan = plan_comparison(
+        load(
+            runs=[{"name": "a"}, {"name": "b", "learning_rate": 1e-3}],
+            seeds=[0, 1, 2, 3],
+            shared={"max_steps": 3},
+        )
+    )
+    assert len({run.seen.pairs for run in plan.runs}) > 1
+    assert not any("different numbers of pairs" in note for note in plan.notes)
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs

@@ -304,7 +304,9 @@ def plan_runs(
             "the runs train on different data, so what differs between them is not the setting alone"
         )
     pairs = sorted({run.seen.pairs for run in runs})
-    if recipe.budget is None and len(pairs) > 1:
+    # Seeds draw other groups, with more or fewer languages; that is no difference between settings.
+    unequal = any(len({run.seen.pairs for run in runs if run.seed == seed}) > 1 for seed in seeds)
+    if recipe.budget is None and unequal:
         notes.append(
             f"the runs train on different numbers of pairs ({pairs[0]:,} to {pairs[-1]:,}); `budget: {{pairs: {pairs[0]}}}` "
             "makes them equal"
