@@ -186,7 +186,8 @@ def as_groups(
     Args:
         dataset: A ``datasets.Dataset`` or anything else that :func:`load_groups` takes.
         source_language: The dominant language, that of sources without a label.
-        bad_rows: As for :func:`load_groups`, like the settings that follow: ``"error"`` or ``"drop"``. To see what was dropped, call :func:`load_groups`.
+        bad_rows: As for :func:`load_groups`, like the settings that follow: ``"error"`` or ``"drop"``. To see what was dropped,
+            call :func:`load_groups`.
         group_by_source: False makes a group of every pair.
         max_targets_per_group: Divide groups with more targets.
 
