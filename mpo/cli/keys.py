@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from mpo.common.key_help import KeyHelp, described_keys, found_text, key_lines
+from mpo.common.key_help import KeyHelp, as_name, described_keys, find_key, found_text, key_lines
 from mpo.common.words import nearest, show_name
 from mpo.errors import ConfigError
 
 _TRAINING = "training"
-# What a recipe that is not for training is made of, and the fields of it that are no keys.
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A recipe that is not for training.
+
+    Attributes:
+        title: What it is called.
+        module, name: Its dataclass.
+        defaults: What is set by its file's name.
+    """
+
+    title: str
+    module: str
+    name: str
+    defaults: Mapping[str, str] = field(default_factory=dict)
+
+
 _OTHERS = {
-    "build": ("a build", "mpo.building.recipe", "BuildRecipe"),
-    "suite": ("a suite", "mpo.jobs.suite_recipe", "SuiteRecipe"),
-    "analysis": ("an analysis", "mpo.hidden_space.recipe", "AnalysisRecipe"),
-    "comparison": ("a comparison", "mpo.jobs.compare.recipe", "CompareRecipe"),
+    "build": _Kind(
+        "a build", "mpo.building.recipe", "BuildRecipe", {"out": "runs/data/ and the recipe's name"}
+    ),
+    "suite": _Kind("a suite", "mpo.jobs.suite_recipe", "SuiteRecipe", {"out": "runs/ and the recipe's name"}),
+    "analysis": _Kind("an analysis", "mpo.hidden_space.recipe", "AnalysisRecipe"),
+    "comparison": _Kind(
+        "a comparison",
+        "mpo.jobs.compare.recipe",
+        "CompareRecipe",
+        {"out": "runs/compare/ and the recipe's name"},
+    ),
 }
+_NO_KEY = ("source_path",)
 
 
 def register(commands: Any) -> None:
@@ -45,46 +72,45 @@ def keys_of_kind(kind: str) -> dict[str, KeyHelp]:
     Args:
         kind: ``build``, ``suite``, ``analysis`` or ``comparison``.
     """
-    title, module, name = _OTHERS[kind]
-    found = described_keys(getattr(import_module(module), name), title, hidden=("source_path",))
+    of = _OTHERS[kind]
+    found = described_keys(getattr(import_module(of.module), of.name), of.title, _NO_KEY, of.defaults)
     return {key.name: key for key in found}
 
 
 def _run(arguments: argparse.Namespace) -> int:
     word = arguments.word
+    if word is not None and not as_name(word):
+        word = None
     if arguments.of in _OTHERS:
         print(_other_text(arguments.of, word))
         return 0
     from mpo.training.key_help import keys_text
 
+    others = {} if word is None or arguments.of else {kind: keys_of_kind(kind) for kind in _OTHERS}
     try:
         text = keys_text(word, everything=arguments.all)
     except ConfigError:
-        found = {} if word is None or arguments.of else {kind: _found(kind, word) for kind in _OTHERS}
-        texts = [
-            f"Not a key of a training recipe; of {_OTHERS[kind][0]}:\n\n{text}"
-            for kind, text in found.items()
-            if text
-        ]
-        if not texts:
+        texts = [found_text(keys, word, f"mpo keys --of {kind}") for kind, keys in others.items()]
+        found = [each for each in texts if each]
+        if not found:
             raise
-        text = "\n\n".join(texts)
+        text = "\n\n".join(["Not a key of a training recipe, but of others:", *found])
+    else:
+        text += "".join(
+            f"\nOf {_OTHERS[kind].title}: mpo keys --of {kind} {word}"
+            for kind, keys in others.items()
+            if find_key(keys, as_name(word)) or as_name(word) in {name.rpartition(".")[2] for name in keys}
+        )
     print(text)
     return 0
 
 
-def _found(kind: str, word: str) -> str | None:
-    return found_text(keys_of_kind(kind), word, f"mpo keys --of {kind}")
-
-
 def _other_text(kind: str, word: str | None) -> str:
-    keys = keys_of_kind(kind)
+    keys, title, command = keys_of_kind(kind), _OTHERS[kind].title, f"mpo keys --of {kind}"
     if word is None:
-        return f"Keys of {_OTHERS[kind][0]}\n{key_lines([*keys.values()])}\n\nOne of them explained: mpo keys --of {kind} NAME"
-    if text := _found(kind, word):
+        return f"Keys of {title}\n{key_lines([*keys.values()])}\n\nOne of them explained: {command} NAME"
+    if text := found_text(keys, word, command):
         return text
     near = nearest(word, keys)
-    raise ConfigError(
-        f"No key of {_OTHERS[kind][0]} is called `{show_name(word)}` or speaks of it."
-        + (f" Did you mean `{near}`?" if near else f" `mpo keys --of {kind}` shows every key.")
-    )
+    meant = f"Did you mean `{near}`?" if near else f"`{command}` shows every key."
+    raise ConfigError(f"No key of {title} is called `{show_name(word)}` or speaks of it. {meant}")

@@ -344,7 +344,7 @@ class Document:
             if node.flag and not {bool, Any} & set(members):
                 self.wrong(node.place, f"`--{shown}` needs a value: {_describe(key)}.")
                 return None
-            value = self._typed(node, key.hint, shown)
+            value = self._typed(node, key.hint, shown, key.default)
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if key.choices and item is not None and item not in key.choices:
                     raise _Mismatch(node)
@@ -361,19 +361,23 @@ class Document:
             return None
         return beside(value, self.path.parent) if key.name in self.paths else value
 
-    def _section(self, node: _Node, kind: type, path: str, given: Mapping[str, Any] | None = None) -> Any:
-        """The dataclass ``kind`` from a mapping, or None where anything in it is wrong."""
+    def _section(
+        self, node: _Node, kind: type, path: str, given: Mapping[str, Any] | None = None, base: Any = None
+    ) -> Any:
+        """The dataclass ``kind`` from a mapping, or None where anything in it is wrong; what it leaves out is as in ``base``."""
         before = len(self._mistakes)
         node = self._opened(node, kind)
         if not isinstance(node.value, dict):
             self.wrong(node.place, f"`{path}` is {_show(node)}; expected {_LINES}.")
             return None
         keys = {name: key for name, key in keys_of(kind).items() if name not in (given or {})}
+        if base is not None:
+            keys = {name: replace(key, required=False) for name, key in keys.items()}
         values = self._fields(node, keys, path)
         if len(self._mistakes) > before:
             return None
         try:
-            return kind(**values, **(given or {}))
+            return kind(**values, **(given or {})) if base is None else replace(base, **values)
         except MPOError as error:
             self.wrong(_place_of(error, node), f"`{path}`: {error}" if path else str(error))
             return None
@@ -389,8 +393,8 @@ class Document:
         composed = _compose(text, node.place)
         return node if composed is None else self._node(composed, node.place)
 
-    def _typed(self, node: _Node, hint: Any, shown: str) -> Any:
-        """A value in the type ``hint``.
+    def _typed(self, node: _Node, hint: Any, shown: str, default: Any = None) -> Any:
+        """A value in the type ``hint``; a mapping that is there by ``default`` keeps what is not set anew.
 
         Raises:
             _Mismatch: It does not have it.
@@ -400,7 +404,7 @@ class Document:
             return None
         section = _section_of(hint)
         if section is not None:
-            return self._section(node, section, shown)
+            return self._section(node, section, shown, base=default if isinstance(default, section) else None)
         if isinstance(node.value, str):
             return self._text(node, members, shown)
         for member in members:

@@ -63,17 +63,25 @@ def check_data(
     read = partial(_load, data, split=split, bad_rows="drop", limit=limit, languages=languages)
     loaded, _ = read(source_language=source_language, mistaken=mistaken)
     notes = []
-    if (found := _other_source_language(loaded, mistaken)) is not None:
+    if (found := labelled_otherwise(loaded.groups, source_language)) is not None:
         notes.append(
-            f"The sources are in {language_name(found)}, but the source language is set to {source_language!r}: set "
-            f"`source_language: {found}`. The rest of this report is as if it were."
+            f"Every source is labelled as {language_name(found)}, but the source language is set to {source_language!r}. Set "
+            f"`source_language: {found}` if that is their language, or mend the labels; training and measuring refuse the data as they "
+            "are."
         )
-        loaded, _ = read(source_language=found)
-    elif (found := labelled_otherwise(loaded.groups, source_language)) is not None:
-        notes.append(
-            f"Every source is labelled as {language_name(found)}, but the source language is set to {source_language!r}: set "
-            f"`source_language: {found}`, or mend the labels. Nothing else takes the data as they are."
-        )
+    elif (found := _other_source_language(loaded, mistaken)) is not None:
+        again, _ = read(source_language=found)
+        if labelled_otherwise(again.groups, found) is None:
+            loaded = again
+            notes.append(
+                f"The sources are in {language_name(found)}, but the source language is set to {source_language!r}: set "
+                f"`source_language: {found}`. The rest of this report is as if it were."
+            )
+        else:
+            notes.append(
+                f"The sources are labelled with the source language, {source_language!r}, but most are in {language_name(found)}. "
+                "Mend the labels."
+            )
     tables = loaded.groups.with_format("arrow")
     number = processes.available() if len(tables) >= SEVERAL_FROM else 1
     if number > 1:

@@ -34,7 +34,7 @@ from mpo.data.contract import (
 from mpo.data.faults import BadRow
 from mpo.data.forms.recognition import advice, other_form
 from mpo.data.grouping import CHUNK, GroupStore
-from mpo.data.languages import language_name, normalize_language_setting, same_language
+from mpo.data.languages import UNDETERMINED, language_name, normalize_language_setting, same_language
 from mpo.data.reading import Rows, looks_like_path, read_dataset, read_file, read_hub
 from mpo.errors import ConfigError, DataError
 
@@ -147,7 +147,7 @@ def check_source_language(loaded: LoadedGroups, source_language: str) -> None:
     if (other := labelled_otherwise(loaded.groups, source_language)) is not None:
         raise DataError(
             f"every source is labelled as {language_name(other)}, but `source_language` is {source_language!r}. Set "
-            f"`source_language: {other}`, or mend the labels.",
+            f"`source_language: {other}` where that is meant, for training and evaluation data alike, or mend the labels.",
             file=loaded.origin,
         )
 
@@ -166,9 +166,8 @@ def labelled_otherwise(groups: Dataset, source_language: str) -> str | None:
     for table in groups.with_format("arrow").select_columns(["source"]).iter(batch_size=10_000):
         for value in pc.value_counts(pc.struct_field(table["source"], "language")).to_pylist():
             counts[value["values"]] += value["counts"]
-    if not counts or any(same_language(code, dominant) for code in counts):
-        return None
-    return counts.most_common(1)[0][0]
+    known = [code for code, _ in counts.most_common() if code != UNDETERMINED]
+    return None if not known or any(same_language(code, dominant) for code in known) else known[0]
 
 
 def as_groups(
@@ -458,7 +457,7 @@ def _each_parsed(name: str, part: list[tuple[int, Any]], source_language: str) -
             parsed = parse_row(row, file=name, index=index, source_language=source_language)
         except RowError as error:
             form = None if understood else other_form(row)
-            yield _Parsed(index, error, hint="" if form is None else advice(form, name))
+            yield _Parsed(index, error, hint="" if form is None else advice(form, name, row))
         else:
             understood = True
             yield _Parsed(index, parsed, pair_digest(parsed.source))

@@ -118,6 +118,9 @@ def begin(wanted: Beginning, *, ask: Callable[[str], str] | None = None) -> Path
             (
                 "These pairs were not looked at. If some of their prompts are harmless, begin with "
                 if groups is None
+                else "All prompts of these pairs are harmless: nothing in them teaches to refuse. For groups of both kinds, which `mpo data "
+                "build` makes, there is "
+                if not _counts(groups)["harmful"]
                 else "No prompt of these pairs is known as harmless, and a model that is trained on harmful ones alone comes to "
                 "refuse harmless ones, too; the run will measure it. For groups of both kinds, which `mpo data build` makes, there is "
             )
@@ -268,9 +271,7 @@ def _template(name: str | None, model: str, groups: Dataset | None) -> PackagedR
     if name is None:
         told = f"{_configured(model).get('model_type', '')} {model}".lower()
         name = min((family for family in _FAMILIES if family in told), key=told.index, default="llama")
-        from mpo.data.loading import count_kinds
-
-        if groups is None or not all(count_kinds(groups).values()):
+        if groups is None or not all(_counts(groups).values()):
             name += _HARMFUL_ALONE
     recipe = packaged_recipe(name)
     if recipe is None or "/" in recipe.name:
@@ -279,6 +280,13 @@ def _template(name: str | None, model: str, groups: Dataset | None) -> PackagedR
             f"There is no training recipe {show_name(name)} in the package; expected one of {', '.join(names) or 'none'}."
         )
     return recipe
+
+
+def _counts(groups: Dataset) -> dict[str, int]:
+    """Number of groups of each kind."""
+    from mpo.data.loading import count_kinds
+
+    return count_kinds(groups)
 
 
 def _machine(wanted: Beginning) -> Machine | None:

@@ -102,36 +102,40 @@ class _Build:
 
     def count(self) -> None:
         """Reads the prompts and keeps only how many there are."""
+        digest = _Digest()
         for found in self._read():
             if isinstance(found, PromptRow):
+                digest.add(found)
                 self.facts.add(found)
             else:
                 self.facts.dropped += 1
+        self._check_same_prompts(digest.text)
 
     def read_prompts(self) -> None:
         """Writes the prompts, and those left out, into files of their own; every stage reads them from there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(b"mpo build 1")
+        digest = _Digest()
         paths = {name: self.folder / f".{name}{PART}" for name in ("prompts.jsonl", "left_out.jsonl")}
         kept, left_out = paths.values()
         try:
             with open(kept, "w", encoding="utf-8") as rows, open(left_out, "w", encoding="utf-8") as others:
                 for found in self._read():
-                    line = dumped(asdict(found))
                     if isinstance(found, PromptRow):
-                        digest.update(line.encode("utf-8"))
-                        rows.write(line)
+                        rows.write(digest.add(found))
                         self.facts.add(found)
                     else:
-                        others.write(line)
+                        others.write(dumped(asdict(found)))
                         self.facts.dropped += 1
-            self._check_same_prompts(digest.hexdigest())
+            self._check_same_prompts(digest.text)
             for name, path in paths.items():
                 os.replace(path, self.folder / name)
         except OSError as error:
             raise StorageError(f"Cannot write {self.folder}: {error.strerror or error}.") from error
+        finally:
+            for path in paths.values():
+                path.unlink(missing_ok=True)
         self.base = {
-            "prompts": digest.hexdigest(),
+            "prompts": digest.text,
             "source_language": self.recipe.source_language,
             "block": self.recipe.block,
         }
@@ -143,14 +147,16 @@ class _Build:
             ConfigError: It was made of others.
         """
         for file in self.folder.glob("*.settings.json"):
-            rows = file.with_name(file.name.replace(".settings.json", ".jsonl"))
-            if not rows.exists() or not rows.stat().st_size:
+            stem = file.name.removesuffix(".settings.json")
+            rows = self.folder / f"{stem}.jsonl"
+            begun = (rows.exists() and rows.stat().st_size) or (self.folder / f"{stem}.0.part.jsonl").exists()
+            if not begun:
                 continue
             with suppress(StorageError):  # the stage itself says what is wrong with it
                 if read_typed(file, dict[str, Any]).get("prompts") != digest:
                     raise ConfigError(
-                        f"{self.out} holds a build of other prompts, or of these in another order. Choose another `out`, or delete "
-                        "that folder to make everything anew."
+                        f"{self.out} holds a build of other prompts, of these in another order, or for other languages (`prompts`, "
+                        "`source_language`, `languages`). Choose another `out`, or delete that folder to make everything anew."
                     )
 
     def _read(self) -> Iterator[PromptRow | Dropped]:
@@ -547,6 +553,24 @@ class _Build:
             return
         for _ in range(self.facts.total):
             yield {}
+
+
+class _Digest:
+    """What tells the prompts of a build from others."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256(b"mpo build 1")
+
+    def add(self, row: PromptRow) -> str:
+        """Takes a prompt in; returns its line."""
+        line = dumped(asdict(row))
+        self._digest.update(line.encode("utf-8"))
+        return line
+
+    @property
+    def text(self) -> str:
+        """Of all prompts so far."""
+        return self._digest.hexdigest()
 
 
 def _answers(

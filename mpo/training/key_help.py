@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from mpo.common.key_help import KeyHelp, found_text, key_detail, key_lines, plain_text, written
+from mpo.common.key_help import KeyHelp, as_name, found_text, key_detail, key_lines, plain_text, written
 from mpo.common.typed_yaml import UNKNOWN
 from mpo.common.words import nearest, show_name
 from mpo.errors import ConfigError
@@ -82,7 +82,7 @@ def keys_text(word: str | None = None, *, everything: bool = False) -> str:
     keys = explained_keys()
     if word is None:
         return _overview(keys, everything)
-    name = word.removeprefix("--").replace("-", "_")
+    name = as_name(word)
     if name in keys:
         return key_detail(keys[name])
     if name in TRANSLATED:

@@ -339,13 +339,7 @@ def build_or_load(
             full_key |= {"side": pairs.side, "arrays": sorted(arrays)}
         folder = Path(cache_dir) / xxhash.xxh3_128(json.dumps(full_key, sort_keys=True).encode()).hexdigest()
         starts = _starts(pairs)
-        shapes: dict[str, tuple[int, ...]] = {
-            LOGPS: (len(pairs), 2),
-            HIDDEN: (len(pairs), 2, hidden_size),
-            SHARED: (len(pairs), 2),
-            STATES: (int(starts[-1]), hidden_size),
-        }
-        shapes = {array: size for array, size in shapes.items() if array in arrays}
+        shapes = _shapes_of(pairs, arrays, hidden_size)
         if ranks.is_main_process and folder.exists():
             _remove_if_damaged(folder, shapes)
         if not from_main(folder.exists(), ranks):
@@ -382,6 +376,27 @@ def _remove_if_damaged(folder: Path, arrays: Iterable[str]) -> None:
 
 _Pairs = UniquePairs | MismatchedPairs
 _Shapes = Mapping[str, tuple[int, ...]]
+
+
+def cache_bytes(dataset: Dataset, stored: Stored, hidden_size: int) -> int:
+    """What the reference cache takes of the disk for what is stored of the sources and targets of tokenized groups."""
+    sides = {SOURCE: stored.sources, TARGET: stored.targets}
+    return sum(
+        _bytes_of(_shapes_of(unique_pairs(dataset, side), arrays, hidden_size))
+        for side, arrays in sides.items()
+        if arrays
+    )
+
+
+def _shapes_of(pairs: _Pairs, arrays: frozenset[str], hidden_size: int) -> _Shapes:
+    """The arrays that are stored of some pairs."""
+    shapes = {
+        LOGPS: (len(pairs), 2),
+        HIDDEN: (len(pairs), 2, hidden_size),
+        SHARED: (len(pairs), 2),
+        STATES: (int(_starts(pairs)[-1]), hidden_size),
+    }
+    return {array: size for array, size in shapes.items() if array in arrays}
 
 
 def _run_pass(

@@ -188,10 +188,12 @@ def test_other_prompts_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     build_data(load_build(recipe))
     write_rows(tmp_path / "prompts.jsonl", harmful(5))
 
-    kept = (tmp_path / "out" / "stages" / "prompts.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match=r"out holds a build of other prompts.*Choose another `out`"):
-        build_data(load_build(recipe))
-    assert (tmp_path / "out" / "stages" / "prompts.jsonl").read_bytes() == kept
+    stages = tmp_path / "out" / "stages"
+    before = {path.name: path.read_bytes() for path in stages.iterdir()}
+    for dry_run in (False, True):
+        with pytest.raises(ConfigError, match=r"out holds a build of other prompts.*Choose another `out`"):
+            build_data(load_build(recipe), dry_run=dry_run)
+    assert {path.name: path.read_bytes() for path in stages.iterdir()} == before
 
 
 def test_the_model_that_is_trained_answers_and_its_best_pairs_are_kept(tmp_path: Path) -> None:

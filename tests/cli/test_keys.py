@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpo.building.recipe import BuildRecipe
+from mpo.building.recipe import BuildRecipe, load_build
 from mpo.cli.app import main
 from mpo.cli.keys import keys_of_kind
+from mpo.common.key_help import found_text, written
 from mpo.common.recipe_kinds import KINDS, explaining
 from mpo.hidden_space.recipe import AnalysisRecipe
 from mpo.jobs.compare.recipe import CompareRecipe
@@ -63,6 +65,50 @@ def test_every_key_of_a_recipe_has_its_explanation_and_its_default(kind: str) ->
             assert keys[field.name].default == shown
 
 
+@pytest.mark.parametrize("kind", RECIPES)
+def test_every_listed_key_is_explained_under_the_name_that_it_is_listed_under(kind: str) -> None:
+    keys = keys_of_kind(kind)
+    for name, key in keys.items():
+        for word in (
+            name,
+            name.replace("NAME", "mine").replace(".N.", ".3."),
+            f"--{name.replace('_', '-')}",
+        ):
+            text = found_text(keys, word, "mpo keys")
+            assert text is not None and text.startswith(f"{name}\n"), word
+        if key.inside:
+            assert f"\n  {key.inside}." in (found_text(keys, name, "mpo keys") or ""), name
+
+
+def test_the_default_of_a_key_is_the_one_that_a_recipe_without_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("prompts: {data: [starter]}\nlanguages: [zh]\nmodel: {model: m}\n", encoding="utf-8")
+    recipe = load_build(path)
+    compared = 0
+    for name, key in keys_of_kind("build").items():
+        value: Any = recipe
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if (
+            key.default
+            and value is not None
+            and not dataclasses.is_dataclass(value)
+            and name not in ("out", "languages")
+        ):
+            shown = value if isinstance(value, bool) or value is None else str(value)
+            assert key.default == (str(shown).lower() if isinstance(value, bool) else written(value)), name
+            compared += 1
+    assert compared > 30
+    assert (recipe.out, keys_of_kind("build")["out"].default) == (
+        "runs/data/mine",
+        "runs/data/ and the recipe's name",
+    )
+    # A mapping that sets some of its keys leaves the others as they are.
+    some = load_build(path, ["--answers.generation.max_new_tokens", "24"]).answers.generation
+    assert some == dataclasses.replace(recipe.answers.generation, max_new_tokens=24)
+    assert (some.temperature, some.top_p) == (0.8, 0.95)
+
+
 def test_every_kind_of_recipe_has_the_command_that_its_errors_name(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -71,13 +117,20 @@ def test_every_kind_of_recipe_has_the_command_that_its_errors_name(
     assert len(named) == 1 + len(RECIPES)
     for command in named:
         assert main(command.split()[1:]) == 0
-        assert "  " in capsys.readouterr().out
+        kind = command.split()[-1]
+        keys = keys_of_kind(kind) if kind in RECIPES else ("learning_rate", "retain_weight")
+        assert all(f"\n  {name} " in capsys.readouterr().out for name in [*keys][:1])
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["unfinished"], "Not a key of a training recipe; of a build:\n\nanswers.unfinished\n"),
+        (["unfinished"], "Not a key of a training recipe, but of others:\n\nanswers.unfinished\n"),
+        (["samples"], "\nOf a build: mpo keys --of build samples"),
+        (["--of", "suite", "over_refusal.mine.prompts"], "attack.NAME.prompts\n"),
+        (["--of", "build", "harmless_judge.model"], "judge.model\n"),
+        (["--of", "build", "back translation"], "back_translation\n"),
+        (["--of", "comparison", "runs"], "runs\n"),
         (["--of", "build", "answers.unfinished"], "answers.unfinished\n  Type     str\n  Default  drop\n"),
         (["--of", "suite", "examples"], "report.examples\n"),
         (["--of", "comparison", "low"], "search.parameters.NAME.low\n"),

@@ -45,6 +45,7 @@ class Whole:
     open: Mapping[str, Any] | None = None
     either: int | float = 1
     place: str | None = None
+    made: Part = field(default_factory=lambda: Part("made", 7))
 
 
 Read = Callable[..., Whole]
@@ -105,6 +106,15 @@ def test_a_single_mistake_is_one_sentence_with_its_own_line(read: Read, text: st
     with pytest.raises(ConfigError) as caught:
         read(f"first: {{name: a}}\n{text}\n")
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [(), ("--made.share", "0.5")])
+def test_a_mapping_that_is_there_by_default_keeps_what_is_not_set_anew(
+    read: Read, words: tuple[str, ...]
+) -> None:
+    share = 0.5 if words else None
+    assert read("first: {name: a}", *words).made == Part("made", 7, share)
+    assert read("first: {name: a}\nmade: {flag: true}", *words).made == Part("made", 7, share, True)
 
 
 def test_what_is_missing_is_named(read: Read) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from datasets import Dataset
 
 from mpo import cli
 from mpo.building.prompts import PromptRow, read_prompts
-from mpo.building.recipe import PromptSource
+from mpo.building.recipe import PromptSource, load_build
 from mpo.data import check_data, convert, load_groups
+from mpo.data.contract import KINDS
 from mpo.data.forms import FORMS, form_of
 from mpo.data.forms.recognition import as_columns
 from mpo.errors import ConfigError, DataError
@@ -799,15 +802,22 @@ def test_where_groups_are_needed_a_file_of_another_form_is_named_once(
             load()
         message = str(caught.value)
         assert message.startswith("given.jsonl: holds ") and piece in message
-        # What it names is what takes the file.
-        prompts = read_prompts(PromptSource([str(path)], kind="harmful"), "en", ["bn"])
+        assert "missing" not in message and PROMPT not in message
+        # The command that it names takes the file.
         if "`mpo data convert given.jsonl --output pairs.jsonl`" in message:
             with pytest.raises(DataError, match="Make plain rows of it first"):
-                list(prompts)
-        else:
-            assert "`mpo data build recipes/data/build.yaml --prompts.data given.jsonl`" in message
-            assert any(isinstance(found, PromptRow) for found in prompts)
-        assert "missing" not in message and PROMPT not in message
+                list(read_prompts(PromptSource([str(path)], kind="harmful"), "en", ["bn"]))
+            continue
+        (command,) = re.findall(r"`mpo data build (.*?)`", message)
+        recipe, *words = shlex.split(command)
+        build = load_build(recipe, [str(path) if word == path.name else word for word in words])
+        found = list(read_prompts(build.prompts, "en", ["bn"]))
+        assert isinstance(found[0], PromptRow)
+        assert "chosen" in row or {prompt.kind for prompt in found if isinstance(prompt, PromptRow)} == {
+            *KINDS
+        }
+        assert (build.translation.engine == "none") == ("bn" in row)
+        assert ("chosen" in row) == (build.answers.chosen == "column")
 
 
 def test_a_row_of_another_form_among_groups_stays_a_bad_row(tmp_path: Path) -> None:

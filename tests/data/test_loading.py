@@ -294,14 +294,17 @@ def test_a_label_of_the_source_wins_over_the_setting() -> None:
 
 
 def test_groups_without_a_source_in_the_dominant_language_are_not_trained_on() -> None:
-    rows = [flat("bn", number=number, source_language="zh") for number in range(3)]
+    rows = [flat("bn", number=number, source_language="zh") for number in range(9)]
     with pytest.raises(DataError, match=r"labelled as Chinese.*Set `source_language: zh`"):
         as_groups(rows)
-    assert len(as_groups(rows, source_language="zh")) == 3
-    assert len(as_groups([*rows, flat("bn", number=3)])) == 4
+    assert len(as_groups(rows, source_language="zh")) == 9
+    assert len(as_groups([*rows, flat("bn", number=9)])) == 10
     report = check_data(rows)
-    assert [note for note in report.notes if "Every source is labelled as Chinese" in note]
-    assert check_data(rows, source_language="Chinese").notes == []
+    assert len(report.notes) == 1 and "Every source is labelled as Chinese" in report.notes[0]
+    (note,) = check_data(rows, source_language="Chinese").notes  # they are English
+    assert "Mend the labels" in note
+    undetermined = [flat("bn", number=number, source_language="und") for number in range(9)]
+    assert len(as_groups(undetermined)) == 9
 
 
 def test_sources_in_different_languages_are_different_sources() -> None:

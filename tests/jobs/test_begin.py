@@ -99,12 +99,17 @@ def test_groups_of_both_kinds_get_the_recipe_that_holds_harmless_ones(
     harmless = {"source": pair("en", prompt=messages("How do I boil rice?", "user")), "kind": "harmless"}
     other = {"source": pair("en", prompt=messages("How do I break a window?", "user"))}
     rows = [group("bn"), group("bn", **other), group("bn", **harmless)]
-    for name, kept, template in (("both", rows, "qwen"), ("harmful", rows[:2], "qwen_mpo")):
+    for name, kept, template in (
+        ("both", rows, "qwen"),
+        ("harmful", rows[:2], "qwen_mpo"),
+        ("harmless", rows[2:], "qwen_mpo"),
+    ):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         recipe = load_recipe(begin(Beginning(str(model), f"{name}.jsonl", out=f"{name}.yaml", yes=True)))
         said = capsys.readouterr().out
         assert f"from the recipe {template}." in said
         assert ("No prompt of these pairs is known as harmless" in said) == (name == "harmful")
+        assert ("All prompts of these pairs are harmless" in said) == (name == "harmless")
         assert recipe.training.loss_type == (["sft"] if name == "both" else ["mpo"])
         # The rate of this one was measured on a narrow model.
         assert (recipe.training.learning_rate == 6e-4) == (name == "both")

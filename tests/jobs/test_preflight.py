@@ -315,6 +315,7 @@ def test_an_answer_that_begins_as_the_refusal_does_can_be_held_and_not_preferred
     [
         ({"harmless_loss_type": "none", "harmless_retention": "reverse_kl"}, False),
         ({"harmless_loss_type": "sft", "harmless_loss_weight": 0}, False),
+        ({"harmless_loss_type": "gap_retention"}, False),
         ({"harmless_loss_type": "sft"}, True),
     ],
 )

@@ -29,7 +29,7 @@ from mpo.modeling.head import attach_reward_gap_head
 from mpo.modeling.identity import fingerprint_folder, fingerprint_module
 from mpo.modeling.layout import BatchShape
 from mpo.training import reference as subject
-from mpo.training.reference import GroupReference, build_or_load
+from mpo.training.reference import HIDDEN, LOGPS, STATES, GroupReference, Stored, build_or_load, cache_bytes
 from mpo.training.unique_pairs import unique_sources
 from tests import runs
 from tests.tiny import build_model, build_tokenizer, random_groups, save_tiny
@@ -165,6 +165,23 @@ def test_the_values_are_those_of_a_direct_call_of_the_model(
     assert np.abs(expected_gap).max() > 0.05
     np.testing.assert_allclose(gap, expected_gap, atol=2e-5)
     np.testing.assert_allclose(hidden, expected_hidden, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("sources", "targets"),
+    [({LOGPS, HIDDEN}, set()), ({LOGPS, STATES}, {LOGPS, STATES}), (set(), {LOGPS, HIDDEN})],
+    ids=str,
+)
+def test_what_the_cache_takes_of_the_disk_is_known_before_the_pass(
+    model: PreTrainedModel, dataset: Dataset, tmp_path: Path, sources: set[str], targets: set[str]
+) -> None:
+    stored = Stored(frozenset(sources), frozenset(targets))
+    known = cache_bytes(dataset, stored, 32)
+    build_or_load(
+        dataset, Forward(model), cache_dir=str(tmp_path), key={"weights": "w"}, shape=SHAPE, hidden_size=32,
+        ranks=OneRank(), stored=stored,
+    )  # fmt: skip
+    assert known == sum(np.load(path, mmap_mode="r").nbytes for path in tmp_path.rglob("*.npy")) > 0
 
 
 def test_results_do_not_depend_on_the_token_budget(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -296,27 +297,39 @@ def is_empty(value: object) -> bool:
     return isinstance(value, (str, list, tuple)) and not value
 
 
-def advice(form: Form, name: str) -> str:
+def advice(form: Form, name: str, row: object) -> str:
     """What to say where groups are needed and a file has another form.
 
     Args:
         form: The form of its rows.
         name: How the file is called.
+        row: One of them.
     """
-    file = name if "." in name or "/" in name else "FILE"  # data handed over in Python have no name to give
-    made = (
-        f"of this file: `mpo data build recipes/data/build.yaml --prompts.data {file}`"
-        if is_plain(form)
-        else f"of plain rows such as `mpo data convert {file} --output pairs.jsonl` writes"
-    )
+    # Data handed over in Python have no name to give.
+    file = shlex.quote(name) if "." in name or "/" in name else "FILE"
+    if is_plain(form):
+        made = f"of this file: `mpo data build {_build_words(form, file, row)}`"
+    else:
+        made = f"of plain rows such as `mpo data convert {file} --output pairs.jsonl` writes"
     return (
         f"holds {form.title}. Groups are needed here: a pair and its translations. `mpo data build` makes them, {made}; where there "
         "is a file per language with both answers, `mpo data convert FILE FILE --key id --output groups.jsonl` joins them."
     )
 
 
+def _build_words(form: Form, file: str, row: object) -> str:
+    """What makes groups of a file as it is: a recipe of a build, and what is changed in it."""
+    columns = row if isinstance(row, Mapping) else {}
+    unsaid = " --prompts.kind harmful" if is_empty(columns.get("kind")) else ""
+    if form.pairs:
+        return f"data/build --prompts.data {file}{unsaid} --answers.chosen column --answers.rejected column"
+    if "texts" in columns or len(LANGUAGES.keys() & columns.keys()) > 1:  # nothing has to be translated
+        return f"data/refuse_or_answer --prompts.data {file} starter-harmless starter-everyday --model.model MODEL"
+    return f"data/build --prompts.data {file} starter-harmless{unsaid} --model.model MODEL"
+
+
 def is_plain(form: Form) -> bool:
-    """Whether a build reads rows of a form as they are, without losing answers or turns."""
+    """Whether a build takes rows of a form without their conversion: what they hold stands in columns that it reads."""
     return form.read in (read_pair, read_prompt) and form.name not in ("sharegpt-ranking", "conversations")
 
 

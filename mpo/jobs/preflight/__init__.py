@@ -103,11 +103,14 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     notes.extend(errors[:3])
     harmless = harmless_groups(tokenized)
     has_harmless = bool(harmless.any())
-    if harmless.all() and not (training.harmless.loss_type and training.harmless_loss_weight):
+    explicit = recipe.model.reference_model_name_or_path is not None
+    teaching = {*training.harmless.loss_type} - {"gap_retention"} if training.harmless_loss_weight else set()
+    if harmless.all() and not teaching and not explicit:  # to hold at another model is to teach
         raise DataError(
-            f"all {len(harmless)} groups are harmless, and `harmless_loss_type: none` or a `harmless_loss_weight` of 0 teaches "
-            "nothing on those: the model would stay as it is. Add harmful groups, which `mpo data build` makes of prompts that "
-            "are to be refused, or set a `harmless_loss_type`.",
+            f"all {len(harmless)} groups are harmless, and with `harmless_loss_type: {', '.join(training.harmless.loss_type) or 'none'}`"
+            f"{'' if training.harmless_loss_weight else ' and a `harmless_loss_weight` of 0'} the model is only held on those: it would "
+            "stay as it is. Add harmful groups, which `mpo data build` makes of prompts that are to be refused, or set another "
+            "`harmless_loss_type`.",
             file=data.origin,
         )
     if (checkpoint := checkpoint_to_resume(recipe)) is not None:
@@ -120,7 +123,6 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
                 "trained on harmful prompts alone, a model comes to refuse harmless ones, too"
             )
     else:
-        explicit = recipe.model.reference_model_name_or_path is not None
         check_head_stays(training, model, other_reference=explicit)
     notes.extend(
         f"{language_name(code)} has {counted(harmful, 'harmful pair')} and {answered or 'no'} harmless: a model that sees a "

@@ -43,7 +43,11 @@ def check_data_files(recipe: Recipe) -> None:
                 places = sorted({os.getcwd(), str(recipe.source_path.resolve().parent)})
                 raise DataError(
                     f"there is no such file (looked in {' and '.join(places)}).{did_you_mean(name)} Set `{key}`"
-                    f"{', or make it with `mpo data build`' if Path(name).name in (GROUPS, TABLE) else ''}.",
+                    + (
+                        ", or make it: `mpo data build data/refuse_or_answer --model.model MODEL --out FOLDER`."
+                        if Path(name).name in (GROUPS, TABLE)
+                        else "."
+                    ),
                     file=name,
                 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+
 from mpo.common.words import counted, magnitude, plain, size
 from mpo.data import language_name
 from mpo.evaluation.reward_gap import sort_languages
@@ -14,6 +16,8 @@ from mpo.training.config import MPOConfig
 from mpo.training.harmless import RETENTIONS
 from mpo.training.launcher import launched_with
 from mpo.training.recipe import Recipe
+from mpo.training.reference import cache_bytes
+from mpo.training.reference_policy import needed_for
 
 
 def facts_of(plan: Plan, disk_bytes: float) -> dict[str, str]:
@@ -90,6 +94,10 @@ def _harmless(plan: Plan) -> dict[str, str]:
         )
     if args.harmless_share is not None:
         uses.append(f"{args.harmless_share:.0%} of each step")
+    if own.keeps_tokens:
+        groups = plan.tokenized.select(np.flatnonzero(found))
+        cached = cache_bytes(groups, needed_for(own), plan.config.get_text_config().hidden_size)
+        uses.append(f"{size(cached)} of reference cache in {args.reference_folder()}")
     return {"Harmless": f"{found.sum()} of these groups: {'; '.join(uses) or 'not trained on'}"}
 
 
