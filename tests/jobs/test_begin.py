@@ -98,7 +98,8 @@ def test_groups_of_both_kinds_get_the_recipe_that_holds_harmless_ones(
 ) -> None:
     harmless = {"source": pair("en", prompt=messages("How do I boil rice?", "user")), "kind": "harmless"}
     other = {"source": pair("en", prompt=messages("How do I break a window?", "user"))}
-    rows = [group("bn"), group("bn", **other), group("bn", **harmless)]
+    more = {"source": pair("en", prompt=messages("How do I bake bread?", "user")), "kind": "harmless"}
+    rows = [group("bn"), group("bn", **other), group("bn", **harmless), group("bn", **more)]
     for name, kept, template in (
         ("both", rows, "qwen"),
         ("harmful", rows[:2], "qwen_mpo"),
