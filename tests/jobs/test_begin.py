@@ -117,7 +117,7 @@ def test_groups_of_both_kinds_get_the_recipe_that_holds_harmless_ones(
         text = Path(f"{name}.yaml").read_text(encoding="utf-8")
         assert ("groups of both kinds: harmful" in text, "whose gap the others" in text) == (
             name == "both",
-            name == "harmful",
+            name != "both",
         )
     begin(Beginning(str(model), "both.jsonl", out="own.yaml", template="qwen_mpo", yes=True))
     assert "No prompt of these" not in capsys.readouterr().out
