@@ -169,11 +169,15 @@ def test_the_values_are_those_of_a_direct_call_of_the_model(
 
 @pytest.mark.parametrize(
     ("sources", "targets"),
-    [({LOGPS, HIDDEN}, set()), ({LOGPS, STATES}, {LOGPS, STATES}), (set(), {LOGPS, HIDDEN})],
+    [((LOGPS, HIDDEN), ()), ((LOGPS, STATES), (LOGPS, STATES)), ((), (LOGPS, HIDDEN))],
     ids=str,
 )
 def test_what_the_cache_takes_of_the_disk_is_known_before_the_pass(
-    model: PreTrainedModel, dataset: Dataset, tmp_path: Path, sources: set[str], targets: set[str]
+    model: PreTrainedModel,
+    dataset: Dataset,
+    tmp_path: Path,
+    sources: tuple[str, ...],
+    targets: tuple[str, ...],
 ) -> None:
     stored = Stored(frozenset(sources), frozenset(targets))
     known = cache_bytes(dataset, stored, 32)
