@@ -149,7 +149,7 @@ def test_tokens_that_a_response_is_longer_by_weigh_less() -> None:
 def consistency(states: Tensor, temperature: float) -> float:
     """By the definition, of one prompt."""
     unit = states / states.norm(dim=1, keepdim=True)
-    values = torch.linalg.eigvalsh(unit @ unit.T).clamp(min=0).sqrt().flip(0)
+    values = torch.linalg.eigvalsh(unit @ unit.T).clamp(min=1e-30).sqrt().flip(0)
     return float(-torch.log_softmax(values / values[0] / temperature, dim=0)[0])
 
 

@@ -39,7 +39,8 @@ def consistency(bench: Bench, model: Any) -> Tensor:
     losses = []
     for states in prompt_states(bench, model):
         unit = states / states.norm(dim=1, keepdim=True)
-        values = torch.linalg.eigvalsh(unit @ unit.T).flip(0).clamp(min=0).sqrt()
+        # Of equal states one is 0 but for rounding, to either side; the root has no slope at 0.
+        values = torch.linalg.eigvalsh(unit @ unit.T).flip(0).clamp(min=1e-30).sqrt()
         scaled = values / values[0].detach() / bench.trainer.args.mlc_temperature
         losses.append(-torch.log(torch.exp(scaled[0]) / torch.exp(scaled).sum()))
     return torch.stack(losses).mean()
