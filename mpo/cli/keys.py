@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from mpo.common.key_help import KeyHelp, as_name, described_keys, find_key, found_text, key_lines
+from mpo.common.key_help import (
+    KeyHelp,
+    as_name,
+    described_keys,
+    find_key,
+    found_text,
+    key_lines,
+    keys_ending_in,
+)
 from mpo.common.words import nearest, show_name
 from mpo.errors import ConfigError
 
@@ -99,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         text += "".join(
             f"\nOf {_OTHERS[kind].title}: mpo keys --of {kind} {word}"
             for kind, keys in others.items()
-            if find_key(keys, as_name(word)) or as_name(word) in {name.rpartition(".")[2] for name in keys}
+            if find_key(keys, as_name(word)) or keys_ending_in(keys, as_name(word))
         )
     print(text)
     return 0

@@ -100,7 +100,7 @@ def found_text(keys: Mapping[str, KeyHelp], word: str, command: str) -> str | No
     if key := find_key(keys, wanted):
         own = [other for other in keys.values() if key.inside and other.name.startswith(f"{key.inside}.")]
         return key_detail(key) + (f"\n\n{key_lines(own)}" if own else "")
-    named = [key for key in keys.values() if key.name.rpartition(".")[2] == wanted]
+    named = keys_ending_in(keys, wanted)
     by_name = named or [key for key in keys.values() if wanted in key.name.lower()]
     by_text = [key for key in keys.values() if key not in by_name and word.lower() in key.text.lower()]
     if len(by_name) == 1 and (named or not by_text):
@@ -108,6 +108,11 @@ def found_text(keys: Mapping[str, KeyHelp], word: str, command: str) -> str | No
     if not by_name and not by_text:
         return None
     return f"{key_lines([*by_name, *by_text])}\n\nOne of them explained: {command} NAME"
+
+
+def keys_ending_in(keys: Mapping[str, KeyHelp], name: str) -> list[KeyHelp]:
+    """The keys whose last part is a name."""
+    return [key for key in keys.values() if key.name.rpartition(".")[2] == name]
 
 
 def as_name(word: str) -> str:
@@ -213,7 +218,5 @@ def _type_name(hint: Any) -> str:
         return "mapping"
     if (origin := get_origin(hint)) is not None:
         names = [_type_name(part) for part in get_args(hint) if part is not Ellipsis]
-        if origin is tuple:
-            return f"list of {names[0]}"
-        return f"list of {names[0]}" if origin is list else f"mapping of {names[-1]}"
+        return f"list of {names[0]}" if origin in (list, tuple) else f"mapping of {names[-1]}"
     return "anything" if hint is Any else str(getattr(hint, "__name__", hint))
