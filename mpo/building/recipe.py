@@ -25,7 +25,7 @@ class PromptSource:
 
     Attributes:
         data: Files (.jsonl, .json, .csv, .parquet), a name on the Hub, or ``starter`` for the prompts that come with the
-            package, ``starter-harmless`` for its harmless ones, ``starter-everyday`` for 169 more of those, ``demo`` for its
+            package, ``starter-harmless`` for its harmless ones, ``starter-everyday`` for 299 more of those, ``demo`` for its
             first eight of each kind.
         prompt_column: Column with the prompt in the dominant language; found by its name where it can be.
         kind: Kind of the prompts without a column ``kind``: ``harmful`` or ``harmless``.

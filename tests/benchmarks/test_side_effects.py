@@ -60,7 +60,7 @@ def test_no_prompt_is_in_two_parts_and_all_recipes_are_checked(
         assert (sum(texts.harmful), len(texts.texts)) == {"tune": (180, 264), "test": (288, 564)}[part]
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful"}
-        assert {"tune": "70", "test": "100"}[part] + " harmful and 349 harmless" in capsys.readouterr().out
+        assert {"tune": "70", "test": "100"}[part] + " harmful and 479 harmless" in capsys.readouterr().out
     prompts = out / "prompts"
     attacked = {part: read(prompts / f"attack-{part}.csv") for part in ("tune", "test")}
     assert [len(attacked[part]) for part in ("tune", "test")] == [30, 48]
@@ -102,7 +102,7 @@ def test_harmless_prompts_of_polyrefuse_are_trained_on_and_others_measured(
         run(monkeypatch, *words, "--part", part, "--polyrefuse", str(folder))
         suite = yaml.safe_load((out / f"suite-{part}.yaml").read_text(encoding="utf-8"))
         assert set(suite["over_refusal"]) == {"harmless", "looks-harmful", "polyrefuse"}
-    assert "100 harmful and 549 harmless" in capsys.readouterr().out
+    assert "100 harmful and 679 harmless" in capsys.readouterr().out
     trained, tune, test = (
         read(out / "prompts" / f"polyrefuse-{name}.csv") for name in ("train", "tune", "test")
     )
@@ -136,8 +136,8 @@ def test_prompts_of_pairs_are_trained_on_where_they_are_refused(
     words = ["--model", str(model), "--multijail", str(multijail), "--out", str(out), "--cpu", "--dry_run"]
     run(monkeypatch, *words, "--pairs", *map(str, files))
     printed = capsys.readouterr().out
-    assert "103 harmful and 349 harmless" in printed
-    assert "349 in zh" not in printed and "449 in zh" in printed and "452 in bn" in printed
+    assert "103 harmful and 479 harmless" in printed
+    assert "479 in zh" not in printed and "579 in zh" in printed and "582 in bn" in printed
     refused = {row["source"]["prompt"][0]["content"] for row in rows[:9:3]}
     assert read(out / "prompts" / "pairs-train.csv") == refused
     header = (out / "prompts" / "pairs-train.csv").read_text(encoding="utf-8").splitlines()[0]

@@ -163,7 +163,7 @@ def test_the_packages_own_prompts_and_refusals_are_taken_by_name(monkeypatch: py
     assert len(list(read_prompts(PromptSource(["demo"]), "en", ["sw"]))) == 16
     assert len(list(read_prompts(PromptSource(["starter-harmless"]), "en", ["sw"]))) == 40
     both = list(read_prompts(PromptSource(["starter-harmless", "starter-everyday"]), "en", ["sw"]))
-    assert len(both) == 40 + 169 and {row.kind for row in both if isinstance(row, PromptRow)} == {"harmless"}
+    assert len(both) == 40 + 299 and {row.kind for row in both if isinstance(row, PromptRow)} == {"harmless"}
     own_refusals = Refusals()
     assert own_refusals.of("en") == ("No.", "Never.") and own_refusals.of("zu") == ()
     assert (

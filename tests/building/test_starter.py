@@ -51,6 +51,10 @@ LENGTHS = {
 }
 
 
+WELL_WRITTEN = {"harmless": 115, "looks_harmful": 54}
+"""Everyday prompts of each kind before those that are worded as people type them."""
+
+
 def both() -> tuple[ContrastRow, ...]:
     return (*starter_rows(), *everyday_rows())
 
@@ -68,7 +72,7 @@ def test_there_are_so_many_prompts_of_each_kind_and_their_ids_count_them() -> No
         "looks_harmful": 60,
         "harmful": 32,
     }
-    assert Counter(row.kind for row in everyday_rows()) == {"harmless": 115, "looks_harmful": 54}
+    assert Counter(row.kind for row in everyday_rows()) == {"harmless": 212, "looks_harmful": 87}
     for rows, begin in ((starter_rows(), ""), (everyday_rows(), "everyday-")):
         for kind in KINDS:
             found = [row.id for row in rows if row.kind == kind]
@@ -140,7 +144,8 @@ def test_every_text_is_clean(language: str) -> None:
     for row in both():
         text = row.texts[language]
         assert len(text) >= 10 or language == "zh", row.id
-        check_clean(text, language, row.id)
+        typed = row.id.startswith("everyday-") and int(row.id[-3:]) > WELL_WRITTEN[row.kind]
+        check_clean(text, language, row.id, ends=not typed)
 
 
 @pytest.mark.parametrize("language", STARTER_LANGUAGES)
@@ -261,4 +266,4 @@ def test_a_change_of_any_text_is_a_new_version() -> None:
     rows = [[row.id, row.kind, row.pair, row.category, row.texts] for row in both()]
     refusals = {code: starter_refusals(code) for code in STARTER_LANGUAGES}
     found = hashlib.sha256(json.dumps([rows, refusals], ensure_ascii=False).encode()).hexdigest()
-    assert (VERSION, found[:16]) == (4, "1e8476549a695b7f")
+    assert (VERSION, found[:16]) == (5, "1bae9feab24a4ec1")

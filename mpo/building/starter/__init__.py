@@ -9,8 +9,10 @@ prompt) therefore come in three kinds, written and translated for this project:
   the forms that harmful ones have where people wrote them: statements, opinions, questions to the assistant as to a person,
   stories that end in a question, role-play, persuasion. Without them a model can learn the form and refuse it.
 
-``everyday.jsonl`` has 169 more harmless prompts in the same languages, 54 of which look harmful: requests, questions and
-remarks in the forms of red-team prompts. A model is held where it is on as many harmless prompts as there are, so what is
+``everyday.jsonl`` has 299 more harmless prompts in the same languages, 87 of which look harmful: requests, questions and
+remarks in the forms of red-team prompts, the last 97 and 33 of them in the words and the spelling of people who type in a
+hurry ("can i punch extra holes in a leather belt?"), and about the same things and groups of people. A model is held where
+it is on as many harmless prompts as there are, so what is
 trained on hundreds of harmful ones wants them, too.
 
 ``refusals.json`` has twelve refusals per language in different words. What stands at the same place of two lists has the
@@ -32,7 +34,7 @@ from mpo.errors import ConfigError
 from mpo.evaluation.contrast import ContrastRow, prompt_rows
 from mpo.evaluation.probe import PROBE_LANGUAGES
 
-VERSION = 4
+VERSION = 5
 """Number of the set, which grows whenever a text changes."""
 
 STARTER_LANGUAGES = PROBE_LANGUAGES
