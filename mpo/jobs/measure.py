@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpo.common.checks import check_beta, check_confidence, check_max_length
 from mpo.common.files import check_writable
 from mpo.errors import DependencyError
 from mpo.evaluation import Comparison, RewardGapTable, compare, summarize
 from mpo.evaluation.engines import ModelChoice
+
+if TYPE_CHECKING:
+    from mpo.data.loading import LoadedGroups
+
+
+def load_pairs(data: str | list[str], *, source_language: str = "en", **options: Any) -> LoadedGroups:
+    """Reads the pairs that are measured.
+
+    Args:
+        data, source_language, options: See :func:`mpo.data.load_groups`.
+
+    Raises:
+        DataError: They cannot be read, or every source is labelled with another language than `source_language`.
+    """
+    from mpo.data.loading import check_source_language, load_groups
+
+    loaded = load_groups(data, source_language=source_language, **options)
+    check_source_language(loaded, source_language)
+    return loaded
 
 
 def measure_reward_gap(
@@ -53,7 +72,6 @@ def measure_reward_gap(
     Raises:
         MPOError: Model, adapter or data cannot be used; found out before weights are loaded where possible.
     """
-    from mpo.data.loading import check_source_language, load_groups
     from mpo.training.scoring import score_groups
 
     check_confidence(confidence)
@@ -62,7 +80,7 @@ def measure_reward_gap(
     if out is not None:
         check_writable(out, setting="out")
     opened = model.open(batch_layout)
-    loaded = load_groups(
+    loaded = load_pairs(
         data,
         source_language=source_language,
         split=split,
@@ -70,7 +88,6 @@ def measure_reward_gap(
         limit=limit,
         languages=languages,
     )
-    check_source_language(loaded, source_language)
     if loaded.dropped:
         print(f"{len(loaded.dropped)} bad rows were dropped; `mpo data check` lists them.", flush=True)
     print(f"Loading {model.model}", flush=True)

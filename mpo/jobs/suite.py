@@ -46,7 +46,7 @@ from mpo.evaluation.reward_gap import RewardGapTable
 from mpo.evaluation.safety import measure_safety, model_folder
 from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.utility import measure_utility, require_harness
-from mpo.jobs.measure import measure_reward_gap
+from mpo.jobs.measure import load_pairs, measure_reward_gap
 from mpo.jobs.suite_leaks import write_leaks
 from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
 from mpo.report.answers import PAGE as ANSWERS
@@ -215,6 +215,15 @@ def _check_files(recipe: SuiteRecipe) -> None:
     for settings in (*recipe.attack.values(), *recipe.over_refusal.values()):
         if settings.template is not None:
             load_template(settings.template)
+    if (gap := recipe.reward_gap) is not None:
+        load_pairs(
+            gap.data,
+            source_language=gap.source_language,
+            languages=gap.languages,
+            limit=gap.limit,
+            split=gap.dataset_split,
+            bad_rows=gap.bad_rows,
+        )
     if recipe.perplexity is not None:
         for file in recipe.perplexity.texts.values():
             read_lines(file)

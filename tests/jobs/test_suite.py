@@ -353,6 +353,23 @@ def test_a_judge_that_cannot_judge_refusals_is_found_out_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_pairs_that_cannot_be_measured_are_found_out_before_anything_runs(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = (place / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join([*rows, '{"source": 1}']), encoding="utf-8")
+    for gap, said in (
+        ({"data": [str(tmp_path / "none.jsonl")]}, "none.jsonl"),
+        ({"data": [str(tmp_path / "bad.jsonl")]}, "bad.jsonl"),
+        ({"data": ["pairs.jsonl"], "source_language": "sw"}, "`source_language` is 'sw'"),
+        ({"data": ["pairs.jsonl"], "languages": ["th"]}, "no pair is in th. Languages found: ar, sw."),
+    ):
+        recipe = _recipe(place, out=str(tmp_path / "out"), reward_gap=gap)
+        assert main(["evaluate", "suite", recipe, "--dry_run"]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_over_refusal_is_judged_by_its_own_judges(place: Path, tmp_path: Path) -> None:
     changes = {"reward_gap": None, "perplexity": None, "models": {"base": _models()["base"]}}
     judges = {"judge": _GUARD, "second_judge": {}, "over_refusal_judge": {}}
@@ -454,7 +471,10 @@ def test_what_fails_is_named_at_the_end_and_does_not_stop_the_rest(
         out=str(tmp_path / "out"),
         attack=None,
         over_refusal=None,
-        reward_gap={"data": ["pairs.jsonl"], "languages": ["de"]},
+        reward_gap={
+            "data": ["pairs.jsonl"],
+            "max_length": 2,
+        },  # shorter than the prompts, which needs the tokenizer
     )
     assert main(["evaluate", "suite", recipe]) == 2
     error = capsys.readouterr().err
