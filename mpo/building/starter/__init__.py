@@ -11,9 +11,8 @@ prompt) therefore come in three kinds, written and translated for this project:
 
 ``everyday.jsonl`` has 299 more harmless prompts in the same languages, 87 of which look harmful: requests, questions and
 remarks in the forms of red-team prompts, the last 97 and 33 of them in the words and the spelling of people who type in a
-hurry ("can i punch extra holes in a leather belt?"), and about the same things and groups of people. A model is held where
-it is on as many harmless prompts as there are, so what is
-trained on hundreds of harmful ones wants them, too.
+hurry ("can i punch extra holes in a leather belt?"), about the same things and groups of people. A model is held where it
+is on as many harmless prompts as there are, so what is trained on hundreds of harmful ones wants them, too.
 
 ``refusals.json`` has twelve refusals per language in different words. What stands at the same place of two lists has the
 same drift (the third offers a safe alternative, the ninth asks for the worry behind the request, the twelfth offers a lawful
