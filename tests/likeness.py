@@ -19,19 +19,16 @@ def normalized(text: str) -> str:
     return "".join(character for character in text if unicodedata.category(character)[0] in "LMN")
 
 
-def check_clean(text: str, language: str, name: str, *, ends: bool = True) -> None:
+def check_clean(text: str, language: str, name: str, *, typed: bool = False) -> None:
     """Sentences of letters, marks, digits and ordinary punctuation: nothing invisible, no quoting, no slots.
 
-    `ends`: they end in a mark, as they do not always where they were typed in a hurry.
+    `typed`: in a hurry, so that they need not end in a mark; the parts of a Japanese name have a dot between them.
     """
     assert text == unicodedata.normalize("NFC", " ".join(text.split())), name
     # Thai has no mark at the end of a sentence.
-    assert not ends or (text[-1] in "?？؟.。।!！") is (language != "th"), name
-    strange = {
-        c
-        for c in text
-        if unicodedata.category(c)[0] not in "LMN" and c not in " ?？؟.。।,，、،;；:：'!！¿¡-·・"
-    }
+    assert typed or (text[-1] in "?？؟.。।!！") is (language != "th"), name
+    ordinary = " ?？؟.。।,，、،;；:：'!！¿¡-" + "・" * typed
+    strange = {c for c in text if unicodedata.category(c)[0] not in "LMN" and c not in ordinary}
     assert not strange, (name, strange)
 
 

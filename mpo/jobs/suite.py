@@ -48,7 +48,7 @@ from mpo.evaluation.tasks import TASKS
 from mpo.evaluation.utility import measure_utility, require_harness
 from mpo.jobs.measure import load_pairs, measure_reward_gap
 from mpo.jobs.suite_leaks import write_leaks
-from mpo.jobs.suite_recipe import PromptSettings, SuiteRecipe
+from mpo.jobs.suite_recipe import PromptSettings, RewardGapSettings, SuiteRecipe
 from mpo.report.answers import PAGE as ANSWERS
 from mpo.report.page import write_report
 from mpo.report.run import CURVE
@@ -216,14 +216,7 @@ def _check_files(recipe: SuiteRecipe) -> None:
         if settings.template is not None:
             load_template(settings.template)
     if (gap := recipe.reward_gap) is not None:
-        load_pairs(
-            gap.data,
-            source_language=gap.source_language,
-            languages=gap.languages,
-            limit=gap.limit,
-            split=gap.dataset_split,
-            bad_rows=gap.bad_rows,
-        )
+        load_pairs(gap.data, **_reading(gap))
     if recipe.perplexity is not None:
         for file in recipe.perplexity.texts.values():
             read_lines(file)
@@ -231,6 +224,17 @@ def _check_files(recipe: SuiteRecipe) -> None:
         require_harness()
     if recipe.gold is not None and not os.path.isfile(recipe.gold):
         raise missing_file_error(Path(recipe.gold))
+
+
+def _reading(settings: RewardGapSettings) -> dict[str, Any]:
+    """How the pairs are read."""
+    return {
+        "source_language": settings.source_language,
+        "languages": settings.languages,
+        "limit": settings.limit,
+        "split": settings.dataset_split,
+        "bad_rows": settings.bad_rows,
+    }
 
 
 def _jobs(recipe: SuiteRecipe, out: Path, prompts: dict[tuple[str, str], PromptSet]) -> Iterator[Job]:
@@ -298,13 +302,9 @@ def _reward_gap_job(
             out=out / name,
             beta=settings.beta,
             confidence=recipe.confidence,
-            source_language=settings.source_language,
-            languages=settings.languages,
-            limit=settings.limit,
-            split=settings.dataset_split,
-            bad_rows=settings.bad_rows,
             max_length=settings.max_length,
             max_response_length=settings.max_response_length,
+            **_reading(settings),
         )
 
     depends = {

@@ -471,10 +471,7 @@ def test_what_fails_is_named_at_the_end_and_does_not_stop_the_rest(
         out=str(tmp_path / "out"),
         attack=None,
         over_refusal=None,
-        reward_gap={
-            "data": ["pairs.jsonl"],
-            "max_length": 2,
-        },  # shorter than the prompts, which needs the tokenizer
+        reward_gap={"data": ["pairs.jsonl"], "max_length": 2},  # shorter than a prompt, as its tokens say
     )
     assert main(["evaluate", "suite", recipe]) == 2
     error = capsys.readouterr().err
