@@ -63,7 +63,7 @@ class Prompts:
 def of_groups(groups: Dataset) -> Prompts:
     """The last turn of each prompt of some groups."""
     rows = [
-        (pair["language"], messages_text(pair["prompt"][-1:]), group["kind"] != HARMLESS)
+        (pair["language"], messages_text(pair["prompt"][-1:]), group.get("kind") != HARMLESS)
         for group in groups
         for pair in (group["source"], *group["targets"])
     ]
@@ -190,13 +190,23 @@ def main() -> None:
     parser.add_argument("--out", default="runs/benchmarks/separation.json")
     options = parser.parse_args()
     groups = load_groups(options.groups).groups
-    taught = next(group for group in groups if group["kind"] != HARMLESS)
-    pairs = {pair["language"]: pair for pair in (taught["source"], *taught["targets"])}
+    trained = of_groups(groups)
+    if len(set(trained.harmful)) < 2:
+        raise DataError(
+            f"has {'harmful' if trained.harmful.any() else 'harmless'} groups alone. A probe is trained on both; expected groups as "
+            "recipes/data/refuse_or_answer.yaml builds them.",
+            file=options.groups,
+        )
+    pairs: dict[str, Any] = {}
+    for group in groups:
+        if group.get("kind") != HARMLESS:
+            for pair in (group["source"], *group["targets"]):
+                pairs.setdefault(pair["language"], pair)
     measured = of_files({True: options.harmful, False: options.harmless}, list(pairs))
     tables = [
         (
             "By a linear probe of the starting model's states, trained on the groups' prompts",
-            by_probe(options, of_groups(groups), measured),
+            by_probe(options, trained, measured),
         ),
         (
             "By the log-likelihood of the taught refusal",

@@ -169,3 +169,21 @@ def test_a_language_without_prompts_of_a_kind_is_named(tmp_path: Path) -> None:
         separation.of_files({True: [str(harmful)], False: [str(tmp_path / "harmless.csv")]}, list(LANGUAGES))
     with pytest.raises(DataError, match="cannot be read"):
         separation.of_files({True: [str(tmp_path / "none.csv")], False: []}, list(LANGUAGES))
+
+
+def test_groups_of_one_kind_train_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmful = write_prompts(tmp_path / "harmful.csv", 2, "seven", 1)
+    groups = write_groups(tmp_path / "groups.jsonl", {"harmful": harmful})
+    words = [
+        "--model",
+        "none",
+        "--groups",
+        str(groups),
+        "--harmful",
+        str(harmful),
+        "--harmless",
+        str(harmful),
+    ]
+    monkeypatch.setattr(sys, "argv", ["separation", *words])
+    with pytest.raises(DataError, match="has harmful groups alone"):
+        separation.main()
