@@ -18,7 +18,6 @@ Each is given as AUROC, and as the share of harmful prompts that are missed wher
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from mpo.common.tables import TextTable
 from mpo.data.contract import HARMLESS, messages_text
 from mpo.data.loading import load_groups
 from mpo.errors import DataError
+from mpo.evaluation.prompts import load_prompts
 from mpo.hidden_space.embed import Embedder
 from mpo.hidden_space.probe import auroc, train_probe
 from mpo.hidden_space.settings import EmbeddingSettings
@@ -71,25 +71,21 @@ def of_groups(groups: Dataset) -> Prompts:
 
 
 def of_files(files: Mapping[bool, Sequence[str]], languages: Sequence[str]) -> Prompts:
-    """Prompts of CSV files with a column for each language, empty where a prompt is not given in it.
+    """Prompts of files, in these languages.
 
     Raises:
         DataError: A file cannot be read, or a language has no prompts of a kind.
     """
-    rows = []
-    for harmful, paths in files.items():
-        for path in paths:
-            try:
-                with Path(path).open(encoding="utf-8-sig", newline="") as file:
-                    rows += [
-                        (code, row[code], harmful)
-                        for row in csv.DictReader(file)
-                        for code in languages
-                        if (row.get(code) or "").strip()
-                    ]
-            except OSError as error:
-                raise DataError(f"cannot be read ({error.strerror or error}).", file=path) from None
-    found = Prompts(sorted(rows, key=lambda row: languages.index(row[0])))
+    loaded = [(harmful, load_prompts(path).prompts) for harmful, paths in files.items() for path in paths]
+    found = Prompts(
+        [
+            (code, prompt.text, harmful)
+            for code in languages
+            for harmful, prompts in loaded
+            for prompt in prompts
+            if prompt.language == code
+        ]
+    )
     for code in languages:
         if len(set(found.harmful[found.language == code])) < 2:
             raise DataError(
@@ -203,6 +199,10 @@ def main() -> None:
             for pair in (group["source"], *group["targets"]):
                 pairs.setdefault(pair["language"], pair)
     measured = of_files({True: options.harmful, False: options.harmless}, list(pairs))
+    names = [Path(path).name for path in options.adapters]
+    if len({"start", *names}) <= len(names):  # runs of one name in several folders
+        names = options.adapters
+    adapters = {"start": None, **dict(zip(names, options.adapters, strict=True))}
     tables = [
         (
             "By a linear probe of the starting model's states, trained on the groups' prompts",
@@ -210,13 +210,7 @@ def main() -> None:
         ),
         (
             "By the log-likelihood of the taught refusal",
-            {
-                name: by_model(options, adapter, pairs, measured)
-                for name, adapter in (
-                    ("start", None),
-                    *((Path(path).name, path) for path in options.adapters),
-                )
-            },
+            {name: by_model(options, adapter, pairs, measured) for name, adapter in adapters.items()},
         ),
     ]
     result = {}

@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, {name: found["rows"] for name, found in result.items() if name != "provenance"}
 
 
+def opened(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and model."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    return AutoTokenizer.from_pretrained(folder / "model"), model.eval()
+
+
 def prompts_of(file: Path, code: str) -> list[str]:
     with file.open(encoding="utf-8", newline="") as rows:
         return [row[code] for row in csv.DictReader(rows)]
@@ -102,8 +109,7 @@ def test_a_probe_is_trained_on_the_groups_prompts_of_all_languages(
     assert [row[0] for row in probe] == ["0", "norm"]
     # The embeddings of the last token, of the template: the same for all prompts.
     assert probe[0][1:] == ["0.50, 100 %", "0.50, 100 %", "0.500, 100 %"]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    tokenizer, model = opened(folder)
 
     def states(name: str, code: str) -> np.ndarray:
         found = []
@@ -142,8 +148,7 @@ def test_a_model_is_judged_by_the_refusal_that_the_groups_teach(
     _, rows = tables.values()
     assert [row[0] for row in rows] == ["start", "adapter"]
     assert rows[0][1:] != rows[1][1:]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    tokenizer, model = opened(folder)
     for column, code in enumerate(LANGUAGES, start=1):
         scores = []
         for kind in ("harmful", "harmless"):
@@ -167,23 +172,15 @@ def test_a_language_without_prompts_of_a_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "harmless.csv").write_text("id,en\n0,bread\n", encoding="utf-8")
     with pytest.raises(DataError, match="prompts in sw; expected a column `sw`"):
         separation.of_files({True: [str(harmful)], False: [str(tmp_path / "harmless.csv")]}, list(LANGUAGES))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"none\.csv: no such file"):
         separation.of_files({True: [str(tmp_path / "none.csv")], False: []}, list(LANGUAGES))
 
 
 def test_groups_of_one_kind_train_no_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     harmful = write_prompts(tmp_path / "harmful.csv", 2, "seven", 1)
     groups = write_groups(tmp_path / "groups.jsonl", {"harmful": harmful})
-    words = [
-        "--model",
-        "none",
-        "--groups",
-        str(groups),
-        "--harmful",
-        str(harmful),
-        "--harmless",
-        str(harmful),
-    ]
+    words = ["--model", "none", "--groups", str(groups)]
+    words += ["--harmful", str(harmful), "--harmless", str(harmful)]
     monkeypatch.setattr(sys, "argv", ["separation", *words])
     with pytest.raises(DataError, match="has harmful groups alone"):
         separation.main()
