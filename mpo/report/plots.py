@@ -75,6 +75,9 @@ def training_curve(
 ) -> Path:
     """Draw the reward gap per language over the optimizer steps and, below, the loss with its two terms.
 
+    Where refusals are taught beside harmless prompts and no held-out gap is followed, how likely a refusal is takes the place of
+    the gap: of harmful prompts, where it is the chosen response, and dashed of harmless ones, where it is the rejected one.
+
     The gaps are those of held-out pairs, the source's among them, where they were measured at least twice: every one is a
     mean over the same pairs. Otherwise they are those of the pairs of each step, which differ from step to step. Of these,
     as of the loss, values as logged are faint and their smoothed course is drawn over them (a Gaussian of 4 % of the
@@ -103,6 +106,7 @@ def training_curve(
     held_out = {code: _series(log_history, f"eval_reward_gap/{code}") for code in languages}
     held_out_loss = _series(log_history, "eval_loss")
     follows_held_out = any(len(series) > 1 for series in held_out.values())
+    refusals = {} if follows_held_out else _refusals(log_history)
     with style.project_style():
         figure = style.new_figure(style.WIDTH, 6.6)
         left, inch = 0.09, 1 / 6.6
@@ -119,6 +123,8 @@ def training_curve(
                 f"Above: held-out pairs, measured {evaluations} times. Below: each step's own, faint {faint}"
             )
             subtitle += f"; {mark.lower()}: held-out." if held_out_loss else "."
+        elif refusals:
+            subtitle = f"Above: line: of harmful prompts, dashed: of harmless ones. Of each step's own pairs, faint {faint}."
         else:
             subtitle = f"Of each step's own pairs, faint {faint}." + (
                 f" {mark}: held-out pairs." if mark else ""
@@ -128,9 +134,13 @@ def training_curve(
             title = (
                 f"Reward gap on held-out pairs, and the loss, over {_last_step(held_out, losses):.0f} steps"
             )
+        elif refusals:
+            title = f"How likely a refusal is, and the loss, over {_last_step(losses):.0f} steps"
         style.add_title(figure, title, subtitle, left=left)
         _draw_losses(below, losses, held_out_loss)
-        if follows_held_out:
+        if refusals:
+            _draw_refusals(above, refusals)
+        elif follows_held_out:
             source_gap = _held_out_source_gap(log_history, languages, held_out.get(source_language))
             _draw_held_out_gaps(above, held_out, source_gap, source_language)
         else:
@@ -485,6 +495,42 @@ def _draw_gap_curves(
         lines = [_draw_course(axes, gaps[code], colour)] if gaps[code] else []
         lines += [_draw_held_out(axes, held_out[code], colour)] if held_out[code] else []
         lines[0].set_label(printable_name(language_name(code), 16))
+
+
+def _refusals(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[_Series, _Series]]:
+    """Per cent, of harmful and of harmless prompts of each language that has both; nothing where none is ever likely."""
+    starts = "probs/chosen/", "harmless/probs/rejected/"
+    languages = sort_languages(
+        key.removeprefix(starts[0]) for entry in log_history for key in entry if key.startswith(starts[0])
+    )
+    found = {}
+    for code in languages:
+        harmful, harmless = (
+            [(step, 100 * value) for step, value in _series(log_history, f"{start}{code}")]
+            for start in starts
+        )
+        if harmful and harmless:
+            found[code] = harmful, harmless
+    likely = any(value >= 1 for both in found.values() for series in both for _, value in series)
+    return found if likely else {}
+
+
+def _draw_refusals(axes: Axes, refusals: Mapping[str, tuple[_Series, _Series]]) -> None:
+    axes.set_ylabel("The refusal's probability (%)")
+    axes.set_ylim(-2, 102)
+    if len(refusals) > len(style.CYCLE):
+        for place, (name, colour) in enumerate((("harmful", style.BLUE), ("harmless", style.VERMILION))):
+            values: dict[float, list[float]] = defaultdict(list)
+            for both in refusals.values():
+                for step, value in both[place]:
+                    values[step].append(value)
+            mean = [(step, math.fsum(v) / len(v)) for step, v in sorted(values.items())]
+            _draw_course(axes, mean, colour, width=2.4).set_label(name)
+        axes.set_ylabel(f"The refusal's probability (%), mean of {len(refusals)}")
+        return
+    for colour, (code, (harmful, harmless)) in zip(style.CYCLE, refusals.items(), strict=False):
+        _draw_course(axes, harmful, colour).set_label(printable_name(language_name(code), 16))
+        _draw_course(axes, harmless, colour, raw=False).set_linestyle((0, (3, 2)))
 
 
 def _draw_held_out_gaps(

@@ -20,7 +20,18 @@ from mpo.training.retention_weights import RetentionWeights
 
 # Columns of the matrix of sums: one fixed shape, so that reducing it over ranks is one call, whichever languages a rank
 # has seen.
-_COUNT, _GAP, _TO_SOURCE, _POSITIVE, _CHOSEN, _REJECTED, _GAP_LOSS, _RETENTION = range(8)
+(
+    _COUNT,
+    _GAP,
+    _TO_SOURCE,
+    _POSITIVE,
+    _CHOSEN,
+    _REJECTED,
+    _GAP_LOSS,
+    _RETENTION,
+    _SAYS_CHOSEN,
+    _SAYS_REJECTED,
+) = range(_COLUMNS := 10)
 
 _NAMES = {
     "reward_gap": _GAP,
@@ -29,6 +40,7 @@ _NAMES = {
     "logps/chosen": _CHOSEN,
     "logps/rejected": _REJECTED,
 }
+_PROBABILITIES = {"probs/chosen": _SAYS_CHOSEN, "probs/rejected": _SAYS_REJECTED}
 
 
 class LanguageMetrics:
@@ -37,12 +49,13 @@ class LanguageMetrics:
     Args:
         languages: A pair's language is its index here.
         beta: Scale of the target gap in ``loss/reward_gap``.
-        delta: From which distance on it is linear in that, see :func:`mpo.modeling.loss.reward_gap_loss`.
         device: Where the pairs are.
         dtype: Of the sums.
         objectives: What is minimised; None for MPO's objective alone.
         knows_source_gap: Whether the pairs have a ``reference_gap``.
         has_retention: Whether ``loss/retention`` is logged; unset: under ``mpo``.
+        delta: From which distance on the target gap's loss is linear in that, see :func:`mpo.modeling.loss.reward_gap_loss`.
+        knows_lengths: Whether the pairs have the lengths of their responses; then ``probs/`` are logged.
     """
 
     def __init__(
@@ -55,14 +68,16 @@ class LanguageMetrics:
         knows_source_gap: bool = True,
         has_retention: bool | None = None,
         delta: float | None = None,
+        knows_lengths: bool = False,
     ) -> None:
         self._languages, self._beta, self._delta = languages, beta, delta
         self._objectives = objectives
         self._knows_source_gap = knows_source_gap
         self._is_mpo = objectives is None or "mpo" in objectives.by_name
         self._has_retention = self._is_mpo if has_retention is None else has_retention
+        self._names = _NAMES | (_PROBABILITIES if knows_lengths else {})
         self._further = _further_names(objectives)
-        columns = 8 + len(self._further)
+        columns = _COLUMNS + len(self._further)
         self._sums = torch.zeros((len(languages), columns), device=device, dtype=dtype)
         self._last_log: tuple[float, int] | None = None  # time and step
 
@@ -75,7 +90,7 @@ class LanguageMetrics:
         """
         with torch.no_grad():
             gap = reward_gap(pairs.chosen_logps, pairs.rejected_logps)
-            columns = [torch.ones_like(gap)] * 8
+            columns = [torch.ones_like(gap)] * _COLUMNS
             columns[_GAP] = gap
             columns[_TO_SOURCE] = gap - pairs.reference_gap
             columns[_POSITIVE] = (gap > 0).to(gap.dtype)
@@ -83,6 +98,8 @@ class LanguageMetrics:
             columns[_REJECTED] = pairs.rejected_logps
             columns[_GAP_LOSS] = reward_gap_loss(gap, pairs.reference_gap, self._beta, self._delta)
             columns[_RETENTION] = pairs.retention
+            if self._names.keys() > _NAMES.keys():
+                columns[_SAYS_CHOSEN], columns[_SAYS_REJECTED] = (logps.exp() for logps in pairs.sums)
             if self._further:
                 assert self._objectives is not None
                 columns += _further_values(self._objectives, pairs)
@@ -100,7 +117,8 @@ class LanguageMetrics:
             ``loss/reward_gap``, ``loss/retention``, ``pairs_per_second`` (from the second log on) and, for each
             language with pairs, ``reward_gap/<language>``, ``gap_to_source/<language>``, ``positive/<language>`` (the
             share of gaps above 0), ``logps/chosen/<language>`` and ``logps/rejected/<language>``; all in nats per
-            token. Nothing without pairs. The first two under ``mpo`` only, ``gap_to_source`` where the source's gap is
+            token. Where lengths are known, ``probs/chosen/<language>`` and ``probs/rejected/<language>``, the mean probability
+            of a whole response, with which the model would say just that. Nothing without pairs. The first two under ``mpo`` only, ``gap_to_source`` where the source's gap is
             known; ``loss/<objective>`` where there are several, without its weight; and with an objective that compares
             with the reference, TRL's ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and
             ``rewards/accuracies``.
@@ -117,7 +135,7 @@ class LanguageMetrics:
             metrics["loss/reward_gap"] = float(total[_GAP_LOSS] / total[_COUNT])
         if self._has_retention:
             metrics["loss/retention"] = float(total[_RETENTION] / total[_COUNT])
-        for name, value in zip(self._further, total[8:], strict=True):
+        for name, value in zip(self._further, total[_COLUMNS:], strict=True):
             metrics[name] = float(value / total[_COUNT])
         now = time.monotonic()
         if self._last_log is not None and step > self._last_log[1]:
@@ -139,7 +157,7 @@ class LanguageMetrics:
             f"{name}/{language}": float(row[column] / row[_COUNT])
             for language, row in zip(self._languages, table, strict=True)
             if row[_COUNT]
-            for name, column in _NAMES.items()
+            for name, column in self._names.items()
             if column != _TO_SOURCE or self._knows_source_gap
         }
 
@@ -175,6 +193,7 @@ class KindMetrics:
                 knows_source_gap=bool(needed_for(settings).sources),
                 has_retention=settings.keeps_own or "mpo" in settings.loss_type,
                 delta=settings.mpo_delta,
+                knows_lengths=True,
             )
             for settings in (args, *([args.harmless] if harmless else []))
         }

@@ -93,6 +93,36 @@ def test_an_evaluation_is_a_line_with_the_gap_of_each_language_or_of_many_the_le
     assert stream.getvalue()[len("12:00:00 ") :] == f"Step 3: {text}\n"
 
 
+@pytest.mark.parametrize(
+    ("logged", "words"),
+    [
+        (
+            {
+                "probs/chosen/bn": 0.5,
+                "probs/chosen/en": 0.75,
+                "harmless/probs/rejected/bn": 0.01,
+                "harmless/probs/rejected/en": 0.004,
+                "probs/rejected/bn": 0.9,
+                "harmless/probs/chosen/bn": 0.9,
+            },
+            ", refusal 62 % of harmful, 0.7 % of harmless",
+        ),
+        ({"probs/chosen/bn": 2e-5, "harmless/probs/rejected/sw": 0.0}, ", refusal 0.002 % of harmful, 0 % of harmless"),
+        ({"probs/chosen/bn": 1e-9, "harmless/probs/rejected/bn": 0.25}, ""),  # long answers are preferred
+        ({"probs/chosen/bn": 0.5}, ""),  # nothing is harmless
+        ({"probs/chosen/bn": math.nan, "harmless/probs/rejected/bn": 0.25}, ""),
+    ],
+)  # fmt: skip
+def test_a_line_says_how_likely_the_taught_refusal_is_of_either_kind(
+    args: MPOConfig, logged: dict[str, float], words: str
+) -> None:
+    stream = io.StringIO()
+    state = TrainerState(max_steps=10, global_step=1, is_world_process_zero=True)
+    logs = {"loss": 0.5, "pairs_per_second": 2.0, **logged}
+    TrainingProgress(stream).on_log(args, state, TrainerControl(), logs=logs)
+    assert re.search(r"loss 0\.5000(.*), 2 pairs/s", stream.getvalue())[1] == words
+
+
 def test_other_ranks_show_nothing(args: MPOConfig) -> None:
     for bar in (True, False):
         stream = io.StringIO()

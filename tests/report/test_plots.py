@@ -236,6 +236,41 @@ def test_what_was_held_out_is_drawn_instead_of_the_steps_own_pairs_where_it_was_
     assert title.startswith("Reward gap on held-out pairs")
 
 
+@pytest.mark.parametrize("languages", [("sw",), LANGUAGES, FORTY], ids=["1", "6", "40"])
+def test_of_refusals_that_are_taught_it_is_drawn_how_likely_they_are_of_either_kind(
+    languages: tuple[str, ...], tmp_path: Path, figures: list[Any]
+) -> None:
+    logs = _logs(languages, 20, evaluate_every=100)
+    for entry in logs[:20]:
+        for place, code in enumerate(languages):
+            entry[f"probs/chosen/{code}"] = 0.04 * entry["step"]
+            entry[f"harmless/probs/rejected/{code}"] = 0.01 if place % 2 else 0.03
+    plots.training_curve(logs, tmp_path / "curve.png")
+    _check_layout(figures[0])
+    lines = {str(line.get_label()): line for line in figures[0].axes[1].lines}
+    assert "How likely a refusal is" in " ".join(_texts(figures[0]))
+    if len(languages) == 40:
+        assert any(text.endswith("mean of 40") for text in _texts(figures[0]))
+        last = {name: lines[name].get_ydata()[-1] for name in ("harmful", "harmless")}
+        assert last["harmless"] == pytest.approx(2.0) and 70 < last["harmful"] <= 80
+        return
+    assert {plots.language_name(code) for code in languages} <= lines.keys()
+    assert 70 < lines["Swahili"].get_ydata()[-1] <= 80
+    dashed = [line for line in figures[0].axes[1].lines if line.get_linestyle() == "--"]
+    assert len(dashed) == len(languages) and {round(line.get_ydata()[-1], 6) for line in dashed} <= {1.0, 3.0}
+
+
+@pytest.mark.parametrize("likely", [0.0, 0.009])
+def test_where_no_response_is_ever_likely_as_a_whole_the_gap_is_drawn(
+    likely: float, tmp_path: Path, figures: list[Any]
+) -> None:
+    logs = _logs(("bn", "sw"), 20, evaluate_every=100)
+    for entry in logs[:20]:
+        entry |= {"probs/chosen/bn": likely, "harmless/probs/rejected/bn": 0.0}
+    plots.training_curve(logs, tmp_path / "curve.png")
+    assert "Reward gap (nats per token)" in _texts(figures[0])
+
+
 def test_smoothing_keeps_a_constant_and_follows_a_line() -> None:
     flat = plots._smooth([(float(n), 0.25) for n in range(50)])
     assert all(value == pytest.approx(0.25) for _, value in flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -81,6 +82,27 @@ def test_a_log_and_an_evaluation_of_the_same_pairs_agree_with_a_plain_computatio
     assert list(logged) == list(evaluated) == list(expected)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_probability_of_a_response_is_that_of_all_its_tokens(seed: int) -> None:
+    rng = random.Random(seed)
+    pairs = records(20, seed)
+    lengths = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in pairs]
+    found = tensors(pairs, [0.0] * len(pairs))
+    found.chosen_lengths, found.rejected_lengths = torch.tensor(lengths).T
+    metrics = LanguageMetrics(LANGUAGES, beta=BETA, dtype=torch.float64, knows_lengths=True)
+    metrics.add(found, torch.ones(len(pairs)))
+    logged = metrics.log(1, ALONE)
+    for place, name in enumerate(("chosen", "rejected")):
+        for language in LANGUAGES:
+            # Of independent tokens with the same mean: the product of their probabilities.
+            own = [
+                math.prod([math.exp(getattr(pair, name))] * length[place])
+                for pair, length in zip(pairs, lengths, strict=True)
+                if pair.language == language
+            ]
+            assert logged[f"probs/{name}/{language}"] == pytest.approx(sum(own) / len(own), abs=1e-12)
+
+
 def test_the_time_of_a_pause_is_not_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 20.0])
     monkeypatch.setattr(subject.time, "monotonic", lambda: next(times))
@@ -122,9 +144,11 @@ def test_the_speed_is_of_the_time_and_pairs_since_the_log_of_an_earlier_step(
 
 
 def test_a_log_is_of_the_pairs_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = LanguageMetrics(LANGUAGES, beta=BETA)
-    # One language's count, gap, gap to source, positive, chosen, rejected, gap loss and retention, summed over pairs.
-    own, other = [3.0, 6.0, 3.0, 3.0, -3.0, -9.0, 12.0, 3.0], [1.0, -2.0, 1.0, 0.0, -5.0, -3.0, 4.0, 5.0]
+    metrics = LanguageMetrics(LANGUAGES, beta=BETA, knows_lengths=True)
+    # One language's count, gap, gap to source, positive, chosen, rejected, gap loss, retention, and the probabilities of the
+    # whole responses, summed over pairs.
+    own = [3.0, 6.0, 3.0, 3.0, -3.0, -9.0, 12.0, 3.0, 1.5, 0.5]
+    other = [1.0, -2.0, 1.0, 0.0, -5.0, -3.0, 4.0, 5.0, 0.5, 0.5]
     metrics._sums[0] = torch.tensor(own)
     reductions: list[torch.Size] = []
 
@@ -148,6 +172,8 @@ def test_a_log_is_of_the_pairs_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> 
         f"positive/{language}": 0.75,
         f"logps/chosen/{language}": -2.0,
         f"logps/rejected/{language}": -3.0,
+        f"probs/chosen/{language}": 0.5,
+        f"probs/rejected/{language}": 0.25,
     }
     assert not metrics._sums.any()
-    assert reductions == [(len(LANGUAGES), 8)], "one call per log, of one shape whatever a rank has seen"
+    assert reductions == [(len(LANGUAGES), 10)], "one call per log, of one shape whatever a rank has seen"
