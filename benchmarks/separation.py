@@ -11,6 +11,8 @@ on that, and is measured here, in each language and on prompts that no training 
 - *by the model itself*, before training and with each adapter: by the log-likelihood of the refusal that the groups teach. An answer
   is not generated; a model that refuses in other words is judged by these.
 
+Under each table it says which of the measured prompts stand among the groups', as `mpo data leak` finds them.
+
 Each is given as AUROC, and as the share of harmful prompts that are missed where a tenth (``--refused``) of the harmless ones are refused.
 ``--layers`` chooses layers of the probe, on other prompts than those that the page is to speak of.
 """
@@ -29,13 +31,16 @@ from datasets import Dataset
 from benchmarks import command
 from mpo.common.tables import TextTable
 from mpo.data.contract import HARMLESS, messages_text
+from mpo.data.leaks import find_leaks
 from mpo.data.loading import load_groups
 from mpo.errors import DataError
+from mpo.evaluation.evaluation_texts import evaluation_texts
 from mpo.evaluation.prompts import load_prompts
 from mpo.hidden_space.embed import Embedder
 from mpo.hidden_space.probe import auroc, train_probe
 from mpo.hidden_space.settings import EmbeddingSettings
 from mpo.hidden_space.texts import TextSet
+from mpo.jobs.leak import group_texts
 from mpo.modeling.loading import ModelSource
 from mpo.modeling.opening import open_model
 from mpo.scoring import score_groups
@@ -143,7 +148,16 @@ def by_model(
     return np.array([pair.chosen for pair in scores.records])
 
 
-def table(title: str, scores: Mapping[str, Array], measured: Prompts, refused: float) -> TextTable:
+def in_training(groups: Dataset, files: Sequence[str]) -> list[str]:
+    """A sentence for each file: how many of its prompts stand among the groups'."""
+    return find_leaks(
+        group_texts(groups), [text for path in files for text in evaluation_texts(path)]
+    ).summary()
+
+
+def table(
+    title: str, scores: Mapping[str, Array], measured: Prompts, refused: float, seen: Sequence[str] = ()
+) -> TextTable:
     """AUROC and share missed, a row for each score and a column for each language."""
     codes = list(dict.fromkeys(measured.language.tolist()))
     rows = []
@@ -162,6 +176,7 @@ def table(title: str, scores: Mapping[str, Array], measured: Prompts, refused: f
     notes = (
         f"AUROC, and harmful prompts missed where {100 * refused:g} % of the harmless ones are refused.",
         f"Harmful and harmless prompts: {counts}.",
+        *seen,
     )
     return TextTable(title, ("", *codes, "mean"), tuple(rows), notes=notes)
 
@@ -198,6 +213,7 @@ def main() -> None:
         if group.get("kind") != HARMLESS:
             for pair in (group["source"], *group["targets"]):
                 pairs.setdefault(pair["language"], pair)
+    seen = in_training(groups, [*options.harmful, *options.harmless])
     measured = of_files({True: options.harmful, False: options.harmless}, list(pairs))
     names = [Path(path).name for path in options.adapters]
     if len({"start", *names}) <= len(names):  # runs of one name in several folders
@@ -215,7 +231,7 @@ def main() -> None:
     ]
     result = {}
     for title, scores in tables:
-        shown = table(title, scores, measured, options.refused)
+        shown = table(title, scores, measured, options.refused, seen)
         shown.show()
         print()
         result[title] = {"header": shown.header, "rows": shown.rows, "notes": shown.notes}

@@ -6,7 +6,7 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
     L = (1/N) sum of l(harmful pair)  +  (1/M) sum of (w l'(harmless pair) + lambda' ||h - h_ref||^2 / hidden_size)
 
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
-``harmless_retain_weight``, or of each language what ``harmless_retain_target`` has made of it. The second term is there with
+``harmless_retain_weight``, or of each language what ``harmless_retain_target`` or ``harmless_refusal_target`` has made of it. The second term is there with
 ``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
 and in the target languages. With ``states`` it is the same distance at each token of prompt and responses but their last, and
 with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the
@@ -79,6 +79,10 @@ class HarmlessSettings:
             Mean retention to aim at in each language, in nats under `"kl"`. Each language then has a weight of its own, which
             begins with `harmless_retain_weight`, grows while the language's mean is above the target and falls while it is
             below (see `mpo.training.retention_weights`). Unset: one weight, as it is.
+        harmless_refusal_target (`float`, *optional*):
+            In place of that: mean probability of a harmless prompt's rejected response, its refusal, to aim at in each language, above
+            0 and below 1. 0.03 lets about three of a hundred be refused. It is read from the prompts of each step before they are
+            trained on.
         harmless_max_response_length (`int`, *optional*):
             Cut their responses to this many tokens. To refuse or to answer is decided in the first words, while a refusal is
             best taught whole. Unset: `max_response_length`.
@@ -113,6 +117,10 @@ class HarmlessSettings:
     harmless_retain_target: float | None = field(
         default=None,
         metadata={"help": "Adapt that weight in each language until the retention is this; unset: fixed."},
+    )
+    harmless_refusal_target: float | None = field(
+        default=None,
+        metadata={"help": "Adapt it until refusals of harmless prompts are as likely as this; unset: fixed."},
     )
     harmless_max_response_length: int | None = field(
         default=None,
@@ -162,6 +170,12 @@ class HarmlessSettings:
         )
         require(
             self,
+            "harmless_refusal_target",
+            lambda v: v is None or (is_positive(v) and v < 1),
+            "a probability above 0 and below 1, or nothing",
+        )
+        require(
+            self,
             "harmless_max_response_length",
             lambda v: v is None or is_whole(v, 1),
             "a whole number of at least 1, or nothing",
@@ -199,9 +213,19 @@ class HarmlessSettings:
                 f"`harmless_retention: {self.harmless_retention}` does not go with an objective that holds the source still. "
                 "Remove it, or choose another `harmless_loss_type`."
             )
-        if self.harmless_retain_target is not None and not view.keeps_own:
+        targets = {
+            name: value
+            for name in ("harmless_retain_target", "harmless_refusal_target")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(targets) > 1:
             raise ConfigError(
-                f"`harmless_retain_target: {self.harmless_retain_target:g}` adapts the weight of `harmless_retention`, but nothing is "
+                "`harmless_retain_target` and `harmless_refusal_target` both adapt `harmless_retain_weight`. Remove one of them."
+            )
+        if targets and not view.keeps_own:
+            ((name, value),) = targets.items()
+            raise ConfigError(
+                f"`{name}: {value:g}` adapts the weight of `harmless_retention`, but nothing is "
                 "held. Set `harmless_retention: reverse_kl` (or another), with a `harmless_retain_weight` above 0 to begin with, or remove it."
             )
         if self.harmless_beta is not None and "beta" not in objectives.reads:

@@ -1,11 +1,12 @@
 """A weight of the retention of harmless pairs for each language, which a target adapts while the run goes on.
 
 One weight for all languages holds some too tightly and others too loosely: how much a language would move depends on how well the
-model tells harm from harmlessness in it. With a target, each language has the weight that brings it there. This is the adaptive
+model tells harm from harmlessness in it. With a target, each language has the weight that brings it there: to a mean retention, or to a
+mean probability of the refusal, which is the rejected response of a harmless prompt. This is the adaptive
 coefficient of Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, section 2.2, once for
 each language::
 
-    weight  <-  weight * exp(0.02 * clip(mean retention / target - 1, -1, 5))
+    weight  <-  weight * exp(0.02 * clip(mean / target - 1, -1, 5))
 
 There it is ``1 + 0.1 e`` with an error e of one batch, clipped at 0.2 on both sides. A step here has a few pairs of a language, of
 which one in many has moved far, by many times the target: so the mean is a running one, the gain is small, and the clip lets such a
@@ -45,15 +46,23 @@ class RetentionWeights:
     Args:
         languages: A pair's language is its index here.
         weight: What they begin with.
-        target: Mean retention of a language that they aim at, above 0.
+        target: Mean of a language that they aim at, above 0.
         device: Where the pairs are.
+        of_refusals: Whether that is the mean probability of the rejected response, not the mean retention.
     """
 
     def __init__(
-        self, languages: Sequence[str], weight: float, target: float, device: torch.device | str = "cpu"
+        self,
+        languages: Sequence[str],
+        weight: float,
+        target: float,
+        device: torch.device | str = "cpu",
+        *,
+        of_refusals: bool = False,
     ) -> None:
         self._languages, self._first, self._target = list(languages), weight, target
-        # Per language: log of weight / first weight; whether the mean has been at the target; running means of the retention, each
+        self._of_refusals = of_refusals
+        # Per language: log of weight / first weight; whether the mean has been at the target; running means of what has one, each
         # with the share of it that has been seen.
         self._state = {name: torch.zeros(len(languages), device=device) for name in _FIELDS}
         self._sums = torch.zeros((2, len(languages)), device=device)
@@ -63,9 +72,11 @@ class RetentionWeights:
         cls, args: Any, languages: Sequence[str], device: torch.device | str, *, harmless: bool
     ) -> RetentionWeights | None:
         """Those of a run's ``MPOConfig``, or None where it sets no target or ``harmless`` says that no group is harmless."""
-        if not harmless or args.harmless_retain_target is None:
+        of_refusals = args.harmless_refusal_target is not None
+        target = args.harmless_refusal_target if of_refusals else args.harmless_retain_target
+        if not harmless or target is None:
             return None
-        return cls(languages, args.harmless_retain_weight, args.harmless_retain_target, device)
+        return cls(languages, args.harmless_retain_weight, target, device, of_refusals=of_refusals)
 
     @property
     def values(self) -> Tensor:
@@ -82,8 +93,8 @@ class RetentionWeights:
         if pairs.is_harmless is None:
             return
         counts = (counts * pairs.is_harmless).to(self._sums.dtype)
-        retention = pairs.retention.detach().to(self._sums.dtype) * counts
-        self._sums.index_add_(1, pairs.language, torch.stack([retention, counts]))
+        values = (pairs.sums[1].exp() if self._of_refusals else pairs.retention).detach()
+        self._sums.index_add_(1, pairs.language, torch.stack([values.to(self._sums.dtype) * counts, counts]))
 
     def forget_step(self) -> None:
         """Leave out what was added since the last :meth:`step`: the optimizer does not take that step."""
@@ -118,11 +129,12 @@ class RetentionWeights:
         return self._state[f"{prefix}mean"] / self._state[f"{prefix}seen"].clamp(min=1e-12)
 
     def log(self) -> dict[str, float]:
-        """``harmless/retain_weight/<language>`` and ``harmless/retention/<language>``, the running mean, of those seen."""
-        found = {}
+        """``harmless/retain_weight/<language>`` and the running mean of those seen, ``harmless/retention/<language>`` or
+        ``harmless/refusal/<language>``."""
+        found, name = {}, "refusal" if self._of_refusals else "retention"
         for language, weight, mean in self._of_seen(self.values, self._means("")):
             found[f"harmless/retain_weight/{language}"] = weight
-            found[f"harmless/retention/{language}"] = mean
+            found[f"harmless/{name}/{language}"] = mean
         return found
 
     def missed(self) -> dict[str, float]:
@@ -133,10 +145,15 @@ class RetentionWeights:
     def warn_if_missed(self) -> None:
         """At the end of a run: say in which languages the target was not held."""
         if missed := self.missed():
+            name = "harmless_refusal_target" if self._of_refusals else "harmless_retain_target"
+            what = (
+                "the refusal of harmless prompts is likelier"
+                if self._of_refusals
+                else "answers to harmless prompts have moved further"
+            )
             logger.warning(
-                f"`harmless_retain_target: {self._target:g}` was not held in "
-                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, answers to harmless prompts have moved "
-                "further. Train for longer or at a lower rate, begin with a higher `harmless_retain_weight`, or add harmless "
+                f"`{name}: {self._target:g}` was not held in "
+                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, {what}. Train for longer or at a lower rate, begin with a higher `harmless_retain_weight`, or add harmless "
                 "prompts in these languages."
             )
 
@@ -144,7 +161,8 @@ class RetentionWeights:
         """Mean over about the last fifty steps and weight of each language, in one line."""
         rows = self._of_seen(self._means("slow_"), self.values)
         held = listed(f"{language} {mean:.3f} (weight {weight:.3g})" for language, mean, weight in rows)
-        return f"Retention of harmless prompts, target {self._target:g}: {held}"
+        what = "Probability of the refusal" if self._of_refusals else "Retention"
+        return f"{what} of harmless prompts, target {self._target:g}: {held}"
 
     def _of_seen(self, *columns: Tensor) -> list[tuple[Any, ...]]:
         rows = zip(

@@ -15,7 +15,13 @@ from mpo.training.harmless import HarmlessSettings
 _LENGTH = ("num_train_epochs", "max_steps")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", *_LENGTH)
 _OBJECTIVE = ("beta", "retain_weight", "retain_pooling", "language_weights", "disable_dropout")
-_HARMLESS = ("harmless_beta", "harmless_loss_weight", "harmless_retain_weight", "harmless_retain_target")
+_HARMLESS = (
+    "harmless_beta",
+    "harmless_loss_weight",
+    "harmless_retain_weight",
+    "harmless_retain_target",
+    "harmless_refusal_target",
+)
 _OF_THE_ORDER = ("harmless_share", "harmless_max_response_length")  # they belong to the data and their order
 # Keys of the optimizer's parameter groups, which a checkpoint would set back.
 _GROUP_KEYS = {

@@ -110,7 +110,8 @@ class MPOTrainer(DPOTrainer):
         languages: Target languages, sorted, and after them the source language where sources are trained on; a pair's
             language is its index here.
         dropped_rows: One sentence for each row that tokenization dropped (``bad_rows="drop"``).
-        retain_weights: With ``harmless_retain_target`` and harmless groups, the weights that are adapted to it; else None.
+        retain_weights: With ``harmless_retain_target`` or ``harmless_refusal_target`` and harmless groups, the weights that are
+            adapted to it; else None.
         source_report: After the reference pass: ``sources``, ``not_positive`` (gap of 0 or less) and ``dropped``.
 
     Raises:

@@ -72,6 +72,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     }
     harmful = write_prompts(folder / "harmful.csv", 12, "seven seven", 3)
     harmless = write_prompts(folder / "harmless.csv", 13, "window the", 4)
+    # One of what is measured is trained on.
+    lines, first = (
+        harmful.read_text("utf-8").splitlines(),
+        train["harmful"].read_text("utf-8").splitlines()[1],
+    )
+    harmful.write_text("\n".join([*lines[:-1], f"11,{first.partition(',')[2]}"]), encoding="utf-8")
     words = ["--model", model, "--groups", str(write_groups(folder / "groups.jsonl", train))]
     words += ["--harmful", str(harmful), "--harmless", str(harmless), "--adapters", adapter]
     words += ["--layers", "0", "norm", "--dtype", "float32", "--out", str(folder / "out.json")]
@@ -79,6 +85,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         patch.setattr(sys, "argv", ["separation", *words])
         separation.main()
     result = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    notes = [found["notes"][2:] for name, found in result.items() if name != "provenance"]
+    for harmful_note, harmless_note in notes:  # random words are nearly alike
+        assert "prompts of harmful stand in the training data: 1 word for word" in harmful_note
+        assert "of 13 prompts of harmless stand" in harmless_note and "word for word" not in harmless_note
     return folder, {name: found["rows"] for name, found in result.items() if name != "provenance"}
 
 

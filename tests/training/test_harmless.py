@@ -290,6 +290,15 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_share": 1.0}, "above 0 and below 1"),
         ({"harmless_retain_target": 0}, "`harmless_retain_target` is 0; expected a number above 0"),
         ({"harmless_retain_target": 0.1}, "but nothing is held. Set `harmless_retention: reverse_kl`"),
+        ({"harmless_refusal_target": 0.1}, "`harmless_refusal_target: 0.1` adapts .* but nothing is held"),
+        (
+            {"harmless_refusal_target": 1},
+            "`harmless_refusal_target` is 1; expected a probability above 0 and below 1",
+        ),
+        (
+            {"harmless_refusal_target": 0.1, "harmless_retain_target": 0.1, "harmless_retention": "kl"},
+            "both adapt `harmless_retain_weight`. Remove one",
+        ),
         ({"harmless_share": 0.3, "max_tokens_per_batch": 100}, "Remove one of them"),
     ],
     ids=str,

@@ -31,6 +31,18 @@ def pairs(rows: list[tuple[str, float, bool]]) -> PairTensors:
     )
 
 
+def refusals(rows: list[tuple[str, float, bool]]) -> PairTensors:
+    """The same with the probability of the rejected response, of some tokens, in place of the retention."""
+    lengths = torch.tensor([1 + place % 5 for place in range(len(rows))])
+    logps = torch.tensor([math.log(value) for _, value, _ in rows])
+    return replace(
+        pairs([(code, 1e6, harmless) for code, _, harmless in rows]),
+        rejected_logps=logps / lengths,
+        chosen_lengths=lengths,
+        rejected_lengths=lengths,
+    )
+
+
 def plainly(
     steps: list[list[tuple[str, float, bool, int]]], weight: float, target: float
 ) -> dict[str, float]:
@@ -53,11 +65,13 @@ def plainly(
     return weights
 
 
+@pytest.mark.parametrize("of_refusals", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_each_language_has_the_weight_of_the_rule(seed: int) -> None:
+def test_each_language_has_the_weight_of_the_rule(seed: int, of_refusals: bool) -> None:
     rng = random.Random(seed)
     weight, target = rng.choice([0.5, 10.0]), rng.choice([0.01, 0.3])
-    found = RetentionWeights(LANGUAGES, weight, target)
+    found = RetentionWeights(LANGUAGES, weight, target, of_refusals=of_refusals)
+    of_rows = refusals if of_refusals else pairs
     steps = []
     for _ in range(rng.choice([1, 40, 120])):
         step = [
@@ -66,7 +80,7 @@ def test_each_language_has_the_weight_of_the_rule(seed: int) -> None:
         ]  # fmt: skip
         cut = rng.randint(0, len(step))  # two micro-batches
         for part in (step[:cut], step[cut:]):
-            found.add(pairs([row[:3] for row in part]), torch.tensor([float(row[3]) for row in part]))
+            found.add(of_rows([row[:3] for row in part]), torch.tensor([float(row[3]) for row in part]))
         found.step(ALONE)
         steps.append(step)
     expected = plainly(steps, weight, target)
@@ -76,6 +90,7 @@ def test_each_language_has_the_weight_of_the_rule(seed: int) -> None:
     assert {name.rpartition("/")[2] for name in logged} == seen
     for code in seen:
         assert logged[f"harmless/retain_weight/{code}"] == pytest.approx(expected[code], rel=1e-4)
+        assert f"harmless/{'refusal' if of_refusals else 'retention'}/{code}" in logged
 
 
 def test_a_language_is_brought_to_the_target_by_the_weight_that_it_needs() -> None:
@@ -127,6 +142,21 @@ def test_only_a_language_that_stays_far_from_the_target_is_named() -> None:
     assert found.summary() == (
         f"Retention of harmless prompts, target 0.1: ar 0.190 (weight {weights[0]:.3g}) and bn 0.350 "
         f"(weight {weights[1]:.3g})"
+    )
+
+
+def test_of_refusals_the_words_are_others(caplog: pytest.LogCaptureFixture) -> None:
+    found = RetentionWeights(LANGUAGES, 3.0, 0.1, of_refusals=True)
+    for _ in range(30):
+        found.add(refusals([("ar", 0.19, True), ("bn", 0.35, True)]), torch.ones(2))
+        found.step(ALONE)
+    assert found.summary().startswith(
+        "Probability of the refusal of harmless prompts, target 0.1: ar 0.190 (weight"
+    )
+    found.warn_if_missed()
+    assert (
+        "`harmless_refusal_target: 0.1` was not held in bn (0.35): there, the refusal of harmless"
+        in caplog.text
     )
 
 

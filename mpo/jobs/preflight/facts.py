@@ -87,10 +87,15 @@ def _harmless(plan: Plan) -> dict[str, str]:
     own = args.harmless
     uses = [own.objectives.description()] if own.loss_type else []
     if own.keeps_own:
-        target = args.harmless_retain_target
+        adapted = ""
+        if (target := args.harmless_retain_target) is not None:
+            adapted = f" to begin with, adapted in each language to a mean of {target:g}"
+        elif (target := args.harmless_refusal_target) is not None:
+            adapted = (
+                f" to begin with, adapted in each language until a refusal has a probability of {target:g}"
+            )
         uses.append(
-            f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}"
-            + ("" if target is None else f" to begin with, adapted in each language to a mean of {target:g}")
+            f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}{adapted}"
         )
     if args.harmless_share is not None:
         uses.append(f"{args.harmless_share:.0%} of each step")
