@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -136,6 +137,32 @@ def check_head_stays(args: MPOConfig, model: Any, *, other_reference: bool) -> N
         raise ConfigError(
             f"`harmless_retention: {args.harmless_retention}` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
             "`harmless_retention: states`, which needs no head, or `use_peft: true`."
+        )
+
+
+def check_something_is_taught(
+    args: MPOConfig, harmless: np.ndarray, *, other_reference: bool, file: str | None = None
+) -> None:
+    """Refuse groups that a model is only held on, where it already is: it would stay as it is.
+
+    Args:
+        args: The run's settings.
+        harmless: ``[groups]``, True for those that are.
+        other_reference: Whether the reference is another model than the starting policy: to hold at that is to teach.
+        file: Where they came from.
+
+    Raises:
+        DataError: They are all harmless, and no objective is theirs.
+    """
+    own = args.harmless
+    teaching = {*own.loss_type} - {"gap_retention"} if args.harmless_loss_weight else set()
+    if len(harmless) and harmless.all() and not teaching and not other_reference:
+        raise DataError(
+            f"all {len(harmless)} groups are harmless, and with `harmless_loss_type: {', '.join(own.loss_type) or 'none'}`"
+            f"{'' if args.harmless_loss_weight else ' and a `harmless_loss_weight` of 0'} the model is only held on those: it would "
+            "stay as it is. Add harmful groups, which `mpo data build` makes of prompts that are to be refused, or set another "
+            "`harmless_loss_type`.",
+            file=file,
         )
 
 

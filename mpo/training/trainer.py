@@ -44,6 +44,7 @@ from mpo.training.checks import (
     check_head_stays,
     check_languages,
     check_master_weights,
+    check_something_is_taught,
     check_tokens,
 )
 from mpo.training.collapse import CollapseDetector
@@ -204,7 +205,12 @@ class MPOTrainer(DPOTrainer):
             *(("eval", data) for data in self._eval_datasets),
         ):
             check_tokens(dataset, bare, self._tokenizer, name)
-        has_harmless = bool(harmless_groups(self.train_dataset).any())
+        harmless = harmless_groups(self.train_dataset)
+        has_harmless = bool(harmless.any())
+        if type(self).pair_loss is MPOTrainer.pair_loss:  # another one may teach something of all of them
+            check_something_is_taught(
+                args, harmless, other_reference=ref_model is not None, file="train_dataset"
+            )
         if has_harmless:
             check_head_stays(args, bare, other_reference=ref_model is not None)
         trains_sources = args.train_on != "targets" or (has_harmless and args.harmless.train_on != "targets")

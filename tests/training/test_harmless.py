@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from mpo import MPOConfig
+from mpo import MPOConfig, MPOTrainer
 from mpo.data import load_groups
-from mpo.errors import ConfigError
+from mpo.errors import ConfigError, DataError
+from mpo.modeling.pairs import PairTensors
 from mpo.training.order import GroupBatchSampler, ShareSampler
 from mpo.training.unique_pairs import fingerprint_rows
 from mpo.training.workload import count_work, schedule
@@ -451,6 +452,25 @@ def test_a_resumed_run_ends_with_the_same_weights(target: float | None, model: P
     settings |= {"harmless_share": 0.4, "harmless_loss_weight": 2.0}
     with pytest.raises(ConfigError, match=r"harmless_loss_weight: 1\.0 then, 2\.0 now"):
         build().resolve_checkpoint(str(tmp_path / "out" / "checkpoint-3"))
+
+
+@runs_alone
+def test_groups_that_a_model_is_only_held_on_are_refused_in_python_too(model: Path, tmp_path: Path) -> None:
+    rows = mixed()[5:]
+    held = {"harmless_loss_type": "none", "harmless_retention": "hidden"}
+    with pytest.raises(DataError, match=r"train_dataset: all 4 groups are harmless, .* Add harmful groups"):
+        runs.trainer(model, tmp_path, rows, **held)
+    with pytest.raises(DataError, match="and a `harmless_loss_weight` of 0"):
+        runs.trainer(model, tmp_path, rows, harmless_loss_weight=0.0)
+
+    class Own(MPOTrainer):
+        def pair_loss(self, pairs: PairTensors) -> Tensor:
+            return -pairs.chosen_logps
+
+    # What teaches something is not refused: an objective, another loss, another reference.
+    runs.trainer(model, tmp_path, rows)
+    runs.trainer(model, tmp_path, rows, kind=Own, **held)
+    runs.trainer(model, tmp_path, rows, ref_model=AutoModelForCausalLM.from_pretrained(model), **held)
 
 
 @runs_alone

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpo.common.words import counted, listed
 from mpo.data import language_name
-from mpo.errors import ConfigError, DataError
+from mpo.errors import ConfigError
 from mpo.evaluation.probe.watch import prompts_of
 from mpo.jobs.preflight.data import (
     check_data_files,
@@ -24,7 +24,13 @@ from mpo.jobs.preflight.packages import check_packages, upload_obstacle
 from mpo.jobs.preflight.plan import Plan
 from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, load_config
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
-from mpo.training.checks import check_best_metric, check_head_stays, check_state_layer, check_tokens
+from mpo.training.checks import (
+    check_best_metric,
+    check_head_stays,
+    check_something_is_taught,
+    check_state_layer,
+    check_tokens,
+)
 from mpo.training.compute import is_installed
 from mpo.training.harmless import harmless_groups
 from mpo.training.recipe import Recipe
@@ -104,15 +110,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     harmless = harmless_groups(tokenized)
     has_harmless = bool(harmless.any())
     explicit = recipe.model.reference_model_name_or_path is not None
-    teaching = {*training.harmless.loss_type} - {"gap_retention"} if training.harmless_loss_weight else set()
-    if harmless.all() and not teaching and not explicit:  # to hold at another model is to teach
-        raise DataError(
-            f"all {len(harmless)} groups are harmless, and with `harmless_loss_type: {', '.join(training.harmless.loss_type) or 'none'}`"
-            f"{'' if training.harmless_loss_weight else ' and a `harmless_loss_weight` of 0'} the model is only held on those: it would "
-            "stay as it is. Add harmful groups, which `mpo data build` makes of prompts that are to be refused, or set another "
-            "`harmless_loss_type`.",
-            file=data.origin,
-        )
+    check_something_is_taught(training, harmless, other_reference=explicit, file=data.origin)
     if (checkpoint := checkpoint_to_resume(recipe)) is not None:
         check_planned(checkpoint, training, trained, harmless=has_harmless)
     if not has_harmless:
