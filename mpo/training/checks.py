@@ -115,18 +115,41 @@ def check_adapter_config(config: Any) -> None:
         )
 
 
-def check_head_stays(args: MPOConfig, model: Any, *, other_reference: bool) -> None:
-    """Refuse to compare what a head says of the states of now and of the reference where the two have not the same head.
+def check_harmless(
+    args: MPOConfig,
+    harmless: np.ndarray,
+    model: Any,
+    *,
+    other_reference: bool,
+    file: str,
+    other_loss: bool = False,
+) -> None:
+    """Refuse harmless groups that the settings cannot hold, or that they only hold where no other group teaches anything.
 
     Args:
-        args: Settings of a run on harmless groups.
+        args: The run's settings.
+        harmless: ``[groups]``, True for those that are.
         model: The model, with the adapter on it if there is one.
-        other_reference: Whether the reference is another model than the starting policy.
+        other_reference: Whether the reference is another model than the starting policy: to hold at that is to teach.
+        file: Where the groups came from.
+        other_loss: Whether another loss than that of the objectives is theirs.
 
     Raises:
-        ConfigError: They have not: the head is trained, or the reference has its own.
+        DataError: All are harmless, and the model would stay as it is.
+        ConfigError: What a head says of the states of now and of the reference is to be compared where the two have not the same head:
+            it is trained, or the reference has its own.
     """
-    if not (args.harmless.keeps_own and args.harmless_retention in BY_HEAD):
+    own = args.harmless
+    teaching = {*own.loss_type} - {"gap_retention"} if args.harmless_loss_weight else set()
+    if len(harmless) and harmless.all() and not (teaching or other_reference or other_loss):
+        raise DataError(
+            f"all {len(harmless)} groups are harmless, and with `harmless_loss_type: {', '.join(own.loss_type) or 'none'}`"
+            f"{'' if args.harmless_loss_weight else ' and a `harmless_loss_weight` of 0'} the model is only held on those: it would "
+            "stay as it is. Add harmful groups, which `mpo data build` makes of prompts that are to be refused, or set another "
+            "`harmless_loss_type`.",
+            file=file,
+        )
+    if not (harmless.any() and own.keeps_own and args.harmless_retention in BY_HEAD):
         return
     if other_reference:
         raise ConfigError(
@@ -137,32 +160,6 @@ def check_head_stays(args: MPOConfig, model: Any, *, other_reference: bool) -> N
         raise ConfigError(
             f"`harmless_retention: {args.harmless_retention}` needs an LM head that is not trained, as under LoRA, and here all weights are. Set "
             "`harmless_retention: states`, which needs no head, or `use_peft: true`."
-        )
-
-
-def check_something_is_taught(
-    args: MPOConfig, harmless: np.ndarray, *, other_reference: bool, file: str | None = None
-) -> None:
-    """Refuse groups that a model is only held on, where it already is: it would stay as it is.
-
-    Args:
-        args: The run's settings.
-        harmless: ``[groups]``, True for those that are.
-        other_reference: Whether the reference is another model than the starting policy: to hold at that is to teach.
-        file: Where they came from.
-
-    Raises:
-        DataError: They are all harmless, and no objective is theirs.
-    """
-    own = args.harmless
-    teaching = {*own.loss_type} - {"gap_retention"} if args.harmless_loss_weight else set()
-    if len(harmless) and harmless.all() and not teaching and not other_reference:
-        raise DataError(
-            f"all {len(harmless)} groups are harmless, and with `harmless_loss_type: {', '.join(own.loss_type) or 'none'}`"
-            f"{'' if args.harmless_loss_weight else ' and a `harmless_loss_weight` of 0'} the model is only held on those: it would "
-            "stay as it is. Add harmful groups, which `mpo data build` makes of prompts that are to be refused, or set another "
-            "`harmless_loss_type`.",
-            file=file,
         )
 
 

@@ -41,10 +41,9 @@ from mpo.training.checks import (
     check_adapter,
     check_arguments,
     check_best_metric,
-    check_head_stays,
+    check_harmless,
     check_languages,
     check_master_weights,
-    check_something_is_taught,
     check_tokens,
 )
 from mpo.training.collapse import CollapseDetector
@@ -111,8 +110,7 @@ class MPOTrainer(DPOTrainer):
         languages: Target languages, sorted, and after them the source language where sources are trained on; a pair's
             language is its index here.
         dropped_rows: One sentence for each row that tokenization dropped (``bad_rows="drop"``).
-        retain_weights: With ``harmless_retain_target`` or ``harmless_refusal_target`` and harmless groups, the weights that are
-            adapted to it; else None.
+        retain_weights: With a target of the retention of harmless groups, the weights that are adapted to it; else None.
         source_report: After the reference pass: ``sources``, ``not_positive`` (gap of 0 or less) and ``dropped``.
 
     Raises:
@@ -200,19 +198,14 @@ class MPOTrainer(DPOTrainer):
         sets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
         if self._eval_datasets:
             check_best_metric(args, target_languages(*self._eval_datasets), sets)
-        for name, dataset in (
-            ("train", self.train_dataset),
-            *(("eval", data) for data in self._eval_datasets),
-        ):
+        sides = [("train", self.train_dataset), *(("eval", data) for data in self._eval_datasets)]
+        for name, dataset in sides:
             check_tokens(dataset, bare, self._tokenizer, name)
         harmless = harmless_groups(self.train_dataset)
+        own: dict[str, Any] = {"other_loss": type(self).pair_loss is not MPOTrainer.pair_loss}
+        own |= {"other_reference": ref_model is not None, "file": "train_dataset"}
+        check_harmless(args, harmless, bare, **own)
         has_harmless = bool(harmless.any())
-        if type(self).pair_loss is MPOTrainer.pair_loss:  # another one may teach something of all of them
-            check_something_is_taught(
-                args, harmless, other_reference=ref_model is not None, file="train_dataset"
-            )
-        if has_harmless:
-            check_head_stays(args, bare, other_reference=ref_model is not None)
         trains_sources = args.train_on != "targets" or (has_harmless and args.harmless.train_on != "targets")
         if trains_sources and args.source_language not in self.languages:
             self.languages.append(args.source_language)

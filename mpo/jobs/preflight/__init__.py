@@ -26,8 +26,7 @@ from mpo.modeling.loading import ModelSource, adapter_settings, empty_model, loa
 from mpo.modeling.opening import another_base, open_tokenizer, trained_template_kwargs
 from mpo.training.checks import (
     check_best_metric,
-    check_head_stays,
-    check_something_is_taught,
+    check_harmless,
     check_state_layer,
     check_tokens,
 )
@@ -110,7 +109,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
     harmless = harmless_groups(tokenized)
     has_harmless = bool(harmless.any())
     explicit = recipe.model.reference_model_name_or_path is not None
-    check_something_is_taught(training, harmless, other_reference=explicit, file=data.origin)
+    check_harmless(training, harmless, model, other_reference=explicit, file=data.origin)
     if (checkpoint := checkpoint_to_resume(recipe)) is not None:
         check_planned(checkpoint, training, trained, harmless=has_harmless)
     if not has_harmless:
@@ -120,8 +119,6 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
                 f"no row says `kind: harmless`, so {listed(unused)} {'have' if unused[1:] else 'has'} no effect: "
                 "trained on harmful prompts alone, a model comes to refuse harmless ones, too"
             )
-    else:
-        check_head_stays(training, model, other_reference=explicit)
     notes.extend(
         f"{language_name(code)} has {counted(harmful, 'harmful pair')} and {answered or 'no'} harmless: a model that sees a "
         "language with refusals alone learns to refuse the language. Add harmless rows in it, or leave it out (`languages`)"
