@@ -83,6 +83,7 @@ PAPER = {
     "harmless_loss_type": None,
     "harmless_retention": "none",
     "harmless_retain_target": None,
+    "harmless_refusal_target": None,
     "harmless_share": None,
 }
 """What the published objective changes in the recipe: nothing of the remedy stays, and objective, epochs and layers are
