@@ -6,7 +6,8 @@ harmless pairs in an optimizer step, whatever their order, packing, accumulation
     L = (1/N) sum of l(harmful pair)  +  (1/M) sum of (w l'(harmless pair) + lambda' ||h - h_ref||^2 / hidden_size)
 
 with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_loss_weight`` and ``lambda'``
-``harmless_retain_weight``, or of each language what ``harmless_retain_target`` or ``harmless_refusal_target`` has made of it. The second term is there with
+``harmless_retain_weight``, or of each language what ``harmless_retain_target`` or ``harmless_refusal_target`` has made of it. The
+second term is there with
 ``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
 and in the target languages. With ``states`` it is the same distance at each token of prompt and responses but their last, and
 with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the

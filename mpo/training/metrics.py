@@ -118,10 +118,10 @@ class LanguageMetrics:
             language with pairs, ``reward_gap/<language>``, ``gap_to_source/<language>``, ``positive/<language>`` (the
             share of gaps above 0), ``logps/chosen/<language>`` and ``logps/rejected/<language>``; all in nats per
             token. Where lengths are known, ``probs/chosen/<language>`` and ``probs/rejected/<language>``, the mean probability
-            of a whole response, with which the model would say just that. Nothing without pairs. The first two under ``mpo`` only, ``gap_to_source`` where the source's gap is
-            known; ``loss/<objective>`` where there are several, without its weight; and with an objective that compares
-            with the reference, TRL's ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins`` and
-            ``rewards/accuracies``.
+            of a whole response, with which the model would say just that. Nothing without pairs. The first two under ``mpo``
+            only, ``gap_to_source`` where the source's gap is known; ``loss/<objective>`` where there are several, without its
+            weight; and with an objective that compares with the reference, TRL's ``rewards/chosen``, ``rewards/rejected``,
+            ``rewards/margins`` and ``rewards/accuracies``.
         """
         if ranks.num_processes > 1:
             torch.distributed.all_reduce(self._sums)

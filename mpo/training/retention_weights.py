@@ -1,8 +1,8 @@
 """A weight of the retention of harmless pairs for each language, which a target adapts while the run goes on.
 
 One weight for all languages holds some too tightly and others too loosely: how much a language would move depends on how well the
-model tells harm from harmlessness in it. With a target, each language has the weight that brings it there: to a mean retention, or to a
-mean probability of the refusal, which is the rejected response of a harmless prompt. This is the adaptive
+model tells harm from harmlessness in it. With a target, each language has the weight that brings it there: to a mean retention, or to
+a mean probability of the refusal, which is the rejected response of a harmless prompt. This is the adaptive
 coefficient of Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, section 2.2, once for
 each language::
 
@@ -153,14 +153,17 @@ class RetentionWeights:
             )
             logger.warning(
                 f"`{name}: {self._target:g}` was not held in "
-                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, {what}. Train for longer or at a lower rate, begin with a higher `harmless_retain_weight`, or add harmless "
-                "prompts in these languages."
+                f"{listed(f'{code} ({mean:.2g})' for code, mean in missed.items())}: there, {what}. Train for longer or at a "
+                "lower rate, begin with a higher `harmless_retain_weight`, or add harmless prompts in these languages."
             )
 
     def summary(self) -> str:
-        """Mean over about the last fifty steps and weight of each language, in one line."""
-        rows = self._of_seen(self._means("slow_"), self.values)
-        held = listed(f"{language} {mean:.3f} (weight {weight:.3g})" for language, mean, weight in rows)
+        """Mean over about the last fifty steps and weight of each language, in one line; and which have never been at the target."""
+        rows = self._of_seen(self._means("slow_"), self.values, self._state["reached"])
+        held = listed(
+            f"{language} {mean:.3f} (weight {weight:.3g}{'' if reached else ', as it began'})"
+            for language, mean, weight, reached in rows
+        )
         what = "Probability of the refusal" if self._of_refusals else "Retention"
         return f"{what} of harmless prompts, target {self._target:g}: {held}"
 

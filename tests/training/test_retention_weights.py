@@ -148,8 +148,9 @@ def test_only_a_language_that_stays_far_from_the_target_is_named() -> None:
 def test_of_refusals_the_words_are_others(caplog: pytest.LogCaptureFixture) -> None:
     found = RetentionWeights(LANGUAGES, 3.0, 0.1, of_refusals=True)
     for _ in range(30):
-        found.add(refusals([("ar", 0.19, True), ("bn", 0.35, True)]), torch.ones(2))
+        found.add(refusals([("ar", 0.19, True), ("bn", 0.35, True), ("en", 0.001, True)]), torch.ones(3))
         found.step(ALONE)
+    assert found.summary().endswith("and en 0.001 (weight 3, as it began)")
     assert found.summary().startswith(
         "Probability of the refusal of harmless prompts, target 0.1: ar 0.190 (weight"
     )
