@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -520,11 +520,7 @@ def _draw_refusals(axes: Axes, refusals: Mapping[str, tuple[_Series, _Series]]) 
     axes.set_ylim(-2, 102)
     if len(refusals) > len(style.CYCLE):
         for place, (name, colour) in enumerate((("harmful", style.BLUE), ("harmless", style.VERMILION))):
-            values: dict[float, list[float]] = defaultdict(list)
-            for both in refusals.values():
-                for step, value in both[place]:
-                    values[step].append(value)
-            mean = [(step, math.fsum(v) / len(v)) for step, v in sorted(values.items())]
+            mean = _mean_course([both[place] for both in refusals.values()])
             _draw_course(axes, mean, colour, width=2.4).set_label(name)
         axes.set_ylabel(f"The refusal's probability (%), mean of {len(refusals)}")
         return
@@ -565,20 +561,26 @@ def _draw_held_out_gaps(
 
 def _draw_many(axes: Axes, drawn: Mapping[str, _Series]) -> None:
     """More languages than colours: all in grey, with their mean, and the three that end lowest by name."""
-    values: dict[float, list[float]] = defaultdict(list)
     last = {}
     for code, series in drawn.items():
         smooth = _smooth(series) if len(series) > 2 else series
         last[code] = smooth[-1][1]
         axes.plot(*zip(*smooth, strict=True), color=style.GREY, linewidth=0.8, alpha=0.7, zorder=2)
-        for step, value in series:
-            values[step].append(value)
-    mean = [(step, math.fsum(v) / len(v)) for step, v in sorted(values.items())]
+    mean = _mean_course(drawn.values())
     _draw_course(axes, mean, style.BLUE, width=2.4).set_label(f"mean of {len(drawn)}")
     lowest = sorted(last, key=lambda code: last[code])[:3]
     for code, colour in zip(lowest, (style.VERMILION, style.PURPLE, style.ORANGE), strict=True):
         line = _draw_course(axes, drawn[code], colour, raw=False)
         line.set_label(printable_name(language_name(code), 16))
+
+
+def _mean_course(drawn: Iterable[_Series]) -> _Series:
+    """At each step the mean of those that have a value there."""
+    values: dict[float, list[float]] = defaultdict(list)
+    for series in drawn:
+        for step, value in series:
+            values[step].append(value)
+    return [(step, math.fsum(v) / len(v)) for step, v in sorted(values.items())]
 
 
 def _draw_course(axes: Axes, series: _Series, colour: str, *, width: float = 1.6, raw: bool = True) -> Any:

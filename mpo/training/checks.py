@@ -121,8 +121,8 @@ def check_harmless(
     model: Any,
     *,
     other_reference: bool,
-    file: str,
     other_loss: bool = False,
+    file: str = "train_dataset",
 ) -> None:
     """Refuse harmless groups that the settings cannot hold, or that they only hold where no other group teaches anything.
 

@@ -202,9 +202,8 @@ class MPOTrainer(DPOTrainer):
         for name, dataset in sides:
             check_tokens(dataset, bare, self._tokenizer, name)
         harmless = harmless_groups(self.train_dataset)
-        own: dict[str, Any] = {"other_loss": type(self).pair_loss is not MPOTrainer.pair_loss}
-        own |= {"other_reference": ref_model is not None, "file": "train_dataset"}
-        check_harmless(args, harmless, bare, **own)
+        other_loss = type(self).pair_loss is not MPOTrainer.pair_loss
+        check_harmless(args, harmless, bare, other_reference=ref_model is not None, other_loss=other_loss)
         has_harmless = bool(harmless.any())
         trains_sources = args.train_on != "targets" or (has_harmless and args.harmless.train_on != "targets")
         if trains_sources and args.source_language not in self.languages:
