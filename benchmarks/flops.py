@@ -221,7 +221,7 @@ def _kernel(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
 
 
 def _own(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    values: torch.Tensor = FrozenHeadLogProbs.apply(hidden, weight, None, labels, None, 1.0, True)
+    values: torch.Tensor = FrozenHeadLogProbs.apply(hidden, weight, None, labels, None, 1.0, True)[0]
     return values
 
 

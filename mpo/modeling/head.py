@@ -23,7 +23,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from mpo.errors import ModelError
 from mpo.modeling.layers import decoder_of, watching
-from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs
+from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs, below_greedy
 from mpo.modeling.loss import segment_mean, segment_sum
 from mpo.modeling.masks import attention_mask as tree_attention_mask
 from mpo.modeling.tree_attention import IMPLEMENTATION as TREE_IMPLEMENTATION
@@ -41,6 +41,8 @@ class RewardGapOutput(ModelOutput):
         response_logps: ``[T, 2]``, mean log-likelihood per token of the chosen and the rejected response of each scored
             tree, in nats, float32.
         first_logps: ``[T, 2]``, log-likelihood of each response's first token, float32.
+        below_greedy: ``[T, 2]``, how far the log-likelihood of each response is below that of what greedy decoding takes in place of
+            each of its tokens, summed over them: 0 where it would say just this; no gradient; where the batch asks for it.
         pooled: ``[P, 2, H]``, pooled final hidden state (after the final norm) of prompt + chosen and prompt +
             rejected of each pooled tree, float32.
         shared_logps: ``[T, 2]``, log-likelihood of as many first tokens of each response as the shorter one has, summed;
@@ -53,13 +55,15 @@ class RewardGapOutput(ModelOutput):
         moved: ``[K]``, how far each kept tree is from the states that the batch has, in the mean of three parts: the mean over
             the prompt's tokens before its last one; the decision, that is the last one and each token of the rejected response
             times the probability of coming to it; and the mean over the chosen response. It is of a divergence of the next token
-            in nats with ``kept_by``, ``KL(p_ref || p)`` with ``"kl"`` and ``KL(p || p_ref)`` with ``"reverse_kl"``, else of
+            in nats with ``kept_by``, ``KL(p_ref || p)`` with ``"kl"``, ``KL(p || p_ref)`` with ``"reverse_kl"``, and with
+            ``"mixed_kl"`` the former over prompt and chosen response and the latter for the decision; else of
             ``||h - h_ref||^2 / hidden_size``.
         aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
 
     response_logps: Tensor | None = None
     first_logps: Tensor | None = None
+    below_greedy: Tensor | None = None
     pooled: Tensor | None = None
     shared_logps: Tensor | None = None
     prompt_logps: Tensor | None = None
@@ -116,6 +120,7 @@ def _reward_gap_forward(
     branch_ids: Tensor | None = None,
     tree_spans: tuple[int, ...] | None = None,
     score_shared: Tensor | None = None,
+    score_greedy: bool = False,
     prompt_index: Tensor | None = None,
     prompt_labels: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
@@ -124,6 +129,8 @@ def _reward_gap_forward(
     kept_index: Tensor | None = None,
     kept_lengths: Tensor | None = None,
     kept_paths: Tensor | None = None,
+    kept_text: Tensor | None = None,
+    kept_decision: Tensor | None = None,
     kept_states: Tensor | None = None,
     kept_by: str | None = None,
     output_router_logits: bool = False,
@@ -158,25 +165,22 @@ def _reward_gap_forward(
         prompts = (prompt_index, prompt_labels, prompt_lengths)
     kept = None
     if kept_index is not None:
-        kept = _Kept(kept_index, kept_lengths, kept_paths, kept_states, kept_by)
-    response_logps, first_logps, shared_logps, prompt_logps, moved = _log_likelihoods(
+        kept = _Kept(kept_index, kept_lengths, kept_paths, (kept_text, kept_decision), kept_states, kept_by)
+    scores = _log_likelihoods(
         model,
         config,
         hidden,
         (score_index, score_labels, score_lengths),
         score_shared,
+        score_greedy,
         prompts,
         None if kept is None or kept.states is None else kept,
     )
     return RewardGapOutput(
-        response_logps=response_logps,
-        first_logps=first_logps,
         pooled=_pooled(hidden, pool_index, pool_lengths),
-        shared_logps=shared_logps,
-        prompt_logps=prompt_logps,
         prompt_states=None if state_index is None else _states(_at_layer(hidden, between), state_index),
         kept_states=_states(hidden, kept.places) if kept is not None and kept.states is None else None,
-        moved=moved,
+        **scores,
         aux_loss=_router_loss(config, outputs, real_tokens) if output_router_logits else None,
     )
 
@@ -209,11 +213,12 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
 
 class _Kept(NamedTuple):
     """The tokens that are kept, see :func:`mpo.modeling.trees.build_batch`, the reference's states there, if they are known, and
-    the divergence they are held by."""
+    the divergence they are held by. ``kinds`` are the places of text and of decisions among them."""
 
     places: Tensor
     lengths: Any
     paths: Any
+    kinds: Any
     states: Any
     by: str | None
 
@@ -258,54 +263,58 @@ def _log_likelihoods(
     hidden: Tensor,
     responses: _Scored,
     shared: Tensor | None,
+    greedy: bool,
     prompts: _Scored | None,
     kept: _Kept | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Means over the responses' tokens ``[T, 2]``, their first tokens' and, where asked for, sums over as many first tokens as both
-    have and over the prompts', and how far the trees that are kept are from the reference."""
+) -> dict[str, Tensor | None]:
+    """The fields of :class:`RewardGapOutput` that the LM head is run for."""
     index, labels, lengths = responses
     if lengths.numel() == 0:
         nothing = hidden.new_zeros((0, 2), dtype=torch.float32)
-        return (
-            nothing,
-            nothing,
-            None if shared is None else nothing,
-            None if prompts is None else nothing[:, 0],
-            None,
-        )
+        return {
+            "response_logps": nothing,
+            "first_logps": nothing,
+            "below_greedy": nothing if greedy else None,
+            "shared_logps": None if shared is None else nothing,
+            "prompt_logps": None if prompts is None else nothing[:, 0],
+        }
     if prompts is not None:
         index, labels = torch.cat([index, prompts[0]]), torch.cat([labels, prompts[1]])
     # One call of the head for all: where it is sharded, a call is a collective.
-    values = _token_logps(
-        model, config, hidden, index, labels, kept if kept is not None and kept.by else None
-    )
+    divergent = kept if kept is not None and kept.by else None
+    values, below, distances = _token_logps(model, config, hidden, index, labels, greedy, divergent)
     lengths = lengths.to(values.device)
-    moved = None
+    found: dict[str, Tensor | None] = {}
     if kept is not None:
-        if kept.by:
-            values, distances = values.split([index.shape[0], kept.places.shape[0]])
-        else:
+        if not kept.by:
             own = _states(hidden, kept.places)
             distances = (own - kept.states.to(own)).square().mean(dim=-1).to(values.device)
-        moved = _mean_of_parts(distances, values, kept)
-    of_prompts = None
+        found["moved"] = _mean_of_parts(distances, values, kept)
     if prompts is not None:
         values, rest = values.split([responses[0].shape[0], prompts[0].shape[0]])
-        of_prompts = segment_sum(rest, prompts[2].to(values.device))
-    of_shared = None
+        found["prompt_logps"] = segment_sum(rest, prompts[2].to(values.device))
+    per_response = {
+        "response_logps": segment_mean(values, lengths),
+        "first_logps": values.index_select(0, lengths.cumsum(0) - lengths),
+    }
     if shared is not None:
-        of_shared = segment_sum(values * shared.to(values.device), lengths).unflatten(0, (-1, 2))
-    first = values.index_select(0, lengths.cumsum(0) - lengths)
-    means, first = (
-        per_response.unflatten(0, (-1, 2)) for per_response in (segment_mean(values, lengths), first)
-    )
-    return means, first, of_shared, of_prompts, moved
+        per_response["shared_logps"] = segment_sum(values * shared.to(values.device), lengths)
+    if greedy:
+        per_response["below_greedy"] = segment_sum(below[: len(values)].detach(), lengths)
+    return found | {name: of_each.unflatten(0, (-1, 2)) for name, of_each in per_response.items()}
 
 
 def _token_logps(
-    model: PreTrainedModel, config: Any, hidden: Tensor, index: Tensor, labels: Tensor, kept: _Kept | None
-) -> Tensor:
-    """Log-likelihood ``[N]`` of each token under the state before it, then the divergence ``[M]`` at each kept one."""
+    model: PreTrainedModel,
+    config: Any,
+    hidden: Tensor,
+    index: Tensor,
+    labels: Tensor,
+    greedy: bool,
+    kept: _Kept | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-likelihood ``[N]`` of each token under the state before it, with ``greedy`` how far that is below what greedy decoding
+    takes, and the divergence ``[M]`` at each kept one; empty where they are not asked for."""
     head = model.get_output_embeddings()
     # With a model split over devices (`device_map`), the last layer may lie elsewhere than the head.
     device = head.weight.device
@@ -319,34 +328,40 @@ def _token_logps(
                 "model with FSDP2 or DeepSpeed instead (recipes/accelerate)."
             )
         softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
-        values: Tensor
+        below: Tensor | None
         if _is_frozen(weight, bias, scored):
             needs_gradient = torch.is_grad_enabled() and scored.requires_grad
-            values = FrozenHeadLogProbs.apply(
-                scored, weight, bias, labels.to(device), softcap, scale, needs_gradient
+            values, below = FrozenHeadLogProbs.apply(
+                scored, weight, bias, labels.to(device), softcap, scale, needs_gradient, greedy
             )
         else:
             tile_width = _TILE_WIDTH.get(device.type, _TILE_WIDTH_DEFAULT)
             values = ChunkedLogProbFunction.apply(
                 scored, weight, bias, labels.to(device), 1.0, tile_width, softcap, scale, ()
             )[0]
+            below = below_greedy(scored, weight, bias, labels.to(device), softcap, scale) if greedy else None
+        parts = [values] if below is None else [values, below]
         if kept is None:
-            return values
-        with torch.autocast(device.type, enabled=False):
-            divergence = FrozenHeadDivergence.apply(
-                held.to(weight.dtype),
-                kept.states.to(device),
-                weight,
-                bias,
-                softcap,
-                scale,
-                held.requires_grad,
-                kept.by == "reverse_kl",
-            )
-        return torch.cat([values, divergence.to(values.dtype)])
+            return torch.cat(parts)
+        own, then = held.to(weight.dtype), kept.states.to(device)
+
+        def divergence(own: Tensor, then: Tensor, reverse: bool) -> Tensor:
+            with torch.autocast(device.type, enabled=False):
+                found: Tensor = FrozenHeadDivergence.apply(
+                    own, then, weight, bias, softcap, scale, held.requires_grad, reverse
+                )
+            return found.to(values.dtype)
+
+        if kept.by != "mixed_kl":
+            return torch.cat([*parts, divergence(own, then, kept.by == "reverse_kl")])
+        kinds = [places.to(device) for places in kept.kinds]
+        both = [divergence(own[places], then[places], bool(reverse)) for reverse, places in enumerate(kinds)]
+        return torch.cat([*parts, torch.cat(both)[torch.argsort(torch.cat(kinds))]])
 
     read = index if kept is None else torch.cat([index, kept.places])
-    return _call_as(head, log_probs, hidden.index_select(0, read).to(device))
+    found = _call_as(head, log_probs, hidden.index_select(0, read).to(device))
+    scored, held = index.shape[0], read.shape[0] - index.shape[0]
+    return found.split([scored, scored if greedy else 0, held])
 
 
 def _call_as(module: nn.Module, function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:

@@ -47,11 +47,13 @@ class FrozenHeadLogProbs(_OfStates):
         softcap: float | None,
         scale: float,
         with_gradient: bool,
-    ) -> Tensor:
-        """Returns ``[N]`` log-likelihoods in nats, float32 or wider."""
+        with_below: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns ``[N]`` log-likelihoods in nats, float32 or wider, and, where asked for, :func:`below_greedy`."""
         tokens = _tokens_at_once(hidden, weight)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(hidden.shape[0], dtype=wide)
+        below = torch.empty_like(log_probs) if with_below else None
         gradient = torch.empty_like(hidden) if with_gradient else None
         for start in range(0, hidden.shape[0], tokens):
             part = slice(start, start + tokens)
@@ -59,6 +61,8 @@ class FrozenHeadLogProbs(_OfStates):
             logits, squashed = _logits(hidden[part], weight, bias, softcap, scale)
             values = torch.log_softmax(logits, dim=-1, dtype=wide)
             log_probs[part] = values.gather(1, label).squeeze(1)
+            if below is not None:
+                below[part] = log_probs[part] - values.amax(dim=-1)
             if gradient is not None:
                 # In place: p - 1[label] takes the room of the log-probabilities.
                 slopes = values.exp_()
@@ -66,7 +70,24 @@ class FrozenHeadLogProbs(_OfStates):
                 _to_hidden(slopes, squashed, weight, -scale, gradient[part])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return log_probs
+        if below is not None:
+            ctx.mark_non_differentiable(below)
+        return log_probs, below
+
+
+@torch.no_grad()
+def below_greedy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, scale: float
+) -> Tensor:
+    """``[N]``, how far each token is below what greedy decoding takes there, ``log p_label - max_v log p_v``, in nats: 0 where
+    it is that token. Arguments as of :class:`FrozenHeadLogProbs`, which has it from its own logits."""
+    tokens = _tokens_at_once(hidden, weight)
+    below = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for start in range(0, hidden.shape[0], tokens):
+        part = slice(start, start + tokens)
+        logits, _ = _logits(hidden[part], weight, bias, softcap, scale)
+        below[part] = logits.gather(1, labels[part, None]).squeeze(1).to(below.dtype) - logits.amax(dim=-1)
+    return below
 
 
 class FrozenHeadDivergence(_OfStates):

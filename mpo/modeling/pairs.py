@@ -59,6 +59,8 @@ class PairTensors:
         reference_rejected_logps: ``[T]``, the same for the rejected responses, or None.
         first_logps: ``[T, 2]``, log-likelihood of the first token of the chosen and of the rejected response; None for
             what no call has made.
+        below_greedy: ``[T, 2]``, how far the log-likelihoods of the chosen and the rejected response are below those of what greedy
+            decoding takes in place of each token, summed; 0 where it would say just that. A constant; or None.
         shared_sums: ``[T, 2]``, log-likelihood of as many first tokens of the chosen and the rejected response as the
             shorter one has, summed; or None.
         reference_shared_sums: ``[T, 2]``, the same under the reference, or None.
@@ -88,6 +90,7 @@ class PairTensors:
     reference_chosen_logps: Tensor | None = None
     reference_rejected_logps: Tensor | None = None
     first_logps: Tensor | None = None
+    below_greedy: Tensor | None = None
     shared_sums: Tensor | None = None
     reference_shared_sums: Tensor | None = None
     prompt_sums: Tensor | None = None
@@ -229,6 +232,7 @@ def pair_tensors(
         reference_chosen_logps=None if reference_logps is None else reference_logps[:, 0],
         reference_rejected_logps=None if reference_logps is None else reference_logps[:, 1],
         first_logps=output.first_logps,
+        below_greedy=output.below_greedy,
         shared_sums=output.shared_logps,
         reference_shared_sums=own("reference_shared"),
         prompt_sums=output.prompt_logps,
@@ -282,7 +286,7 @@ def run_model(forward: Forward, batch: dict[str, Any], **kwargs: Any) -> tuple[P
         found = [part[name] for part in parts if name in part]
         return torch.cat(found)[order] if found else None
 
-    scores = ("response_logps", "first_logps", "shared_logps", "prompt_logps")
+    scores = ("response_logps", "first_logps", "below_greedy", "shared_logps", "prompt_logps")
     output = RewardGapOutput(**{name: joined(name) for name in scores}, pooled=pooled)
     found = pair_tensors(batch, output, pooled)
     return replace(found, retention=torch.cat(retained)[order]), output

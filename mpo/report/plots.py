@@ -135,7 +135,7 @@ def training_curve(
                 f"Reward gap on held-out pairs, and the loss, over {_last_step(held_out, losses):.0f} steps"
             )
         elif refusals:
-            title = f"How likely a refusal is, and the loss, over {_last_step(losses):.0f} steps"
+            title = f"What is refused, and the loss, over {_last_step(losses):.0f} steps"
         style.add_title(figure, title, subtitle, left=left)
         _draw_losses(below, losses, held_out_loss)
         if refusals:
@@ -498,8 +498,8 @@ def _draw_gap_curves(
 
 
 def _refusals(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[_Series, _Series]]:
-    """Per cent, of harmful and of harmless prompts of each language that has both; nothing where none is ever likely."""
-    starts = "probs/chosen/", "harmless/probs/rejected/"
+    """Per cent, of harmful and of harmless prompts of each language that has both; nothing where none is ever said."""
+    starts = "greedy/chosen/", "harmless/greedy/rejected/"
     languages = sort_languages(
         key.removeprefix(starts[0]) for entry in log_history for key in entry if key.startswith(starts[0])
     )
@@ -511,18 +511,18 @@ def _refusals(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[_Seri
         )
         if harmful and harmless:
             found[code] = harmful, harmless
-    likely = any(value >= 1 for both in found.values() for series in both for _, value in series)
-    return found if likely else {}
+    said = any(value > 0 for both in found.values() for series in both for _, value in series)
+    return found if said else {}
 
 
 def _draw_refusals(axes: Axes, refusals: Mapping[str, tuple[_Series, _Series]]) -> None:
-    axes.set_ylabel("The refusal's probability (%)")
+    axes.set_ylabel("Refused (%)")
     axes.set_ylim(-2, 102)
     if len(refusals) > len(style.CYCLE):
         for place, (name, colour) in enumerate((("harmful", style.BLUE), ("harmless", style.VERMILION))):
             mean = _mean_course([both[place] for both in refusals.values()])
             _draw_course(axes, mean, colour, width=2.4).set_label(name)
-        axes.set_ylabel(f"The refusal's probability (%), mean of {len(refusals)}")
+        axes.set_ylabel(f"Refused (%), mean of {len(refusals)}")
         return
     for colour, (code, (harmful, harmless)) in zip(style.CYCLE, refusals.items(), strict=False):
         _draw_course(axes, harmful, colour).set_label(printable_name(language_name(code), 16))

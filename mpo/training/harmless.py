@@ -10,8 +10,8 @@ with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_
 second term is there with
 ``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
 and in the target languages. With ``states`` it is the same distance at each token of prompt and responses but their last, and
-with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, or ``KL(p || p_ref)`` with ``reverse_kl``, both as the
-starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three parts:
+with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, ``KL(p || p_ref)`` with ``reverse_kl``, or either where it
+belongs with ``mixed_kl``, both distributions as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three parts:
 over the prompt; the decision, at the prompt's last token and along the rejected response, a refusal, each of its tokens as far as
 the model would come to it; and over the chosen response.
 """
@@ -38,14 +38,15 @@ from mpo.training.objectives import MISMATCHED, RETENTION, STATES, TRAIN_ON, tak
 HARMLESS_LOSS = "sigmoid"
 """The objective of harmless groups where none is set."""
 NONE = "none"
-POOLED, KL, REVERSE_KL = "hidden", "kl", "reverse_kl"
-BY_HEAD = (KL, REVERSE_KL)
+POOLED, KL, REVERSE_KL, MIXED_KL = "hidden", "kl", "reverse_kl", "mixed_kl"
+BY_HEAD = (KL, REVERSE_KL, MIXED_KL)
 RETENTIONS = {
     NONE: "nothing",
     POOLED: "pooled hidden states",
     "states": "hidden states of each token",
     KL: "what follows each token",
     REVERSE_KL: "what follows each token (reverse KL)",
+    MIXED_KL: "what follows each token (KL of text, reverse KL of decisions)",
 }
 _PER_STEP = {MISMATCHED: "other pairs' responses", STATES: "a prompt in all its languages"}
 
@@ -72,7 +73,8 @@ class HarmlessSettings:
             them, in each of these pairs' languages; `"states"` those of each token, those of the rejected response as far as the
             model would come to them; `"kl"` what the model expects after each token, which needs an LM head that is not
             trained and that the reference has, too, and `"reverse_kl"` the same the other way round, which weighs what the
-            model has come to expect and the starting policy did not. The last three keep the starting policy's states of every
+            model has come to expect and the starting policy did not; `"mixed_kl"` takes the former over the text of prompt and answer,
+            which bounds its perplexity, and the latter where it is decided to answer or to refuse. The last four keep the starting policy's states of every
             token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.
@@ -81,9 +83,10 @@ class HarmlessSettings:
             begins with `harmless_retain_weight`, grows while the language's mean is above the target and falls while it is
             below (see `mpo.training.retention_weights`). Unset: one weight, as it is.
         harmless_refusal_target (`float`, *optional*):
-            In place of that: mean probability of a harmless prompt's rejected response, its refusal, to aim at in each language, above
-            0 and below 1. 0.03 lets about three of a hundred be refused. It is read from the prompts of each step before they are
-            trained on.
+            In place of that: how near the rejected response of a harmless prompt, its refusal, may come to what the model says, as a
+            mean of each language to aim at, above 0 and below 1. Of one refusal it is the product over its tokens of
+            `p(token) / max p`, 1 where greedy decoding says just that, so that fewer than this share of them are refused. It is
+            read from the prompts of each step before they are trained on.
         harmless_max_response_length (`int`, *optional*):
             Cut their responses to this many tokens. To refuse or to answer is decided in the first words, while a refusal is
             best taught whole. Unset: `max_response_length`.
@@ -111,7 +114,7 @@ class HarmlessSettings:
         default="none",
         metadata={
             "help": "What of harmless pairs is held still.",
-            "choices": ["none", "hidden", "states", "kl", "reverse_kl"],
+            "choices": ["none", "hidden", "states", "kl", "reverse_kl", "mixed_kl"],
         },
     )
     harmless_retain_weight: float = field(default=1.0, metadata={"help": "Weight of that retention."})
@@ -121,7 +124,9 @@ class HarmlessSettings:
     )
     harmless_refusal_target: float | None = field(
         default=None,
-        metadata={"help": "Adapt it until refusals of harmless prompts are as likely as this; unset: fixed."},
+        metadata={
+            "help": "Adapt it until refusals of harmless prompts are as near to the likeliest answer; unset: fixed."
+        },
     )
     harmless_max_response_length: int | None = field(
         default=None,
@@ -173,7 +178,7 @@ class HarmlessSettings:
             self,
             "harmless_refusal_target",
             lambda v: v is None or (is_positive(v) and v < 1),
-            "a probability above 0 and below 1, or nothing",
+            "a share above 0 and below 1, or nothing",
         )
         require(
             self,
@@ -194,7 +199,7 @@ class HarmlessSettings:
             self,
             "harmless_retention",
             lambda v: v in RETENTIONS,
-            "'none', 'hidden', 'states', 'kl' or 'reverse_kl'",
+            "'none', 'hidden', 'states', 'kl', 'reverse_kl' or 'mixed_kl'",
         )
         view = self.harmless
         objectives = view.objectives

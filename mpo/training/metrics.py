@@ -29,8 +29,8 @@ from mpo.training.retention_weights import RetentionWeights
     _REJECTED,
     _GAP_LOSS,
     _RETENTION,
-    _SAYS_CHOSEN,
-    _SAYS_REJECTED,
+    _GREEDY_CHOSEN,
+    _GREEDY_REJECTED,
 ) = range(_COLUMNS := 10)
 
 _NAMES = {
@@ -40,7 +40,7 @@ _NAMES = {
     "logps/chosen": _CHOSEN,
     "logps/rejected": _REJECTED,
 }
-_PROBABILITIES = {"probs/chosen": _SAYS_CHOSEN, "probs/rejected": _SAYS_REJECTED}
+_GREEDY = {"greedy/chosen": _GREEDY_CHOSEN, "greedy/rejected": _GREEDY_REJECTED}
 
 
 class LanguageMetrics:
@@ -55,7 +55,7 @@ class LanguageMetrics:
         knows_source_gap: Whether the pairs have a ``reference_gap``.
         has_retention: Whether ``loss/retention`` is logged; unset: under ``mpo``.
         delta: From which distance on the target gap's loss is linear in that, see :func:`mpo.modeling.loss.reward_gap_loss`.
-        knows_lengths: Whether the pairs have the lengths of their responses; then ``probs/`` are logged.
+        knows_greedy: Whether they have ``below_greedy``; then ``greedy/`` are logged.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class LanguageMetrics:
         knows_source_gap: bool = True,
         has_retention: bool | None = None,
         delta: float | None = None,
-        knows_lengths: bool = False,
+        knows_greedy: bool = False,
     ) -> None:
         self._languages, self._beta, self._delta = languages, beta, delta
         self._objectives = objectives
         self._knows_source_gap = knows_source_gap
         self._is_mpo = objectives is None or "mpo" in objectives.by_name
         self._has_retention = self._is_mpo if has_retention is None else has_retention
-        self._names = _NAMES | (_PROBABILITIES if knows_lengths else {})
+        self._names = _NAMES | (_GREEDY if knows_greedy else {})
         self._further = _further_names(objectives)
         columns = _COLUMNS + len(self._further)
         self._sums = torch.zeros((len(languages), columns), device=device, dtype=dtype)
@@ -99,7 +99,8 @@ class LanguageMetrics:
             columns[_GAP_LOSS] = reward_gap_loss(gap, pairs.reference_gap, self._beta, self._delta)
             columns[_RETENTION] = pairs.retention
             if self._names.keys() > _NAMES.keys():
-                columns[_SAYS_CHOSEN], columns[_SAYS_REJECTED] = (logps.exp() for logps in pairs.sums)
+                assert pairs.below_greedy is not None
+                columns[_GREEDY_CHOSEN], columns[_GREEDY_REJECTED] = (pairs.below_greedy == 0).to(gap.dtype).T
             if self._further:
                 assert self._objectives is not None
                 columns += _further_values(self._objectives, pairs)
@@ -117,8 +118,8 @@ class LanguageMetrics:
             ``loss/reward_gap``, ``loss/retention``, ``pairs_per_second`` (from the second log on) and, for each
             language with pairs, ``reward_gap/<language>``, ``gap_to_source/<language>``, ``positive/<language>`` (the
             share of gaps above 0), ``logps/chosen/<language>`` and ``logps/rejected/<language>``; all in nats per
-            token. Where lengths are known, ``probs/chosen/<language>`` and ``probs/rejected/<language>``, the mean probability
-            of a whole response, with which the model would say just that. Nothing without pairs. The first two under ``mpo``
+            token. Where it is known, ``greedy/chosen/<language>`` and ``greedy/rejected/<language>``, the share of prompts to
+            which greedy decoding says just this response. Nothing without pairs. The first two under ``mpo``
             only, ``gap_to_source`` where the source's gap is known; ``loss/<objective>`` where there are several, without its
             weight; and with an objective that compares with the reference, TRL's ``rewards/chosen``, ``rewards/rejected``,
             ``rewards/margins`` and ``rewards/accuracies``.
@@ -193,7 +194,7 @@ class KindMetrics:
                 knows_source_gap=bool(needed_for(settings).sources),
                 has_retention=settings.keeps_own or "mpo" in settings.loss_type,
                 delta=settings.mpo_delta,
-                knows_lengths=True,
+                knows_greedy=harmless,
             )
             for settings in (args, *([args.harmless] if harmless else []))
         }

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mpo.common.words import clock, duration
 
-_LEAST_SHOWN = 1e-3  # per cent
 _MOST_NAMED = 8  # languages whose held-out gap a line has; of more, their mean and the least
 
 
@@ -147,19 +146,20 @@ def held_out_gaps(logs: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _refusals(logs: Mapping[str, Any]) -> list[str]:
-    """``refusal 45 % of harmful, 2 % of harmless``: how likely the one that is taught is of either, as a mean of languages.
+    """``refused 45 % of harmful, 2 % of harmless``: of how many greedy decoding says the refusal that is taught, as a mean of
+    languages.
 
-    Of harmful prompts a refusal is the chosen response and of harmless ones the rejected one. Long responses are never
-    likely as a whole: where no chosen one is, nothing is said.
+    Of harmful prompts a refusal is the chosen response and of harmless ones the rejected one. Long responses are never said
+    word by word: where no chosen one is, nothing is said.
     """
     kinds = [
         [100 * value for key, value in logs.items() if key.startswith(start) and math.isfinite(value)]
-        for start in ("probs/chosen/", "harmless/probs/rejected/")
+        for start in ("greedy/chosen/", "harmless/greedy/rejected/")
     ]
-    if not all(kinds) or max(kinds[0]) < _LEAST_SHOWN:
+    if not all(kinds) or not any(map(any, kinds)):
         return []
     harmful, harmless = (math.fsum(values) / len(values) for values in kinds)
-    return [f"refusal {harmful:.2g} % of harmful, {harmless:.2g} % of harmless"]
+    return [f"refused {harmful:.2g} % of harmful, {harmless:.2g} % of harmless"]
 
 
 def _gaps(gaps: Mapping[str, float], source: str) -> list[str]:

@@ -2,7 +2,12 @@
 
 One weight for all languages holds some too tightly and others too loosely: how much a language would move depends on how well the
 model tells harm from harmlessness in it. With a target, each language has the weight that brings it there: to a mean retention, or to
-a mean probability of the refusal, which is the rejected response of a harmless prompt. This is the adaptive
+a mean of how near the refusal, which is the rejected response y of a harmless prompt x, is to what greedy decoding says::
+
+    prod_t  p(y_t | x, y_<t) / max_v p(v | x, y_<t)
+
+which is 1 where greedy decoding says just that. The probability of the refusal is no measure of it: where a model is unsure of its
+words, as in the languages that it knows least, every answer is unlikely, and one of 8 % is the likeliest. This is the adaptive
 coefficient of Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, section 2.2, once for
 each language::
 
@@ -48,7 +53,7 @@ class RetentionWeights:
         weight: What they begin with.
         target: Mean of a language that they aim at, above 0.
         device: Where the pairs are.
-        of_refusals: Whether that is the mean probability of the rejected response, not the mean retention.
+        of_refusals: Whether that is the mean of how near the rejected response is to greedy decoding's, not the mean retention.
     """
 
     def __init__(
@@ -93,7 +98,11 @@ class RetentionWeights:
         if pairs.is_harmless is None:
             return
         counts = (counts * pairs.is_harmless).to(self._sums.dtype)
-        values = (pairs.sums[1].exp() if self._of_refusals else pairs.retention).detach()
+        if self._of_refusals:
+            assert pairs.below_greedy is not None
+            values = pairs.below_greedy[:, 1].exp()
+        else:
+            values = pairs.retention.detach()
         self._sums.index_add_(1, pairs.language, torch.stack([values.to(self._sums.dtype) * counts, counts]))
 
     def forget_step(self) -> None:
@@ -147,7 +156,7 @@ class RetentionWeights:
         if missed := self.missed():
             name = "harmless_refusal_target" if self._of_refusals else "harmless_retain_target"
             what = (
-                "the refusal of harmless prompts is likelier"
+                "the refusal of harmless prompts is nearer to what the model says"
                 if self._of_refusals
                 else "answers to harmless prompts have moved further"
             )
@@ -164,8 +173,8 @@ class RetentionWeights:
             f"{language} {mean:.3f} (weight {weight:.3g}{'' if reached else ', as it began'})"
             for language, mean, weight, reached in rows
         )
-        what = "Probability of the refusal" if self._of_refusals else "Retention"
-        return f"{what} of harmless prompts, target {self._target:g}: {held}"
+        what = "The refusal relative to the likeliest answer" if self._of_refusals else "Retention"
+        return f"{what}, of harmless prompts, target {self._target:g}: {held}"
 
     def _of_seen(self, *columns: Tensor) -> list[tuple[Any, ...]]:
         rows = zip(

@@ -226,6 +226,7 @@ class GroupCollator:
     - ``reference_logps``, ``reference_shared``: ``[T, 2]`` float32, of the pair's own responses (only if needed)
     - ``group_of_pair``: ``[T]``, the pair's group in this batch
     - ``language``, ``is_source``: ``[T]``
+    - ``score_greedy``, where the data have harmless groups: asks the head for ``below_greedy``
     - ``lengths``: ``[T, 2]``, tokens of the chosen and the rejected response
     - ``counts``, ``weight``: ``[T]`` float32, 0 for fillers and pairs that are only scored
     - ``num_pairs``: pairs that count; ``totals``: the same, their tokens and groups, see :func:`step_of`
@@ -485,6 +486,8 @@ class GroupCollator:
         call: dict[str, Any] = self._build([*(pair.tree for pair in pairs), *stems.values(), *held])
         if any(pair.tree.prompt_state for pair in pairs):
             call |= {"prompts": _prompts(pairs, list(stems)), "state_layer": self.trained.state_layer}
+        if self.harmless is not None and not self.score_source:
+            call["score_greedy"] = True
         return call
 
     def _build(self, trees: Sequence[Tree]) -> dict[str, Tensor]:

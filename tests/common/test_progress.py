@@ -98,22 +98,22 @@ def test_an_evaluation_is_a_line_with_the_gap_of_each_language_or_of_many_the_le
     [
         (
             {
-                "probs/chosen/bn": 0.5,
-                "probs/chosen/en": 0.75,
-                "harmless/probs/rejected/bn": 0.01,
-                "harmless/probs/rejected/en": 0.004,
-                "probs/rejected/bn": 0.9,
-                "harmless/probs/chosen/bn": 0.9,
+                "greedy/chosen/bn": 0.5,
+                "greedy/chosen/en": 0.75,
+                "harmless/greedy/rejected/bn": 0.01,
+                "harmless/greedy/rejected/en": 0.004,
+                "greedy/rejected/bn": 0.9,
+                "harmless/greedy/chosen/bn": 0.9,
             },
-            ", refusal 62 % of harmful, 0.7 % of harmless",
+            ", refused 62 % of harmful, 0.7 % of harmless",
         ),
-        ({"probs/chosen/bn": 2e-5, "harmless/probs/rejected/sw": 0.0}, ", refusal 0.002 % of harmful, 0 % of harmless"),
-        ({"probs/chosen/bn": 1e-9, "harmless/probs/rejected/bn": 0.25}, ""),  # long answers are preferred
-        ({"probs/chosen/bn": 0.5}, ""),  # nothing is harmless
-        ({"probs/chosen/bn": math.nan, "harmless/probs/rejected/bn": 0.25}, ""),
+        ({"greedy/chosen/bn": 0.0, "harmless/greedy/rejected/sw": 0.05}, ", refused 0 % of harmful, 5 % of harmless"),
+        ({"greedy/chosen/bn": 0.0, "harmless/greedy/rejected/bn": 0.0}, ""),  # long answers are preferred
+        ({"greedy/chosen/bn": 0.5}, ""),  # nothing is harmless
+        ({"greedy/chosen/bn": math.nan, "harmless/greedy/rejected/bn": 0.25}, ""),
     ],
 )  # fmt: skip
-def test_a_line_says_how_likely_the_taught_refusal_is_of_either_kind(
+def test_a_line_says_of_how_many_of_either_kind_the_taught_refusal_is_said(
     args: MPOConfig, logged: dict[str, float], words: str
 ) -> None:
     stream = io.StringIO()

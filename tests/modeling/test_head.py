@@ -129,13 +129,17 @@ def test_prompts_first_tokens_and_states_are_read_where_they_are_asked_for(
     reference = plain_model(model)
     attach_reward_gap_head(model)
     pairs = [*draw(5, 4), Ids([7], [11, 12, 13], [14])]  # the prompt of the last predicts nothing of its own
+    said = pairs[1].prompt
+    for _ in pairs[1].rejected:
+        said = [*said, int(run_sequence(reference, said).logits[0, -1].argmax())]
+    pairs[1] = pairs[1]._replace(rejected=said[len(pairs[1].prompt) :])
     trees = [Tree(*pair, prompt_state=position * (i % 2 == 0)) for i, pair in enumerate(pairs)]
     trees.insert(2, Tree(*draw(6, 1)[0], score=False, pool=True))
     options = {"layout": layout, "max_tokens_per_row": 40, "pad_token_id": 0, "pooling": "mean"}
     with Exact():
         batch = build_batch(trees, **options, score_prompts=True, score_shared=True)  # type: ignore[arg-type]
-        found = model(reward_gap_head=True, **batch, state_layer=layer)
-    prompts, shared, states = [], [], []
+        found = model(reward_gap_head=True, **batch, state_layer=layer, score_greedy=True)
+    prompts, shared, states, below = [], [], [], []
     for i, pair in enumerate(pairs):
         outputs = [run_sequence(reference, [*pair.prompt, *part]) for part in (pair.chosen, pair.rejected)]
         log_probs = [torch.log_softmax(output.logits[0], dim=-1) for output in outputs]
@@ -146,12 +150,16 @@ def test_prompts_first_tokens_and_states_are_read_where_they_are_asked_for(
         least, start = min(len(pair.chosen), len(pair.rejected)), len(pair.prompt) - 1
         for part, values in zip((pair.chosen, pair.rejected), log_probs, strict=True):
             shared.append(sum(values[start + t, part[t]] for t in range(least)))
+            behind = [values[start + t, token] - values[start + t].max() for t, token in enumerate(part)]
+            below.append(torch.stack(behind).sum().detach())
         if i % 2 == 0:
             of_layer = outputs[0].hidden_states[-1 if layer is None else layer]
             states.append(of_layer[0, max(start + 1 + position, 0)])
     expected = [torch.stack(prompts), torch.stack(shared).view(-1, 2), torch.stack(states)]
     expected += [torch.stack([score_pair(reference, pair).logps for pair in pairs])]
     given = [found.prompt_logps, found.shared_logps, found.prompt_states, found.response_logps]
+    assert found.below_greedy[1, 1] == 0 and not found.below_greedy.requires_grad
+    assert relative_error(found.below_greedy, torch.stack(below).view(-1, 2)) <= 1e-9
     total, plain = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for seed, (value, wanted) in enumerate(zip(given, expected, strict=True)):
         assert value.shape == wanted.shape

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs
+from mpo.modeling.logprobs import FrozenHeadDivergence, FrozenHeadLogProbs, below_greedy
 from tests.plain import relative_error
 
 
@@ -63,7 +63,7 @@ def test_values_and_gradient_are_those_of_the_whole_logits(
         for own in (True, False):
             leaf = hidden.clone().requires_grad_()
             found = (
-                FrozenHeadLogProbs.apply(leaf, weight, bias_or_none, labels, softcap, scale, True)
+                FrozenHeadLogProbs.apply(leaf, weight, bias_or_none, labels, softcap, scale, True)[0]
                 if own
                 else written_out(leaf, weight, bias_or_none, labels, softcap, scale)
             )
@@ -72,6 +72,40 @@ def test_values_and_gradient_are_those_of_the_whole_logits(
     (found, gradient), (expected, expected_gradient) = results
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
+
+
+@settings(deadline=None, max_examples=60)
+@HEADS
+def test_how_far_a_token_is_below_greedy_decoding_is_that_of_the_whole_logits(
+    seed: int,
+    tokens: int,
+    vocabulary: int,
+    size: int,
+    softcap: float | None,
+    scale: float,
+    biased: bool,
+    held: int,
+) -> None:
+    hidden, weight, bias, labels = draw(seed, tokens, vocabulary, size, torch.float64)
+    bias_or_none = bias if biased else None
+    everything = torch.stack(
+        [
+            written_out(hidden, weight, bias_or_none, torch.full((tokens,), token), softcap, scale)
+            for token in range(vocabulary)
+        ]
+    )
+    labels[0] = everything[:, 0].argmax()
+    expected = everything.gather(0, labels[None])[0] - everything.amax(dim=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpo.modeling.logprobs._LOGITS", {"cpu": held})
+        leaf = hidden.clone().requires_grad_()
+        with_loss = FrozenHeadLogProbs.apply(leaf, weight, bias_or_none, labels, softcap, scale, True, True)[
+            1
+        ]
+        alone = below_greedy(leaf, weight, bias_or_none, labels, softcap, scale)
+    for found in (with_loss, alone):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert not found.requires_grad and found[0] == 0
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -129,7 +163,7 @@ def test_in_bfloat16_it_is_as_close_to_float64_as_the_kernel_that_recomputes_the
     for own in (True, False):
         leaf = hidden.clone().requires_grad_()
         if own:
-            found = FrozenHeadLogProbs.apply(leaf, weight, None, labels, softcap, 1.0, True)
+            found = FrozenHeadLogProbs.apply(leaf, weight, None, labels, softcap, 1.0, True)[0]
         else:
             found = ChunkedLogProbFunction.apply(leaf, weight, None, labels, 1.0, 128, softcap, 1.0, ())[0]
         assert found.dtype == torch.float32
@@ -144,6 +178,6 @@ def test_in_bfloat16_it_is_as_close_to_float64_as_the_kernel_that_recomputes_the
 def test_without_a_gradient_nothing_is_kept() -> None:
     hidden, weight, bias, labels = draw(1, 5, 11, 3, torch.float32)
     with torch.no_grad():
-        found = FrozenHeadLogProbs.apply(hidden, weight, bias, labels, None, 1.0, False)
+        found, _ = FrozenHeadLogProbs.apply(hidden, weight, bias, labels, None, 1.0, False)
     assert found.grad_fn is None
     assert relative_error(found, written_out(hidden, weight, bias, labels, None, 1.0)) < 1e-6

@@ -237,18 +237,18 @@ def test_what_was_held_out_is_drawn_instead_of_the_steps_own_pairs_where_it_was_
 
 
 @pytest.mark.parametrize("languages", [("sw",), LANGUAGES, FORTY], ids=["1", "6", "40"])
-def test_of_refusals_that_are_taught_it_is_drawn_how_likely_they_are_of_either_kind(
+def test_of_refusals_that_are_taught_it_is_drawn_how_many_of_either_kind_are_refused(
     languages: tuple[str, ...], tmp_path: Path, figures: list[Any]
 ) -> None:
     logs = _logs(languages, 20, evaluate_every=100)
     for entry in logs[:20]:
         for place, code in enumerate(languages):
-            entry[f"probs/chosen/{code}"] = 0.04 * entry["step"]
-            entry[f"harmless/probs/rejected/{code}"] = 0.01 if place % 2 else 0.03
+            entry[f"greedy/chosen/{code}"] = 0.04 * entry["step"]
+            entry[f"harmless/greedy/rejected/{code}"] = 0.01 if place % 2 else 0.03
     plots.training_curve(logs, tmp_path / "curve.png")
     _check_layout(figures[0])
     lines = {str(line.get_label()): line for line in figures[0].axes[1].lines}
-    assert "How likely a refusal is" in " ".join(_texts(figures[0]))
+    assert "What is refused" in " ".join(_texts(figures[0]))
     if len(languages) == 40:
         assert any(text.endswith("mean of 40") for text in _texts(figures[0]))
         last = {name: lines[name].get_ydata()[-1] for name in ("harmful", "harmless")}
@@ -260,13 +260,12 @@ def test_of_refusals_that_are_taught_it_is_drawn_how_likely_they_are_of_either_k
     assert len(dashed) == len(languages) and {round(line.get_ydata()[-1], 6) for line in dashed} <= {1.0, 3.0}
 
 
-@pytest.mark.parametrize("likely", [0.0, 0.009])
-def test_where_no_response_is_ever_likely_as_a_whole_the_gap_is_drawn(
-    likely: float, tmp_path: Path, figures: list[Any]
+def test_where_greedy_decoding_says_no_response_word_by_word_the_gap_is_drawn(
+    tmp_path: Path, figures: list[Any]
 ) -> None:
     logs = _logs(("bn", "sw"), 20, evaluate_every=100)
     for entry in logs[:20]:
-        entry |= {"probs/chosen/bn": likely, "harmless/probs/rejected/bn": 0.0}
+        entry |= {"greedy/chosen/bn": 0.0, "harmless/greedy/rejected/bn": 0.0}
     plots.training_curve(logs, tmp_path / "curve.png")
     assert "Reward gap (nats per token)" in _texts(figures[0])
 

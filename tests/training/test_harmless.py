@@ -57,8 +57,12 @@ def moved(model: Any, start: Any, by: str, pair: Ids) -> Tensor:
             then = next_tokens(start, pair.prompt, response)
         if by == "kl":
             return (then[1].exp() * (then[1] - now[1])).sum(dim=1), now[1]
-        if by == "reverse_kl":
-            return (now[1].exp() * (now[1] - then[1])).sum(dim=1), now[1]
+        if by in ("reverse_kl", "mixed_kl"):
+            far = (now[1].exp() * (now[1] - then[1])).sum(dim=1)
+            if by == "mixed_kl" and response is pair.chosen:
+                text = (then[1].exp() * (then[1] - now[1])).sum(dim=1)
+                far = torch.where(torch.arange(len(far)) == len(pair.prompt) - 1, far, text)
+            return far, now[1]
         return (now[0] - then[0]).square().mean(dim=1), now[1]
 
     last = len(pair.prompt) - 1
@@ -148,6 +152,7 @@ USES: list[dict[str, Any]] = [
     {"harmless_retention": "kl", "harmless_retain_weight": 3.0, "harmless_retain_target": 0.1},
     {"harmless_loss_type": "none", "harmless_retention": "hidden", "harmless_retain_target": 0.1},
     {"harmless_loss_type": "none", "harmless_retention": "reverse_kl", "harmless_retain_weight": 20.0},
+    {"harmless_loss_type": "none", "harmless_retention": "mixed_kl", "harmless_retain_weight": 20.0},
     {"harmless_loss_type": "gap_retention", "harmless_loss_weight": 3.0, "mpo_delta": 0.05},
     {"harmless_loss_type": "gap_retention", "harmless_train_on": "targets", "harmless_retention": "hidden"},
 ]
@@ -185,7 +190,7 @@ def test_a_step_is_the_sum_of_the_means_over_either_kind(
 
 
 @pytest.mark.parametrize("made_up", MADE_UP[1:], ids=str)
-@pytest.mark.parametrize("use", [USES[0], USES[4], USES[7], USES[8], USES[11], USES[13]], ids=str)
+@pytest.mark.parametrize("use", [USES[0], USES[4], USES[7], USES[8], USES[11], USES[13], USES[14]], ids=str)
 def test_a_step_is_the_same_however_its_groups_are_made_up(
     use: dict[str, Any], made_up: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -285,7 +290,10 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_loss_type": "sft", "harmless_beta": 0.2}, "has no temperature"),
         ({"harmless_loss_type": ["sigmoid", "simpo"]}, "Set `harmless_beta`"),
         ({"harmless_loss_weight": -1}, "`harmless_loss_weight` is -1"),
-        ({"harmless_retention": "logits"}, "expected 'none', 'hidden', 'states', 'kl' or 'reverse_kl'"),
+        (
+            {"harmless_retention": "logits"},
+            "expected 'none', 'hidden', 'states', 'kl', 'reverse_kl' or 'mixed_kl'",
+        ),
         ({"harmless_train_on": "all"}, "expected 'targets', 'source' or 'both'"),
         ({"harmless_max_response_length": 0}, "a whole number of at least 1"),
         ({"harmless_share": 1.0}, "above 0 and below 1"),
@@ -294,7 +302,7 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_refusal_target": 0.1}, "`harmless_refusal_target: 0.1` adapts .* but nothing is held"),
         (
             {"harmless_refusal_target": 1},
-            "`harmless_refusal_target` is 1; expected a probability above 0 and below 1",
+            "`harmless_refusal_target` is 1; expected a share above 0 and below 1",
         ),
         (
             {"harmless_refusal_target": 0.1, "harmless_retain_target": 0.1, "harmless_retention": "kl"},
@@ -473,6 +481,42 @@ def test_groups_that_a_model_is_only_held_on_are_refused_in_python_too(model: Pa
     runs.trainer(model, tmp_path, rows, ref_model=AutoModelForCausalLM.from_pretrained(model), **held)
 
 
+@pytest.mark.parametrize("made_up", [MADE_UP[0], MADE_UP[2], MADE_UP[5]], ids=str)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_log_says_which_responses_greedy_decoding_gives(
+    lora: bool, made_up: dict[str, Any], tmp_path: Path
+) -> None:
+    """Against the plain model: the shares of either kind, and what the weights of the retention follow."""
+    settings = {"harmless_loss_type": "none", "harmless_retention": "hidden", "harmless_refusal_target": 0.1}
+    layout = made_up.get("batch_layout", "tree")
+    case = Case("llama", lora, layout=layout, seed=48, exact=False, **RAGGED)
+    whole = {key: value for key, value in made_up.items() if key == "max_tokens_per_call"}
+    bench = Bench(case, tmp_path, per_device_train_batch_size=5, max_steps=1, **settings, **whole)
+    model, _ = bench.policy()
+
+    def below(pair: Ids, response: list[int]) -> float:
+        _, log_probs = next_tokens(model, pair.prompt, response)
+        own = log_probs[len(pair.prompt) - 1 :]
+        return sum(float(row[token] - row.max()) for row, token in zip(own, response, strict=True))
+
+    said: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for place, group in enumerate(bench.groups):
+            kind = "harmless/" if place in case.harmless else ""
+            pairs = [*zip(group.languages, group.targets, strict=True)]
+            for language, pair in [*pairs, ("en", group.source)] if kind else pairs:
+                for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+                    said.setdefault(f"{kind}greedy/{name}/{language}", []).append(below(pair, response))
+    bench.trainer.train()
+    logged = bench.trainer.state.log_history[0]
+    for name, values in said.items():
+        assert logged[name] == sum(value == 0 for value in values) / len(values), name
+        if name.startswith("harmless/greedy/rejected/"):
+            near = sum(math.exp(value) for value in values) / len(values)
+            assert logged[name.replace("greedy/rejected", "refusal")] == pytest.approx(near, rel=1e-3), name
+            assert near > 0
+
+
 @runs_alone
 def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) -> None:
     run = runs.trainer(model, tmp_path, mixed(), per_device_train_batch_size=9, eval_dataset=mixed()[3:8])
@@ -503,7 +547,7 @@ def test_each_kind_is_logged_and_evaluated_apart(model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "parts", [{}, {"harmless_train_on": "targets"}, {"max_targets_per_group": 1}], ids=str
 )
-@pytest.mark.parametrize("kept", ["states", "kl", "reverse_kl"])
+@pytest.mark.parametrize("kept", ["states", "kl", "reverse_kl", "mixed_kl"])
 def test_what_is_held_token_by_token_is_measured_where_it_was_at_the_start(
     kept: str, parts: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any
 
@@ -83,24 +82,23 @@ def test_a_log_and_an_evaluation_of_the_same_pairs_agree_with_a_plain_computatio
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_probability_of_a_response_is_that_of_all_its_tokens(seed: int) -> None:
+def test_what_greedy_decoding_says_is_what_lies_nowhere_below_it(seed: int) -> None:
     rng = random.Random(seed)
     pairs = records(20, seed)
-    lengths = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in pairs]
+    below = [[rng.choice([0.0, -1e-7, -3.0]) for _ in range(2)] for _ in pairs]
     found = tensors(pairs, [0.0] * len(pairs))
-    found.chosen_lengths, found.rejected_lengths = torch.tensor(lengths).T
-    metrics = LanguageMetrics(LANGUAGES, beta=BETA, dtype=torch.float64, knows_lengths=True)
+    found.below_greedy = torch.tensor(below)
+    metrics = LanguageMetrics(LANGUAGES, beta=BETA, dtype=torch.float64, knows_greedy=True)
     metrics.add(found, torch.ones(len(pairs)))
     logged = metrics.log(1, ALONE)
     for place, name in enumerate(("chosen", "rejected")):
         for language in LANGUAGES:
-            # Of independent tokens with the same mean: the product of their probabilities.
             own = [
-                math.prod([math.exp(getattr(pair, name))] * length[place])
-                for pair, length in zip(pairs, lengths, strict=True)
+                value[place] == 0
+                for pair, value in zip(pairs, below, strict=True)
                 if pair.language == language
             ]
-            assert logged[f"probs/{name}/{language}"] == pytest.approx(sum(own) / len(own), abs=1e-12)
+            assert logged[f"greedy/{name}/{language}"] == pytest.approx(sum(own) / len(own), abs=1e-12)
 
 
 def test_the_time_of_a_pause_is_not_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +142,11 @@ def test_the_speed_is_of_the_time_and_pairs_since_the_log_of_an_earlier_step(
 
 
 def test_a_log_is_of_the_pairs_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = LanguageMetrics(LANGUAGES, beta=BETA, knows_lengths=True)
-    # One language's count, gap, gap to source, positive, chosen, rejected, gap loss, retention, and the probabilities of the
-    # whole responses, summed over pairs.
-    own = [3.0, 6.0, 3.0, 3.0, -3.0, -9.0, 12.0, 3.0, 1.5, 0.5]
-    other = [1.0, -2.0, 1.0, 0.0, -5.0, -3.0, 4.0, 5.0, 0.5, 0.5]
+    metrics = LanguageMetrics(LANGUAGES, beta=BETA, knows_greedy=True)
+    # One language's count, gap, gap to source, positive, chosen, rejected, gap loss, retention, and of how many greedy decoding
+    # says the responses, summed over pairs.
+    own = [3.0, 6.0, 3.0, 3.0, -3.0, -9.0, 12.0, 3.0, 2.0, 1.0]
+    other = [1.0, -2.0, 1.0, 0.0, -5.0, -3.0, 4.0, 5.0, 0.0, 0.0]
     metrics._sums[0] = torch.tensor(own)
     reductions: list[torch.Size] = []
 
@@ -172,8 +170,8 @@ def test_a_log_is_of_the_pairs_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> 
         f"positive/{language}": 0.75,
         f"logps/chosen/{language}": -2.0,
         f"logps/rejected/{language}": -3.0,
-        f"probs/chosen/{language}": 0.5,
-        f"probs/rejected/{language}": 0.25,
+        f"greedy/chosen/{language}": 0.5,
+        f"greedy/rejected/{language}": 0.25,
     }
     assert not metrics._sums.any()
     assert reductions == [(len(LANGUAGES), 10)], "one call per log, of one shape whatever a rank has seen"

@@ -32,14 +32,11 @@ def pairs(rows: list[tuple[str, float, bool]]) -> PairTensors:
 
 
 def refusals(rows: list[tuple[str, float, bool]]) -> PairTensors:
-    """The same with the probability of the rejected response, of some tokens, in place of the retention."""
-    lengths = torch.tensor([1 + place % 5 for place in range(len(rows))])
-    logps = torch.tensor([math.log(value) for _, value, _ in rows])
+    """The same with how near the rejected response is to what greedy decoding says, in place of the retention."""
+    below = torch.tensor([math.log(value) for _, value, _ in rows])
     return replace(
         pairs([(code, 1e6, harmless) for code, _, harmless in rows]),
-        rejected_logps=logps / lengths,
-        chosen_lengths=lengths,
-        rejected_lengths=lengths,
+        below_greedy=torch.stack([torch.full_like(below, -1e6), below], dim=1),
     )
 
 
@@ -140,7 +137,7 @@ def test_only_a_language_that_stays_far_from_the_target_is_named() -> None:
     assert found.missed() == {"bn": pytest.approx(0.35, rel=1e-4)}
     weights = found.values.tolist()
     assert found.summary() == (
-        f"Retention of harmless prompts, target 0.1: ar 0.190 (weight {weights[0]:.3g}) and bn 0.350 "
+        f"Retention, of harmless prompts, target 0.1: ar 0.190 (weight {weights[0]:.3g}) and bn 0.350 "
         f"(weight {weights[1]:.3g})"
     )
 
@@ -152,7 +149,7 @@ def test_of_refusals_the_words_are_others(caplog: pytest.LogCaptureFixture) -> N
         found.step(ALONE)
     assert found.summary().endswith("and en 0.001 (weight 3, as it began)")
     assert found.summary().startswith(
-        "Probability of the refusal of harmless prompts, target 0.1: ar 0.190 (weight"
+        "The refusal relative to the likeliest answer, of harmless prompts, target 0.1: ar 0.190 (weight"
     )
     found.warn_if_missed()
     assert (

@@ -92,7 +92,7 @@ def _harmless(plan: Plan) -> dict[str, str]:
             adapted = f" to begin with, adapted in each language to a mean of {target:g}"
         elif (target := args.harmless_refusal_target) is not None:
             adapted = (
-                f" to begin with, adapted in each language until a refusal has a probability of {target:g}"
+                f" to begin with, adapted in each language to a refusal at {target:g} of the likeliest answer"
             )
         uses.append(
             f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}{adapted}"
