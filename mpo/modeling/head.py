@@ -56,7 +56,7 @@ class RewardGapOutput(ModelOutput):
             the prompt's tokens before its last one; the decision, that is the last one and each token of the rejected response
             times the probability of coming to it; and the mean over the chosen response. It is of a divergence of the next token
             in nats with ``kept_by``, ``KL(p_ref || p)`` with ``"kl"``, ``KL(p || p_ref)`` with ``"reverse_kl"``, and with
-            ``"mixed_kl"`` the former over prompt and chosen response and the latter for the decision; else of
+            ``"mixed_kl"`` the former in the first of these parts and the latter in the others; else of
             ``||h - h_ref||^2 / hidden_size``.
         aux_loss: Scalar, the load-balancing loss of a mixture-of-experts model, else None.
     """
@@ -129,8 +129,8 @@ def _reward_gap_forward(
     kept_index: Tensor | None = None,
     kept_lengths: Tensor | None = None,
     kept_paths: Tensor | None = None,
-    kept_text: Tensor | None = None,
-    kept_decision: Tensor | None = None,
+    kept_prompts: Tensor | None = None,
+    kept_answers: Tensor | None = None,
     kept_states: Tensor | None = None,
     kept_by: str | None = None,
     output_router_logits: bool = False,
@@ -165,7 +165,7 @@ def _reward_gap_forward(
         prompts = (prompt_index, prompt_labels, prompt_lengths)
     kept = None
     if kept_index is not None:
-        kept = _Kept(kept_index, kept_lengths, kept_paths, (kept_text, kept_decision), kept_states, kept_by)
+        kept = _Kept(kept_index, kept_lengths, kept_paths, (kept_prompts, kept_answers), kept_states, kept_by)
     scores = _log_likelihoods(
         model,
         config,
@@ -213,7 +213,7 @@ def _pooled(hidden: Tensor, index: Tensor, lengths: Tensor) -> Tensor:
 
 class _Kept(NamedTuple):
     """The tokens that are kept, see :func:`mpo.modeling.trees.build_batch`, the reference's states there, if they are known, and
-    the divergence they are held by. ``kinds`` are the places of text and of decisions among them."""
+    the divergence they are held by. ``kinds`` are the places of prompts' and of answers' among them."""
 
     places: Tensor
     lengths: Any

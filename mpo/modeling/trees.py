@@ -43,8 +43,8 @@ MODEL_KEYS = (
     "kept_index",
     "kept_lengths",
     "kept_paths",
-    "kept_text",
-    "kept_decision",
+    "kept_prompts",
+    "kept_answers",
     "kept_states",
     "kept_by",
 )
@@ -165,8 +165,8 @@ def build_batch(
         - ``kept_index``: flat positions of the tokens of prompt and both responses but their last ones, of the K trees that
           keep them, ``kept_lengths``: ``[4K]``, how many of them lie before the prompt's last token, are it, and are of the
           chosen and of the rejected response; ``kept_paths``: ``[2, K, L]``, for each of the latter the place of its
-          log-likelihood among the N and its own place in ``kept_index``, -1 beyond them; ``kept_text``, places in ``kept_index`` of
-          the first and third of the four parts, and ``kept_decision``, of the others (only if some do)
+          log-likelihood among the N and its own place in ``kept_index``, -1 beyond them; ``kept_prompts``, places in ``kept_index`` of
+          the first of the four parts, and ``kept_answers``, of the others (only if some do)
 
     Raises:
         ValueError: A tree has an empty part, or is kept and not scored.
@@ -264,9 +264,9 @@ def build_batch(
         batch["kept_index"] = _concatenate(kept_index)
         batch["kept_lengths"] = torch.tensor(kept_lengths, dtype=torch.long)
         batch["kept_paths"] = _paths(paths, score_lengths, kept_lengths)
-        decides = np.repeat(np.arange(len(kept_lengths)) % 2 == 1, kept_lengths)
-        batch["kept_text"], batch["kept_decision"] = (
-            torch.from_numpy(np.flatnonzero(part)) for part in (~decides, decides)
+        answers = np.repeat(np.arange(len(kept_lengths)) % 4 > 0, kept_lengths)
+        batch["kept_prompts"], batch["kept_answers"] = (
+            torch.from_numpy(np.flatnonzero(part)) for part in (~answers, answers)
         )
     if score_shared:
         batch["score_shared"] = _concatenate(shared)

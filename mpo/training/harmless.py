@@ -10,8 +10,8 @@ with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_
 second term is there with
 ``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
 and in the target languages. With ``states`` it is the same distance at each token of prompt and responses but their last, and
-with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, ``KL(p || p_ref)`` with ``reverse_kl``, or either where it
-belongs with ``mixed_kl``, both distributions as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three parts:
+with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, ``KL(p || p_ref)`` with ``reverse_kl``, or with ``mixed_kl`` the
+former over the prompt and the latter from its last token on, both distributions as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three parts:
 over the prompt; the decision, at the prompt's last token and along the rejected response, a refusal, each of its tokens as far as
 the model would come to it; and over the chosen response.
 """
@@ -46,7 +46,7 @@ RETENTIONS = {
     "states": "hidden states of each token",
     KL: "what follows each token",
     REVERSE_KL: "what follows each token (reverse KL)",
-    MIXED_KL: "what follows each token (KL of text, reverse KL of decisions)",
+    MIXED_KL: "what follows each token (KL of prompts, reverse KL of answers)",
 }
 _PER_STEP = {MISMATCHED: "other pairs' responses", STATES: "a prompt in all its languages"}
 
@@ -73,8 +73,8 @@ class HarmlessSettings:
             them, in each of these pairs' languages; `"states"` those of each token, those of the rejected response as far as the
             model would come to them; `"kl"` what the model expects after each token, which needs an LM head that is not
             trained and that the reference has, too, and `"reverse_kl"` the same the other way round, which weighs what the
-            model has come to expect and the starting policy did not; `"mixed_kl"` takes the former over the text of prompt and answer,
-            which bounds its perplexity, and the latter where it is decided to answer or to refuse. The last four keep the starting policy's states of every
+            model has come to expect and the starting policy did not; `"mixed_kl"` takes the former over the prompt,
+            which bounds the perplexity of such text, and the latter from its last token on. The last four keep the starting policy's states of every
             token on disk, four bytes times the hidden size for each.
         harmless_retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of that retention.

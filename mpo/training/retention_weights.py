@@ -39,8 +39,9 @@ GAIN = 0.02
 LARGEST_ERROR = 5.0
 DECAY, SLOW_DECAY = 0.9, 0.98
 """Of the running mean that the weights follow, and of that by which a language is judged: a step weighs a tenth, a fiftieth."""
-LOWEST, HIGHEST = 0.1, 100.0
-"""Bounds of a weight, as multiples of the one that it began with."""
+LOWEST, HIGHEST = 0.1, 10.0
+"""Bounds of a weight, as multiples of the one that it began with. Where ten times holds too little, a hundred times holds no more and
+lets nothing else be learned."""
 _MISSED = 2.0  # times the target
 _FIELDS = ("log_change", "reached", "mean", "seen", "slow_mean", "slow_seen")
 

@@ -247,9 +247,9 @@ def test_the_path_of_a_kept_tree_is_its_rejected_response_but_the_last_token(see
         for tokens, row in zip((batch["score_labels"], own), places, strict=True):
             assert tokens[row[row >= 0]].tolist() == tree.rejected[:-1]
             assert (row[len(tree.rejected) - 1 :] == -1).all()
-    decided = [token for tree in kept for token in [tree.prompt[-1], *tree.rejected[:-1]]]
-    text = [token for tree in kept for token in [*tree.prompt[:-1], *tree.chosen[:-1]]]
-    assert own[batch["kept_decision"]].tolist() == decided and own[batch["kept_text"]].tolist() == text
+    answers = [t for tree in kept for t in [tree.prompt[-1], *tree.chosen[:-1], *tree.rejected[:-1]]]
+    assert own[batch["kept_answers"]].tolist() == answers
+    assert own[batch["kept_prompts"]].tolist() == [t for tree in kept for t in tree.prompt[:-1]]
 
 
 def test_a_tree_that_is_kept_is_scored() -> None:

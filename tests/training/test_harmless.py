@@ -61,7 +61,7 @@ def moved(model: Any, start: Any, by: str, pair: Ids) -> Tensor:
             far = (now[1].exp() * (now[1] - then[1])).sum(dim=1)
             if by == "mixed_kl" and response is pair.chosen:
                 text = (then[1].exp() * (then[1] - now[1])).sum(dim=1)
-                far = torch.where(torch.arange(len(far)) == len(pair.prompt) - 1, far, text)
+                far = torch.where(torch.arange(len(far)) >= len(pair.prompt) - 1, far, text)
             return far, now[1]
         return (now[0] - then[0]).square().mean(dim=1), now[1]
 
