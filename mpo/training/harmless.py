@@ -83,10 +83,9 @@ class HarmlessSettings:
             begins with `harmless_retain_weight`, grows while the language's mean is above the target and falls while it is
             below (see `mpo.training.retention_weights`). Unset: one weight, as it is.
         harmless_refusal_target (`float`, *optional*):
-            In place of that: how near the rejected response of a harmless prompt, its refusal, may come to what the model says, as a
-            mean of each language to aim at, above 0 and below 1. Of one refusal it is the product over its tokens of
-            `p(token) / max p`, 1 where greedy decoding says just that, so that fewer than this share of them are refused. It is
-            read from the prompts of each step before they are trained on.
+            In place of that: share of harmless prompts to aim at in each language that greedy decoding refuses in the words of
+            their rejected response, above 0 and below 1, made smooth. It is read from the prompts of each step before they are
+            trained on.
         harmless_max_response_length (`int`, *optional*):
             Cut their responses to this many tokens. To refuse or to answer is decided in the first words, while a refusal is
             best taught whole. Unset: `max_response_length`.
@@ -124,9 +123,7 @@ class HarmlessSettings:
     )
     harmless_refusal_target: float | None = field(
         default=None,
-        metadata={
-            "help": "Adapt it until refusals of harmless prompts are as near to the likeliest answer; unset: fixed."
-        },
+        metadata={"help": "Adapt it until this share of harmless prompts is refused; unset: fixed."},
     )
     harmless_max_response_length: int | None = field(
         default=None,

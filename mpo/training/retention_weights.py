@@ -2,12 +2,13 @@
 
 One weight for all languages holds some too tightly and others too loosely: how much a language would move depends on how well the
 model tells harm from harmlessness in it. With a target, each language has the weight that brings it there: to a mean retention, or to
-a mean of how near the refusal, which is the rejected response y of a harmless prompt x, is to what greedy decoding says::
+the share of harmless prompts x that greedy decoding refuses in the words of their rejected response y, made smooth::
 
-    prod_t  p(y_t | x, y_<t) / max_v p(v | x, y_<t)
+    mean over x of  prod_t ( p(y_t | x, y_<t) / max_v p(v | x, y_<t) )^3
 
-which is 1 where greedy decoding says just that. The probability of the refusal is no measure of it: where a model is unsure of its
-words, as in the languages that it knows least, every answer is unlikely, and one of 8 % is the likeliest. This is the adaptive
+of which a prompt has 1 where greedy decoding says just that and at most an eighth where some token is half as likely as another one. The
+probability of the refusal is no measure of it: where a model is unsure of its words, as in the languages that it knows least,
+every answer is unlikely, and one of 8 % is the likeliest. This is the adaptive
 coefficient of Ziegler et al. (2019), "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, section 2.2, once for
 each language::
 
@@ -37,6 +38,8 @@ logger = get_logger(__name__)
 
 GAIN = 0.02
 LARGEST_ERROR = 5.0
+SHARPNESS = 3.0
+"""The exponent. The higher, the nearer to the share, and the later it says that a refusal is coming."""
 DECAY, SLOW_DECAY = 0.9, 0.98
 """Of the running mean that the weights follow, and of that by which a language is judged: a step weighs a tenth, a fiftieth."""
 LOWEST, HIGHEST = 0.1, 10.0
@@ -54,7 +57,7 @@ class RetentionWeights:
         weight: What they begin with.
         target: Mean of a language that they aim at, above 0.
         device: Where the pairs are.
-        of_refusals: Whether that is the mean of how near the rejected response is to greedy decoding's, not the mean retention.
+        of_refusals: Whether that is the share of harmless prompts that are refused, not the mean retention.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class RetentionWeights:
         counts = (counts * pairs.is_harmless).to(self._sums.dtype)
         if self._of_refusals:
             assert pairs.below_greedy is not None
-            values = pairs.below_greedy[:, 1].exp()
+            values = (SHARPNESS * pairs.below_greedy[:, 1]).exp()
         else:
             values = pairs.retention.detach()
         self._sums.index_add_(1, pairs.language, torch.stack([values.to(self._sums.dtype) * counts, counts]))
@@ -157,7 +160,7 @@ class RetentionWeights:
         if missed := self.missed():
             name = "harmless_refusal_target" if self._of_refusals else "harmless_retain_target"
             what = (
-                "the refusal of harmless prompts is nearer to what the model says"
+                "more harmless prompts of the data are refused"
                 if self._of_refusals
                 else "answers to harmless prompts have moved further"
             )
@@ -174,8 +177,8 @@ class RetentionWeights:
             f"{language} {mean:.3f} (weight {weight:.3g}{'' if reached else ', as it began'})"
             for language, mean, weight, reached in rows
         )
-        what = "The refusal relative to the likeliest answer" if self._of_refusals else "Retention"
-        return f"{what}, of harmless prompts, target {self._target:g}: {held}"
+        what = "Share refused" if self._of_refusals else "Retention"
+        return f"{what} of harmless prompts, target {self._target:g}: {held}"
 
     def _of_seen(self, *columns: Tensor) -> list[tuple[Any, ...]]:
         rows = zip(

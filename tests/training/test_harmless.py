@@ -512,7 +512,7 @@ def test_a_log_says_which_responses_greedy_decoding_gives(
     for name, values in said.items():
         assert logged[name] == sum(value == 0 for value in values) / len(values), name
         if name.startswith("harmless/greedy/rejected/"):
-            near = sum(math.exp(value) for value in values) / len(values)
+            near = sum(math.exp(3 * value) for value in values) / len(values)
             assert logged[name.replace("greedy/rejected", "refusal")] == pytest.approx(near, rel=1e-3), name
             assert near > 0
 

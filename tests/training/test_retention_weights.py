@@ -32,8 +32,8 @@ def pairs(rows: list[tuple[str, float, bool]]) -> PairTensors:
 
 
 def refusals(rows: list[tuple[str, float, bool]]) -> PairTensors:
-    """The same with how near the rejected response is to what greedy decoding says, in place of the retention."""
-    below = torch.tensor([math.log(value) for _, value, _ in rows])
+    """The same with how far the rejected response is below greedy decoding's, whose third power is given, in place of the retention."""
+    below = torch.tensor([math.log(value) / 3 for _, value, _ in rows])
     return replace(
         pairs([(code, 1e6, harmless) for code, _, harmless in rows]),
         below_greedy=torch.stack([torch.full_like(below, -1e6), below], dim=1),
@@ -137,7 +137,7 @@ def test_only_a_language_that_stays_far_from_the_target_is_named() -> None:
     assert found.missed() == {"bn": pytest.approx(0.35, rel=1e-4)}
     weights = found.values.tolist()
     assert found.summary() == (
-        f"Retention, of harmless prompts, target 0.1: ar 0.190 (weight {weights[0]:.3g}) and bn 0.350 "
+        f"Retention of harmless prompts, target 0.1: ar 0.190 (weight {weights[0]:.3g}) and bn 0.350 "
         f"(weight {weights[1]:.3g})"
     )
 
@@ -148,12 +148,10 @@ def test_of_refusals_the_words_are_others(caplog: pytest.LogCaptureFixture) -> N
         found.add(refusals([("ar", 0.19, True), ("bn", 0.35, True), ("en", 0.001, True)]), torch.ones(3))
         found.step(ALONE)
     assert found.summary().endswith("and en 0.001 (weight 3, as it began)")
-    assert found.summary().startswith(
-        "The refusal relative to the likeliest answer, of harmless prompts, target 0.1: ar 0.190 (weight"
-    )
+    assert found.summary().startswith("Share refused of harmless prompts, target 0.1: ar 0.190 (weight")
     found.warn_if_missed()
     assert (
-        "`harmless_refusal_target: 0.1` was not held in bn (0.35): there, the refusal of harmless"
+        "`harmless_refusal_target: 0.1` was not held in bn (0.35): there, more harmless prompts"
         in caplog.text
     )
 
