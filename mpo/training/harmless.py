@@ -229,7 +229,7 @@ class HarmlessSettings:
             ((name, value),) = targets.items()
             raise ConfigError(
                 f"`{name}: {value:g}` adapts the weight of `harmless_retention`, but nothing is "
-                "held. Set `harmless_retention: reverse_kl` (or another), with a `harmless_retain_weight` above 0 to begin with, or remove it."
+                "held. Set `harmless_retention: mixed_kl` (or another), with a `harmless_retain_weight` above 0 to begin with, or remove it."
             )
         if self.harmless_beta is not None and "beta" not in objectives.reads:
             raise ConfigError(

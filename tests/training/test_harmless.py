@@ -298,7 +298,7 @@ def test_a_loss_without_a_reference_makes_no_pass_over_harmless_groups(tmp_path:
         ({"harmless_max_response_length": 0}, "a whole number of at least 1"),
         ({"harmless_share": 1.0}, "above 0 and below 1"),
         ({"harmless_retain_target": 0}, "`harmless_retain_target` is 0; expected a number above 0"),
-        ({"harmless_retain_target": 0.1}, "but nothing is held. Set `harmless_retention: reverse_kl`"),
+        ({"harmless_retain_target": 0.1}, "but nothing is held. Set `harmless_retention: mixed_kl`"),
         ({"harmless_refusal_target": 0.1}, "`harmless_refusal_target: 0.1` adapts .* but nothing is held"),
         (
             {"harmless_refusal_target": 1},

@@ -136,7 +136,7 @@ def make_plan(recipe: Recipe, *, on_this_machine: bool = True) -> Plan:
         notes.append(
             f"{listed(f'{count} in {language_name(code)}' for code, count in sorted(refused.items()))} of the chosen responses to harmless "
             f"prompts refuse, and `harmless_loss_type: {taught[0]}` teaches them. Leave them out, or hold what the model does there "
-            "without teaching it (`harmless_loss_type: none` with `harmless_retention: reverse_kl`)"
+            "without teaching it (`harmless_loss_type: none` with `harmless_retention: mixed_kl`)"
         )
     if training.harmless.keeps_tokens and (others := other_refusals(train)):
         notes.append(
