@@ -10,9 +10,9 @@ with ``l`` of ``loss_type``, ``l'`` of ``harmless_loss_type``, ``w`` ``harmless_
 second term is there with
 ``harmless_retention: hidden``: the pooled final hidden states of prompt and chosen response of the pair itself, in the dominant
 and in the target languages. With ``states`` it is the same distance at each token of prompt and responses but their last, and
-with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, ``KL(p || p_ref)`` with ``reverse_kl``, or with ``mixed_kl`` the
-former over the prompt and the latter from its last token on, both distributions as the starting policy has them: what it says of harmless prompts, and after them, stays as it was. Of these it is the mean of three parts:
-over the prompt; the decision, at the prompt's last token and along the rejected response, a refusal, each of its tokens as far as
+with ``kl`` at each of these ``KL(p_ref || p)`` of the token that follows, ``KL(p || p_ref)`` with ``reverse_kl``, or with ``mixed_kl``
+the former over the prompt and the latter from its last token on: what the policy says of harmless prompts, and after them, stays as
+it was. Of these it is the mean of three parts: over the prompt; the decision, at the prompt's last token and along the rejected response, a refusal, each of its tokens as far as
 the model would come to it; and over the chosen response.
 """
 

@@ -150,7 +150,7 @@ def _refusals(logs: Mapping[str, Any]) -> list[str]:
     languages.
 
     Of harmful prompts a refusal is the chosen response and of harmless ones the rejected one. Long responses are never said
-    word by word: where no chosen one is, nothing is said.
+    word by word: where none of either kind is, nothing is said.
     """
     kinds = [
         [100 * value for key, value in logs.items() if key.startswith(start) and math.isfinite(value)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,31 +32,42 @@ def written_out(
     return torch.log_softmax(logits, dim=-1)[torch.arange(len(labels)), labels]
 
 
+class Head(NamedTuple):
+    """What a head and its states are drawn by; ``held`` logits at a time."""
+
+    seed: int
+    tokens: int
+    vocabulary: int
+    size: int
+    softcap: float | None
+    scale: float
+    biased: bool
+    held: int
+
+    def draw(self, further: int = 0) -> tuple[Tensor, ...]:
+        return draw(self.seed + further, self.tokens, self.vocabulary, self.size, torch.float64)
+
+
 HEADS = given(
-    seed=st.integers(0, 10**6),
-    tokens=st.integers(1, 9),
-    vocabulary=st.integers(2, 40),
-    size=st.integers(1, 6),
-    softcap=st.sampled_from([None, 0.7, 30.0]),
-    scale=st.sampled_from([1.0, 0.3]),
-    biased=st.booleans(),
-    held=st.integers(1, 200),
+    st.builds(
+        Head,
+        seed=st.integers(0, 10**6),
+        tokens=st.integers(1, 9),
+        vocabulary=st.integers(2, 40),
+        size=st.integers(1, 6),
+        softcap=st.sampled_from([None, 0.7, 30.0]),
+        scale=st.sampled_from([1.0, 0.3]),
+        biased=st.booleans(),
+        held=st.integers(1, 200),
+    )
 )
 
 
 @settings(deadline=None, max_examples=60)
 @HEADS
-def test_values_and_gradient_are_those_of_the_whole_logits(
-    seed: int,
-    tokens: int,
-    vocabulary: int,
-    size: int,
-    softcap: float | None,
-    scale: float,
-    biased: bool,
-    held: int,
-) -> None:
-    hidden, weight, bias, labels = draw(seed, tokens, vocabulary, size, torch.float64)
+def test_values_and_gradient_are_those_of_the_whole_logits(head: Head) -> None:
+    _, tokens, _, _, softcap, scale, biased, held = head
+    hidden, weight, bias, labels = head.draw()
     bias_or_none = bias if biased else None
     upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
     results = []
@@ -76,17 +89,9 @@ def test_values_and_gradient_are_those_of_the_whole_logits(
 
 @settings(deadline=None, max_examples=60)
 @HEADS
-def test_how_far_a_token_is_below_greedy_decoding_is_that_of_the_whole_logits(
-    seed: int,
-    tokens: int,
-    vocabulary: int,
-    size: int,
-    softcap: float | None,
-    scale: float,
-    biased: bool,
-    held: int,
-) -> None:
-    hidden, weight, bias, labels = draw(seed, tokens, vocabulary, size, torch.float64)
+def test_how_far_a_token_is_below_greedy_decoding_is_that_of_the_whole_logits(head: Head) -> None:
+    _, tokens, vocabulary, _, softcap, scale, biased, held = head
+    hidden, weight, bias, labels = head.draw()
     bias_or_none = bias if biased else None
     everything = torch.stack(
         [
@@ -111,19 +116,10 @@ def test_how_far_a_token_is_below_greedy_decoding_is_that_of_the_whole_logits(
 @pytest.mark.parametrize("reverse", [False, True])
 @settings(deadline=None, max_examples=60)
 @HEADS
-def test_the_divergence_and_its_gradient_are_those_of_the_whole_logits(
-    reverse: bool,
-    seed: int,
-    tokens: int,
-    vocabulary: int,
-    size: int,
-    softcap: float | None,
-    scale: float,
-    biased: bool,
-    held: int,
-) -> None:
-    hidden, weight, bias, _ = draw(seed, tokens, vocabulary, size, torch.float64)
-    reference = hidden + 0.3 * draw(seed + 1, tokens, vocabulary, size, torch.float64)[0]
+def test_the_divergence_and_its_gradient_are_those_of_the_whole_logits(reverse: bool, head: Head) -> None:
+    _, tokens, vocabulary, _, softcap, scale, biased, held = head
+    hidden, weight, bias, _ = head.draw()
+    reference = hidden + 0.3 * head.draw(1)[0]
     bias_or_none = bias if biased else None
     upstream = torch.linspace(-1, 2, tokens, dtype=torch.float64)
 

@@ -91,7 +91,7 @@ def _harmless(plan: Plan) -> dict[str, str]:
         if (target := args.harmless_retain_target) is not None:
             adapted = f" to begin with, adapted in each language to a mean of {target:g}"
         elif (target := args.harmless_refusal_target) is not None:
-            adapted = f" to begin with, adapted in each language until {target:.0%} of them are refused"
+            adapted = f" to begin with, adapted in each language until {100 * target:g} % of their prompts are refused"
         uses.append(
             f"{RETENTIONS[args.harmless_retention]} held with weight {args.harmless_retain_weight:g}{adapted}"
         )
